@@ -1,0 +1,66 @@
+"""What the loader hands to a training loop."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one optimiser step, as far as this rank sees them.
+
+    images: uint8 [B, R, R, 3] RGB. counts: int16 [B, g, g], pixels of the keypoint map F set in each
+    w_ps x w_ps cell, or None where no weights are asked for. labels: int64 [B], -1 without labels.
+    indices: int64 [B] on the CPU, the samples' numbers in the store; with `epoch` and the seed they name
+    every random draw made for the batch. step: the optimiser step since the start of the run.
+
+    A loader may reuse the memory of a batch once the next one has been asked for.
+    """
+
+    images: Tensor
+    counts: Tensor | None
+    labels: Tensor
+    indices: np.ndarray
+    epoch: int
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device` (not blocking where the memory is pinned)."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            counts=None if self.counts is None else self.counts.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+    def narrow(self, start: int, stop: int) -> "Batch":
+        """Samples start .. stop - 1 of this batch, as views."""
+        return replace(
+            self,
+            images=self.images[start:stop],
+            counts=None if self.counts is None else self.counts[start:stop],
+            labels=self.labels[start:stop],
+            indices=self.indices[start:stop],
+        )
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], ImageNet mean and standard deviation."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    return ((images.to(torch.float32) - mean) / std).permute(0, 3, 1, 2)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse of normalise, rounded and clipped: float [B, 3, H, W] -> uint8 [B, H, W, 3]."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    return (images.permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,78 @@
+"""Sizes, crop boxes and point maps. This is the one place that knows the coordinate convention.
+
+Edge coordinates: x right, y down, pixel i spans [i, i + 1). A resize from width a to width b multiplies x
+by b / a; a flip of width w is w - x. Detectors report pixel centres: centre = edge - 0.5.
+Boxes are (top, left, height, width) in whole pixels.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from kamim import rng
+
+CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+POSITION_UNIT = 16  # stored keypoint positions are whole sixteenths of a pixel, as cv2.drawKeypoints rounds
+MAX_FRAME_SIDE = 65535 // POSITION_UNIT  # positions are uint16
+
+
+def size_for_area(height: int, width: int, area: float) -> tuple[int, int]:
+    """The (height, width) of about `area` pixels that keeps the aspect ratio; sides in 1 .. MAX_FRAME_SIDE."""
+    scale = math.sqrt(area / (height * width))
+    return tuple(min(max(round(side * scale), 1), MAX_FRAME_SIDE) for side in (height, width))  # type: ignore[return-value]
+
+
+def stored_area(resolution: int, crop_scale: tuple[float, float]) -> float:
+    """The smallest area from which no crop is enlarged: (resolution / sqrt(smallest scale))^2 px."""
+    return resolution**2 / crop_scale[0]
+
+
+def stored_size(height: int, width: int, area: float) -> tuple[int, int]:
+    """Size an image is stored at: `area` pixels, or as it is where it has no more than that."""
+    return (height, width) if height * width <= area else size_for_area(height, width, area)
+
+
+def canonical_area(resolution: int, crop_scale: tuple[float, float]) -> float:
+    """Area of the canonical frame: the whole image at the scale its average crop is seen at."""
+    return resolution**2 / (sum(crop_scale) / 2)
+
+
+@njit(cache=True, nogil=True)
+def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, epoch, index):
+    """RandomResizedCrop's box (torchvision v2 make_params) -> (top, left, box height, box width).
+
+    Draw 2k and 2k + 1 of stream CROP give the area and the aspect of attempt k, draws 20 and 21 the place.
+    """
+    area = height * width
+    log_min, log_max = math.log(ratio_min), math.log(ratio_max)
+    for attempt in range(CROP_ATTEMPTS):
+        target = area * (scale_min + (scale_max - scale_min) * rng.unit(seed, epoch, index, rng.CROP, 2 * attempt))
+        aspect = math.exp(log_min + (log_max - log_min) * rng.unit(seed, epoch, index, rng.CROP, 2 * attempt + 1))
+        w = int(np.rint(math.sqrt(target * aspect)))
+        h = int(np.rint(math.sqrt(target / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS) * (height - h + 1))
+            left = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS + 1) * (width - w + 1))
+            return top, left, h, w
+    h, w = height, width  # no attempt fits: the largest central box within the ratios
+    if width / height < ratio_min:
+        h = int(np.rint(width / ratio_min))
+    elif width / height > ratio_max:
+        w = int(np.rint(height * ratio_max))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@njit(cache=True, nogil=True)
+def flips(seed, epoch, index):
+    """(vertical, horizontal), each true with probability 0.5 (stream FLIP, draws 0 and 1)."""
+    return rng.unit(seed, epoch, index, rng.FLIP, 0) < 0.5, rng.unit(seed, epoch, index, rng.FLIP, 1) < 0.5
+
+
+@njit(cache=True, nogil=True)
+def axis_map(start, length, out_length, flip):
+    """(scale, offset) that takes an edge coordinate of the image to one of the resized, flipped crop."""
+    scale = out_length / length
+    if flip:
+        return -scale, out_length + start * scale
+    return scale, -start * scale

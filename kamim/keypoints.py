@@ -1,0 +1,210 @@
+"""Keypoints of the canonical frame -> counts in the cells of one crop.
+
+remap places stored positions in the crop, raster draws their footprint into a bit map F, cell_counts
+counts F's pixels per w_ps x w_ps cell. All three run without the GIL on scratch the caller owns.
+
+Footprints. `ring`: what cv2.drawKeypoints leaves above zero on a black canvas, an anti-aliased circle of
+radius 3 px around the position rounded to 1/16 px; the released code weighs with this. `point`: the one
+pixel that holds the position; the paper's text says this.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numba import njit
+
+from kamim.geometry import POSITION_UNIT, axis_map
+
+FOOTPRINTS = ("ring", "point")
+REACH = 4  # a stamp covers pixels -REACH .. REACH + 1 around the pixel that holds the position
+STAMP_ROWS = 2 * REACH + 2
+# OpenCV clips a ring's segments at the canvas border, which changes pixels INSIDE the canvas too; so the
+# columns (and rows) within BORDER of either side have stamps of their own. Class 0 .. BORDER - 1: distance
+# from the near side; BORDER: interior; then the distance from the far side.
+BORDER = 4
+CLASSES = 2 * BORDER + 1
+WORD = 64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keypoints of an image that share a rule of survival (a pyramid level, or all of them).
+
+    border: px of the crop in which the detector is blind: edge coordinates outside [border, side - border)
+        are dropped. cap: at most so many are kept, the first in stored order (strongest first); 0: no cap.
+    """
+
+    border: float
+    cap: int = 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a detector would do on the crop itself, as far as positions found elsewhere can tell.
+
+    groups: one per stored group. snap: the detector reports whole pixels, so remapped centres are rounded.
+    """
+
+    groups: tuple[Group, ...]
+    snap: bool = False
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """(borders float64 [G], caps int64 [G], snap), as the kernel takes them."""
+        return (
+            np.array([g.border for g in self.groups], np.float64),
+            np.array([g.cap for g in self.groups], np.int64),
+            self.snap,
+        )
+
+
+@functools.cache
+def stamps(footprint: str) -> np.ndarray:
+    """Footprints for every border class and sub-pixel phase: uint64 [class y, class x, phase y, phase x, STAMP_ROWS].
+
+    Bit b of row r is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y). Ring
+    stamps are drawn by OpenCV itself, so they are its rings, whatever its version. Raises ValueError for
+    an unknown footprint.
+    """
+    if footprint not in FOOTPRINTS:
+        raise ValueError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
+    table = np.zeros((CLASSES, CLASSES, POSITION_UNIT, POSITION_UNIT, STAMP_ROWS), np.uint64)
+    if footprint == "point":
+        half = POSITION_UNIT // 2  # a centre at phase >= 1/2 lies in the next pixel
+        for fy in range(POSITION_UNIT):
+            for fx in range(POSITION_UNIT):
+                table[:, :, fy, fx, REACH + (fy >= half)] = 1 << (REACH + (fx >= half))
+        return table
+    side = 4 * BORDER + STAMP_ROWS
+    places = [*range(BORDER), side // 2, *range(side - BORDER, side)]
+    bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint64)
+    padded = np.zeros((side + 2 * STAMP_ROWS,) * 2, np.bool_)
+    for cy, cx, fy, fx in np.ndindex(table.shape[:4]):
+        at = cv2.KeyPoint(places[cx] + fx / POSITION_UNIT, places[cy] + fy / POSITION_UNIT, 1.0)
+        canvas = cv2.drawKeypoints(np.zeros((side, side, 3), np.uint8), [at], None, color=(255, 255, 255))
+        padded[STAMP_ROWS:-STAMP_ROWS, STAMP_ROWS:-STAMP_ROWS] = canvas[..., 0] > 0
+        top, left = places[cy] - REACH + STAMP_ROWS, places[cx] - REACH + STAMP_ROWS
+        table[cy, cx, fy, fx] = padded[top : top + STAMP_ROWS, left : left + STAMP_ROWS] @ bits
+    return table
+
+
+def raster_scratch(height: int, width: int) -> np.ndarray:
+    """An empty bit map F of height x width pixels, with a margin for stamps: uint64 [rows, words]."""
+    return np.zeros((height + STAMP_ROWS, -(-width // WORD) + 2), np.uint64)
+
+
+@njit(cache=True, nogil=True)
+def remap(positions, offsets, borders, caps, snap, frame_h, frame_w, image_h, image_w, box, flip_v, flip_h, side, out):
+    """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
+
+    positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; offsets: int [G + 1] into
+    them; frame_*, image_*: sides of the canonical frame and of the image that `box` refers to;
+    out: int32 [>= K, 2] (x, y).
+    """
+    ax, bx = axis_map(box[1], box[3], side, flip_h)
+    ay, by = axis_map(box[0], box[2], side, flip_v)
+    # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
+    ax, bx = ax * image_w / frame_w / POSITION_UNIT, bx + ax * 0.5 * image_w / frame_w
+    ay, by = ay * image_h / frame_h / POSITION_UNIT, by + ay * 0.5 * image_h / frame_h
+    kept = 0
+    for group in range(len(borders)):
+        low, high = borders[group], side - borders[group]
+        room = caps[group] if caps[group] > 0 else len(positions)
+        for k in range(offsets[group], offsets[group + 1]):
+            x = positions[k, 0] * ax + bx
+            y = positions[k, 1] * ay + by
+            if low <= x < high and low <= y < high:
+                if snap:  # the pixel that holds the edge coordinate is the rounded centre
+                    out[kept, 0] = int(x) * POSITION_UNIT
+                    out[kept, 1] = int(y) * POSITION_UNIT
+                else:
+                    out[kept, 0] = max(int(np.rint((x - 0.5) * POSITION_UNIT)), 0)
+                    out[kept, 1] = max(int(np.rint((y - 0.5) * POSITION_UNIT)), 0)
+                kept += 1
+                room -= 1
+                if room == 0:
+                    break
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def _border_class(i, side):
+    if i < BORDER:
+        return i
+    if i >= side - BORDER:
+        return i - side + CLASSES
+    return BORDER
+
+
+@njit(cache=True, nogil=True)
+def raster(points, count, height, width, table, bitmap):
+    """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
+
+    bitmap: raster_scratch(height, width); it is cleared first. Every point lies within the crop.
+    """
+    bitmap[:] = 0
+    for k in range(count):
+        x, y = points[k, 0] >> 4, points[k, 1] >> 4
+        stamp = table[_border_class(y, height), _border_class(x, width), points[k, 1] & 15, points[k, 0] & 15]
+        left = x + WORD - REACH
+        word, shift = left >> 6, np.uint64(left & 63)
+        carry = np.uint64(63) - shift
+        for r in range(STAMP_ROWS):
+            bits = stamp[r]
+            bitmap[y + r, word] |= bits << shift
+            bitmap[y + r, word + 1] |= (bits >> carry) >> np.uint64(1)  # a shift by 64 is undefined
+
+
+@njit(cache=True, nogil=True)
+def _popcount(v):
+    v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    v = (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (v * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@njit(cache=True, nogil=True)
+def cell_counts(bitmap, patch_size, counts):
+    """Pixels of F set in each patch_size x patch_size cell. counts: uint16 [g, g], overwritten.
+
+    Sums of at most patch_size^2, so patch_size <= 255.
+    """
+    counts[:] = 0
+    for y in range(counts.shape[0] * patch_size):
+        for j in range(counts.shape[1]):
+            total = np.uint64(0)
+            at, end = j * patch_size, (j + 1) * patch_size
+            while at < end:  # a cell may span words
+                n = min(end, (at // WORD + 1) * WORD) - at
+                bits = bitmap[y + REACH, at // WORD + 1] >> np.uint64(at % WORD)
+                if n < WORD:
+                    bits &= (np.uint64(1) << np.uint64(n)) - np.uint64(1)
+                total += _popcount(bits)
+                at += n
+            counts[y // patch_size, j] += np.uint16(total)
+
+
+def quantise(xy: np.ndarray) -> np.ndarray:
+    """Pixel centres in px (float32 [K, 2]) -> int32 [K, 2] in 1/16 px, rounded as cv2.drawKeypoints rounds."""
+    return np.rint(np.asarray(xy, np.float32) * POSITION_UNIT).astype(np.int32)
+
+
+def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.ndarray:
+    """The map F of keypoints found on an image itself: bool [height, width].
+
+    xy: float32 [K, 2], pixel centres in px; those that round to outside the image are left out.
+    """
+    points = quantise(xy).reshape(-1, 2)
+    inside = (points >= 0).all(1) & (points[:, 0] < width * POSITION_UNIT) & (points[:, 1] < height * POSITION_UNIT)
+    bitmap = raster_scratch(height, width)
+    raster(points[inside], int(inside.sum()), height, width, stamps(footprint), bitmap)
+    bits = np.unpackbits(bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    return bits[REACH : REACH + height, WORD : WORD + width]
+
+
+def map_counts(bitmap: np.ndarray, patch_size: int) -> np.ndarray:
+    """Cells of a map F (bool [H, W]) counted: uint16 [H // w_ps, W // w_ps]; a partial last cell is left out."""
+    height, width = (side // patch_size * patch_size for side in bitmap.shape)
+    cells = bitmap[:height, :width].reshape(height // patch_size, patch_size, width // patch_size, patch_size)
+    return cells.sum(axis=(1, 3), dtype=np.uint16)

@@ -12,12 +12,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of one optimiser step, as far as this rank sees them.
+    """B samples: one micro-batch of one rank's part of an optimiser step.
 
     images: uint8 [B, R, R, 3] RGB. counts: int16 [B, g, g], pixels of the keypoint map F set in each
     w_ps x w_ps cell, or None where no weights are asked for. labels: int64 [B], -1 without labels.
     indices: int64 [B] on the CPU, the samples' numbers in the store; with `epoch` and the seed they name
-    every random draw made for the batch. step: the optimiser step since the start of the run.
+    every random draw made for the batch. step: the optimiser step since the start of the run; last: whether
+    this micro-batch ends it on this rank; share: B over the step's samples on all ranks, so that a step's
+    loss is the sum of share * mean over its micro-batches.
 
     A loader may reuse the memory of a batch once the next one has been asked for.
     """
@@ -28,6 +30,8 @@ class Batch:
     indices: np.ndarray
     epoch: int
     step: int
+    last: bool
+    share: float
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -39,16 +43,6 @@ class Batch:
             images=self.images.to(device, non_blocking=True),
             counts=None if self.counts is None else self.counts.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-        )
-
-    def narrow(self, start: int, stop: int) -> "Batch":
-        """Samples start .. stop - 1 of this batch, as views."""
-        return replace(
-            self,
-            images=self.images[start:stop],
-            counts=None if self.counts is None else self.counts[start:stop],
-            labels=self.labels[start:stop],
-            indices=self.indices[start:stop],
         )
 
 

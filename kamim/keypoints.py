@@ -166,9 +166,9 @@ def _popcount(v):
 
 @njit(cache=True, nogil=True)
 def cell_counts(bitmap, patch_size, counts):
-    """Pixels of F set in each patch_size x patch_size cell. counts: uint16 [g, g], overwritten.
+    """Pixels of F set in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
 
-    Sums of at most patch_size^2, so patch_size <= 255.
+    int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181.
     """
     counts[:] = 0
     for y in range(counts.shape[0] * patch_size):
@@ -182,7 +182,7 @@ def cell_counts(bitmap, patch_size, counts):
                     bits &= (np.uint64(1) << np.uint64(n)) - np.uint64(1)
                 total += _popcount(bits)
                 at += n
-            counts[y // patch_size, j] += np.uint16(total)
+            counts[y // patch_size, j] += np.int16(total)
 
 
 def quantise(xy: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.
 
 
 def map_counts(bitmap: np.ndarray, patch_size: int) -> np.ndarray:
-    """Cells of a map F (bool [H, W]) counted: uint16 [H // w_ps, W // w_ps]; a partial last cell is left out."""
+    """Cells of a map F (bool [H, W]) counted: int16 [H // w_ps, W // w_ps]; a partial last cell is left out."""
     height, width = (side // patch_size * patch_size for side in bitmap.shape)
     cells = bitmap[:height, :width].reshape(height // patch_size, patch_size, width // patch_size, patch_size)
-    return cells.sum(axis=(1, 3), dtype=np.uint16)
+    return cells.sum(axis=(1, 3), dtype=np.int16)

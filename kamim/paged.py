@@ -1,0 +1,83 @@
+"""Flat zarr arrays that map into memory.
+
+A paged array is a one- or two-dimensional zarr v3 array, uncompressed, whose chunk (page) files are the
+plain little-endian bytes of their rows. Items are runs of rows; none crosses a page, so that every item is
+one contiguous view of one mapped file, shared by all processes of a machine. Any zarr reader opens it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+
+def create(group: zarr.Group, name: str, array: np.ndarray) -> None:
+    """Writes a whole small array as one uncompressed chunk, so that it maps too."""
+    group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=_chunks(array), compressors=None)[:] = array
+
+
+def _chunks(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(max(side, 1) for side in array.shape)
+
+
+class PagedWriter:
+    """Appends items to the array `name` of `group`. The only writer of its chunk files."""
+
+    def __init__(self, group: zarr.Group, name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
+        self._array = group.create_array(
+            name, shape=(0, *row_shape), dtype=dtype, chunks=(page_rows, *row_shape), compressors=None,
+            fill_value=0, config={"write_empty_chunks": True},
+        )  # fmt: skip
+        self._page = np.zeros((page_rows, *row_shape), dtype)
+        self._pages = 0
+        self._used = 0
+
+    def append(self, rows: np.ndarray) -> int:
+        """Adds one item (rows [n, *row_shape]); returns the row it starts at.
+
+        Raises ValueError for an item larger than a page.
+        """
+        if len(rows) > len(self._page):
+            raise ValueError(f"an item of {len(rows)} rows does not fit a page of {len(self._page)}")
+        if self._used + len(rows) > len(self._page):
+            self._flush()
+        start = self._pages * len(self._page) + self._used
+        self._page[self._used : self._used + len(rows)] = rows
+        self._used += len(rows)
+        return start
+
+    def _flush(self) -> None:
+        page_rows = len(self._page)
+        self._array.resize(((self._pages + 1) * page_rows, *self._page.shape[1:]))
+        self._array[self._pages * page_rows :] = self._page
+        self._pages += 1
+        self._used = 0
+        self._page[:] = 0
+
+    def close(self) -> None:
+        """Writes the last page."""
+        if self._used:
+            self._flush()
+
+
+class PagedReader:
+    """Maps the pages of a paged array, read-only."""
+
+    def __init__(self, path: Path):
+        array = zarr.open_array(path, mode="r")
+        self._page_rows = array.chunks[0]
+        shape = (self._page_rows, *array.shape[1:])
+        tail = "/0" * (array.ndim - 1)
+        self._pages = [
+            np.memmap(path / f"c/{page}{tail}", dtype=array.dtype, mode="r", shape=shape)
+            for page in range(array.shape[0] // self._page_rows)
+        ]
+        self._empty = np.empty((0, *array.shape[1:]), array.dtype)
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """The item of `count` rows that starts at row `start`, as a view."""
+        if count == 0:
+            return self._empty
+        page, at = divmod(start, self._page_rows)
+        return self._pages[page][at : at + count]

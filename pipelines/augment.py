@@ -1,0 +1,245 @@
+"""The augmentation of probe and fine-tuning training, on whole batches and on any device.
+
+Source: the paper's evaluation recipe: TrivialAugment (Wide), random erasing, then MixUp or CutMix. Each is
+torchvision v2's definition, pixel for pixel, but batched, and with every random decision drawn from
+kamim.rng: a sample is augmented alike in whatever batch, on whatever device and in whatever order it comes.
+
+torchvision's own functions draw the tables used here (where each output pixel comes from, what each pixel
+value becomes), once per setting; a batch then only looks them up. What depends on the image itself
+(contrast, sharpness, ...) is computed, with torchvision's roundings.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+from torchvision.transforms.v2 import TrivialAugmentWide
+from torchvision.transforms.v2 import functional as F
+
+from kamim import rng
+from kamim.batch import Batch, normalise
+
+BINS = 31
+_LIBRARY = TrivialAugmentWide(num_magnitude_bins=BINS)
+_SPACE = _LIBRARY._AUGMENTATION_SPACE
+OPS = tuple(_SPACE)
+_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_POINTWISE = ("Brightness", "Posterize", "Solarize")
+
+
+def trivial_augment_wide(images: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
+    """One operation of TrivialAugmentWide on each image (Müller & Hutter, ICCV 2021; torchvision v2's space).
+
+    images: uint8 [B, 3, H, W]. indices: int [B], the samples' numbers in the store. Returns a new uint8
+    [B, 3, H, W]: nearest sampling, black where an image has been moved away.
+    """
+    ops, settings = draw_operations(seed, epoch, indices)
+    order = np.argsort(ops, kind="stable")
+    sizes = np.bincount(ops, minlength=len(OPS)).tolist()
+    # One upload; groups are then slices, and no step below waits for the device.
+    order_back_setting = torch.from_numpy(np.stack([order, np.argsort(order), settings[order]])).to(images.device)
+    to_group, back, setting = order_back_setting.unbind()
+    groups = zip(OPS, images.index_select(0, to_group).split(sizes), setting.split(sizes), strict=True)
+    return torch.cat([apply_operation(op, x, s) if len(x) else x for op, x, s in groups]).index_select(0, back)
+
+
+def draw_operations(seed: int, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which operation each sample gets, 0 .. 13 as in OPS, and its setting, 0 .. 61: both int64 [B].
+
+    Operation and magnitude bin are uniform; half the settings (see magnitudes) are the negative ones.
+    """
+    u = rng.units(seed, epoch, indices, rng.AUGMENT, 3)
+    ops, bins = (u[:, 0] * len(OPS)).astype(np.int64), (u[:, 1] * BINS).astype(np.int64)
+    return ops, bins + BINS * (u[:, 2] <= 0.5)
+
+
+def magnitudes(op: str) -> list[float]:
+    """The 62 settings of an operation: its 31 bins, then the same negated (as they are where it has no sign)."""
+    bins_of, signed = _SPACE[op]
+    bins = bins_of(BINS, 0, 0)  # the wide ranges are the same for every image size
+    values = [0.0] * BINS if bins is None else bins.tolist()
+    return values + ([-v for v in values] if signed else values)
+
+
+def apply_operation(op: str, images: Tensor, setting: Tensor) -> Tensor:
+    """One operation on n images, each at its own setting: uint8 [n, 3, H, W], int64 [n] -> uint8 [n, 3, H, W]."""
+    if op in _MOVES:
+        return _move(images, _sources(op, *images.shape[-2:], images.device).index_select(0, setting))
+    if op in _POINTWISE:
+        return _look_up(images, _values(op, images.device).index_select(0, setting))
+    if op == "Color":
+        return _color(images, _weights(op, images.device).index_select(0, setting))
+    if op == "Contrast":
+        return _contrast(images, _weights(op, images.device).index_select(0, setting))
+    if op == "Sharpness":
+        return _sharpness(images, _weights(op, images.device).index_select(0, setting))
+    if op == "AutoContrast":
+        return F.autocontrast(images)  # it and equalize treat every channel of every image by itself
+    return F.equalize(images) if op == "Equalize" else images
+
+
+def _by_library(image: Tensor, op: str, magnitude: float) -> Tensor:
+    return _LIBRARY._apply_image_or_video_transform(image, op, magnitude, _LIBRARY.interpolation, _LIBRARY._fill)
+
+
+@lru_cache(maxsize=2 * len(_MOVES))
+def _sources(op: str, height: int, width: int, device: torch.device) -> Tensor:
+    """Where each output pixel comes from, by setting: int32 [62, H * W], 1 + the input pixel, 0 for outside.
+
+    torchvision itself moves an image of pixel numbers, so every tie of its nearest sampling falls as there.
+    Exact up to 2**24 pixels, the whole numbers of its float32.
+    """
+    numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
+    moved = [_by_library(numbers, op, m).to(torch.int32).flatten() for m in magnitudes(op)]
+    return torch.stack(moved).to(device)
+
+
+@lru_cache(maxsize=None)
+def _values(op: str, device: torch.device) -> Tensor:
+    """What each pixel value becomes, by setting: uint8 [62, 256], torchvision's answer on the 256 values."""
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
+    return torch.stack([_by_library(ramp, op, m).flatten() for m in magnitudes(op)]).to(device)
+
+
+@lru_cache(maxsize=None)
+def _weights(op: str, device: torch.device) -> Tensor:
+    """The weights of the image and of what it is blended with, by setting: float32 [62, 2, 1, 1, 1].
+
+    Subtracted before they are rounded to float32, as torchvision does.
+    """
+    weights = [(1.0 + m, 1.0 - (1.0 + m)) for m in magnitudes(op)]
+    return torch.tensor(weights, dtype=torch.float32, device=device).view(-1, 2, 1, 1, 1)
+
+
+def _move(images: Tensor, sources: Tensor) -> Tensor:
+    """uint8 [n, 3, H, W], int32 [n, H * W] as in _sources -> uint8 [n, 3, H, W]."""
+    pixels = pad(images.flatten(2), (1, 0))  # pixel 0 is black
+    return pixels.gather(2, sources.long()[:, None].expand(-1, 3, -1)).view_as(images)
+
+
+def _look_up(images: Tensor, values: Tensor) -> Tensor:
+    """uint8 [n, 3, H, W], uint8 [n, 256] -> uint8 [n, 3, H, W]."""
+    return values.gather(1, images.flatten(1).long()).view_as(images)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """float32 -> uint8, clipped and cut off. By way of int16: torch's direct conversion takes 5 times as long."""
+    return x.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+
+
+def _blend(image: Tensor, other: Tensor, weights: Tensor) -> Tensor:
+    """image * weights[:, 0] + other * weights[:, 1] as uint8; image, other: float32, broadcasting to [n, 3, H, W].
+
+    torchvision's add(alpha=) rounds the second product and the sum once, together; so does addcmul.
+    """
+    return _bytes((image * weights[:, 0]).addcmul_(other, weights[:, 1]))
+
+
+def _color(images: Tensor, weights: Tensor) -> Tensor:
+    """Towards or away from grey: uint8 [n, 3, H, W], float32 [n, 2, 1, 1, 1] -> uint8 [n, 3, H, W]."""
+    return _blend(images.float(), F.rgb_to_grayscale(images).float(), weights)
+
+
+def _contrast(images: Tensor, weights: Tensor) -> Tensor:
+    """Towards or away from the mean grey of the image: arguments as for _color."""
+    # The sum behind the mean is one of whole numbers, exact in any order up to 65793 pixels.
+    mean = F.rgb_to_grayscale(images).float().mean((-3, -2, -1), keepdim=True)
+    ramp = torch.arange(256, dtype=torch.float32, device=images.device)
+    return _look_up(images, _blend(ramp, mean, weights).flatten(1))
+
+
+def _sharpness(images: Tensor, weights: Tensor) -> Tensor:
+    """Towards or away from the 3 x 3 smoothed image, whose edge pixels stay: arguments as for _color."""
+    sharpened = images.float()
+    inner = sharpened[..., 1:-1, 1:-1]
+    rows = sharpened[..., :-2, :] + sharpened[..., 1:-1, :] + sharpened[..., 2:, :]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    # Weights 1 1 1, 1 5 1, 1 1 1 over 13. A 13th is never half, so rounding hides the order of summation.
+    smoothed = box.add_(inner, alpha=4).div_(13).round_()
+    inner.addcmul_(smoothed.sub_(inner), weights[:, 1])
+    return _bytes(sharpened)
+
+
+def random_erasing(
+    images: Tensor,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    p: float = 0.5,
+    scale: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (0.3, 3.3),
+) -> Tensor:
+    """A box of zeros in each image with probability p (Zhong et al., AAAI 2020; torchvision v2's algorithm).
+
+    images: [B, C, H, W] of any dtype, finite. scale: the box's share of the area. ratio: its height over its
+    width. Returns a new tensor of the same shape and dtype.
+    """
+    u = rng.units(seed, epoch, indices, rng.ERASE, 41)
+    height, width = images.shape[-2:]
+    boxes = erasing_boxes(u[:, 1:].reshape(-1, 10, 4), height, width, scale, ratio)
+    boxes[u[:, 0] >= p] = 0
+    top, left, h, w = torch.from_numpy(boxes).to(images.device)[..., None].unbind(1)
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    in_rows = ((y >= top) & (y < top + h)).to(images.dtype)
+    in_columns = ((x >= left) & (x < left + w)).to(images.dtype)
+    # A product, since torch multiplies bytes 40 times as fast as it fills or selects them under a mask.
+    return images * (1 - in_rows[:, None, :, None] * in_columns[:, None, None, :])
+
+
+def erasing_boxes(
+    u: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """The first box that fits of ten attempts: (top, left, height, width), all 0 where none fits; int64 [B, 4].
+
+    u: float64 [B, 10, 4] in [0, 1): an attempt's area, aspect ratio, top and left. Areas are uniform, aspect
+    ratios log-uniform; a box fits if it is smaller than the image both ways.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * u[..., 1])
+    h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    top, left = np.floor(u[..., 2] * (height - h + 1)), np.floor(u[..., 3] * (width - w + 1))
+    fits = (h < height) & (w < width)
+    first = np.stack([top, left, h, w], -1)[np.arange(len(u)), fits.argmax(1)]
+    return np.where(fits.any(1)[:, None], first, 0).astype(np.int64)
+
+
+def mixup_or_cutmix(
+    images: Tensor, labels: Tensor, num_classes: int, seed: int, epoch: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """MixUp or CutMix, at even odds for the whole batch, of each sample with the one before it (the first with
+    the last); alpha = 1, so the share of the sample itself is uniform in [0, 1). torchvision v2's definitions.
+
+    images: float [B, C, H, W]. labels: int64 [B], 0 .. num_classes - 1. Returns new images and the soft
+    targets, float32 [B, num_classes].
+    """
+    choice, share, x, y = (rng.unit(seed, epoch, step, rng.MIX, k) for k in range(4))
+    others, targets = images.roll(1, 0), one_hot(labels, num_classes).float()
+    if choice < 0.5:
+        mixed = others.mul_(1.0 - share).add_(images * share)
+    else:
+        height, width = images.shape[-2:]
+        top, left, bottom, right = cutmix_box(share, int(x * width), int(y * height), height, width)
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+        share = 1.0 - (right - left) * (bottom - top) / (width * height)
+    return mixed, targets.roll(1, 0).mul_(1.0 - share).add_(targets * share)
+
+
+def cutmix_box(share: float, x: int, y: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """top, left, bottom, right of a box about (x, y) that leaves `share` of the image, before it is clipped."""
+    r = 0.5 * math.sqrt(1.0 - share)
+    half_width, half_height = int(r * width), int(r * height)
+    return max(y - half_height, 0), max(x - half_width, 0), min(y + half_height, height), min(x + half_width, width)
+
+
+def probe_augment(batch: Batch, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A training batch of the evaluation: float32 [B, 3, R, R], normalised, and float32 [B, num_classes]."""
+    images = batch.images.permute(0, 3, 1, 2).contiguous()
+    images = trivial_augment_wide(images, seed, batch.epoch, batch.indices)
+    images = random_erasing(images, seed, batch.epoch, batch.indices)
+    normalised = normalise(images.permute(0, 2, 3, 1))
+    return mixup_or_cutmix(normalised, batch.labels, num_classes, seed, batch.epoch, batch.step)

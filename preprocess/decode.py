@@ -1,0 +1,66 @@
+"""Bytes of any image file -> RGB pixels, or a reason why not. Never silently wrong ones.
+
+What a file means is what torchvision's default loader takes it to mean: Pillow's first frame, converted to
+RGB, EXIF orientation not applied.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb; refused before decoding
+
+
+class Undecodable(ValueError):
+    """This file is not an image that can be trusted; the message says why."""
+
+
+def decode(data: bytes) -> np.ndarray:
+    """RGB uint8 [H, W, 3]. Raises Undecodable for anything truncated, corrupt, oversized or not an image."""
+    if not data:
+        raise Undecodable("empty file")
+    if data[:3] == b"\xff\xd8\xff":
+        pixels = _jpeg(data)
+        if pixels is not None:
+            return pixels
+    return _pillow(data)
+
+
+def _jpeg(data: bytes) -> np.ndarray | None:
+    """The common case, by libjpeg-turbo; None where Pillow should decide (CMYK, odd headers, damage)."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(height, width)
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")  # strict: damage is an error
+    except Undecodable:
+        raise
+    except ValueError:
+        return None
+
+
+def _pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            _check_size(image.height, image.width)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
+                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise Undecodable(f"pixels of mode {image.mode}, whose range is not defined")
+            return np.asarray(image.convert("RGB"))
+    except Undecodable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Undecodable("not an image") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise Undecodable(f"{width}x{height} px is more than the limit of {MAX_PIXELS} px")

@@ -65,3 +65,8 @@ def units(seed, epoch, indices, stream, draws):
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of an epoch: a permutation of 0 .. n - 1, int64 [n]."""
     return np.argsort(units(seed, epoch, np.arange(n), ORDER, 1)[:, 0], kind="stable")
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed for torch's own generator during one step: what draws inside a model (stochastic depth) replays too."""
+    return int(unit(seed, 0, step, MODEL, rank) * 2**53)

@@ -1,12 +1,8 @@
-"""The augmentation of probe and fine-tuning training, on whole batches and on any device.
+"""The augmentation of the evaluation's training: whole batches, on any device.
 
 Source: the paper's evaluation recipe: TrivialAugment (Wide), random erasing, then MixUp or CutMix. Each is
 torchvision v2's definition, pixel for pixel, but batched, and with every random decision drawn from
-kamim.rng: a sample is augmented alike in whatever batch, on whatever device and in whatever order it comes.
-
-torchvision's own functions draw the tables used here (where each output pixel comes from, what each pixel
-value becomes), once per setting; a batch then only looks them up. What depends on the image itself
-(contrast, sharpness, ...) is computed, with torchvision's roundings.
+kamim.rng: a sample is augmented alike in whatever batch it stands.
 """
 
 import math
@@ -27,7 +23,6 @@ _LIBRARY = TrivialAugmentWide(num_magnitude_bins=BINS)
 _SPACE = _LIBRARY._AUGMENTATION_SPACE
 OPS = tuple(_SPACE)
 _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-_POINTWISE = ("Brightness", "Posterize", "Solarize")
 
 
 def trivial_augment_wide(images: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
@@ -37,13 +32,14 @@ def trivial_augment_wide(images: Tensor, seed: int, epoch: int, indices: np.ndar
     [B, 3, H, W]: nearest sampling, black where an image has been moved away.
     """
     ops, settings = draw_operations(seed, epoch, indices)
-    order = np.argsort(ops, kind="stable")
-    sizes = np.bincount(ops, minlength=len(OPS)).tolist()
-    # One upload; groups are then slices, and no step below waits for the device.
-    order_back_setting = torch.from_numpy(np.stack([order, np.argsort(order), settings[order]])).to(images.device)
-    to_group, back, setting = order_back_setting.unbind()
-    groups = zip(OPS, images.index_select(0, to_group).split(sizes), setting.split(sizes), strict=True)
-    return torch.cat([apply_operation(op, x, s) if len(x) else x for op, x, s in groups]).index_select(0, back)
+    done: dict[int, Tensor] = {}
+    for k, op in enumerate(OPS):
+        rows = np.flatnonzero(ops == k)
+        if len(rows):
+            group, setting = torch.from_numpy(np.stack([rows, settings[rows]])).to(images.device)
+            results = apply_operation(op, images.index_select(0, group), setting)
+            done |= zip(rows.tolist(), results.unbind(), strict=True)
+    return torch.stack([done[i] for i in range(len(images))])
 
 
 def draw_operations(seed: int, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,21 +64,27 @@ def apply_operation(op: str, images: Tensor, setting: Tensor) -> Tensor:
     """One operation on n images, each at its own setting: uint8 [n, 3, H, W], int64 [n] -> uint8 [n, 3, H, W]."""
     if op in _MOVES:
         return _move(images, _sources(op, *images.shape[-2:], images.device).index_select(0, setting))
-    if op in _POINTWISE:
-        return _look_up(images, _values(op, images.device).index_select(0, setting))
-    if op == "Color":
-        return _color(images, _weights(op, images.device).index_select(0, setting))
-    if op == "Contrast":
-        return _contrast(images, _weights(op, images.device).index_select(0, setting))
-    if op == "Sharpness":
-        return _sharpness(images, _weights(op, images.device).index_select(0, setting))
-    if op == "AutoContrast":
-        return F.autocontrast(images)  # it and equalize treat every channel of every image by itself
-    return F.equalize(images) if op == "Equalize" else images
-
-
-def _by_library(image: Tensor, op: str, magnitude: float) -> Tensor:
-    return _LIBRARY._apply_image_or_video_transform(image, op, magnitude, _LIBRARY.interpolation, _LIBRARY._fill)
+    m = torch.tensor(magnitudes(op), dtype=torch.float64, device=images.device)[setting, None, None, None]
+    match op:  # m is rounded where torchvision rounds it
+        case "Brightness":
+            return _bytes(images.float().mul_((1 + m).float()))
+        case "Color":
+            return _blend(x := images.float(), _grey(x), m)
+        case "Contrast":
+            # The mean's sum is one of whole numbers: exact, so in any order the same, up to 65793 pixels.
+            grey = _grey(x := images.float())
+            return _blend(x, grey.copy_(grey.mean((-3, -2, -1), keepdim=True)), m)
+        case "Sharpness":
+            return _sharpness(images, m)
+        case "Posterize":
+            return images & (256 - 2 ** (8 - m)).to(torch.uint8)
+        case "Solarize":
+            return _solarize(images, (255 * m).float().ceil().short())
+        case "AutoContrast":
+            return F.autocontrast(images)  # of each channel of each image by itself
+        case "Equalize":
+            return _equalize(images)
+    return images  # Identity
 
 
 @lru_cache(maxsize=2 * len(_MOVES))
@@ -93,25 +95,11 @@ def _sources(op: str, height: int, width: int, device: torch.device) -> Tensor:
     Exact up to 2**24 pixels, the whole numbers of its float32.
     """
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
-    moved = [_by_library(numbers, op, m).to(torch.int32).flatten() for m in magnitudes(op)]
-    return torch.stack(moved).to(device)
-
-
-@lru_cache(maxsize=None)
-def _values(op: str, device: torch.device) -> Tensor:
-    """What each pixel value becomes, by setting: uint8 [62, 256], torchvision's answer on the 256 values."""
-    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
-    return torch.stack([_by_library(ramp, op, m).flatten() for m in magnitudes(op)]).to(device)
-
-
-@lru_cache(maxsize=None)
-def _weights(op: str, device: torch.device) -> Tensor:
-    """The weights of the image and of what it is blended with, by setting: float32 [62, 2, 1, 1, 1].
-
-    Subtracted before they are rounded to float32, as torchvision does.
-    """
-    weights = [(1.0 + m, 1.0 - (1.0 + m)) for m in magnitudes(op)]
-    return torch.tensor(weights, dtype=torch.float32, device=device).view(-1, 2, 1, 1, 1)
+    moved = [
+        _LIBRARY._apply_image_or_video_transform(numbers, op, m, _LIBRARY.interpolation, _LIBRARY._fill)
+        for m in magnitudes(op)
+    ]
+    return torch.stack(moved).to(torch.int32).flatten(1).to(device)
 
 
 def _move(images: Tensor, sources: Tensor) -> Tensor:
@@ -120,47 +108,57 @@ def _move(images: Tensor, sources: Tensor) -> Tensor:
     return pixels.gather(2, sources.long()[:, None].expand(-1, 3, -1)).view_as(images)
 
 
-def _look_up(images: Tensor, values: Tensor) -> Tensor:
-    """uint8 [n, 3, H, W], uint8 [n, 256] -> uint8 [n, 3, H, W]."""
-    return values.gather(1, images.flatten(1).long()).view_as(images)
-
-
 def _bytes(x: Tensor) -> Tensor:
-    """float32 -> uint8, clipped and cut off. By way of int16: torch's direct conversion takes 5 times as long."""
-    return x.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+    """float32 -> uint8, cut off and clipped. By way of int16: torch's direct conversion takes 5 times as long."""
+    return x.to(torch.int16).clamp_(0, 255).to(torch.uint8)
 
 
-def _blend(image: Tensor, other: Tensor, weights: Tensor) -> Tensor:
-    """image * weights[:, 0] + other * weights[:, 1] as uint8; image, other: float32, broadcasting to [n, 3, H, W].
+def _grey(x: Tensor) -> Tensor:
+    """float32 [n, 3, H, W] -> whole numbers, float32 [n, 1, H, W], with torchvision's weights and roundings."""
+    return x[:, :1].mul(0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114).floor_()
 
-    torchvision's add(alpha=) rounds the second product and the sum once, together; so does addcmul.
+
+def _blend(x: Tensor, other: Tensor, m: Tensor) -> Tensor:
+    """(1 + m) * x - m * other: float32 [n, 3, H, W] (overwritten), float32 [n, 1, H, W] -> uint8 [n, 3, H, W].
+
+    torchvision's add(alpha=) is a fused multiply-add where the CPU has one; so is addcmul.
     """
-    return _bytes((image * weights[:, 0]).addcmul_(other, weights[:, 1]))
+    ratio = 1 + m
+    return _bytes(x.mul_(ratio.float()).addcmul_(other, (1 - ratio).float()))
 
 
-def _color(images: Tensor, weights: Tensor) -> Tensor:
-    """Towards or away from grey: uint8 [n, 3, H, W], float32 [n, 2, 1, 1, 1] -> uint8 [n, 3, H, W]."""
-    return _blend(images.float(), F.rgb_to_grayscale(images).float(), weights)
-
-
-def _contrast(images: Tensor, weights: Tensor) -> Tensor:
-    """Towards or away from the mean grey of the image: arguments as for _color."""
-    # The sum behind the mean is one of whole numbers, exact in any order up to 65793 pixels.
-    mean = F.rgb_to_grayscale(images).float().mean((-3, -2, -1), keepdim=True)
-    ramp = torch.arange(256, dtype=torch.float32, device=images.device)
-    return _look_up(images, _blend(ramp, mean, weights).flatten(1))
-
-
-def _sharpness(images: Tensor, weights: Tensor) -> Tensor:
-    """Towards or away from the 3 x 3 smoothed image, whose edge pixels stay: arguments as for _color."""
-    sharpened = images.float()
-    inner = sharpened[..., 1:-1, 1:-1]
-    rows = sharpened[..., :-2, :] + sharpened[..., 1:-1, :] + sharpened[..., 2:, :]
-    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+def _sharpness(images: Tensor, m: Tensor) -> Tensor:
+    """Towards or away from the 3 x 3 smoothed image, whose edge pixels stay as they are."""
+    x = images.short()
+    inner = x[..., 1:-1, 1:-1]
+    rows = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
+    box = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
     # Weights 1 1 1, 1 5 1, 1 1 1 over 13. A 13th is never half, so rounding hides the order of summation.
-    smoothed = box.add_(inner, alpha=4).div_(13).round_()
-    inner.addcmul_(smoothed.sub_(inner), weights[:, 1])
-    return _bytes(sharpened)
+    smoothed = box.float().mul_(1 / 13).round_()
+    inner_float = inner.float()
+    inner.copy_(inner_float.addcmul_(smoothed.sub_(inner_float), (1 - (1 + m)).float()))
+    return x.clamp_(0, 255).to(torch.uint8)
+
+
+def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """uint8 [n, 3, H, W], int16 [n, 1, 1, 1] -> uint8 [n, 3, H, W]: values from the threshold on are inverted."""
+    x = images.short()
+    inverted = (threshold - 1 - x).bitwise_right_shift_(15)  # the sign spread out: -1, all bits, or 0
+    return x.bitwise_xor_(inverted).to(torch.uint8)
+
+
+def _equalize(images: Tensor) -> Tensor:
+    """The histogram of every channel flattened, by PIL's integer recipe as torchvision has it."""
+    planes = images.flatten(2).flatten(0, 1).int()
+    n, pixels = planes.shape
+    planes += 256 * torch.arange(n, dtype=torch.int32, device=images.device)[:, None]  # a table of 256 for each
+    counts = torch.bincount(planes.flatten(), minlength=256 * n).view(n, 256)
+    up_to = counts.cumsum(1)
+    brightest = counts.gather(1, up_to.argmax(1, keepdim=True))  # pixels of the greatest value there is
+    step = (pixels - brightest) // 255
+    table = ((up_to - counts + step // 2) // step.clamp(min=1)).clamp_(0, 255)
+    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
+    return table.flatten().index_select(0, planes.flatten()).view_as(images)
 
 
 def random_erasing(
@@ -183,10 +181,10 @@ def random_erasing(
     boxes[u[:, 0] >= p] = 0
     top, left, h, w = torch.from_numpy(boxes).to(images.device)[..., None].unbind(1)
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    in_rows = ((y >= top) & (y < top + h)).to(images.dtype)
-    in_columns = ((x >= left) & (x < left + w)).to(images.dtype)
+    spared_rows = ((y < top) | (y >= top + h)).to(images.dtype)
+    spared_columns = ((x < left) | (x >= left + w)).to(images.dtype)
     # A product, since torch multiplies bytes 40 times as fast as it fills or selects them under a mask.
-    return images * (1 - in_rows[:, None, :, None] * in_columns[:, None, None, :])
+    return images * torch.maximum(spared_rows[:, None, :, None], spared_columns[:, None, None, :])
 
 
 def erasing_boxes(
@@ -204,7 +202,7 @@ def erasing_boxes(
     top, left = np.floor(u[..., 2] * (height - h + 1)), np.floor(u[..., 3] * (width - w + 1))
     fits = (h < height) & (w < width)
     first = np.stack([top, left, h, w], -1)[np.arange(len(u)), fits.argmax(1)]
-    return np.where(fits.any(1)[:, None], first, 0).astype(np.int64)
+    return np.where(np.any(fits, axis=1, keepdims=True), first, 0).astype(np.int64)
 
 
 def mixup_or_cutmix(

@@ -1,0 +1,131 @@
+"""Checkpoints: a directory of safetensors and JSON, written beside and renamed. Nothing is unpickled.
+
+    RUN/config.yaml                      the resolved configuration
+    RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
+                                         optimizer.safetensors  AdamW's state, as <parameter>.<field>
+                                         state.json          step, epoch, configuration, versions, checksums
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import kamim
+from kamim.config import Pretrain
+from kamim.models import MaskedImageModel
+from kamim.store import checksum, publish
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state. step: optimiser steps done."""
+
+    path: Path
+    step: int
+    config: Pretrain
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Weights by parameter name."""
+        return load_file(self.path / "model.safetensors")
+
+    def build_model(self) -> MaskedImageModel:
+        """The model of this checkpoint, on the CPU, weights loaded."""
+        model = MaskedImageModel(self.config.model.name, self.config.data.resolution, self.config.model.drop_path)
+        model.load_state_dict(self.model_state())
+        return model
+
+
+def save(run: Path, step: int, config: Pretrain, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
+    """Writes RUN/checkpoints/step-*, durable and whole, and drops all but the newest `keep`."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"step-{step:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
+    save_file(_optimizer_state(model, optimizer), partial / "optimizer.safetensors")
+    state = {
+        "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "step": step,
+        "config": config.model_dump(mode="json"),
+        "checksums": {name: checksum(partial / name) for name in ("model.safetensors", "optimizer.safetensors")},
+    }  # fmt: skip
+    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    shutil.rmtree(final, ignore_errors=True)
+    publish(partial, final)
+    for old in _saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _saved(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run directory, or None where it has none."""
+    saved = _saved(run / "checkpoints")
+    return read(saved[-1]) if saved else None
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint directory, or the newest one of a run directory. Raises ValueError where it is neither."""
+    file = path / "state.json"
+    if not file.is_file():
+        found = latest(path)
+        if found is None:
+            raise ValueError(f"--checkpoint {path}: neither a checkpoint (state.json) nor a run that has one")
+        return found
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+        checkpoint = Checkpoint(path, int(state["step"]), Pretrain.model_validate(state["config"]))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a checkpoint's state: {' '.join(str(error).split())}") from error
+    for name, expected in state["checksums"].items():
+        if not (path / name).is_file() or checksum(path / name) != expected:
+            raise ValueError(f"{path / name}: is missing or damaged; remove {path} to go on from the one before")
+    return checkpoint
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Loads weights and optimiser state. Raises ValueError for another architecture."""
+    load_weights(checkpoint, model)
+    try:
+        state = load_file(checkpoint.path / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    for name, parameter in model.named_parameters():
+        fields = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {
+            field: state[f"{name}.{field}"].to(parameter.device if field != "step" else "cpu") for field in fields
+        }
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Loads weights into `model`. Raises ValueError, naming the first difference, for another architecture."""
+    state, own = checkpoint.model_state(), model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        there, here = (tuple(d[name].shape) if name in d else "nothing" for d in (state, own))
+        if there != here:
+            raise ValueError(
+                f"{checkpoint.path}: a {checkpoint.config.model.name}, another architecture than the model asked for "
+                f"({name} is {there} in the checkpoint, {here} in the model)"
+            )
+    model.load_state_dict(state)
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{field}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state[parameter].items()
+    }

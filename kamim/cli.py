@@ -1,0 +1,303 @@
+"""The command line: parses, calls one function, shows progress, and says a user's mistake in one line."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
+store_app = typer.Typer(no_args_is_help=True, help="Look at a store.")
+app.add_typer(store_app, name="store")
+out_console = Console(soft_wrap=True, highlight=False)
+err_console = Console(stderr=True, soft_wrap=True, highlight=False)
+_debug = False
+
+RESUMABLE = 75  # exit code of a run stopped by SIGINT or SIGTERM with its state saved (EX_TEMPFAIL)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    global _debug
+    _debug = debug
+
+
+def _says_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake becomes one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            if _debug:
+                raise
+            err_console.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+class _Rate(ProgressColumn):
+    """Things per second, over the recent past."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        factor = task.fields.get("factor", 1)
+        return Text("" if speed is None else f"{speed * factor:,.0f} {self._unit}/s")
+
+
+@contextmanager
+def _bar(title: str, unit: str = "images", factor: int = 1) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar: update(done, total, note). factor: images per step. A line now and then where there is no terminal."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        _Rate(unit), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as progress:
+        task = progress.add_task(title, total=None, note="", factor=factor)
+        shown = 0
+
+        def update(done: int, total: int, note: str = "") -> None:
+            nonlocal shown
+            progress.update(task, completed=done, total=total, note=note)
+            if progress.disable and total and done * 10 // total > shown:
+                shown = done * 10 // total
+                err_console.print(f"{title}: {done}/{total} {note}", markup=False)
+
+        yield update
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/pretrain/demo.yaml")]
+
+
+@app.command()
+@_says_errors
+def preprocess(
+    dataset: Annotated[str, typer.Argument(help="imagefolder, imagenet or sample")],
+    out: Annotated[Path, typer.Option(help="The store to make.")],
+    source: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    detectors: Annotated[str, typer.Option(help="Comma-separated, of fast, sift, orb.")] = "fast",
+    images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: ffcv where it is installed.")] = "auto",
+    raw: Annotated[bool, typer.Option(help="Store pixels, not JPEGs: 8 times the space, faster to read.")] = False,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 90,
+    resolution: Annotated[int, typer.Option(help="Side of the training crops in px.")] = 192,
+    crop_scale: Annotated[str, typer.Option(help="Smallest and largest area of a crop.")] = "0.67,1.0",
+    workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
+    strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
+) -> None:
+    """Finds keypoints once and writes a store. Started again, it continues."""
+    import os
+
+    from preprocess.build import build, make_job
+    from preprocess.sources import list_source
+
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: must be 0 (one per core) or more")
+    listed = list_source(dataset, source, split)
+    job = make_job(
+        dataset, split, listed, detectors=tuple(filter(None, detectors.split(","))), images=images,
+        encoding="raw" if raw else "jpeg", quality=quality, resolution=resolution, crop_scale=_pair(crop_scale),
+    )  # fmt: skip
+    try:
+        with _bar(f"preprocess {dataset} {split}") as update:
+            fresh = build(
+                job, listed, out, workers=workers or len(os.sched_getaffinity(0)), strict=strict, progress=update
+            )
+    except KeyboardInterrupt:
+        err_console.print("stopped; the same command again continues where it was")
+        raise typer.Exit(RESUMABLE) from None
+    if not fresh:
+        out_console.print(f"{out} is complete already")
+    _show_store(out)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--crop-scale {text}: must be two numbers, such as 0.67,1.0") from None
+    return low, high
+
+
+def _show_store(path: Path) -> None:
+    from kamim.store import Store
+
+    manifest = Store(path).manifest
+    size = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    out_console.print(
+        f"{path}: {manifest.count} images of {len(manifest.classes) or 'no'} classes ({manifest.job.images}, "
+        f"{manifest.job.encoding}), keypoints: {', '.join(manifest.rules) or 'none'}; {size / 1e6:,.1f} MB"
+    )
+    if manifest.rejects:
+        out_console.print(f"{manifest.rejects} files could not be read: {path / 'rejects.csv'}")
+
+
+@app.command()
+@_says_errors
+def pretrain(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    print_config: Annotated[bool, typer.Option(help="Show the resolved configuration and stop.")] = False,
+) -> None:
+    """Trains SimMIM or KAMIM on a store. Started again, it resumes from the newest checkpoint."""
+    from kamim.config import Pretrain, dump, load
+
+    resolved = load(Pretrain, config, overrides or ())
+    if print_config:
+        out_console.print(dump(resolved), end="", markup=False)
+        return
+    from kamim.compose import run_pretrain
+
+    method = "simmim" if resolved.weighting is None else "kamim"
+    with _bar(f"pretrain {method} {resolved.model.name}", factor=resolved.optim.batch_size) as update:
+        outcome = run_pretrain(
+            resolved, lambda done, total, m: update(done, total, f"loss {m['loss']:.4f}" if m else "")
+        )
+    if not outcome.finished:
+        err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
+        raise typer.Exit(RESUMABLE)
+    out_console.print(f"{resolved.out}: {outcome.step} steps done")
+
+
+@app.command(name="eval")
+@_says_errors
+def evaluate(
+    overrides: Overrides = None,
+    mode: Annotated[str, typer.Option(help="linprobe")] = "linprobe",
+    checkpoint: Annotated[str | None, typer.Option(help="A run, one of its checkpoints, or random:RUN.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Store to train the probe on.")] = None,
+    val: Annotated[Path | None, typer.Option(help="Store to measure on.")] = None,
+    config: ConfigFile = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Evaluates a checkpoint with the paper's linear probe."""
+    from kamim.config import Probe, load
+
+    if mode != "linprobe":
+        raise ValueError(f"--mode {mode}: must be linprobe")
+    named = {"checkpoint": checkpoint, "train": train, "val": val}
+    resolved = load(Probe, config, [*(f"{k}={v}" for k, v in named.items() if v is not None), *(overrides or ())])
+    from kamim.compose import run_linprobe
+
+    with _bar("linprobe", factor=resolved.optim.batch_size) as update:
+        result = run_linprobe(resolved, lambda done, total, m: update(done, total, f"loss {m['loss']:.4f}"))
+    out_console.print(
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['val']['images']} images "
+        f"of {result['classes']} classes; {result['checkpoint']}"
+    )
+    if json_out is not None:
+        json_out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@app.command()
+@_says_errors
+def weights(
+    image: Annotated[Path, typer.Argument(help="Any image file.")],
+    detector: Annotated[str, typer.Option(help="fast, sift or orb")] = "fast",
+    footprint: Annotated[str, typer.Option(help="ring (the released code) or point (the paper's text)")] = "ring",
+    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
+    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    out: Annotated[Path | None, typer.Option(help="Write W here, .npy, float32 [H / w_ps, W / w_ps].")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here, .png.")] = None,
+) -> None:
+    """Keypoints and weights W (Eq. 2) of an image as it is, without a resize."""
+    import numpy as np
+
+    from kamim.compose import image_weights
+
+    found, omega, w = image_weights(image, _weighting(detector, footprint, patch_size, temperature), plot)
+    out_console.print(
+        f"{image}: {found} {detector} keypoints; density mean {omega.mean():.4f}, max {omega.max():.4f}; "
+        f"W {w.shape[0]}x{w.shape[1]}, mean {w.mean():.3f}, max {w.max():.3f}"
+    )
+    if out is not None:
+        with out.open("wb") as file:
+            np.save(file, w)
+
+
+def _weighting(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
+    from kamim.config import Weighting, load
+
+    keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
+    return load(Weighting, None, [f"{key}={value}" for key, value in keys.items()])
+
+
+@store_app.command()
+@_says_errors
+def info(path: Path) -> None:
+    """What a store holds."""
+    from kamim.store import Store
+
+    _show_store(path)
+    out_console.print_json(Store(path).manifest.model_dump_json(exclude={"checksums", "classes"}))
+
+
+@store_app.command()
+@_says_errors
+def verify(path: Path) -> None:
+    """Compares every file with its checksum; exit code 1 where one differs."""
+    from kamim.store import Store, checksums
+
+    expected, found = Store(path).manifest.checksums, checksums(path)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    for name in wrong:
+        state = "missing" if name not in found else "not in the manifest" if name not in expected else "damaged"
+        err_console.print(f"{path / name}: {state}", markup=False)
+    if wrong:
+        raise typer.Exit(1)
+    out_console.print(f"{path}: {len(expected)} files, all as written")
+
+
+@store_app.command()
+@_says_errors
+def preview(
+    path: Path,
+    out: Annotated[Path, typer.Option(help="The picture, .png.")],
+    detector: Annotated[str, typer.Option(help="One of the store's.")] = "fast",
+    footprint: Annotated[str, typer.Option(help="ring or point")] = "ring",
+    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
+    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    images: Annotated[int, typer.Option(help="How many crops.")] = 6,
+    seed: Annotated[int, typer.Option(help="Which crops.")] = 0,
+) -> None:
+    """A sheet of random crops as training sees them, with keypoints and weights."""
+    from kamim import compose
+    from kamim.store import Store
+
+    compose.preview(Store(path), _weighting(detector, footprint, patch_size, temperature), images, seed, out)
+    out_console.print(f"{out}")
+
+
+@app.command()
+@_says_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Where stores, runs and pictures go.")] = Path("runs/demo"),
+) -> None:
+    """The whole way on real photographs, on a CPU: preprocess, pretrain twice, probe three times, look."""
+    from kamim.demo import run_demo
+
+    with _bar("demo", unit="images") as update:
+        run_demo(out, out_console, update)
+
+
+def main() -> None:
+    """Entry point of the `kamim` script."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

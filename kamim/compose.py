@@ -1,0 +1,185 @@
+"""Wires stores, loaders and loops together. The one module besides the CLI that knows every room."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+from kamim import checkpoint, distributed, evaluate, plots
+from kamim import keypoints as kp
+from kamim.batch import Batch, denormalise, normalise
+from kamim.config import Pretrain, Probe, Weighting
+from kamim.detectors import detector
+from kamim.masking import block_masks
+from kamim.models import ARCHITECTURES, MaskedImageModel, expand_mask, probe_block
+from kamim.pretrain import Outcome, Progress, autocast, pretrain
+from kamim.store import Store
+from kamim.weighting import counts_to_weights, density, weights
+from pipelines.augment import probe_augment
+from pipelines.counts import CachedCounts, Counter, OnlineCounts
+from pipelines.loader import Crop, Loader, feed
+from pipelines.plan import Plan
+from preprocess.decode import decode
+
+
+def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
+    """`kamim pretrain`: checks the store against the configuration, then trains on it."""
+    world = distributed.start(config.compute.device)
+    store = Store(config.data.store)
+    counter = _counter(config, store)
+    plan = Plan(
+        len(store), config.optim.batch_size, config.optim.micro_batch, config.seed, rank=world.rank, world=world.size
+    )
+    loader = Loader(
+        store, plan, config.data.resolution, crop=Crop(config.data.crop_scale, config.data.crop_ratio),
+        counter=counter, workers=config.data.workers, pin=world.device.type == "cuda",
+    )  # fmt: skip
+
+    def batches(first: int, stop: int) -> Iterator[Batch]:
+        return feed(loader.steps(first, stop), world.device)
+
+    try:
+        return pretrain(config, batches, plan.steps_per_epoch, world, progress)
+    finally:
+        distributed.stop()
+
+
+def _counter(config: Pretrain, store: Store) -> Counter | None:
+    """Where the counts of a run come from. Raises ValueError where the store cannot give them."""
+    weighting = config.weighting
+    if weighting is None:
+        return None
+    if weighting.keypoints == "online":
+        return OnlineCounts(weighting.detector, weighting.footprint, weighting.patch_size)
+    job, data = store.manifest.job, config.data
+    keypoints = store.keypoints(weighting.detector)
+    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+        raise ValueError(
+            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
+            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
+            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+        )
+    return CachedCounts(keypoints, weighting.footprint, weighting.patch_size)
+
+
+def load_model(name: str) -> tuple[MaskedImageModel, dict[str, Any]]:
+    """A model by checkpoint, or random:CHECKPOINT for its architecture and seed untrained; and what it is."""
+    random, path = name.startswith("random:"), name.removeprefix("random:")
+    found = checkpoint.read(Path(path))
+    about = {"checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step}
+    if not random:
+        return found.build_model(), about
+    torch.manual_seed(found.config.seed)
+    model = MaskedImageModel(found.config.model.name, found.config.data.resolution)
+    return model, {**about, "checkpoint": name, "step": 0}
+
+
+def run_linprobe(config: Probe, progress: Progress) -> dict[str, Any]:
+    """`kamim eval --mode linprobe`: top1 and top5 in per cent, with all that led to them."""
+    train, val = Store(config.train), Store(config.val)
+    classes = _shared_classes(train, val)
+    model, about = load_model(config.checkpoint)
+    encoder: VisionTransformer | SwinTransformer = model.encoder
+    block = probe_block(encoder, config.block)
+    device = distributed.start(config.compute.device).device
+    if torch.distributed.is_initialized():
+        distributed.stop()
+        raise ValueError("kamim eval: runs in one process; start it without torchrun")
+    plan = Plan(len(train), config.optim.batch_size, config.optim.micro_batch, config.seed)
+    pin = device.type == "cuda"
+    loader = Loader(train, plan, model.resolution, workers=config.workers, pin=pin)
+    batch = min(config.optim.micro_batch, 512, len(val))
+    val_plan = Plan(len(val), batch, batch, config.seed, shuffle=False, drop_last=False)
+    val_loader = Loader(val, val_plan, model.resolution, workers=config.workers, pin=pin)
+    accuracy = evaluate.linprobe(
+        encoder, config, lambda first, stop: feed(loader.steps(first, stop), device),
+        feed(val_loader.steps(0, val_plan.steps_per_epoch), device),
+        lambda batch: probe_augment(batch, len(classes), config.seed), len(classes), plan.steps_per_epoch, device, progress,
+    )  # fmt: skip
+    return {
+        "mode": "linprobe", "protocol": "paper", **about, **accuracy, "block": block, "pooling": "mean",
+        "epochs": config.optim.epochs, "seed": config.seed, "classes": len(classes),
+        "train": _about(train), "val": _about(val),
+    }  # fmt: skip
+
+
+def _shared_classes(train: Store, val: Store) -> tuple[str, ...]:
+    for option, store in (("--train", train), ("--val", val)):
+        if not store.manifest.classes:
+            raise ValueError(f"{option} {store.path}: has no labels; a linear probe needs class folders")
+    if train.manifest.classes != val.manifest.classes:
+        odd = sorted(set(train.manifest.classes) ^ set(val.manifest.classes))
+        raise ValueError(
+            f"--val {val.path}: its {len(val.manifest.classes)} classes are not the {len(train.manifest.classes)} of "
+            f"{train.path} (for one, {odd[0]!r} is in one of them only)"
+        )
+    return train.manifest.classes
+
+
+def _about(store: Store) -> dict[str, Any]:
+    return {"store": str(store.path), "images": len(store), "fingerprint": store.manifest.job.fingerprint}
+
+
+def image_weights(image: Path, weighting: Weighting, plot: Path | None) -> tuple[int, np.ndarray, np.ndarray]:
+    """`kamim weights`: (keypoints found, Omega [g, g], W [g, g]) of an image file as it is, float32.
+
+    A last row or column of cells that the image fills only in part is left out, as Eq. 2's convolution does.
+    """
+    rgb = decode(image.read_bytes())
+    height, width = rgb.shape[:2]
+    patch = weighting.patch_size
+    if min(height, width) < patch:
+        raise ValueError(f"{image}: {width}x{height} px, smaller than one cell of --patch-size {patch}")
+    found = detector(weighting.detector).detect(rgb)
+    bitmap = kp.keypoint_map(found.xy, height, width, weighting.footprint)
+    omega = density(torch.from_numpy(kp.map_counts(bitmap, patch)), patch)
+    w = weights(omega, weighting.temperature).numpy()
+    if plot is not None:
+        caption = f"{weighting.detector}, {weighting.footprint}, w_ps {patch}, T {weighting.temperature}"
+        plots.weights_sheet([(image.name, rgb, bitmap, w)], patch, caption, plot)
+    return len(found.xy), omega.numpy(), w
+
+
+def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Path) -> None:
+    """A sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
+    job = store.manifest.job
+    patch = weighting.patch_size
+    if job.resolution % patch:
+        raise ValueError(f"--patch-size {patch}: must divide the store's resolution {job.resolution}")
+    count = min(count, len(store))
+    fine = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, 1)  # cells of one pixel: F itself
+    plan = Plan(len(store), count, count, seed)
+    batch = next(iter(Loader(store, plan, job.resolution, crop=Crop(job.crop_scale), counter=fine).steps(0, 1)))
+    assert batch.counts is not None
+    rows = []
+    for i in range(count):
+        bitmap = batch.counts[i].numpy() > 0
+        counts = torch.from_numpy(kp.map_counts(bitmap, patch))
+        weights = counts_to_weights(counts, patch, weighting.temperature).numpy()
+        label = int(batch.labels[i])
+        name = store.manifest.classes[label] if label >= 0 else ""
+        rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, weights))
+    caption = f"{store.path.name}: {weighting.detector}, {weighting.footprint}, w_ps {patch}, T {weighting.temperature}"
+    plots.weights_sheet(rows, patch, caption, file)
+
+
+def reconstructions(models: dict[str, MaskedImageModel], store: Store, ratio: float, count: int, file: Path) -> None:
+    """Figure 2 for several models of one resolution: original, masked, each model's reconstruction."""
+    (side,) = {model.resolution for model in models.values()}
+    count = min(count, len(store))
+    plan = Plan(len(store), count, count, seed=0)
+    batch = next(iter(Loader(store, plan, side).steps(0, 1)))
+    stride = max(ARCHITECTURES[model.name].stride for model in models.values())
+    mask = torch.from_numpy(block_masks(0, 0, batch.indices, side // stride, ratio))
+    with torch.no_grad():
+        made = [
+            (name, denormalise(model.eval()(normalise(batch.images), mask)).numpy()) for name, model in models.items()
+        ]
+    caption = f"{store.path.name}: {int(100 * ratio)}% masked"
+    plots.reconstruction_sheet(batch.images.numpy(), expand_mask(mask, side).numpy(), made, caption, file)
+
+

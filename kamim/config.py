@@ -1,0 +1,274 @@
+"""What a run is told: typed, checked before any work, kept beside every result.
+
+Defaults are the paper's (section 4.1, and the released code where the paper is silent), so a preset in
+configs/ says only what differs. A configuration is a YAML file plus key=value overrides; an unknown key, a
+wrong type or an impossible combination is a ValueError of one line that names key, value and what is allowed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from kamim.detectors import DETECTORS
+from kamim.keypoints import FOOTPRINTS
+from kamim.models import ARCHITECTURES
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _one_of(value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"must be one of {', '.join(allowed)}")
+    return value
+
+
+class Section(pydantic.BaseModel):
+    """A group of keys. Unknown keys are errors; values are fixed once read."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """name: a key of kamim.models.ARCHITECTURES. drop_path: stochastic depth rate of the last block."""
+
+    name: str = "vit_base"
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, list(ARCHITECTURES))
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a model patch in px."""
+        return ARCHITECTURES[self.name].patch_size
+
+
+class Data(Section):
+    """store: a directory made by `kamim preprocess`. crop_scale, crop_ratio: RandomResizedCrop's.
+
+    workers: loader threads, null for one per core.
+    """
+
+    store: Path
+    resolution: Count = 192
+    crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    workers: Count | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} = [{low}, {high}]: the first must not be larger than the second")
+        return self
+
+
+class Mask(Section):
+    """SimMIM's mask: blocks of patch_size px, `ratio` of them masked."""
+
+    patch_size: Count = 32
+    ratio: Fraction = 0.6
+
+
+class Weighting(Section):
+    """Eq. 2. patch_size is w_ps in px, temperature is T; keypoints come from the store or are found online."""
+
+    detector: str = "fast"
+    footprint: str = "ring"
+    patch_size: Annotated[int, Field(gt=0, le=128)] = 8
+    temperature: Positive = 0.25
+    keypoints: Literal["store", "online"] = "store"
+
+    @pydantic.field_validator("detector")
+    @classmethod
+    def _known_detector(cls, value: str) -> str:
+        return _one_of(value, list(DETECTORS))
+
+    @pydantic.field_validator("footprint")
+    @classmethod
+    def _known_footprint(cls, value: str) -> str:
+        return _one_of(value, FOOTPRINTS)
+
+
+class Optim(Section):
+    """AdamW and the cosine schedule. lr is for `batch_size` samples per step over all ranks, as it stands.
+
+    micro_batch: samples a rank computes at once. cosine_epochs: where the cosine reaches min_lr, counted from
+    the start of the run, warm-up included; null for `epochs`. clip_grad: largest gradient norm, null for none.
+    """
+
+    lr: Positive = 8e-4
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_grad: Positive | None = 1.0
+    batch_size: Count = 2048
+    micro_batch: Count = 256
+    epochs: Count = 100
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    cosine_epochs: Count | None = None
+    warmup_lr: NotNegative = 1e-6
+    min_lr: NotNegative = 1e-5
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.warmup_epochs >= (self.cosine_epochs or self.epochs):
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be less than epochs = {self.epochs}")
+        if self.cosine_epochs is not None and self.cosine_epochs > self.epochs:
+            raise ValueError(f"cosine_epochs = {self.cosine_epochs}: must not be more than epochs = {self.epochs}")
+        return self
+
+
+class ProbeOptim(Optim):
+    """Optim, with the evaluation's defaults."""
+
+    lr: Positive = 5e-3
+    clip_grad: None = None
+    micro_batch: Count = 2048
+    warmup_lr: NotNegative = 2.5e-6
+    min_lr: NotNegative = 2.5e-6
+
+
+class Compute(Section):
+    """device: auto is cuda where there is one. precision: bf16 is autocast (weights and Eq. 1 to 3 stay fp32);
+    auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower. compile: torch.compile; auto: on cuda.
+    """
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+
+
+class Pretrain(Section):
+    """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3)."""
+
+    data: Data
+    model: Model = Model()
+    mask: Mask = Mask()
+    weighting: Weighting | None = Weighting()
+    optim: Optim = Optim()
+    compute: Compute = Compute()
+    out: Path
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpoint_epochs: Count = 5
+    keep_checkpoints: Count = 3
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        r = self.data.resolution
+        _divides("model patch", self.model.patch_size, "data.resolution", r)
+        _divides("mask.patch_size", self.mask.patch_size, "data.resolution", r)
+        _divides("model patch", self.model.patch_size, "mask.patch_size", self.mask.patch_size)
+        if self.weighting is not None:
+            _divides("weighting.patch_size", self.weighting.patch_size, "data.resolution", r)
+        ARCHITECTURES[self.model.name].check_resolution(r)
+        return self
+
+
+class Probe(Section):
+    """`kamim eval --mode linprobe`, the paper's protocol.
+
+    checkpoint: a run, one of its checkpoints, or random:<either> for the same architecture untrained. train,
+    val: stores. block: whose output is read, from 1; null: 8 for a ViT (its last where it has fewer); a Swin
+    is read at its last stage. MixUp and CutMix mix within a micro-batch.
+    """
+
+    checkpoint: str
+    train: Path
+    val: Path
+    block: Count | None = None
+    optim: ProbeOptim = ProbeOptim()
+    compute: Compute = Compute()
+    workers: Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    if whole % part:
+        raise ValueError(f"{whole_name} = {whole}: must be a multiple of {name} = {part}")
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(kind: type[C], file: Path | None, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file (or nothing), applies `key.key=value` overrides (values are YAML), checks the whole.
+
+    Raises ValueError of one line.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"-c {file}: no such file")
+        try:
+            tree = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(tree, dict):
+            raise ValueError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ValueError("; ".join(_line(kind, e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: overrides are key=value, such as optim.lr=1e-3 or weighting=null")
+    *parents, name = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[name] = _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise ValueError(f"{override!r}: the value is not YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _line(kind: type[Section], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if part != "float" and not str(part).startswith("literal"))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{key}: is missing; set it in the file or as {key}=..."
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; allowed are {', '.join(_fields(kind, error['loc'][:-1]))}"
+    if error["type"] == "value_error" and isinstance(error["input"], dict | Section):
+        return f"{key}.{message}" if key and " = " in message else message
+    return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields(kind: type[Section], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(kind.model_fields)
+
+
+def dump(config: Section) -> str:
+    """The resolved configuration as YAML; load() reads it back to the same."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text

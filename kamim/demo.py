@@ -1,0 +1,91 @@
+"""`kamim demo`: the main job end to end on the sample photographs, and what came of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import kamim
+from kamim import checkpoint, compose
+from kamim.config import Pretrain, Probe, Weighting, load
+from kamim.store import Store
+from preprocess.build import build, make_job
+from preprocess.sources import list_source
+
+CONFIGS = Path(kamim.__file__).parent.parent / "configs"
+DETECTORS = ("fast", "sift", "orb")
+Update = Callable[[int, int, str], None]
+
+
+def run_demo(out: Path, console: Console, update: Update) -> None:
+    """Preprocesses, pretrains KAMIM and SimMIM from one seed, probes both and random weights; prints what it saw.
+
+    Started again, it goes on where it was. Raises ValueError where a training run was interrupted.
+    """
+    stores = {split: out / "stores" / split for split in ("train", "val")}
+    base = [f"data.store={stores['train']}"]
+    runs = {
+        "KAMIM": load(Pretrain, CONFIGS / "pretrain/demo.yaml", [*base, f"out={out / 'kamim'}"]),
+        "SimMIM": load(Pretrain, CONFIGS / "pretrain/demo.yaml", [*base, f"out={out / 'simmim'}", "weighting=null"]),
+    }
+    for split, store in stores.items():
+        console.print(f"preprocess {split}: photographs of scikit-image and scikit-learn, {', '.join(DETECTORS)}")
+        _preprocess(split, store, runs["KAMIM"].data.resolution, update)
+    for name, config in runs.items():
+        console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
+        if not compose.run_pretrain(config, lambda done, total, _, name=name: update(done, total, name)).finished:
+            raise ValueError("the demo was stopped; the same command again continues")
+    probes: dict[str, dict[str, Any]] = {}
+    for name, given in {
+        "random weights": f"random:{runs['SimMIM'].out}", "SimMIM": runs["SimMIM"].out, "KAMIM": runs["KAMIM"].out
+    }.items():  # fmt: skip
+        console.print(f"linear probe: {name}")
+        options = [f"checkpoint={given}", f"train={stores['train']}", f"val={stores['val']}"]
+        probe = load(Probe, CONFIGS / "eval/demo.yaml", options)
+        probes[name] = compose.run_linprobe(probe, lambda done, total, _, name=name: update(done, total, name))
+    pictures = _pictures(out, stores["val"], runs)
+    console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))
+    console.print(
+        "Top-1 in per cent on validation patches cut from another part of each photograph. The two losses are of "
+        "different objectives (Eq. 1 and Eq. 3) and do not compare. A minute of training on a few photographs shows "
+        "that the machinery works, not which method is better."
+    )
+    for picture in pictures:
+        console.print(f"picture: {picture}")
+
+
+def _preprocess(split: str, store: Path, resolution: int, update: Update) -> None:
+    source = list_source("sample", None, split)
+    job = make_job(
+        "sample", split, source, detectors=DETECTORS, images="auto", encoding="jpeg", quality=90,
+        resolution=resolution, crop_scale=(0.67, 1.0),
+    )  # fmt: skip
+    store.parent.mkdir(parents=True, exist_ok=True)
+    build(job, source, store, workers=2, strict=True, progress=lambda done, total: update(done, total, split))
+
+
+def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
+    sheets = []
+    for detector in DETECTORS:
+        sheets.append(out / f"weights-{detector}.png")
+        compose.preview(Store(val), Weighting(detector=detector), 5, seed=3, file=sheets[-1])
+    models = {name: checkpoint.read(config.out).build_model() for name, config in runs.items()}
+    sheets.append(out / "reconstructions.png")
+    compose.reconstructions(models, Store(val), runs["KAMIM"].mask.ratio, 10, sheets[-1])
+    return sheets
+
+
+def _table(runs: dict[str, Pretrain], probes: dict[str, dict[str, Any]], classes: int) -> Table:
+    table = Table("", "top-1 %", "first loss", "last loss", "images/s")
+    table.add_row("chance", f"{100 / classes:.2f}", "", "", "")
+    for name, result in probes.items():
+        cells = ["", "", ""]
+        if name in runs:
+            lines = [json.loads(line) for line in (runs[name].out / "metrics.jsonl").read_text().splitlines()]
+            rates = sorted(line["images_per_second"] for line in lines)
+            cells = [f"{lines[0]['loss']:.3f}", f"{lines[-1]['loss']:.3f}", f"{rates[len(rates) // 2]:.0f}"]
+        table.add_row(name, f"{result['top1']:.2f}", *cells)
+    return table

@@ -1,0 +1,155 @@
+"""SimMIM on timm backbones: encoder with a mask token, and a one-layer pixel head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm model and how it is made. stride: px of the image per token of the encoder's output."""
+
+    timm_name: str
+    patch_size: int
+    stride: int
+    options: Mapping[str, Any]
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raises ValueError where the encoder cannot take images of this side."""
+        window = self.options.get("window_size", 1)
+        if resolution % (self.stride * window):
+            raise ValueError(
+                f"data.resolution = {resolution}: {self.timm_name} needs a multiple of {self.stride * window}"
+            )
+
+
+def _vit(timm_name: str, **options: Any) -> Architecture:
+    return Architecture(timm_name, patch_size=16, stride=16, options=options)
+
+
+def _swin(timm_name: str) -> Architecture:
+    return Architecture(timm_name, patch_size=4, stride=32, options={"window_size": 6})
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "vit_tiny": _vit("vit_tiny_patch16_224"),
+        "vit_small": _vit("vit_small_patch16_224"),
+        "vit_base": _vit("vit_base_patch16_224"),
+        "swin_tiny": _swin("swin_tiny_patch4_window7_224"),
+        "swin_base": _swin("swin_base_patch4_window7_224"),
+        # Small enough for a CPU: `make demo` and tests.
+        "vit_demo": _vit("vit_tiny_patch16_224", embed_dim=128, depth=6, num_heads=4),
+    }
+)
+
+
+def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
+    """The timm backbone `name` for images of side `resolution`, random weights, no classifier."""
+    architecture = ARCHITECTURES[name]
+    encoder = timm.create_model(
+        architecture.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **architecture.options
+    )
+    assert isinstance(encoder, VisionTransformer | SwinTransformer)
+    return encoder
+
+
+class MaskedImageModel(nn.Module):
+    """Encoder, mask token and pixel head, as SimMIM: masked patches are replaced after patch embedding.
+
+    The head is a 1x1 convolution from every output token to stride x stride x 3 pixels, and a pixel shuffle.
+    """
+
+    def __init__(self, name: str, resolution: int, drop_path: float = 0.0):
+        super().__init__()
+        self.name = name
+        self.resolution = resolution
+        self.encoder = build_encoder(name, resolution, drop_path)
+        stride = ARCHITECTURES[name].stride
+        embedding = self.encoder.patch_embed.proj
+        self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))
+        self.head = nn.Sequential(
+            nn.Conv2d(self.encoder.num_features, stride * stride * 3, kernel_size=1), nn.PixelShuffle(stride)
+        )
+        for convolution in (embedding, self.head[0]):
+            nn.init.trunc_normal_(convolution.weight, std=0.02)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Reconstruction of every pixel.
+
+        images: float [B, 3, R, R], normalised. mask: bool [B, g, g], True where masked, g dividing the
+        encoder's patch grid. Returns [B, 3, R, R] in normalised units.
+        """
+        if isinstance(self.encoder, VisionTransformer):
+            tokens = self._encode_vit(self.encoder, images, mask)
+        else:
+            tokens = self._encode_swin(self.encoder, images, mask)
+        reconstruction: Tensor = self.head(tokens.permute(0, 3, 1, 2))
+        return reconstruction
+
+    def _encode_vit(self, vit: VisionTransformer, images: Tensor, mask: Tensor) -> Tensor:
+        tokens = vit.patch_embed(images)  # [B, N, D]
+        grid = int(tokens.shape[1] ** 0.5)
+        masked = expand_mask(mask, grid).flatten(1).unsqueeze(-1)
+        tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
+        tokens = vit.norm_pre(vit._pos_embed(tokens))
+        tokens = vit.norm(vit.blocks(tokens))[:, vit.num_prefix_tokens :]
+        return tokens.unflatten(1, (grid, grid))
+
+    def _encode_swin(self, swin: SwinTransformer, images: Tensor, mask: Tensor) -> Tensor:
+        tokens = swin.patch_embed(images)  # [B, g, g, D]
+        masked = expand_mask(mask, tokens.shape[1]).unsqueeze(-1)
+        tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
+        normed: Tensor = swin.norm(swin.layers(tokens))
+        return normed
+
+
+def expand_mask(mask: Tensor, side: int) -> Tensor:
+    """[B, g, g] -> [B, side, side], every value repeated over its block. side is a multiple of g."""
+    factor = side // mask.shape[-1]
+    assert factor * mask.shape[-1] == side, (mask.shape, side)
+    return mask.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def probe_width(encoder: nn.Module) -> int:
+    """Length of the feature vectors that probe_features gives."""
+    width = encoder.num_features
+    assert isinstance(width, int)
+    return width
+
+
+def probe_features(encoder: VisionTransformer | SwinTransformer, images: Tensor, block: int | None) -> Tensor:
+    """The paper's frozen features: mean over patch tokens, no final norm -> [B, D].
+
+    ViT: the output of block `block` (from 1), class token dropped; later blocks are not computed. Swin: the
+    output of the last stage; block is not used.
+    """
+    if isinstance(encoder, SwinTransformer):
+        return encoder.layers(encoder.patch_embed(images)).mean(dim=(1, 2))
+    tokens = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
+    for layer in encoder.blocks[:block]:
+        tokens = layer(tokens)
+    return tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
+
+
+def probe_block(encoder: VisionTransformer | SwinTransformer, block: int | None) -> int | None:
+    """The block a probe reads: as asked, else 8 (the paper's) or the last of a shallower ViT; None for a Swin.
+
+    Raises ValueError for a block the encoder does not have.
+    """
+    if isinstance(encoder, SwinTransformer):
+        if block is not None:
+            raise ValueError(f"block = {block}: a Swin is read at its last stage; leave block out")
+        return None
+    depth = len(encoder.blocks)
+    if block is not None and not 1 <= block <= depth:
+        raise ValueError(f"block = {block}: the encoder has blocks 1 to {depth}")
+    return block or min(8, depth)

@@ -1,0 +1,19 @@
+"""The training objective: Eq. 1 (SimMIM) and Eq. 3 (KAMIM), in fp32 whatever the model computes in."""
+
+from torch import Tensor
+
+from kamim.models import expand_mask
+
+
+def masked_l1(images: Tensor, reconstruction: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the masked pixels of W |x_hat - x| (Eq. 3), or of |x_hat - x| without weights (Eq. 1).
+
+    images, reconstruction: [B, 3, R, R] in normalised units. mask: bool [B, g, g], True where masked.
+    weights: [B, c, c], W of Eq. 2. Blocks and cells are repeated to pixels. As the released code divides:
+    by the number of masked pixels, + 1e-5, and by the 3 channels. Returns a scalar, float32.
+    """
+    side = images.shape[-1]
+    masked = expand_mask(mask, side).unsqueeze(1).float()
+    error = (reconstruction.float() - images.float()).abs()
+    scale = masked if weights is None else masked * expand_mask(weights, side).unsqueeze(1)
+    return (error * scale).sum() / (masked.sum() + 1e-5) / images.shape[1]

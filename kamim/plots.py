@@ -1,0 +1,81 @@
+"""Pictures: keypoints and weights over images, reconstructions. One style, readable in print."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+RING_COLOUR = np.array([230, 159, 0], np.uint8)  # orange of Okabe and Ito's colour-blind safe palette
+MASK_GREY = 128
+
+
+def _image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    axes.imshow(image)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+
+
+def _with_map(rgb: np.ndarray, bitmap: np.ndarray) -> np.ndarray:
+    """The image, dimmed, with the map F painted over it."""
+    painted = (rgb * 0.6).astype(np.uint8)
+    painted[bitmap] = RING_COLOUR
+    return painted
+
+
+def _weights(figure: Figure, axes: Axes, rgb: np.ndarray, weights: np.ndarray, patch_size: int, title: str) -> None:
+    """W as a heat map over the grey image, logarithmic, with its scale."""
+    axes.imshow(rgb.mean(axis=2), cmap="gray")
+    extent = (-0.5, weights.shape[1] * patch_size - 0.5, weights.shape[0] * patch_size - 0.5, -0.5)
+    heat = axes.imshow(
+        weights, cmap="viridis", alpha=0.75, extent=extent, norm=LogNorm(1, max(float(weights.max()), 1.01)),
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+
+
+def weights_sheet(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], patch_size: int, caption: str, file: Path
+) -> None:
+    """One row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights."""
+    height, width = rows[0][1].shape[:2]
+    figure = Figure(figsize=(9.6, 0.4 + len(rows) * (3.0 * height / width + 0.25)), layout="constrained")
+    figure.suptitle(caption, fontsize=10)
+    for line, (title, rgb, bitmap, weights) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
+        _image(line[0], rgb, title)
+        _image(line[1], _with_map(rgb, bitmap), f"map F, density {bitmap.mean():.3f}")
+        _weights(figure, line[2], rgb, weights, patch_size, f"W: mean {weights.mean():.2f}, max {weights.max():.1f}")
+    figure.savefig(file, dpi=110)
+
+
+def reconstruction_sheet(
+    originals: np.ndarray, masks: np.ndarray, reconstructions: Sequence[tuple[str, np.ndarray]], caption: str, file: Path
+) -> None:
+    """Columns are images: original, masked, and what each named model makes of the masked patches (figure 2).
+
+    originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True where masked. Visible patches
+    are shown as they are.
+    """
+    hidden = masks[..., None]
+    rows = [("original", originals), ("masked", np.where(hidden, np.uint8(MASK_GREY), originals))]
+    rows += [(name, np.where(hidden, made, originals)) for name, made in reconstructions]
+    count = len(originals)
+    figure = Figure(figsize=(1.25 * count + 0.5, 1.3 * len(rows) + 0.4), layout="constrained")
+    figure.suptitle(caption, fontsize=10)
+    for line, (name, images) in zip(figure.subplots(len(rows), count, squeeze=False), rows, strict=True):
+        for axes, image in zip(line, images, strict=True):
+            _image(axes, image)
+        line[0].set_axis_on()
+        line[0].set_xticks([])
+        line[0].set_yticks([])
+        line[0].spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=9)
+    figure.savefig(file, dpi=130)

@@ -1,9 +1,9 @@
 """Checkpoints: a directory of safetensors and JSON, written beside and renamed. Nothing is unpickled.
 
-    RUN/config.yaml                      the resolved configuration
-    RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
-                                         optimizer.safetensors  AdamW's state, as <parameter>.<field>
-                                         state.json          step, epoch, configuration, versions, checksums
+RUN/config.yaml                      the resolved configuration
+RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
+                                     optimizer.safetensors  AdamW's state, as <parameter>.<field>
+                                     state.json          step, epoch, configuration, versions, checksums
 """
 
 import json

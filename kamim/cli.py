@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
@@ -46,41 +54,42 @@ def _says_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Rate(ProgressColumn):
-    """Things per second, over the recent past."""
-
-    def __init__(self, unit: str):
-        super().__init__()
-        self._unit = unit
+    """Images per second, over the recent past."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         factor = task.fields.get("factor", 1)
-        return Text("" if speed is None else f"{speed * factor:,.0f} {self._unit}/s")
+        return Text("" if speed is None else f"{speed * factor:,.0f} images/s")
 
 
 @contextmanager
-def _bar(title: str, unit: str = "images", factor: int = 1) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar: update(done, total, note). factor: images per step. A line now and then where there is no terminal."""
+def _bar(title: str, factor: int = 1) -> Iterator["_Update"]:
+    """A progress bar; factor: images per step. Where there is no terminal, a line at every tenth."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        _Rate(unit), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        _Rate(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as progress:
-        task = progress.add_task(title, total=None, note="", factor=factor)
-        shown = 0
+        yield _Update(progress, progress.add_task(title, total=None, note="", factor=factor))
 
-        def update(done: int, total: int, note: str = "") -> None:
-            nonlocal shown
-            progress.update(task, completed=done, total=total, note=note)
-            if progress.disable and total and done * 10 // total > shown:
-                shown = done * 10 // total
-                err_console.print(f"{title}: {done}/{total} {note}", markup=False)
 
-        yield update
+class _Update:
+    """What moves a bar: update(done, total, note)."""
+
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress, self._task, self._tenths = progress, task, 0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        self._progress.update(self._task, completed=done, total=total, note=note)
+        if self._progress.disable and done * 10 // total > self._tenths:
+            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}", markup=False)
+        self._tenths = done * 10 // total
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/pretrain/demo.yaml")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/pretrain/demo.yaml")
+]
 
 
 @app.command()
@@ -290,14 +299,10 @@ def demo(
     """The whole way on real photographs, on a CPU: preprocess, pretrain twice, probe three times, look."""
     from kamim.demo import run_demo
 
-    with _bar("demo", unit="images") as update:
+    with _bar("demo") as update:
         run_demo(out, out_console, update)
 
 
 def main() -> None:
     """Entry point of the `kamim` script."""
     app()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

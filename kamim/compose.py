@@ -1,6 +1,6 @@
 """Wires stores, loaders and loops together. The one module besides the CLI that knows every room."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kamim.config import Pretrain, Probe, Weighting
 from kamim.detectors import detector
 from kamim.masking import block_masks
 from kamim.models import ARCHITECTURES, MaskedImageModel, expand_mask, probe_block
-from kamim.pretrain import Outcome, Progress, autocast, pretrain
+from kamim.pretrain import Outcome, Progress, pretrain
 from kamim.store import Store
 from kamim.weighting import counts_to_weights, density, weights
 from pipelines.augment import probe_augment
@@ -98,7 +98,8 @@ def run_linprobe(config: Probe, progress: Progress) -> dict[str, Any]:
     accuracy = evaluate.linprobe(
         encoder, config, lambda first, stop: feed(loader.steps(first, stop), device),
         feed(val_loader.steps(0, val_plan.steps_per_epoch), device),
-        lambda batch: probe_augment(batch, len(classes), config.seed), len(classes), plan.steps_per_epoch, device, progress,
+        lambda batch: probe_augment(batch, len(classes), config.seed), len(classes), plan.steps_per_epoch, device,
+        progress,
     )  # fmt: skip
     return {
         "mode": "linprobe", "protocol": "paper", **about, **accuracy, "block": block, "pooling": "mean",
@@ -181,5 +182,3 @@ def reconstructions(models: dict[str, MaskedImageModel], store: Store, ratio: fl
         ]
     caption = f"{store.path.name}: {int(100 * ratio)}% masked"
     plots.reconstruction_sheet(batch.images.numpy(), expand_mask(mask, side).numpy(), made, caption, file)
-
-

@@ -11,6 +11,7 @@ from rich.table import Table
 import kamim
 from kamim import checkpoint, compose
 from kamim.config import Pretrain, Probe, Weighting, load
+from kamim.pretrain import Progress
 from kamim.store import Store
 from preprocess.build import build, make_job
 from preprocess.sources import list_source
@@ -36,7 +37,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         _preprocess(split, store, runs["KAMIM"].data.resolution, update)
     for name, config in runs.items():
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
-        if not compose.run_pretrain(config, lambda done, total, _, name=name: update(done, total, name)).finished:
+        if not compose.run_pretrain(config, _named(update, name)).finished:
             raise ValueError("the demo was stopped; the same command again continues")
     probes: dict[str, dict[str, Any]] = {}
     for name, given in {
@@ -45,7 +46,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         console.print(f"linear probe: {name}")
         options = [f"checkpoint={given}", f"train={stores['train']}", f"val={stores['val']}"]
         probe = load(Probe, CONFIGS / "eval/demo.yaml", options)
-        probes[name] = compose.run_linprobe(probe, lambda done, total, _, name=name: update(done, total, name))
+        probes[name] = compose.run_linprobe(probe, _named(update, name))
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))
     console.print(
@@ -55,6 +56,10 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     )
     for picture in pictures:
         console.print(f"picture: {picture}")
+
+
+def _named(update: Update, name: str) -> Progress:
+    return lambda done, total, _: update(done, total, name)
 
 
 def _preprocess(split: str, store: Path, resolution: int, update: Update) -> None:

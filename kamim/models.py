@@ -75,10 +75,10 @@ class MaskedImageModel(nn.Module):
         stride = ARCHITECTURES[name].stride
         embedding = self.encoder.patch_embed.proj
         self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))
-        self.head = nn.Sequential(
-            nn.Conv2d(self.encoder.num_features, stride * stride * 3, kernel_size=1), nn.PixelShuffle(stride)
-        )
-        for convolution in (embedding, self.head[0]):
+        pixels = nn.Conv2d(self.encoder.num_features, stride * stride * 3, kernel_size=1)
+        self.head = nn.Sequential(pixels, nn.PixelShuffle(stride))
+        for convolution in (embedding, pixels):
+            assert convolution.bias is not None
             nn.init.trunc_normal_(convolution.weight, std=0.02)
             nn.init.zeros_(convolution.bias)
 

@@ -57,7 +57,11 @@ def weights_sheet(
 
 
 def reconstruction_sheet(
-    originals: np.ndarray, masks: np.ndarray, reconstructions: Sequence[tuple[str, np.ndarray]], caption: str, file: Path
+    originals: np.ndarray,
+    masks: np.ndarray,
+    reconstructions: Sequence[tuple[str, np.ndarray]],
+    caption: str,
+    file: Path,
 ) -> None:
     """Columns are images: original, masked, and what each named model makes of the masked patches (figure 2).
 

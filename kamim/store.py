@@ -231,5 +231,3 @@ def publish(partial: Path, final: Path) -> None:
         fsync(entry)
     partial.rename(final)
     fsync(final.parent)
-
-

@@ -22,7 +22,7 @@ BINS = 31
 _LIBRARY = TrivialAugmentWide(num_magnitude_bins=BINS)
 _SPACE = _LIBRARY._AUGMENTATION_SPACE
 OPS = tuple(_SPACE)
-_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_REACH = 32  # the longest translation
 
 
 def trivial_augment_wide(images: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
@@ -62,10 +62,12 @@ def magnitudes(op: str) -> list[float]:
 
 def apply_operation(op: str, images: Tensor, setting: Tensor) -> Tensor:
     """One operation on n images, each at its own setting: uint8 [n, 3, H, W], int64 [n] -> uint8 [n, 3, H, W]."""
-    if op in _MOVES:
-        return _move(images, _sources(op, *images.shape[-2:], images.device).index_select(0, setting))
     m = torch.tensor(magnitudes(op), dtype=torch.float64, device=images.device)[setting, None, None, None]
     match op:  # m is rounded where torchvision rounds it
+        case "ShearX" | "ShearY" | "Rotate":
+            return _move(images, _sources(op, *images.shape[-2:], images.device).index_select(0, setting))
+        case "TranslateX" | "TranslateY":
+            return _translate(images, m.long(), rows=op == "TranslateY")
         case "Brightness":
             return _bytes(images.float().mul_((1 + m).float()))
         case "Color":
@@ -79,15 +81,18 @@ def apply_operation(op: str, images: Tensor, setting: Tensor) -> Tensor:
         case "Posterize":
             return images & (256 - 2 ** (8 - m)).to(torch.uint8)
         case "Solarize":
-            return _solarize(images, (255 * m).float().ceil().short())
+            x = images.short()
+            below = (255 * m).float().ceil().short() - 1 - x  # negative where the value is to be inverted
+            return x.bitwise_xor_(below.bitwise_right_shift_(15)).to(torch.uint8)
         case "AutoContrast":
-            return F.autocontrast(images)  # of each channel of each image by itself
+            stretched: Tensor = F.autocontrast(images)  # each channel of each image by itself
+            return stretched
         case "Equalize":
             return _equalize(images)
     return images  # Identity
 
 
-@lru_cache(maxsize=2 * len(_MOVES))
+@lru_cache(maxsize=6)  # three operations, two sizes
 def _sources(op: str, height: int, width: int, device: torch.device) -> Tensor:
     """Where each output pixel comes from, by setting: int32 [62, H * W], 1 + the input pixel, 0 for outside.
 
@@ -106,6 +111,18 @@ def _move(images: Tensor, sources: Tensor) -> Tensor:
     """uint8 [n, 3, H, W], int32 [n, H * W] as in _sources -> uint8 [n, 3, H, W]."""
     pixels = pad(images.flatten(2), (1, 0))  # pixel 0 is black
     return pixels.gather(2, sources.long()[:, None].expand(-1, 3, -1)).view_as(images)
+
+
+def _translate(images: Tensor, by: Tensor, rows: bool) -> Tensor:
+    """uint8 [n, 3, H, W] moved down or right by int64 [n, 1, 1, 1] pixels, as far as _REACH, on black.
+
+    A row of the result is a stretch of memory in the images with a border: copying it takes a fifth of _move.
+    """
+    canvas = pad(images, (_REACH,) * 4)
+    size, strides, device = images.shape, canvas.stride(), images.device
+    n, c, y = (torch.arange(size[k], device=device) * strides[k] for k in range(3))
+    start = n[:, None, None] + c[:, None] + y + _REACH * (strides[2] + 1) - by[..., 0] * (strides[2] if rows else 1)
+    return canvas.flatten().unfold(0, size[3], 1).index_select(0, start.flatten()).view_as(images)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -138,13 +155,6 @@ def _sharpness(images: Tensor, m: Tensor) -> Tensor:
     inner_float = inner.float()
     inner.copy_(inner_float.addcmul_(smoothed.sub_(inner_float), (1 - (1 + m)).float()))
     return x.clamp_(0, 255).to(torch.uint8)
-
-
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """uint8 [n, 3, H, W], int16 [n, 1, 1, 1] -> uint8 [n, 3, H, W]: values from the threshold on are inverted."""
-    x = images.short()
-    inverted = (threshold - 1 - x).bitwise_right_shift_(15)  # the sign spread out: -1, all bits, or 0
-    return x.bitwise_xor_(inverted).to(torch.uint8)
 
 
 def _equalize(images: Tensor) -> Tensor:
@@ -220,18 +230,13 @@ def mixup_or_cutmix(
         mixed = others.mul_(1.0 - share).add_(images * share)
     else:
         height, width = images.shape[-2:]
-        top, left, bottom, right = cutmix_box(share, int(x * width), int(y * height), height, width)
+        r, centre_x, centre_y = 0.5 * math.sqrt(1.0 - share), int(x * width), int(y * height)
+        left, right = max(centre_x - int(r * width), 0), min(centre_x + int(r * width), width)
+        top, bottom = max(centre_y - int(r * height), 0), min(centre_y + int(r * height), height)
         mixed = images.clone()
         mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
         share = 1.0 - (right - left) * (bottom - top) / (width * height)
     return mixed, targets.roll(1, 0).mul_(1.0 - share).add_(targets * share)
-
-
-def cutmix_box(share: float, x: int, y: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """top, left, bottom, right of a box about (x, y) that leaves `share` of the image, before it is clipped."""
-    r = 0.5 * math.sqrt(1.0 - share)
-    half_width, half_height = int(r * width), int(r * height)
-    return max(y - half_height, 0), max(x - half_width, 0), min(y + half_height, height), min(x + half_width, width)
 
 
 def probe_augment(batch: Batch, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class CachedCounts:
 
 
 class OnlineCounts:
-    """From keypoints found on the crop itself, flips included, as the released code does. Slow; the measure of truth."""
+    """From keypoints found on the crop itself, flips included, as the released code does: slow, and the truth."""
 
     def __init__(self, name: str, footprint: str, patch_size: int):
         self.patch_size = patch_size

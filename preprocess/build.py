@@ -50,7 +50,9 @@ def make_job(
         raise ValueError(f"--images {images}: must be one of auto, ffcv, zarr")
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     if images == "ffcv" and not has_ffcv:
-        raise ValueError("--images ffcv: the ffcv package is not installed; pip install 'kamim[ffcv]', or --images zarr")
+        raise ValueError(
+            "--images ffcv: the ffcv package is not installed; pip install 'kamim[ffcv]', or --images zarr"
+        )
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise ValueError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
     if not 16 <= resolution <= 1024:
@@ -104,9 +106,7 @@ def _refuse_other_job(there: Job, asked: Job, where: Path) -> None:
         )
 
 
-def _run_shards(
-    job: Job, source: Source, folder: Path, workers: int, strict: bool, progress: Progress
-) -> list[Path]:
+def _run_shards(job: Job, source: Source, folder: Path, workers: int, strict: bool, progress: Progress) -> list[Path]:
     """Every shard's file, in order; runs those that are missing or damaged."""
     parts = [source.items[at : at + job.shard_size] for at in range(0, len(source.items), job.shard_size)]
     files: dict[int, Path] = {}

@@ -1,0 +1,101 @@
+"""Remap, raster and counts against slow, obvious twins and against cv2.drawKeypoints."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kamim import keypoints as kp
+from kamim.keypoints import Group, Rules
+
+
+def drawn(xy: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The reference's map F."""
+    points = [cv2.KeyPoint(float(x), float(y), 1.0) for x, y in xy]
+    canvas = cv2.drawKeypoints(np.zeros((height, width, 3), np.uint8), points, None, color=(255, 255, 255))
+    return canvas[..., 0] > 0
+
+
+def test_a_ring_is_opencvs_for_every_phase_at_every_border() -> None:
+    side = 24
+    places = [0, 1, 2, 3, 4, 5, 11, 18, 19, 20, 21, 22, 23]
+    phases = np.arange(16) / 16
+    for y in places:
+        for x in places:
+            for fy, fx in ((phases[(x + y) % 16], f) for f in phases):
+                xy = np.array([[x + fx, y + fy]], np.float32)
+                if xy.max() > side - 1 / 32:
+                    continue
+                np.testing.assert_array_equal(kp.keypoint_map(xy, side, side, "ring"), drawn(xy, side, side))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(9, 200), st.integers(9, 200))
+def test_many_rings_are_opencvs_on_any_shape(seed: int, height: int, width: int) -> None:
+    xy = (np.random.default_rng(seed).random((200, 2)) * (width - 0.1, height - 0.1)).astype(np.float32)
+    np.testing.assert_array_equal(kp.keypoint_map(xy, height, width, "ring"), drawn(xy, height, width))
+
+
+def test_a_point_is_the_pixel_that_holds_the_centre() -> None:
+    xy = np.array([[3, 5], [10.4, 7.6], [0, 0], [19, 19]], np.float32)
+    expected = np.zeros((20, 20), bool)
+    expected[[5, 8, 0, 19], [3, 10, 0, 19]] = True
+    np.testing.assert_array_equal(kp.keypoint_map(xy, 20, 20, "point"), expected)
+
+
+def test_an_unknown_footprint_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"footprint = 'disc': must be one of ring, point"):
+        kp.stamps("disc")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96]))
+def test_cell_counts_are_sums_over_cells(seed: int, patch_size: int) -> None:
+    xy = np.random.default_rng(seed).uniform(0, 191, (400, 2)).astype(np.float32)
+    bitmap = kp.raster_scratch(192, 192)
+    kp.raster(kp.quantise(xy), len(xy), 192, 192, kp.stamps("ring"), bitmap)
+    counts = np.full((192 // patch_size,) * 2, -1, np.int16)
+    kp.cell_counts(bitmap, patch_size, counts)
+    np.testing.assert_array_equal(counts, kp.map_counts(drawn(xy, 192, 192), patch_size))
+
+
+def slow_remap(
+    positions: np.ndarray, groups: np.ndarray, rules: Rules, frame: tuple[int, int], image: tuple[int, int],
+    box: tuple[int, int, int, int], flip_v: bool, flip_h: bool, side: int,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Centre coordinates in the crop, one keypoint at a time, one step at a time."""
+    kept = []
+    room = [group.cap or 10**9 for group in rules.groups]
+    for (px, py), g in zip(positions.tolist(), groups.tolist(), strict=True):
+        x, y = px / 16 + 0.5, py / 16 + 0.5  # edge coordinates of the canonical frame
+        x, y = x * image[1] / frame[1], y * image[0] / frame[0]  # of the stored image
+        x, y = x - box[1], y - box[0]  # of the crop
+        x, y = x * side / box[3], y * side / box[2]  # of the resized crop
+        x, y = (side - x if flip_h else x), (side - y if flip_v else y)
+        border = rules.groups[g].border
+        if border <= x < side - border and border <= y < side - border and room[g] > 0:
+            room[g] -= 1
+            kept.append((np.floor(x), np.floor(y)) if rules.snap else (x - 0.5, y - 0.5))
+    return kept
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.booleans())
+def test_remap_is_the_slow_one(seed: int, flip_v: bool, flip_h: bool, snap: bool) -> None:
+    random = np.random.default_rng(seed)
+    frame, image = (201, 221), (230, 253)
+    rules = Rules((Group(3.0), Group(31.0, cap=20), Group(0.0, cap=5)), snap)
+    groups = np.sort(random.integers(0, 3, 300))
+    positions = (random.random((300, 2)) * (frame[1] * 16, frame[0] * 16)).astype(np.uint16)
+    h, w = int(random.integers(50, 231)), int(random.integers(50, 254))
+    box = (int(random.integers(0, 231 - h)), int(random.integers(0, 254 - w)), h, w)
+    out = np.empty((300, 2), np.int32)
+    offsets = np.searchsorted(groups, [0, 1, 2, 3])
+    kept = kp.remap(positions, offsets, *rules.arrays(), *frame, *image, box, flip_v, flip_h, 192, out)
+    expected = slow_remap(positions, groups, rules, frame, image, box, flip_v, flip_h, 192)
+    assert kept == len(expected)
+    if kept:
+        np.testing.assert_allclose(out[:kept] / 16, np.maximum(expected, 0), atol=0.5 / 16 + 1e-6)
+    assert (out[:kept] >= 0).all()
+    assert (out[:kept] < 192 * 16).all()

@@ -199,7 +199,7 @@ def evaluate(
     if mode != "linprobe":
         raise ValueError(f"--mode {mode}: must be linprobe")
     named = {"checkpoint": checkpoint, "train": train, "val": val}
-    resolved = load(Probe, config, [*(f"{k}={v}" for k, v in named.items() if v is not None), *(overrides or ())])
+    resolved = load(Probe, config, overrides or (), {key: value for key, value in named.items() if value is not None})
     from kamim.compose import run_linprobe
 
     with _bar("linprobe", factor=resolved.optim.batch_size) as update:
@@ -242,7 +242,7 @@ def _weighting(detector: str, footprint: str, patch_size: int, temperature: floa
     from kamim.config import Weighting, load
 
     keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
-    return load(Weighting, None, [f"{key}={value}" for key, value in keys.items()])
+    return load(Weighting, None, given=keys)
 
 
 @store_app.command()

@@ -5,7 +5,7 @@ configs/ says only what differs. A configuration is a YAML file plus key=value o
 wrong type or an impossible combination is a ValueError of one line that names key, value and what is allowed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -200,10 +200,10 @@ def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
 C = TypeVar("C", bound=Section)
 
 
-def load(kind: type[C], file: Path | None, overrides: Sequence[str] = ()) -> C:
+def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> C:
     """Reads a YAML file (or nothing), applies `key.key=value` overrides (values are YAML), checks the whole.
 
-    Raises ValueError of one line.
+    given: top-level keys that stand over both, taken as they are. Raises ValueError of one line.
     """
     tree: dict[str, Any] = {}
     if file is not None:
@@ -217,6 +217,7 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = ()) -> C:
             raise ValueError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    tree.update(given or {})
     try:
         return kind.model_validate(tree)
     except pydantic.ValidationError as error:

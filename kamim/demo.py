@@ -27,14 +27,14 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     Started again, it goes on where it was. Raises ValueError where a training run was interrupted.
     """
     stores = {split: out / "stores" / split for split in ("train", "val")}
-    base = [f"data.store={stores['train']}"]
+    preset, store = CONFIGS / "pretrain/demo.yaml", f"data.store={stores['train']}"
     runs = {
-        "KAMIM": load(Pretrain, CONFIGS / "pretrain/demo.yaml", [*base, f"out={out / 'kamim'}"]),
-        "SimMIM": load(Pretrain, CONFIGS / "pretrain/demo.yaml", [*base, f"out={out / 'simmim'}", "weighting=null"]),
+        "KAMIM": load(Pretrain, preset, [store], {"out": out / "kamim"}),
+        "SimMIM": load(Pretrain, preset, [store], {"out": out / "simmim", "weighting": None}),
     }
-    for split, store in stores.items():
+    for split, path in stores.items():
         console.print(f"preprocess {split}: photographs of scikit-image and scikit-learn, {', '.join(DETECTORS)}")
-        _preprocess(split, store, runs["KAMIM"].data.resolution, update)
+        _preprocess(split, path, runs["KAMIM"].data.resolution, update)
     for name, config in runs.items():
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
         if not compose.run_pretrain(config, _named(update, name)).finished:
@@ -44,8 +44,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         "random weights": f"random:{runs['SimMIM'].out}", "SimMIM": runs["SimMIM"].out, "KAMIM": runs["KAMIM"].out
     }.items():  # fmt: skip
         console.print(f"linear probe: {name}")
-        options = [f"checkpoint={given}", f"train={stores['train']}", f"val={stores['val']}"]
-        probe = load(Probe, CONFIGS / "eval/demo.yaml", options)
+        probe = load(Probe, CONFIGS / "eval/demo.yaml", given={"checkpoint": str(given), **stores})
         probes[name] = compose.run_linprobe(probe, _named(update, name))
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))

@@ -95,7 +95,8 @@ class Orb:
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
         """See Detector."""
         orb = cv2.ORB_create(nfeatures=round(self.FEATURES * headroom))  # type: ignore[attr-defined]
-        keypoints = orb.detect(rgb, None)
+        sees = min(rgb.shape[:2]) > 2 * self.EDGE  # on an image of one row OpenCV would fail, not find nothing
+        keypoints = orb.detect(rgb, None) if sees else ()
         return _found(keypoints, np.array([k.octave for k in keypoints], np.int64).reshape(-1))
 
 

@@ -29,8 +29,8 @@ def stored_area(resolution: int, crop_scale: tuple[float, float]) -> float:
 
 
 def stored_size(height: int, width: int, area: float) -> tuple[int, int]:
-    """Size an image is stored at: `area` pixels, or as it is where it has no more than that."""
-    return (height, width) if height * width <= area else size_for_area(height, width, area)
+    """Size an image is stored at: `area` pixels, or as it is where it has no more; sides in 1 .. MAX_FRAME_SIDE."""
+    return size_for_area(height, width, min(area, height * width))
 
 
 def canonical_area(resolution: int, crop_scale: tuple[float, float]) -> float:

@@ -6,7 +6,7 @@
         frame                         uint16 [N, 2] (height, width) of the canonical frame
         <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of the frame, paged
         <detector>/start              int64 [N] first row of an image's positions
-        <detector>/counts             uint16 [N, G] how many in each of the detector's groups, in order
+        <detector>/counts             uint32 [N, G] how many in each of the detector's groups, in order
     rejects.csv                       source files that could not be read, and why
 
     images.zarr/
@@ -146,7 +146,7 @@ def write_keypoints(path: Path, detector: str, images: Iterable[tuple[np.ndarray
     rows = [(writer.append(positions), counts) for positions, counts in images]
     writer.close()
     paged.create(group, "start", np.array([start for start, _ in rows], np.int64))
-    paged.create(group, "counts", np.stack([counts for _, counts in rows]).astype(np.uint16))
+    paged.create(group, "counts", np.stack([counts for _, counts in rows]).astype(np.uint32))
 
 
 class Store:
@@ -212,7 +212,7 @@ def checksum(path: Path) -> str:
 
 def checksums(path: Path) -> dict[str, str]:
     """sha256 of every file below `path` but the manifest, by relative path, sorted."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
     return {file.relative_to(path).as_posix(): checksum(file) for file in files}
 
 

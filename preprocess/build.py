@@ -28,7 +28,7 @@ from kamim import beton, geometry, paged, store
 from kamim.detectors import detect_packed, detector
 from kamim.store import Job
 from preprocess.decode import Undecodable, decode
-from preprocess.sources import Item, Source
+from preprocess.sources import Item, Source, printable
 
 SHARD_SIZE = 128
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -59,6 +59,11 @@ def make_job(
         raise ValueError(f"--resolution {resolution}: must be 16 to 1024")
     if not 1 <= quality <= 100:
         raise ValueError(f"--quality {quality}: must be 1 to 100")
+    if encoding == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
+        raise ValueError(
+            f"--raw: images for --resolution {resolution} and --crop-scale {crop_scale[0]},{crop_scale[1]} "
+            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; store JPEGs, or smaller images"
+        )
     return Job(
         dataset=dataset, split=split, source=source.location, fingerprint=source.fingerprint(), items=len(source.items),
         detectors=tuple(detectors), images="ffcv" if images == "ffcv" or (images == "auto" and has_ffcv) else "zarr",
@@ -90,9 +95,13 @@ def _claim(partial: Path, job: Job) -> None:
     if file.exists():
         _refuse_other_job(Job.model_validate_json(file.read_text()), job, partial)
         return
-    (partial / "shards").mkdir(parents=True, exist_ok=True)
+    if partial.exists() and not {entry.name for entry in partial.iterdir()} <= {"shards", "job.json.tmp"}:
+        raise ValueError(f"{partial}: is not this job's; remove it or choose another --out")
+    shutil.rmtree(partial / "shards", ignore_errors=True)  # without job.json nobody knows whose they were
+    (partial / "shards").mkdir(parents=True)
     staged = partial / "job.json.tmp"
     staged.write_text(job.model_dump_json(indent=2))
+    store.fsync(staged)
     staged.rename(file)
 
 
@@ -192,8 +201,8 @@ def run_shard(
         except (Undecodable, OSError) as error:
             reason = str(error) if isinstance(error, Undecodable) else f"cannot be read: {error.strerror}"
             if strict:
-                raise ValueError(f"{item.key}: {reason} (--strict)") from error
-            rejects.append((_printable(item.key), reason))
+                raise ValueError(f"{printable(item.key)}: {reason} (--strict)") from error
+            rejects.append((printable(item.key), reason))
     tensors = {
         "data": np.concatenate([np.empty(0, np.uint8), *(r.data for r in records)]),
         "length": np.array([len(r.data) for r in records], np.int64),
@@ -214,11 +223,6 @@ def run_shard(
     staged.rename(final)
     store.fsync(folder)
     return final
-
-
-def _printable(key: str) -> str:
-    """A key that any file can hold: undecodable bytes of a name as \\xNN."""
-    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:

@@ -47,6 +47,8 @@ def _pillow(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             _check_size(image.height, image.width)
+            if image.format == "PNG":
+                _check_png(data)
             if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
@@ -57,8 +59,14 @@ def _pillow(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise Undecodable("not an image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_png(data: bytes) -> None:
+    """Raises what Pillow raises where a chunk's checksum is wrong; decoding alone would not look."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.verify()
 
 
 def _check_size(height: int, width: int) -> None:

@@ -44,6 +44,11 @@ class Source:
         return digest.hexdigest()
 
 
+def printable(name: str) -> str:
+    """A name that any file can hold: undecodable bytes as \\xNN."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def _read_file(root: str, item: Item) -> bytes:
     return Path(root, item.key).read_bytes()
 
@@ -78,7 +83,8 @@ def image_folder(source: Path | None, split: str) -> Source:
         items = [Item(file.name, -1, _size(file)) for file in _images_below(root) if file.parent == root]
     if not items:
         raise ValueError(f"--source {root}: holds no images ({', '.join(sorted(SUFFIXES))}), nor class folders of them")
-    return Source(str(root.resolve()), classes, items, partial(_read_file, str(root.resolve())))
+    location = str(root.resolve())
+    return Source(printable(location), tuple(map(printable, classes)), items, partial(_read_file, location))
 
 
 def imagenet(source: Path | None, split: str) -> Source:

@@ -1,0 +1,109 @@
+"""Configuration: what is refused, in which words, and that presets are the paper's."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kamim.config import Pretrain, Probe, dump, load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NEEDED = ("data.store=s", "out=o")
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ValueError) as error:
+        load(Pretrain, None, [*NEEDED, *overrides])
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key; allowed are lr, weight_decay, betas,"),
+        ("weighting.temp=1", "weighting.temp: unknown key; allowed are detector, footprint, patch_size, temperature,"),
+        ("colour=red", "colour: unknown key; allowed are data, model, mask,"),
+        ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
+        ("optim.epochs=1.5", "optim.epochs = 1.5: input should be a valid integer"),
+        ("optim.epochs=0", "optim.epochs = 0: input should be greater than 0"),
+        ("weighting.temperature=0", "weighting.temperature = 0: input should be greater than 0"),
+        ("weighting.temperature=-1", "weighting.temperature = -1: input should be greater than 0"),
+        ("weighting.detector=surf", "weighting.detector = 'surf': must be one of fast, sift, orb"),
+        ("weighting.footprint=disc", "weighting.footprint = 'disc': must be one of ring, point"),
+        ("weighting.patch_size=7", "data.resolution = 192: must be a multiple of weighting.patch_size = 7"),
+        ("mask.patch_size=40", "data.resolution = 192: must be a multiple of mask.patch_size = 40"),
+        ("mask.patch_size=24", "mask.patch_size = 24: must be a multiple of model patch = 16"),
+        ("mask.ratio=1.5", "mask.ratio = 1.5: input should be less than or equal to 1"),
+        ("data.resolution=100", "data.resolution = 100: must be a multiple of model patch = 16"),
+        ("model.name=resnet50", "model.name = 'resnet50': must be one of vit_tiny, vit_small, vit_base,"),
+        ("data.crop_scale=[1.0,0.5]", "data.crop_scale = [1.0, 0.5]: the first must not be larger than the second"),
+        ("optim.warmup_epochs=100", "optim.warmup_epochs = 100: must be less than epochs = 100"),
+        ("compute.device=tpu", "compute.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),
+        ("optim", "'optim': overrides are key=value"),
+        ("optim.lr=[1", "'optim.lr=[1': the value is not YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(override: str, expected: str) -> None:
+    assert expected in refused(override)
+
+
+def test_a_missing_key_says_how_to_set_it() -> None:
+    with pytest.raises(ValueError, match=r"data: is missing; set it in the file or as data=\.\.\.; out: is missing"):
+        load(Pretrain, None)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load(Pretrain, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not YAML"):
+        load(Pretrain, tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must hold keys and values, holds list"):
+        load(Pretrain, tmp_path / "list.yaml")
+
+
+def test_overrides_win_over_the_file_and_numbers_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {store: a}\nout: b\nweighting: null\noptim: {lr: 1.0}\n")
+    made = load(Pretrain, tmp_path / "c.yaml", ["optim.lr=1e-3", "out=runs/x", "weighting.temperature=0.5"])
+    assert made.optim.lr == 1e-3
+    assert made.out == Path("runs/x")
+    assert made.weighting is not None
+    assert made.weighting.temperature == 0.5
+
+
+def test_what_is_shown_reads_back_to_the_same(tmp_path: Path) -> None:
+    made = load(Pretrain, None, [*NEEDED, "weighting=null", "optim.clip_grad=null", "optim.cosine_epochs=90"])
+    (tmp_path / "c.yaml").write_text(dump(made))
+    assert load(Pretrain, tmp_path / "c.yaml") == made
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda file: file.stem)
+def test_pretraining_presets(file: Path) -> None:
+    made = load(Pretrain, file)
+    if file.stem == "demo":
+        return
+    model, method = file.stem.rsplit("_", 1)
+    assert made.model.name == model
+    assert (made.weighting is None) == (method == "simmim")
+    if made.weighting is not None:
+        w = made.weighting
+        assert (w.detector, w.footprint, w.patch_size, w.temperature) == ("fast", "ring", 8, 0.25)
+    optim = made.optim
+    assert (optim.lr, optim.weight_decay, optim.batch_size, optim.epochs) == (8e-4, 0.05, 2048, 100)
+    assert (made.data.resolution, made.mask.patch_size, made.mask.ratio) == (192, 32, 0.6)
+
+
+def test_the_papers_probe_is_the_default() -> None:
+    needed = ("checkpoint=c", "train=t", "val=v")
+    assert load(Probe, CONFIGS / "eval/linprobe.yaml", needed) == load(Probe, None, needed)
+    optim = load(Probe, None, [*needed, "optim.epochs=50"]).optim
+    assert (optim.lr, optim.min_lr, optim.clip_grad) == (5e-3, 2.5e-6, None)
+
+
+def test_every_yaml_file_is_a_known_kind() -> None:
+    for file in CONFIGS.rglob("*.yaml"):
+        assert file.parent.name in ("pretrain", "eval")
+        assert isinstance(yaml.safe_load(file.read_text()), dict)

@@ -1,0 +1,193 @@
+"""From stored bytes to batches: against an obvious twin, on any number of threads, with faults."""
+
+import gc
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as F
+
+from kamim import geometry
+from kamim.keypoints import keypoint_map, map_counts
+from kamim.store import Store
+from pipelines.counts import CachedCounts, Counter, OnlineCounts
+from pipelines.crop import crop_resize
+from pipelines.loader import Crop, Loader, SampleError, feed
+from pipelines.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Store:
+    return Store(stores["zarr"])
+
+
+def load(store: Store, *, counter: Counter | None = None, crop: Crop | None = Crop(), **options: int) -> list[dict]:  # noqa: B008
+    plan = Plan(len(store), options.get("batch", 6), options.get("micro", 6), seed=options.get("seed", 1))
+    loader = Loader(store, plan, 64, crop=crop, counter=counter, workers=options.get("workers", 2))
+    steps = loader.steps(options.get("first", 0), options.get("stop", plan.steps_per_epoch))
+    return [
+        {
+            "images": batch.images.numpy().copy(),
+            "counts": None if batch.counts is None else batch.counts.numpy().copy(),
+            "labels": batch.labels.numpy().copy(),
+            "indices": batch.indices.copy(),
+            "epoch": batch.epoch,
+        }
+        for batch in steps
+    ]
+
+
+def twin(store: Store, index: int, epoch: int, seed: int) -> np.ndarray:
+    """One sample by torchvision: crop, resize without antialias, vertical flip, horizontal flip."""
+    pixels = simplejpeg.decode_jpeg(store.images.data(index))
+    box = geometry.crop_box(*pixels.shape[:2], 0.67, 1.0, 3 / 4, 4 / 3, seed, epoch, index)
+    crop = F.resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), *box, [64, 64], antialias=False)
+    flip_v, flip_h = geometry.flips(seed, epoch, index)
+    crop = F.vertical_flip(crop) if flip_v else crop
+    crop = F.horizontal_flip(crop) if flip_h else crop
+    return crop.permute(1, 2, 0).numpy()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_crop_resize_is_opencvs_and_torchvisions_within_a_grey_level(seed: int, flip_v: bool, flip_h: bool) -> None:
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (int(random.integers(1, 90)), int(random.integers(1, 90)), 3), np.uint8)
+    h, w = (int(random.integers(1, side + 1)) for side in image.shape[:2])
+    top, left = int(random.integers(0, image.shape[0] - h + 1)), int(random.integers(0, image.shape[1] - w + 1))
+    out = np.empty((64, 64, 3), np.uint8)
+    crop_resize(image, (top, left, h, w), flip_v, flip_h, out)
+    cut = np.ascontiguousarray(image[top : top + h, left : left + w])
+    opencv = cv2.resize(cut, (64, 64), interpolation=cv2.INTER_LINEAR)
+    vision = F.resize(torch.from_numpy(cut).permute(2, 0, 1), [64, 64], antialias=False).permute(1, 2, 0).numpy()
+    unflipped = out[::-1] if flip_v else out
+    unflipped = unflipped[:, ::-1] if flip_h else unflipped
+    for other in (opencv, vision):
+        assert np.abs(unflipped.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_a_sample_is_what_torchvision_makes_of_its_box(store: Store) -> None:
+    for batch in load(store, stop=4):
+        for row, index in enumerate(batch["indices"]):
+            expected = twin(store, int(index), batch["epoch"], 1)
+            assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
+            assert batch["labels"][row] == store.images.labels[index]
+
+
+def test_without_a_crop_the_whole_image_is_resized(store: Store) -> None:
+    (batch,) = load(store, crop=None, stop=1)
+    for row, index in enumerate(batch["indices"]):
+        pixels = simplejpeg.decode_jpeg(store.images.data(int(index)))
+        expected = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_LINEAR)
+        assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_batches_do_not_depend_on_threads_micro_batches_or_where_a_run_starts(store: Store) -> None:
+    counter = CachedCounts(store.keypoints("fast"), "ring", 8)
+    steps = 2 * (len(store) // 6)
+    reference = load(store, counter=counter, stop=steps)
+    for other in (
+        load(store, counter=counter, stop=steps, workers=1),
+        load(store, counter=counter, stop=steps, workers=5),
+    ):
+        for a, b in zip(reference, other, strict=True):
+            for key in ("images", "counts", "labels", "indices"):
+                np.testing.assert_array_equal(a[key], b[key])
+    micro = load(store, counter=counter, stop=steps, micro=2)
+    for i, batch in enumerate(reference):
+        np.testing.assert_array_equal(batch["images"], np.concatenate([m["images"] for m in micro[3 * i : 3 * i + 3]]))
+    for first in range(steps):
+        (tail, *_) = load(store, counter=counter, first=first, stop=first + 1)
+        np.testing.assert_array_equal(tail["images"], reference[first]["images"])
+        np.testing.assert_array_equal(tail["counts"], reference[first]["counts"])
+
+
+def test_both_backends_give_the_same_batches(stores: dict[str, Path]) -> None:
+    batches = [load(Store(path)) for path in stores.values()]
+    for other in batches[1:]:
+        for a, b in zip(batches[0], other, strict=True):
+            np.testing.assert_array_equal(a["images"], b["images"])
+
+
+def test_online_counts_are_those_of_the_crop_itself(store: Store) -> None:
+    for batch in load(store, counter=OnlineCounts("fast", "ring", 8), stop=2):
+        for image, counts in zip(batch["images"], batch["counts"], strict=True):
+            found = cv2.FastFeatureDetector_create().detect(image)
+            ring = cv2.drawKeypoints(np.zeros_like(image), found, None, color=(255, 255, 255))[..., 0] > 0
+            np.testing.assert_array_equal(counts, map_counts(ring, 8))
+
+
+def test_cached_keypoints_stand_for_online_ones(store: Store) -> None:
+    """Remapped through crop and flips they must fall where the crop's own are: far above chance."""
+    cached = np.concatenate(
+        [b["counts"] for b in load(store, counter=CachedCounts(store.keypoints("fast"), "ring", 8))]
+    )
+    online = np.concatenate([b["counts"] for b in load(store, counter=OnlineCounts("fast", "ring", 8))])
+    assert np.corrcoef(cached.ravel(), online.ravel())[0, 1] > 0.75
+    mirrored = np.corrcoef(cached[:, :, ::-1].ravel(), online.ravel())[0, 1]
+    assert mirrored < 0.6
+
+
+def test_a_painted_keypoint_lands_in_the_cell_its_weight_says(marked_store: Path) -> None:
+    """A bright square in a black image, stored as a keypoint too, is bright where the counts say."""
+    store = Store(marked_store)
+    seen = 0
+    for batch in load(store, counter=CachedCounts(store.keypoints("fast"), "point", 8), batch=4, micro=4, stop=12):
+        for image, counts in zip(batch["images"], batch["counts"], strict=True):
+            if counts.sum() == 0:
+                continue  # cropped away
+            seen += 1
+            brightness = image.astype(int).sum(axis=2)
+            y, x = np.unravel_index(brightness.argmax(), brightness.shape)
+            cells = np.argwhere(counts > 0)
+            assert np.abs(cells * 8 + 3.5 - (y, x)).max(axis=1).min() <= 8
+    assert seen > 20
+
+
+def test_leaving_early_stops_every_thread(store: Store) -> None:
+    plan = Plan(len(store), 6, 6, seed=0)
+    steps = Loader(store, plan, 64, crop=Crop(), workers=3).steps(0, 1000)
+    next(steps)
+    steps.close()
+    gc.collect()
+    assert not [t for t in threading.enumerate() if t.name.startswith("kamim-loader")]
+
+
+def test_a_bad_sample_is_named_and_nothing_hangs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = store.images.data
+    monkeypatch.setattr(store.images, "data", lambda i: data(i)[:-200] if i == 3 else data(i))
+    with pytest.raises(SampleError, match="sample 3: "):
+        load(store)
+    assert not [t for t in threading.enumerate() if t.name.startswith("kamim-loader")]
+
+
+def test_feeding_a_cpu_passes_batches_on(store: Store) -> None:
+    plan = Plan(len(store), 6, 6, seed=0)
+    steps = Loader(store, plan, 64, workers=1).steps(0, 2)
+    assert [len(batch) for batch in feed(steps, torch.device("cpu"))] == [6, 6]
+
+
+def test_nothing_draws_from_a_global_generator(store: Store) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    load(store, counter=CachedCounts(store.keypoints("fast"), "ring", 8), stop=2)
+    assert torch.equal(before[0], torch.get_rng_state())
+    np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+
+
+def test_keypoint_map_of_an_uncropped_view_is_the_stored_one(store: Store) -> None:
+    """Whole image, no flip: remapping only scales."""
+    keypoints = store.keypoints("sift")
+    (batch,) = load(store, crop=None, counter=CachedCounts(keypoints, "point", 1), stop=1)
+    for row, index in enumerate(batch["indices"]):
+        positions, _ = keypoints.image(int(index))
+        scale = 64 / keypoints.frame[index][::-1]
+        centres = (positions / 16 + 0.5) * scale - 0.5
+        inside = ((centres > 12) & (centres < 51)).all(axis=1)  # within every blind border but the largest octaves'
+        expected = keypoint_map(centres[inside].astype(np.float32), 64, 64, "point")[13:50, 13:50]
+        assert (expected & ~(batch["counts"][row][13:50, 13:50] > 0)).mean() < 0.02

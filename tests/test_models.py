@@ -1,0 +1,88 @@
+"""The five backbones: sizes, shapes, and that a masked pixel cannot be seen."""
+
+import pytest
+import torch
+
+from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder, expand_mask, probe_block, probe_features
+
+PAPER_MILLIONS = {"vit_tiny": 5.5, "vit_small": 21.6, "vit_base": 85.7, "swin_tiny": 27.5, "swin_base": 86.7}
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_MILLIONS))
+def test_encoders_have_the_papers_sizes(name: str) -> None:
+    """Table 1's counts, to the rounding of the paper and of the class token and position tables it counts or not."""
+    with torch.device("meta"):
+        encoder = build_encoder(name, 192)
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    assert millions == pytest.approx(PAPER_MILLIONS[name], rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "resolution"), [("vit_demo", 96), ("vit_tiny", 192), ("swin_tiny", 192)])
+def test_what_is_masked_cannot_be_seen_and_what_is_not_can(name: str, resolution: int) -> None:
+    torch.manual_seed(0)
+    model = MaskedImageModel(name, resolution).eval()
+    grid = resolution // 32
+    mask = torch.zeros(1, grid, grid, dtype=torch.bool)
+    mask[0, 1, 0] = True
+    images = torch.randn(1, 3, resolution, resolution)
+    hidden, shown = images.clone(), images.clone()
+    hidden[:, :, 32:64, :32] += 1
+    shown[:, :, :32, :32] += 1
+    with torch.no_grad():
+        made = model(images, mask)
+        assert made.shape == images.shape
+        assert torch.equal(model(hidden, mask), made)
+        assert not torch.allclose(model(shown, mask), made)
+
+
+def test_the_mask_token_stands_in_before_positions_are_added() -> None:
+    """With everything masked, positions alone tell tokens apart, so the reconstruction is not constant."""
+    torch.manual_seed(0)
+    model = MaskedImageModel("vit_demo", 96).eval()
+    with torch.no_grad():
+        made = model(torch.randn(1, 3, 96, 96), torch.ones(1, 3, 3, dtype=torch.bool))
+    assert (made[:, :, :16, :16] - made[:, :, 16:32, :16]).abs().max() > 1e-3
+
+
+def test_expand_mask_repeats_blocks() -> None:
+    mask = torch.tensor([[[True, False], [False, True]]])
+    expanded = expand_mask(mask, 6)
+    assert expanded[0, :3, :3].all()
+    assert not expanded[0, :3, 3:].any()
+    assert expanded.sum() == 18
+
+
+def test_probe_features_are_the_mean_of_patch_tokens_after_the_block() -> None:
+    torch.manual_seed(0)
+    vit = build_encoder("vit_tiny", 64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    outputs: list[torch.Tensor] = []
+    vit.blocks[7].register_forward_hook(lambda module, given, made: outputs.append(made))
+    vit.blocks[8].register_forward_hook(lambda module, given, made: pytest.fail("block 9 is not needed"))
+    with torch.no_grad():
+        features = probe_features(vit, images, probe_block(vit, None))
+    torch.testing.assert_close(features, outputs[0][:, 1:].mean(dim=1))
+
+
+def test_a_swin_is_read_at_its_last_stage_without_the_norm() -> None:
+    torch.manual_seed(0)
+    swin = build_encoder("swin_tiny", 192).eval()
+    outputs: list[torch.Tensor] = []
+    swin.layers[-1].register_forward_hook(lambda module, given, made: outputs.append(made))
+    with torch.no_grad():
+        features = probe_features(swin, torch.randn(1, 3, 192, 192), probe_block(swin, None))
+    torch.testing.assert_close(features, outputs[0].mean(dim=(1, 2)))
+    with pytest.raises(ValueError, match="a Swin is read at its last stage"):
+        probe_block(swin, 3)
+
+
+def test_a_block_the_encoder_does_not_have_is_refused() -> None:
+    vit = build_encoder("vit_demo", 96)
+    assert probe_block(vit, None) == 6
+    with pytest.raises(ValueError, match="block = 7: the encoder has blocks 1 to 6"):
+        probe_block(vit, 7)
+
+
+def test_a_swin_needs_a_resolution_its_windows_fit() -> None:
+    with pytest.raises(ValueError, match=r"data.resolution = 224: .* needs a multiple of 192"):
+        ARCHITECTURES["swin_base"].check_resolution(224)

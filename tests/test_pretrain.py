@@ -1,0 +1,211 @@
+"""The loop: it learns, it replays, it resumes, it refuses."""
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from skimage import data
+
+from kamim import checkpoint, schedule
+from kamim.batch import Batch
+from kamim.compose import run_pretrain
+from kamim.config import Optim, Pretrain, load
+from kamim.distributed import World
+from kamim.models import MaskedImageModel
+from kamim.pretrain import pretrain
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def config(out: Path, store: Path, *more: str) -> Pretrain:
+    given = (
+        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}", "seed=3",
+        "optim.batch_size=12", "optim.micro_batch=12", "optim.epochs=4", "optim.warmup_epochs=1", "compute.device=cpu",
+        "checkpoint_epochs=1",
+    )  # fmt: skip
+    return load(Pretrain, None, [*given, *more])
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def quiet(done: int, total: int, metrics: dict[str, float]) -> None:
+    """No progress bar."""
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Path:
+    return stores["zarr"]
+
+
+@pytest.fixture(scope="module")
+def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 8 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_pretrain(config(out, store), quiet).finished
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.latest(run)
+    assert found is not None
+    return load_file(found.path / "model.safetensors")
+
+
+def test_a_run_replays_exactly(finished: Path, store: Path, tmp_path: Path) -> None:
+    run_pretrain(config(tmp_path / "again", store), quiet)
+    assert losses(tmp_path / "again") == losses(finished)
+    for name, value in weights(finished).items():
+        assert torch.equal(value, weights(tmp_path / "again")[name])
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_a_stopped_run_resumes_exactly(finished: Path, store: Path, tmp_path: Path, at: int) -> None:
+    """SIGTERM after step `at`: saved at that step; the rest is as if nothing had happened."""
+
+    def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome = run_pretrain(config(tmp_path / "run", store), stop)
+    assert (outcome.step, outcome.finished) == (at, False)
+    assert run_pretrain(config(tmp_path / "run", store), quiet).finished
+    assert losses(tmp_path / "run") == losses(finished)
+    for name, value in weights(finished).items():
+        assert torch.equal(value, weights(tmp_path / "run")[name])
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(finished: Path, store: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_pretrain(config(tmp_path / "run", store), kill)
+    (tmp_path / "run/checkpoints/step-00000006.partial").mkdir()  # died while writing
+    assert run_pretrain(config(tmp_path / "run", store), quiet).finished
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_a_finished_run_does_nothing_more(finished: Path, store: Path) -> None:
+    before = losses(finished)
+    assert run_pretrain(config(finished, store), quiet).finished
+    assert losses(finished) == before
+
+
+def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "step-00000004", "step-00000006", "step-00000008"
+    ]  # fmt: skip
+
+
+def test_micro_batches_add_up_to_the_whole_batch(finished: Path, store: Path, tmp_path: Path) -> None:
+    run_pretrain(config(tmp_path / "run", store, "optim.micro_batch=5"), quiet)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+
+
+def test_simmim_is_kamim_with_weights_of_one(finished: Path, store: Path, tmp_path: Path) -> None:
+    run_pretrain(config(tmp_path / "simmim", store, "weighting=null"), quiet)
+    run_pretrain(config(tmp_path / "hot", store, "weighting.temperature=1e9"), quiet)
+    assert losses(tmp_path / "simmim") == pytest.approx(losses(tmp_path / "hot"), rel=1e-4)
+    assert losses(tmp_path / "simmim")[0] < losses(finished)[0]
+
+
+def test_it_learns(tmp_path: Path, store: Path) -> None:
+    """One batch, shown again and again with the same mask, is learnt by heart."""
+    photos = torch.from_numpy(data.astronaut()[:128, 150:278].copy()).unfold(0, 64, 64).unfold(1, 64, 64)
+    images = photos.permute(0, 1, 3, 4, 2).reshape(4, 64, 64, 3)
+
+    def batches(first: int, stop: int) -> Iterator[Batch]:
+        for step in range(first, stop):
+            yield Batch(images, None, torch.zeros(4, dtype=torch.int64), np.arange(4), 0, step, True, 1.0)
+
+    given = config(tmp_path / "run", store, "weighting=null", "optim.lr=2e-3", "checkpoint_epochs=4")
+    pretrain(given, batches, 25, WORLD, quiet)
+    made = losses(tmp_path / "run")
+    assert sum(made[-3:]) < 0.4 * sum(made[:3])
+
+
+def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
+    run_pretrain(config(tmp_path / "run", store, "weighting.keypoints=online", "optim.epochs=2"), quiet)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_another_configuration_in_the_same_place_is_refused(finished: Path, store: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(lr: 0.0008 there, lr: 0.001 asked"):
+        run_pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
+
+
+def test_keypoints_of_another_resolution_are_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its keypoints are for resolution 64"):
+        run_pretrain(config(tmp_path / "run", store, "data.resolution=96"), quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_detector_the_store_lacks_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no 'orb' keypoints, only fast, sift; .*--detectors fast,sift,orb"):
+        run_pretrain(config(tmp_path / "run", store, "weighting.detector=orb"), quiet)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: Path) -> None:
+    def broken(first: int, stop: int) -> Iterator[Batch]:
+        for step in range(first, stop):
+            counts = torch.zeros(2, 8, 8)
+            counts[step >= 3] = float("nan")
+            yield Batch(
+                torch.zeros(2, 64, 64, 3, dtype=torch.uint8), counts, torch.zeros(2, dtype=torch.int64),
+                np.arange(2), 0, step, True, 1.0,
+            )  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+        pretrain(config(tmp_path / "run", store), broken, 10, WORLD, quiet)
+
+
+def test_a_damaged_checkpoint_is_noticed(finished: Path, tmp_path: Path) -> None:
+    found = checkpoint.latest(finished)
+    assert found is not None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in found.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors: is missing or damaged"):
+        checkpoint.read(copy)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished: Path) -> None:
+    found = checkpoint.latest(finished)
+    assert found is not None
+    with pytest.raises(ValueError, match="a vit_demo, another architecture than the model asked for"):
+        checkpoint.load_weights(found, MaskedImageModel("vit_tiny", 64))
+
+
+def test_the_schedule_is_the_papers() -> None:
+    optim = Optim()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
+    scheduler = schedule.cosine(optimizer, optim, steps_per_epoch=10)
+    rates = []
+    for step in range(1000):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[50] == pytest.approx((1e-6 + 8e-4) / 2)
+    assert max(rates) <= 8e-4
+    assert rates[500] == pytest.approx((8e-4 + 1e-5) / 2, rel=0.01)
+    assert rates[-1] == pytest.approx(1e-5, rel=0.01)
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+    scheduler.step_update(5000)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)

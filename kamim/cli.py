@@ -44,6 +44,8 @@ def _says_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError too
+            raise
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             if _debug:
                 raise
@@ -226,13 +228,23 @@ def weights(
     """Keypoints and weights W (Eq. 2) of an image as it is, without a resize."""
     import numpy as np
 
-    from kamim.compose import image_weights
+    from kamim.compose import image_weights, plot_weights
+    from preprocess.decode import decode
 
-    found, omega, w = image_weights(image, _weighting(detector, footprint, patch_size, temperature), plot)
+    weighting = _weighting(detector, footprint, patch_size, temperature)
+    if not image.is_file():
+        raise ValueError(f"{image}: no such file")
+    try:
+        found = image_weights(decode(image.read_bytes()), weighting)
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error
+    w = found.weights
     out_console.print(
-        f"{image}: {found} {detector} keypoints; density mean {omega.mean():.4f}, max {omega.max():.4f}; "
-        f"W {w.shape[0]}x{w.shape[1]}, mean {w.mean():.3f}, max {w.max():.3f}"
+        f"{image}: {found.keypoints} {detector} keypoints; density mean {found.omega.mean():.4f}, "
+        f"max {found.omega.max():.4f}; W {w.shape[0]}x{w.shape[1]}, mean {w.mean():.3f}, max {w.max():.3f}"
     )
+    if plot is not None:
+        plot_weights({image.name: found}, weighting, plot)
     if out is not None:
         with out.open("wb") as file:
             np.save(file, w)

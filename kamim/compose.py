@@ -1,6 +1,7 @@
 """Wires stores, loaders and loops together. The one module besides the CLI that knows every room."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from pipelines.augment import probe_augment
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
-from preprocess.decode import decode
 
 
 def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
@@ -125,24 +125,41 @@ def _about(store: Store) -> dict[str, Any]:
     return {"store": str(store.path), "images": len(store), "fingerprint": store.manifest.job.fingerprint}
 
 
-def image_weights(image: Path, weighting: Weighting, plot: Path | None) -> tuple[int, np.ndarray, np.ndarray]:
-    """`kamim weights`: (keypoints found, Omega [g, g], W [g, g]) of an image file as it is, float32.
+@dataclass(frozen=True)
+class ImageWeights:
+    """What KAMIM sees in one image: keypoints found, map F bool [H, W], Omega and W float32 [g, g]."""
+
+    rgb: np.ndarray
+    keypoints: int
+    bitmap: np.ndarray
+    omega: np.ndarray
+    weights: np.ndarray
+
+
+def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
+    """Keypoints and weights of an image (uint8 [H, W, 3]) as it is.
 
     A last row or column of cells that the image fills only in part is left out, as Eq. 2's convolution does.
+    Raises ValueError for an image smaller than one cell.
     """
-    rgb = decode(image.read_bytes())
     height, width = rgb.shape[:2]
     patch = weighting.patch_size
     if min(height, width) < patch:
-        raise ValueError(f"{image}: {width}x{height} px, smaller than one cell of --patch-size {patch}")
+        raise ValueError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
     found = detector(weighting.detector).detect(rgb)
     bitmap = kp.keypoint_map(found.xy, height, width, weighting.footprint)
     omega = density(torch.from_numpy(kp.map_counts(bitmap, patch)), patch)
-    w = weights(omega, weighting.temperature).numpy()
-    if plot is not None:
-        caption = f"{weighting.detector}, {weighting.footprint}, w_ps {patch}, T {weighting.temperature}"
-        plots.weights_sheet([(image.name, rgb, bitmap, w)], patch, caption, plot)
-    return len(found.xy), omega.numpy(), w
+    return ImageWeights(rgb, len(found.xy), bitmap, omega.numpy(), weights(omega, weighting.temperature).numpy())
+
+
+def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:
+    """One row per image: as it is, its keypoints, its weights."""
+    rows = [(name, image.rgb, image.bitmap, image.weights) for name, image in images.items()]
+    plots.weights_sheet(rows, weighting.patch_size, _caption(weighting), file)
+
+
+def _caption(weighting: Weighting) -> str:
+    return f"{weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature}"
 
 
 def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Path) -> None:
@@ -164,8 +181,7 @@ def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Pat
         label = int(batch.labels[i])
         name = store.manifest.classes[label] if label >= 0 else ""
         rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, weights))
-    caption = f"{store.path.name}: {weighting.detector}, {weighting.footprint}, w_ps {patch}, T {weighting.temperature}"
-    plots.weights_sheet(rows, patch, caption, file)
+    plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)
 
 
 def reconstructions(models: dict[str, MaskedImageModel], store: Store, ratio: float, count: int, file: Path) -> None:

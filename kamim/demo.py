@@ -14,10 +14,11 @@ from kamim.config import Pretrain, Probe, Weighting, load
 from kamim.pretrain import Progress
 from kamim.store import Store
 from preprocess.build import build, make_job
-from preprocess.sources import list_source
+from preprocess.sources import list_source, photograph
 
 CONFIGS = Path(kamim.__file__).parent.parent / "configs"
 DETECTORS = ("fast", "sift", "orb")
+SHOWN = ("astronaut.png", "coffee.png", "china.jpg")  # photographs in the pictures of weights
 Update = Callable[[int, int, str], None]
 
 
@@ -74,8 +75,12 @@ def _preprocess(split: str, store: Path, resolution: int, update: Update) -> Non
 def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
     sheets = []
     for detector in DETECTORS:
+        weighting = Weighting(detector=detector)
+        found = {name: compose.image_weights(photograph(name), weighting) for name in SHOWN}
         sheets.append(out / f"weights-{detector}.png")
-        compose.preview(Store(val), Weighting(detector=detector), 5, seed=3, file=sheets[-1])
+        compose.plot_weights(found, weighting, sheets[-1])
+    sheets.append(out / "crops.png")
+    compose.preview(Store(val), Weighting(), 6, seed=1, file=sheets[-1])
     models = {name: checkpoint.read(config.out).build_model() for name, config in runs.items()}
     sheets.append(out / "reconstructions.png")
     compose.reconstructions(models, Store(val), runs["KAMIM"].mask.ratio, 10, sheets[-1])

@@ -33,23 +33,25 @@ def _weights(figure: Figure, axes: Axes, rgb: np.ndarray, weights: np.ndarray, p
     axes.imshow(rgb.mean(axis=2), cmap="gray")
     extent = (-0.5, weights.shape[1] * patch_size - 0.5, weights.shape[0] * patch_size - 0.5, -0.5)
     heat = axes.imshow(
-        weights, cmap="viridis", alpha=0.75, extent=extent, norm=LogNorm(1, max(float(weights.max()), 1.01)),
+        weights, cmap="viridis", alpha=0.75, extent=extent, norm=LogNorm(1, max(float(weights.max()), 2.0)),
         interpolation="nearest",
     )  # fmt: skip
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
     bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_ticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"], minor=False, fontsize=7)
+    bar.minorticks_off()
 
 
 def weights_sheet(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], patch_size: int, caption: str, file: Path
 ) -> None:
     """One row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights."""
-    height, width = rows[0][1].shape[:2]
-    figure = Figure(figsize=(9.6, 0.4 + len(rows) * (3.0 * height / width + 0.25)), layout="constrained")
+    heights = [2.9 * rgb.shape[0] / rgb.shape[1] + 0.25 for _, rgb, _, _ in rows]
+    figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
     figure.suptitle(caption, fontsize=10)
-    for line, (title, rgb, bitmap, weights) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
+    lines = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
+    for line, (title, rgb, bitmap, weights) in zip(lines, rows, strict=True):
         _image(line[0], rgb, title)
         _image(line[1], _with_map(rgb, bitmap), f"map F, density {bitmap.mean():.3f}")
         _weights(figure, line[2], rgb, weights, patch_size, f"W: mean {weights.mean():.2f}, max {weights.max():.1f}")

@@ -190,7 +190,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(file.read_text())
         version = fields["schema_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(

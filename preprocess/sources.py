@@ -127,17 +127,23 @@ _SAMPLE_SEED = 0
 
 
 @lru_cache(maxsize=4)
-def _photograph(package: str, name: str) -> np.ndarray:
-    with importlib.resources.files(package).joinpath(name).open("rb") as file, Image.open(file) as image:
+def photograph(name: str) -> np.ndarray:
+    """One of PHOTOGRAPHS, whole: RGB uint8 [H, W, 3]. Raises ValueError where its package is not installed."""
+    package = next(package for package, names in PHOTOGRAPHS.items() if name in names)
+    try:
+        folder = importlib.resources.files(package)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the sample data set needs {error.name}; pip install 'kamim[sample]'") from error
+    with folder.joinpath(name).open("rb") as file, Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def _patch(item: Item) -> bytes:
-    """The JPEG of one sample patch. Key: split/package/photograph/number."""
-    split, package, name, number = item.key.split("/")
-    photograph = _photograph(package, name)
-    across = photograph.shape[1] >= photograph.shape[0]  # cut the longer side
-    long, short = (photograph.shape[1], photograph.shape[0]) if across else photograph.shape[:2]
+    """The JPEG of one sample patch. Key: split/photograph/number."""
+    split, name, number = item.key.split("/")
+    pixels = photograph(name)
+    across = pixels.shape[1] >= pixels.shape[0]  # cut the longer side
+    long, short = (pixels.shape[1], pixels.shape[0]) if across else pixels.shape[:2]
     cut = round(long * (1 - VAL_SHARE))
     start, stop = (0, cut) if split == "train" else (cut, long)
     u = [rng.unit(_SAMPLE_SEED, split == "val", int(number), rng.CROP, draw) for draw in range(3)]
@@ -145,7 +151,7 @@ def _patch(item: Item) -> bytes:
     a = start + int(u[1] * (stop - start - side + 1))
     b = int(u[2] * (short - side + 1))
     top, left = (b, a) if across else (a, b)
-    patch = np.ascontiguousarray(photograph[top : top + side, left : left + side])
+    patch = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     return simplejpeg.encode_jpeg(patch, quality=95)
 
 
@@ -153,11 +159,11 @@ def sample(source: Path | None, split: str) -> Source:
     """Labelled patches of photographs that scikit-image and scikit-learn ship; class = the photograph."""
     if source is not None:
         raise ValueError(f"--source {source}: the sample data set needs none")
-    photographs = [(package, name) for package, names in PHOTOGRAPHS.items() for name in names]
-    classes = tuple(name.partition(".")[0] for _, name in photographs)
+    photographs = [name for names in PHOTOGRAPHS.values() for name in names]
+    classes = tuple(name.partition(".")[0] for name in photographs)
     items = [
-        Item(f"{split}/{package}/{name}/{label * PATCHES[split] + number}", label, 0)
-        for label, (package, name) in enumerate(photographs)
+        Item(f"{split}/{name}/{label * PATCHES[split] + number}", label, 0)
+        for label, name in enumerate(photographs)
         for number in range(PATCHES[split])
     ]
     return Source("photographs of scikit-image and scikit-learn", classes, items, _patch)

@@ -79,6 +79,8 @@ def build(job: Job, source: Source, out: Path, *, workers: int, strict: bool, pr
     """
     partial = out.with_name(out.name + ".partial")
     if out.exists():
+        if not (out / "manifest.json").exists():
+            raise ValueError(f"--out {out}: is there already and is not a kamim store; choose another --out")
         _refuse_other_job(store.read_manifest(out).job, job, out)
         shutil.rmtree(partial, ignore_errors=True)
         return False

@@ -14,6 +14,10 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb; refused before decoding
 
 
+# What SUFFIXES name; Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+
+
 class Undecodable(ValueError):
     """This file is not an image that can be trusted; the message says why."""
 
@@ -45,7 +49,7 @@ def _jpeg(data: bytes) -> np.ndarray | None:
 
 def _pillow(data: bytes) -> np.ndarray:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.height, image.width)
             if image.format == "PNG":
                 _check_png(data)

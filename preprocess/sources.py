@@ -63,7 +63,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders.sort()
-        yield from (Path(parent, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+        images = (Path(parent, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+        yield from (image for image in images if image.is_file() or image.is_symlink())  # a pipe would block a reader
 
 
 def image_folder(source: Path | None, split: str) -> Source:

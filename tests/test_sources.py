@@ -1,0 +1,235 @@
+"""Listing data sets: what is an image, whose label it has, and what to say where there is none."""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocess import sources
+from preprocess.sources import Source, list_source
+
+
+def image(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(file)
+    return file
+
+
+def keys(source: Source) -> list[str]:
+    return [item.key for item in source.items]
+
+
+def complaint(dataset: str, source: Path | None, split: str = "train") -> str:
+    with pytest.raises(ValueError) as raised:
+        list_source(dataset, source, split)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_classes_are_the_folders_sorted(tmp_path: Path) -> None:
+    for name in ("zebra/2.jpg", "ant/b.png", "zebra/10.jpg", "ant/a.png", "Bee/x.jpg"):
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert listed.classes == ("Bee", "ant", "zebra")
+    assert keys(listed) == ["Bee/x.jpg", "ant/a.png", "ant/b.png", "zebra/10.jpg", "zebra/2.jpg"]
+    assert [item.label for item in listed.items] == [0, 1, 1, 2, 2]
+    assert [item.size for item in listed.items] == [(tmp_path / key).stat().st_size for key in keys(listed)]
+    assert all(listed.read(item) == (tmp_path / item.key).read_bytes() for item in listed.items)
+
+
+def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
+    for name in ("a/3.jpg", "a/deep/er/1.jpg", "a/deep/2.jpg", "b/1.jpg"):
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert listed.classes == ("a", "b")
+    assert keys(listed) == ["a/3.jpg", "a/deep/2.jpg", "a/deep/er/1.jpg", "b/1.jpg"]
+    assert [item.label for item in listed.items] == [0, 0, 0, 1]
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.png"):
+        image(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    listed = list_source("imagefolder", tmp_path, "val")
+    assert listed.classes == ()
+    assert [(item.key, item.label) for item in listed.items] == [("a.png", -1), ("b.jpg", -1)]
+
+
+def test_images_beside_class_folders_are_left_out(tmp_path: Path) -> None:
+    image(tmp_path / "a/1.jpg")
+    image(tmp_path / "cover.jpg")
+    assert keys(list_source("imagefolder", tmp_path, "train")) == ["a/1.jpg"]
+
+
+def test_only_image_suffixes_count_in_either_case(tmp_path: Path) -> None:
+    for name in ("a/1.JPEG", "a/2.Png", "a/3.jpg"):
+        image(tmp_path / name)
+    for name in ("a/readme.txt", "a/jpg", "a/4.jpg.part", "a/Thumbs.db"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "a/folder.jpg").mkdir()
+    assert keys(list_source("imagefolder", tmp_path, "train")) == ["a/1.JPEG", "a/2.Png", "a/3.jpg"]
+
+
+def test_names_may_hold_spaces_and_any_bytes(tmp_path: Path) -> None:
+    names = ["a class/an image.jpg", os.fsdecode(b"a class/caf\xe9 \n.jpg"), os.fsdecode(b"\xff/1.jpg")]
+    for name in names:
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert keys(listed) == names
+    assert listed.classes == ("a class", "\\xff")
+    assert all(listed.read(item) for item in listed.items)
+    assert len(listed.fingerprint()) == 64
+
+
+def test_a_source_folder_may_have_any_name(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"\xfe")
+    image(root / "a/1.jpg")
+    listed = list_source("imagefolder", root, "train")
+    assert listed.location.endswith("\\xfe")
+    assert listed.read(listed.items[0])
+
+
+def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+    image(tmp_path / "a/1.jpg")
+    (tmp_path / "a/again").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "a/self.jpg").symlink_to("self.jpg")
+    image(tmp_path / "elsewhere/deep/2.jpg")
+    (tmp_path / "a/linked").symlink_to(tmp_path / "elsewhere/deep", target_is_directory=True)
+    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "a", target_is_directory=True)
+    of_a = [key for key in keys(list_source("imagefolder", tmp_path, "train")) if key.startswith("a/")]
+    assert of_a == ["a/1.jpg", "a/self.jpg", "a/linked/2.jpg"]
+
+
+def test_a_dangling_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:
+    image(tmp_path / "a/1.jpg")
+    (tmp_path / "a/2.jpg").symlink_to("gone.jpg")
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert [(item.key, item.size > 0) for item in listed.items] == [("a/1.jpg", True), ("a/2.jpg", False)]
+    with pytest.raises(FileNotFoundError):
+        listed.read(listed.items[1])
+
+
+def test_a_missing_empty_or_imageless_source_is_named(tmp_path: Path) -> None:
+    for dataset in ("imagefolder", "imagenet"):
+        assert "--source" in complaint(dataset, None)
+        assert f"{tmp_path / 'none'}: no such folder" in complaint(dataset, tmp_path / "none")
+        assert str(tmp_path) in complaint(dataset, tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/readme.txt").write_text("no image")
+    assert f"{tmp_path}: holds no images" in complaint("imagefolder", tmp_path)
+    file = image(tmp_path / "1.jpg")
+    assert f"{file}: no such folder" in complaint("imagefolder", file)
+
+
+def test_unknown_data_sets_and_splits_are_named(tmp_path: Path) -> None:
+    assert "'cifar'" in complaint("cifar", tmp_path)
+    assert "--split test" in complaint("sample", None, "test")
+    assert str(tmp_path) in complaint("sample", tmp_path)
+
+
+def test_the_fingerprint_sees_names_labels_and_sizes(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return list_source("imagefolder", tmp_path, "train").fingerprint()
+
+    image(tmp_path / "b/1.jpg")
+    seen = [fingerprint(), fingerprint()]
+    image(tmp_path / "b/2.jpg")
+    seen.append(fingerprint())
+    image(tmp_path / "a/1.jpg")
+    seen.append(fingerprint())
+    (tmp_path / "a/1.jpg").write_bytes(b"longer" * 1000)
+    seen.append(fingerprint())
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("below", ["", "ILSVRC/Data/CLS-LOC"])
+def test_imagenet_is_the_class_folders_of_a_split(tmp_path: Path, below: str) -> None:
+    for name in ("train/n02/x.JPEG", "train/n01/y.JPEG", "val/n01/z.JPEG"):
+        image(tmp_path / below / name)
+    train, val = (list_source("imagenet", tmp_path, split) for split in ("train", "val"))
+    assert (train.classes, keys(train)) == (("n01", "n02"), ["n01/y.JPEG", "n02/x.JPEG"])
+    assert keys(val) == ["n01/z.JPEG"]
+
+
+def test_imagenet_without_the_split_or_its_class_folders_is_named(tmp_path: Path) -> None:
+    image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
+    assert "neither train nor" in complaint("imagenet", tmp_path, "train")
+    assert f"{tmp_path / 'val'}: flat" in complaint("imagenet", tmp_path, "val")
+
+
+@lru_cache(maxsize=1)
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An image whose every pixel says where it is, 12 bits for y and 12 for x."""
+    y, x = np.indices((height, width))
+    return np.stack([y >> 4, (y & 15) << 4 | x >> 8, x & 255], axis=2).astype(np.uint8)
+
+
+def positions(patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b, c = (patch[..., channel].astype(int) for channel in range(3))
+    return a << 4 | b >> 4, (b & 15) << 8 | c
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
+    """Patches of coordinate images of the photographs' shapes, as they are handed to the encoder."""
+    shapes = {
+        name: sources.photograph(name).shape[:2] for package, names in sources.PHOTOGRAPHS.items() for name in names
+    }
+    patches: list[np.ndarray] = []
+    monkeypatch.setattr(sources, "photograph", lambda name: coordinates(*shapes[name]))
+    monkeypatch.setattr(sources.simplejpeg, "encode_jpeg", lambda patch, quality: patches.append(patch) or b"")
+    return patches
+
+
+def test_training_and_validation_patches_share_no_pixel(cut: list[np.ndarray]) -> None:
+    train, val = (list_source("sample", None, split) for split in ("train", "val"))
+    for label in range(len(train.classes)):
+        seen: list[list[np.ndarray]] = []
+        for listed in (train, val):
+            cut.clear()
+            for item in [item for item in listed.items if item.label == label][::2]:
+                listed.read(item)
+            seen.append(list(cut))
+        for patch in [*seen[0], *seen[1]]:
+            y, x = positions(patch)
+            low, high = sources.PATCH_SIDES
+            assert patch.shape[0] == patch.shape[1]
+            assert low <= len(patch) <= high
+            np.testing.assert_array_equal(y - y[0, 0], np.indices(y.shape)[0])  # one piece, as it lies
+            np.testing.assert_array_equal(x - x[0, 0], np.indices(x.shape)[1])
+        assert any(  # along one axis training ends before validation starts
+            max(positions(patch)[axis].max() for patch in seen[0]) < min(positions(p)[axis].min() for p in seen[1])
+            for axis in (0, 1)
+        ), train.classes[label]
+
+
+def test_patches_of_a_photograph_differ(cut: list[np.ndarray]) -> None:
+    listed = list_source("sample", None, "train")
+    for item in listed.items[:20]:
+        listed.read(item)
+    assert len({patch.tobytes() for patch in cut}) == 20
+
+
+def test_sample_is_the_same_every_time() -> None:
+    first, second = (list_source("sample", None, "val") for _ in range(2))
+    assert first.fingerprint() == second.fingerprint()
+    items = first.items[::97]
+    read = [first.read(item) for item in items]
+    sources.photograph.cache_clear()
+    assert [second.read(item) for item in items] == read
+
+
+def test_sample_counts_and_labels() -> None:
+    train, val = (list_source("sample", None, split) for split in ("train", "val"))
+    assert train.classes == val.classes
+    assert len(set(train.classes)) == 17
+    for listed, split in ((train, "train"), (val, "val")):
+        labels = np.bincount([item.label for item in listed.items])
+        assert labels.tolist() == [sources.PATCHES[split]] * 17
+        assert len(set(keys(listed))) == len(listed.items)
+        assert keys(listed)[0].startswith(f"{split}/{listed.classes[0]}.")

@@ -1,0 +1,357 @@
+"""What a store promises, whichever backend holds the images; pages; FFCV's format; what is said of a bad store."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+import zarr
+from conftest import BACKENDS, has_ffcv, make_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from kamim import beton, paged, store
+from kamim.cli import app
+from kamim.detectors import DETECTORS, detect_packed
+from kamim.store import Store
+
+DETECTED = ("fast", "sift", "orb")
+STORED_AREA = 64**2 / 0.67
+CANONICAL_AREA = 64**2 / 0.835
+
+
+def source_pixels(folder: Path) -> list[np.ndarray]:
+    """The images of a class folder, in the store's order."""
+    return [np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*/*"))]
+
+
+def resized(pixels: np.ndarray, area: float) -> np.ndarray:
+    """About `area` px of the same shape, by OpenCV's bilinear resize."""
+    scale = (area / (pixels.shape[0] * pixels.shape[1])) ** 0.5
+    height, width = (round(side * scale) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def expected_image(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.shape[0] * pixels.shape[1] <= STORED_AREA else resized(pixels, STORED_AREA)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def path(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("store") / request.param
+    return make_store(folder, out, request.param, detectors=DETECTED)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def raw_path(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(folder, tmp_path_factory.mktemp("raw") / request.param, request.param, encoding="raw")
+
+
+def test_images_keep_order_labels_and_sizes(path: Path, folder: Path) -> None:
+    opened = Store(path)
+    assert len(opened) == 12
+    assert opened.manifest.classes == ("a", "b", "c")
+    assert opened.images.labels.dtype == np.int64
+    assert opened.images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert opened.images.sizes.tolist() == [list(expected_image(p).shape[:2]) for p in source_pixels(folder)]
+
+
+def test_images_are_the_jpegs_of_the_resized_source(path: Path, folder: Path) -> None:
+    images = Store(path).images
+    assert not images.raw
+    for index, pixels in enumerate(source_pixels(folder)):
+        expected = simplejpeg.encode_jpeg(np.ascontiguousarray(expected_image(pixels)), 90, colorsubsampling="420")
+        data = images.data(index)
+        assert data.dtype == np.uint8
+        assert data.tobytes() == expected
+        assert simplejpeg.decode_jpeg(data).shape[:2] == tuple(images.sizes[index])
+
+
+def test_raw_images_are_the_resized_source(raw_path: Path, folder: Path) -> None:
+    images = Store(raw_path).images
+    assert images.raw
+    for index, pixels in enumerate(source_pixels(folder)):
+        np.testing.assert_array_equal(images.data(index).reshape(*images.sizes[index], 3), expected_image(pixels))
+
+
+@pytest.mark.parametrize("detector", DETECTED)
+def test_keypoints_are_those_of_the_canonical_frame(path: Path, folder: Path, detector: str) -> None:
+    keypoints = Store(path).keypoints(detector)
+    assert keypoints.rules == DETECTORS[detector].rules
+    for index, pixels in enumerate(source_pixels(folder)):
+        frame = resized(pixels, CANONICAL_AREA)
+        expected, counts = detect_packed(detector, frame, 1 / 0.67)
+        positions, offsets = keypoints.image(index)
+        assert keypoints.frame[index].tolist() == list(frame.shape[:2])
+        np.testing.assert_array_equal(positions, expected)
+        np.testing.assert_array_equal(offsets, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def test_the_manifest_holds_what_shaped_the_store(path: Path) -> None:
+    manifest = Store(path).manifest
+    assert (manifest.job.resolution, manifest.job.quality, manifest.job.encoding) == (64, 90, "jpeg")
+    assert manifest.count == manifest.job.items == 12
+    assert manifest.stored_area == pytest.approx(STORED_AREA)
+    assert manifest.canonical_area == pytest.approx(CANONICAL_AREA)
+    assert manifest.checksums == store.checksums(path)
+
+
+def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "keypoints.zarr")
+    paged.create(group, "frame", np.full((2, 2), 1200, np.uint16))
+    positions = np.random.default_rng(0).integers(0, 1200, (70_000, 2)).astype(np.uint16)
+    images = [(positions, np.array([70_000])), (positions[:3], np.array([3]))]
+    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images)
+    keypoints = store.Keypoints(tmp_path / "keypoints.zarr", "fast", DETECTORS["fast"].rules)
+    for index, (expected, _) in enumerate(images):
+        np.testing.assert_array_equal(keypoints.image(index)[0], expected)
+
+
+# Pages
+
+
+def written(path: Path, items: list[np.ndarray], page_rows: int) -> list[int]:
+    writer = paged.PagedWriter(zarr.create_group(path), "a", items[0].shape[1:], items[0].dtype, page_rows)
+    starts = [writer.append(item) for item in items]
+    writer.close()
+    return starts
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 10), max_size=12), st.booleans())
+def test_items_come_back_whole_and_never_cross_a_page(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pairs: bool
+) -> None:
+    path = tmp_path_factory.mktemp("paged")
+    shape = (2,) if pairs else ()
+    random = np.random.default_rng(len(lengths))
+    items = [random.integers(0, 1 << 16, (n, *shape)).astype(np.uint16) for n in (*lengths, 1)]
+    starts = written(path, items, 10)
+    reader = paged.PagedReader(path / "a")
+    plain = zarr.open_array(path / "a", mode="r")[:]  # any zarr reader
+    for start, item in zip(starts, items, strict=True):
+        assert start % 10 + len(item) <= 10
+        rows = reader.rows(start, len(item))
+        assert rows.dtype == np.uint16
+        np.testing.assert_array_equal(rows, item)
+        np.testing.assert_array_equal(plain[start : start + len(item)], item)
+
+
+def test_an_item_larger_than_a_page_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="11 rows does not fit a page of 10"):
+        written(tmp_path, [np.zeros(11, np.uint8)], 10)
+
+
+def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
+    items = [np.zeros((n, 2), np.uint16) for n in (0, 10, 0, 0)]
+    starts = written(tmp_path, items, 10)
+    reader = paged.PagedReader(tmp_path / "a")
+    assert [reader.rows(start, len(item)).shape for start, item in zip(starts, items, strict=True)] == [
+        (0, 2), (10, 2), (0, 2), (0, 2),
+    ]  # fmt: skip
+
+
+def test_an_array_without_rows_opens(tmp_path: Path) -> None:
+    written(tmp_path, [np.zeros(0, np.uint8)], 10)
+    assert paged.PagedReader(tmp_path / "a").rows(0, 0).shape == (0,)
+
+
+def test_pages_of_zeros_survive(tmp_path: Path) -> None:
+    items = [np.zeros(10, np.uint8), np.zeros(7, np.uint8), np.ones(4, np.uint8)]
+    starts = written(tmp_path, items, 10)
+    reader = paged.PagedReader(tmp_path / "a")
+    for start, item in zip(starts, items, strict=True):
+        np.testing.assert_array_equal(reader.rows(start, len(item)), item)
+
+
+def test_items_are_read_only_views_of_a_file(tmp_path: Path) -> None:
+    starts = written(tmp_path, [np.arange(5, dtype=np.uint8)], 10)
+    rows = paged.PagedReader(tmp_path / "a").rows(starts[0], 5)
+    assert isinstance(rows, np.memmap)
+    assert not rows.flags.writeable
+
+
+# FFCV's format
+
+
+@has_ffcv
+def test_our_types_are_ffcvs() -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType
+    from ffcv.types import get_metadata_type as metadata_type
+
+    assert beton.VERSION == CURRENT_VERSION
+    assert HeaderType == beton.HEADER
+    assert FieldDescType == beton.FIELD
+    assert beton.ALLOCATION == ALLOC_TABLE_TYPE
+    assert RGBImageField().metadata_type == beton.IMAGE
+    theirs = metadata_type([RGBImageField(), IntField()])
+    assert beton.SAMPLE.itemsize == theirs.itemsize
+    assert list(beton.SAMPLE.fields.values()) == list(theirs.fields.values())
+    assert TYPE_ID_HANDLER[beton.IMAGE_FIELD] is RGBImageField
+    assert TYPE_ID_HANDLER[beton.INT_FIELD] is IntField
+
+
+@has_ffcv
+@pytest.mark.parametrize("encoding", ["jpeg", "raw"])
+def test_the_stock_ffcv_loader_reads_a_store(encoding: str, photos: list[np.ndarray], tmp_path: Path) -> None:
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    for i in range(6):
+        file = tmp_path / f"source/{i % 3}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos[i % 3][50 : 50 + 70, 30 * i : 30 * i + 80]).save(file)
+    images = Store(make_store(tmp_path / "source", tmp_path / "store", "ffcv", encoding=encoding)).images
+    loader = Loader(
+        str(tmp_path / "store/images.beton"), batch_size=3, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=True,
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+    )  # fmt: skip
+    batches = [(pixels.copy(), labels.copy()) for pixels, labels in loader]
+    assert np.concatenate([labels for _, labels in batches]).ravel().tolist() == [0, 0, 1, 1, 2, 2]
+    for index, pixels in enumerate(np.concatenate([pixels for pixels, _ in batches])):
+        if encoding == "raw":
+            np.testing.assert_array_equal(pixels, images.data(index).reshape(pixels.shape))
+        else:  # FFCV decodes with the faster, less exact transform
+            difference = np.abs(pixels.astype(int) - simplejpeg.decode_jpeg(images.data(index)))
+            assert difference.max() <= 16
+            assert difference.mean() < 1.5
+
+
+@has_ffcv
+def test_images_that_fill_several_ffcv_pages_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 12)
+    random = np.random.default_rng(5)
+    images = [random.integers(0, 256, n).astype(np.uint8) for n in (3000, 3000, 1, 4096, 500)]
+    beton.write(tmp_path / "x.beton", 5, ((data, 7, 9, label, False) for label, data in enumerate(images, -1)))
+    read = beton.Beton(tmp_path / "x.beton")
+    assert read.labels.tolist() == [-1, 0, 1, 2, 3]
+    assert read.sizes.tolist() == [[7, 9]] * 5
+    for index, data in enumerate(images):
+        np.testing.assert_array_equal(read.data(index), data)
+
+
+@has_ffcv
+def test_a_damaged_ffcv_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = make_store(folder, tmp_path / "store", "ffcv") / "images.beton"
+    whole = file.read_bytes()
+    for damage, complaint in (
+        (b"", "not an FFCV file"),
+        (b"\x09" + whole[1:], "not an FFCV file of version 2"),
+        (whole[:-24], "truncated"),
+        (whole[:24] + b"\x07" + whole[25:], "fields of types"),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=complaint):
+            beton.Beton(file)
+
+
+# What is not a store, and stores that are not whole
+
+runner = CliRunner()
+
+
+def complaint(*arguments: str) -> str:
+    """What a command says where it fails: one line, no traceback."""
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    return result.stderr.strip()
+
+
+@pytest.fixture
+def copy(path: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(path, tmp_path / "copy")
+
+
+def manifest_edit(path: Path, edit: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    fields = json.loads((path / "manifest.json").read_text())
+    edit(fields)
+    (path / "manifest.json").write_text(json.dumps(fields))
+
+
+def test_what_is_not_a_store_is_said_in_one_line(copy: Path, tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(ValueError) as raised:
+            Store(copy)
+        assert str(copy) in str(raised.value)
+        assert str(raised.value) in complaint("store", "info", str(copy))
+        return str(raised.value)
+
+    original = (copy / "manifest.json").read_text()
+    manifest_edit(copy, lambda fields: fields.update(schema_version=99))
+    assert "schema version 99, this kamim reads 1; preprocess it again" in said()
+    manifest_edit(copy, lambda fields: fields.pop("schema_version"))
+    assert "not a manifest" in said()
+    (copy / "manifest.json").write_text(original.replace('"count": 12', '"count": "many"'))
+    assert "count" in said()
+    (copy / "manifest.json").write_text(original.replace('"count"', '"amount"'))
+    said()
+    for corrupt in (original[:100], "[]", "", "\0" * 50):
+        (copy / "manifest.json").write_text(corrupt)
+        assert "not a manifest" in said()
+    (copy / "manifest.json").write_bytes(b"\xff\xfe{}")
+    assert "not a manifest" in said()
+    (copy / "manifest.json").unlink()
+    assert "no manifest.json" in said()
+    assert "kamim preprocess" in complaint("store", "info", str(tmp_path / "nowhere"))
+
+
+def test_a_missing_detector_is_named_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    opened = Store(make_store(folder, tmp_path / "store", detectors=("sift",)))
+    with pytest.raises(ValueError, match=r"no 'fast' keypoints, only sift; preprocess again .* sift,fast"):
+        opened.keypoints("fast")
+
+
+def test_a_store_may_have_no_keypoints(folder: Path, tmp_path: Path) -> None:
+    opened = Store(make_store(folder, tmp_path / "store", detectors=()))
+    assert opened.detectors == ()
+    assert len(opened.images.labels) == 12
+    with pytest.raises(ValueError, match="only images"):
+        opened.keypoints("fast")
+
+
+def test_info_says_what_a_store_holds(path: Path) -> None:
+    result = runner.invoke(app, ["store", "info", str(path)])
+    assert result.exit_code == 0
+    assert "12 images of 3 classes" in result.stdout
+    assert "fast, sift, orb" in result.stdout
+
+
+def verify(path: Path) -> tuple[int, str]:
+    result = runner.invoke(app, ["store", "verify", str(path)])
+    return result.exit_code, result.stdout + result.stderr
+
+
+def test_verify_finds_a_flipped_bit_in_any_file(copy: Path) -> None:
+    assert verify(copy)[0] == 0
+    files = [file for file in sorted(copy.rglob("*")) if file.is_file() and file.name != "manifest.json"]
+    assert len(files) > 10
+    for number, file in enumerate(files):
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) * number // len(files)] ^= 1 << number % 8
+        file.write_bytes(damaged)
+        code, said = verify(copy)
+        assert (code, said) == (1, f"{file}: damaged\n")
+        file.write_bytes(whole)
+    assert verify(copy)[0] == 0
+
+
+def test_verify_finds_missing_and_extra_files(copy: Path) -> None:
+    (copy / "rejects.csv").unlink()
+    (copy / "keypoints.zarr/manifest.json").write_text("{}")
+    (copy / "notes.txt").write_text("mine")
+    code, said = verify(copy)
+    assert code == 1
+    assert said.splitlines() == [
+        f"{copy / 'keypoints.zarr/manifest.json'}: not in the manifest",
+        f"{copy / 'notes.txt'}: not in the manifest",
+        f"{copy / 'rejects.csv'}: missing",
+    ]

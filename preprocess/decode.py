@@ -15,7 +15,7 @@ MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb; 
 
 
 # What SUFFIXES name; Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
 class Undecodable(ValueError):

@@ -28,11 +28,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved state. step: optimiser steps done."""
+    """One saved state. step: optimiser steps done. has_head: false for an imported encoder without a pixel head."""
 
     path: Path
     step: int
     config: Pretrain
+    has_head: bool
 
     def model_state(self) -> dict[str, Tensor]:
         """Weights by parameter name."""
@@ -41,29 +42,45 @@ class Checkpoint:
     def build_model(self) -> MaskedImageModel:
         """The model of this checkpoint, on the CPU, weights loaded."""
         model = MaskedImageModel(self.config.model.name, self.config.data.resolution, self.config.model.drop_path)
-        model.load_state_dict(self.model_state())
+        model.load_state_dict(self.model_state(), strict=self.has_head)  # an imported encoder may come alone
         return model
 
 
 def save(run: Path, step: int, config: Pretrain, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
     """Writes RUN/checkpoints/step-*, durable and whole, and drops all but the newest `keep`."""
     folder = run / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"step-{step:08d}.partial"
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    files = {"model.safetensors": weights, "optimizer.safetensors": _optimizer_state(model, optimizer)}
+    final = _write(folder / f"step-{step:08d}", step, config, files, has_head=True)
+    for old in _saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
+    """Writes weights from elsewhere as a checkpoint at `path`. Raises ValueError where something is there."""
+    if path.exists():
+        raise ValueError(f"--out {path}: is there already; choose another or remove it")
+    config = Pretrain.model_validate(
+        {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
+    )
+    return _write(path, 0, config, {"model.safetensors": weights}, has_head)
+
+
+def _write(final: Path, step: int, config: Pretrain, files: dict[str, dict[str, Tensor]], has_head: bool) -> Path:
+    partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
-    save_file(_optimizer_state(model, optimizer), partial / "optimizer.safetensors")
+    for name, tensors in files.items():
+        save_file(tensors, partial / name)
     state = {
         "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "step": step,
         "config": config.model_dump(mode="json"),
-        "checksums": {name: checksum(partial / name) for name in ("model.safetensors", "optimizer.safetensors")},
+        "has_head": has_head, "checksums": {name: checksum(partial / name) for name in files},
     }  # fmt: skip
     (partial / "state.json").write_text(json.dumps(state, indent=2))
     shutil.rmtree(final, ignore_errors=True)
     publish(partial, final)
-    for old in _saved(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
 
 
@@ -87,7 +104,7 @@ def read(path: Path) -> Checkpoint:
         return found
     try:
         state: dict[str, Any] = json.loads(file.read_text())
-        checkpoint = Checkpoint(path, int(state["step"]), Pretrain.model_validate(state["config"]))
+        checkpoint = Checkpoint(path, int(state["step"]), Pretrain.model_validate(state["config"]), state["has_head"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a checkpoint's state: {' '.join(str(error).split())}") from error
     for name, expected in state["checksums"].items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm model and how it is made. stride: px of the image per token of the encoder's output."""
+    """A timm model and how it is made. stride: px of the image per token of the encoder's output.
+
+    norm_eps: the epsilon of every LayerNorm where timm's is not the released code's (Hugging Face's ViT: 1e-12).
+    """
 
     timm_name: str
     patch_size: int
     stride: int
     options: Mapping[str, Any]
+    norm_eps: float | None = None
 
     def check_resolution(self, resolution: int) -> None:
         """Raises ValueError where the encoder cannot take images of this side."""
@@ -31,7 +36,7 @@ class Architecture:
 
 
 def _vit(timm_name: str, **options: Any) -> Architecture:
-    return Architecture(timm_name, patch_size=16, stride=16, options=options)
+    return Architecture(timm_name, patch_size=16, stride=16, options=options, norm_eps=1e-12)
 
 
 def _swin(timm_name: str) -> Architecture:
@@ -54,8 +59,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
     """The timm backbone `name` for images of side `resolution`, random weights, no classifier."""
     architecture = ARCHITECTURES[name]
+    options = dict(architecture.options)
+    if architecture.norm_eps is not None:
+        options["norm_layer"] = partial(nn.LayerNorm, eps=architecture.norm_eps)
     encoder = timm.create_model(
-        architecture.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **architecture.options
+        architecture.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
     )
     assert isinstance(encoder, VisionTransformer | SwinTransformer)
     return encoder

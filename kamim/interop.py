@@ -1,0 +1,192 @@
+"""Weights from elsewhere -> kamim's names, and back to timm's.
+
+Understood: the authors' released checkpoints (Hugging Face ViT and Swin ForMaskedImageModeling, bare or under
+`model_state_dict`; names of transformers 4 and 5), MoCo v3's released ViTs, microsoft/SimMIM's released Swins,
+and timm state dicts. Files are safetensors, or pickles read with weights_only and nothing less.
+"""
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor
+
+from kamim.models import ARCHITECTURES, MaskedImageModel
+
+State = dict[str, Tensor]
+
+# Names of transformers (4 and 5), microsoft/SimMIM and MoCo v3 -> names of timm, below `encoder.`.
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(?:module\.|_orig_mod\.)+", ""),
+        (r"^base_encoder\.", ""),
+        (r"^(?:vit|swin)\.embeddings\.mask_token$|^encoder\.mask_token$", "mask_token"),
+        (r"^decoder\.0\.", "head.0."),
+        (r"^(?:vit|swin)\.", "encoder."),
+        (r"^encoder\.encoder\.", "encoder."),
+        (r"^encoder\.embeddings\.cls_token", "encoder.cls_token"),
+        (r"^encoder\.embeddings\.position_embeddings", "encoder.pos_embed"),
+        (r"^encoder\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
+        (r"^encoder\.embeddings\.norm\.", "encoder.patch_embed.norm."),
+        (r"^encoder\.layernorm\.", "encoder.norm."),
+        (r"^encoder\.layers?\.(\d+)\.(?!blocks|downsample)", r"encoder.blocks.\1."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.(?:attention\.|self\.)?(query|key|value)\.", r".attn.\1."),
+        (r"\.attention\.q_proj\.", ".attn.query."),
+        (r"\.attention\.k_proj\.", ".attn.key."),
+        (r"\.attention\.v_proj\.", ".attn.value."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    )
+)
+_IGNORED = re.compile(r"relative_position_index|attn_mask|momentum_encoder|predictor|base_encoder\.head\.")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct."""
+
+    architecture: str
+    resolution: int
+    state: State
+    has_head: bool
+
+
+def read_file(path: Path) -> State:
+    """Tensors of a checkpoint file, by its own names. Raises ValueError where it holds none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a checkpoint of tensors alone ({reason})") from error
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds no state dict")
+    return content
+
+
+def convert(state: State, resolution: int | None = None) -> Foreign:
+    """Any layout named above -> kamim's, for images of side `resolution` (None: as trained; a Swin's 192).
+
+    Positions are interpolated for another resolution, relative position biases for another window. Raises
+    ValueError, naming what is odd, for weights that are none of kamim's architectures.
+    """
+    renamed = _rename(state)
+    renamed = _merge_qkv(renamed)
+    if "encoder.layers.0.downsample.reduction.weight" in renamed:  # others merge after a stage, timm before the next
+        renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
+    if "mask_token" in renamed:
+        renamed["mask_token"] = renamed["mask_token"].flatten()
+    architecture = _architecture(renamed)
+    has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
+    if not has_head:
+        renamed = {name: value for name, value in renamed.items() if name.startswith("encoder.")}
+    resolution = resolution or _trained_resolution(architecture, renamed)
+    with torch.device("meta"):
+        model = MaskedImageModel(architecture, resolution)
+    fitted = _fit(renamed, model)
+    expected = {name for name in model.state_dict() if has_head or name.startswith("encoder.")}
+    for name in sorted(expected ^ fitted.keys()):
+        where = "is missing" if name in expected else f"is not part of a {architecture}"
+        raise ValueError(f"{name} {where}; these weights are of another kind")
+    return Foreign(architecture, resolution, fitted, has_head)
+
+
+def _rename(state: State) -> State:
+    renamed: State = {}
+    for name, value in state.items():
+        if _IGNORED.search(name):
+            continue
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        if not name.startswith(("encoder.", "head.0.", "mask_token")):
+            if name.startswith(("head", "fc_norm")):
+                continue  # a classifier or a projector, which no evaluation here uses
+            name = f"encoder.{name}"
+        renamed[name] = value
+    return renamed
+
+
+def _merge_qkv(state: State) -> State:
+    merged: State = {}
+    for name, value in state.items():
+        if ".attn.query." in name:
+            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            merged[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            merged[name] = value
+    return merged
+
+
+def _next_stage(match: re.Match[str]) -> str:
+    return f"layers.{int(match[1]) + 1}.downsample"
+
+
+def _shape(model: MaskedImageModel) -> tuple[int, int, bool]:
+    return _signature({name: value for name, value in model.state_dict().items() if name.startswith("encoder.")})
+
+
+def _signature(state: State) -> tuple[int, int, bool]:
+    """(width of the patch embedding, number of blocks, whether it is a Swin): tells the architectures apart."""
+    width = state["encoder.patch_embed.proj.weight"].shape[0]
+    blocks = {name.partition(".norm1.")[0] for name in state if ".norm1." in name}
+    return width, len(blocks), any("relative_position_bias_table" in name for name in state)
+
+
+def _architecture(state: State) -> str:
+    if "encoder.patch_embed.proj.weight" not in state:
+        raise ValueError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
+    for name in ARCHITECTURES:
+        with torch.device("meta"):
+            if _shape(MaskedImageModel(name, 192)) == _signature(state):
+                return name
+    width, blocks, swin = _signature(state)
+    kind = "Swin" if swin else "ViT"
+    raise ValueError(f"a {kind} of width {width} with {blocks} blocks; known are {', '.join(ARCHITECTURES)}")
+
+
+def _trained_resolution(architecture: str, state: State) -> int:
+    if "encoder.pos_embed" not in state:
+        return 192
+    tokens = state["encoder.pos_embed"].shape[1] - 1
+    return round(tokens**0.5) * ARCHITECTURES[architecture].patch_size
+
+
+def _fit(state: State, model: MaskedImageModel) -> State:
+    """Position tables resized to what the model holds."""
+    fitted: State = {}
+    own = model.state_dict()
+    for name, value in state.items():
+        wanted = own[name].shape if name in own else value.shape
+        if value.shape != wanted and name == "encoder.pos_embed":
+            side = round((wanted[1] - 1) ** 0.5)
+            value = resample_abs_pos_embed(value, [side, side], num_prefix_tokens=1)
+        elif value.shape != wanted and name.endswith("relative_position_bias_table"):
+            assert isinstance(model.encoder, SwinTransformer)
+            window = model.encoder.get_submodule(name.removeprefix("encoder.").rpartition(".")[0]).window_size
+            value = resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=wanted)
+        elif value.shape != wanted:
+            raise ValueError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
+        fitted[name] = value.detach().clone().contiguous()
+    return fitted
+
+
+def to_timm(state: State) -> State:
+    """The encoder alone, in timm's names: what timm.create_model(..., checkpoint_path=FILE) loads."""
+    return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}

@@ -1,0 +1,189 @@
+"""Weights from elsewhere give the same numbers here; ours go back."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
+from typer.testing import CliRunner
+
+from kamim import checkpoint, interop
+from kamim.cli import app
+from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder
+
+State = dict[str, Tensor]
+
+
+def hugging_face(name: str) -> torch.nn.Module:
+    """transformers' own SimMIM model of this architecture, random weights."""
+    torch.manual_seed(0)
+    if name.startswith("vit"):
+        width, heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[name]
+        given = ViTConfig(
+            hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, image_size=192, encoder_stride=16
+        )
+        model = ViTForMaskedImageModeling(given)
+    else:
+        width, depths, heads = {
+            "swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24]),
+            "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32]),
+        }[name]
+        given = SwinConfig(image_size=192, window_size=6, embed_dim=width, depths=depths, num_heads=heads)
+        given.encoder_stride = 32
+        model = SwinForMaskedImageModeling(given)
+    for parameter in model.parameters():  # nothing at its zero or one, so that no weight can go astray unseen
+        torch.nn.init.normal_(parameter, std=0.02, mean=1.0 if parameter.ndim == 1 and parameter.mean() > 0.9 else 0.0)
+    return model.eval()
+
+
+def loaded(made: interop.Foreign) -> MaskedImageModel:
+    model = MaskedImageModel(made.architecture, made.resolution).eval()
+    model.load_state_dict(made.state, strict=made.has_head)
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "swin_tiny", "swin_base"])
+def test_reconstructions_and_hidden_states_equal_hugging_faces(name: str) -> None:
+    theirs = hugging_face(name)
+    made = interop.convert(theirs.state_dict())
+    ours = loaded(made)
+    assert (made.architecture, made.resolution, made.has_head) == (name, 192, True)
+    images = torch.randn(1, 3, 192, 192)
+    mask = torch.rand(1, 6, 6) < 0.6
+    patch = ARCHITECTURES[name].patch_size
+    bools = mask.repeat_interleave(32 // patch, 1).repeat_interleave(32 // patch, 2).flatten(1)
+    hidden: list[Tensor] = []
+    layers = ours.encoder.blocks if name.startswith("vit") else ours.encoder.layers
+    hooks = [layer.register_forward_hook(lambda module, given, out: hidden.append(out)) for layer in layers]
+    with torch.no_grad():
+        reference = theirs(images, bool_masked_pos=bools, output_hidden_states=True)
+        reconstruction = ours(images, mask)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(reconstruction, reference.reconstruction, atol=1e-4, rtol=1e-4)
+    if name.startswith("vit"):
+        for k, (block, expected) in enumerate(zip(hidden, reference.hidden_states[1:], strict=True)):
+            torch.testing.assert_close(block, expected, atol=1e-4, rtol=1e-4, msg=f"block {k + 1}")
+
+
+def transformers_4(name: str, state: State) -> State:
+    """The same weights under the names of the authors' files."""
+    inner = ".attention.attention." if name.startswith("vit") else ".attention.self."
+    rules = [
+        (r"\.attention\.q_proj\.", f"{inner}query."),
+        (r"\.attention\.k_proj\.", f"{inner}key."),
+        (r"\.attention\.v_proj\.", f"{inner}value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.attention\.relative_position_bias\.", ".attention.self."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+        (r"^vit\.layers\.", "vit.encoder.layer."),
+    ]
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    if name.startswith("swin"):
+        renamed["swin.encoder.layers.0.blocks.0.attention.self.relative_position_index"] = torch.zeros(36, 36)
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model_state_dict": s}], ids=["bare", "wrapped"])
+def test_the_authors_layouts(name: str, wrap: Callable[[State], object], tmp_path: Path) -> None:
+    theirs = hugging_face(name).state_dict()
+    torch.save(wrap(transformers_4(name, theirs)), tmp_path / "theirs.pth")
+    made, direct = interop.convert(interop.read_file(tmp_path / "theirs.pth")), interop.convert(theirs)
+    assert made.state.keys() == direct.state.keys()
+    assert all(torch.equal(made.state[key], direct.state[key]) for key in made.state)
+
+
+def test_moco_v3s_layout(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = build_encoder("vit_tiny", 224)
+    state = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
+    state |= {f"module.momentum_encoder.{key}": value + 1 for key, value in vit.state_dict().items()}
+    state |= {"module.base_encoder.head.0.weight": torch.zeros(3, 3), "module.predictor.0.weight": torch.zeros(3, 3)}
+    torch.save({"epoch": 300, "arch": "vit_tiny", "state_dict": state}, tmp_path / "moco.pth.tar")
+    made = interop.convert(interop.read_file(tmp_path / "moco.pth.tar"))
+    assert (made.architecture, made.resolution, made.has_head) == ("vit_tiny", 224, False)
+    assert torch.equal(made.state["encoder.blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
+    smaller = interop.convert(state, 192)
+    assert smaller.state["encoder.pos_embed"].shape == (1, 145, 192)
+
+
+def test_microsoft_simmims_swin_layout_and_another_window() -> None:
+    torch.manual_seed(0)
+    swin = MaskedImageModel("swin_tiny", 192)
+    torch.nn.init.normal_(swin.mask_token)
+    state: State = {}
+    for key, value in swin.state_dict().items():
+        key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+        key = key.replace("head.0.", "decoder.0.").replace("mask_token", "encoder.mask_token")
+        state[key] = value[None, None] if key == "encoder.mask_token" else value
+    state["encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(1)
+    made = interop.convert(state)
+    assert all(torch.equal(made.state[key], value) for key, value in swin.state_dict().items())
+    table = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
+    assert state[table].shape[0] == 11**2
+    wider = {k: v.repeat(2, 1)[: 13**2] if k.endswith("bias_table") else v for k, v in state.items()}
+    assert interop.convert(wider).state[table].shape[0] == 11**2
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
+def test_what_is_exported_loads_into_timm_and_comes_back(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MaskedImageModel(name, 192)
+    architecture = ARCHITECTURES[name]
+    checkpoint.save_imported(tmp_path / "ours", name, 192, model.state_dict(), has_head=True)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "e.safetensors")])
+    assert result.exit_code == 0, result.output
+    theirs = timm.create_model(
+        architecture.timm_name, img_size=192, num_classes=0, checkpoint_path=str(tmp_path / "e.safetensors"),
+        **architecture.options,
+    )  # fmt: skip
+    for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)):
+        norm.eps = architecture.norm_eps or norm.eps
+    images = torch.randn(1, 3, 192, 192)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs.eval().forward_features(images), model.encoder.eval().forward_features(images), atol=0, rtol=0
+        )
+    back = interop.convert(interop.read_file(tmp_path / "e.safetensors"))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state.items())
+    assert not back.has_head
+
+
+def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    save_file(build_encoder("vit_demo", 96).state_dict(), tmp_path / "vit.safetensors")
+    result = run(app, ["import", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "made")])
+    assert result.exit_code == 0, result.output
+    found = checkpoint.read(tmp_path / "made")
+    assert (found.config.model.name, found.config.data.resolution, found.has_head) == ("vit_demo", 96, False)
+    found.build_model()
+    torch.save({"a": print}, tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    save_file({"fc.weight": torch.zeros(2)}, tmp_path / "resnet.safetensors")
+    save_file({"patch_embed.proj.weight": torch.zeros(77, 3, 16, 16)}, tmp_path / "odd.safetensors")
+    lacking = build_encoder("vit_demo", 96).state_dict()
+    del lacking["norm.bias"]
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    for name, message in {
+        "none.pth": "no such file",
+        "evil.pth": "not a checkpoint of tensors alone",
+        "text.pth": "not a checkpoint of tensors alone",
+        "resnet.safetensors": "no patch embedding among its 1 tensors",
+        "odd.safetensors": "a ViT of width 77 with 0 blocks; known are vit_tiny",
+        "lacking.safetensors": "encoder.norm.bias is missing",
+    }.items():
+        result = run(app, ["import", str(tmp_path / name), "--out", str(tmp_path / "x")])
+        assert result.exit_code == 1
+        assert message in result.output
+        assert not (tmp_path / "x").exists()

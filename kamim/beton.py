@@ -60,7 +60,7 @@ class Beton:
         self._start = samples["image"]["data_ptr"].astype(np.int64)
         self._length = np.zeros(count, np.int64)
         self._length[allocations["sample_id"]] = allocations["size"]
-        self._bytes = np.memmap(path, np.uint8, mode="r")
+        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array slices faster
 
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n], a view of the mapped file."""

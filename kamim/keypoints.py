@@ -95,11 +95,11 @@ def raster_scratch(height: int, width: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def remap(positions, offsets, borders, caps, snap, frame_h, frame_w, image_h, image_w, box, flip_v, flip_h, side, out):
+def remap(positions, counts, borders, caps, snap, frame_h, frame_w, image_h, image_w, box, flip_v, flip_h, side, out):
     """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
 
-    positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; offsets: int [G + 1] into
-    them; frame_*, image_*: sides of the canonical frame and of the image that `box` refers to;
+    positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
+    many belong to each group, in order; frame_*, image_*: sides of the canonical frame and of the image that `box` refers to;
     out: int32 [>= K, 2] (x, y).
     """
     ax, bx = axis_map(box[1], box[3], side, flip_h)
@@ -107,11 +107,12 @@ def remap(positions, offsets, borders, caps, snap, frame_h, frame_w, image_h, im
     # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
     ax, bx = ax * image_w / frame_w / POSITION_UNIT, bx + ax * 0.5 * image_w / frame_w
     ay, by = ay * image_h / frame_h / POSITION_UNIT, by + ay * 0.5 * image_h / frame_h
-    kept = 0
+    kept, stop = 0, 0
     for group in range(len(borders)):
+        start, stop = stop, stop + int(counts[group])
         low, high = borders[group], side - borders[group]
         room = caps[group] if caps[group] > 0 else len(positions)
-        for k in range(offsets[group], offsets[group + 1]):
+        for k in range(start, stop):
             x = positions[k, 0] * ax + bx
             y = positions[k, 1] * ay + by
             if low <= x < high and low <= y < high:
@@ -157,11 +158,31 @@ def raster(points, count, height, width, table, bitmap):
 
 
 @njit(cache=True, nogil=True)
-def _popcount(v):
+def _byte_counts(v):
+    """Bits set in each byte of a word, as bytes of a word."""
     v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
     v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    v = (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (v * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+
+
+@njit(cache=True, nogil=True)
+def _popcount(v):
+    return (_byte_counts(v) * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@njit(cache=True, nogil=True)
+def _counts_of_bytes(bitmap, patch_size, counts):
+    """cell_counts where cells are whole bytes wide: eight columns of eight pixels at a time."""
+    for word in range(bitmap.shape[1] - 2):
+        for band in range(counts.shape[0] * (patch_size // 8)):  # 8 rows of at most 8 bits fit a byte
+            sums = np.uint64(0)
+            for r in range(8):
+                sums += _byte_counts(bitmap[REACH + 8 * band + r, word + 1])
+            for byte in range(8):
+                column = (8 * word + byte) * 8 // patch_size
+                if column < counts.shape[1]:
+                    counts[8 * band // patch_size, column] += np.int16(sums & np.uint64(0xFF))
+                sums >>= np.uint64(8)
 
 
 @njit(cache=True, nogil=True)
@@ -171,6 +192,9 @@ def cell_counts(bitmap, patch_size, counts):
     int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181.
     """
     counts[:] = 0
+    if patch_size % 8 == 0:
+        _counts_of_bytes(bitmap, patch_size, counts)
+        return
     for y in range(counts.shape[0] * patch_size):
         for j in range(counts.shape[1]):
             total = np.uint64(0)

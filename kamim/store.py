@@ -130,13 +130,12 @@ class Keypoints:
         self.frame = np.asarray(zarr.open_array(path / "frame", mode="r"))
         self._start = np.asarray(zarr.open_array(path / detector / "start", mode="r"))
         self._counts = np.asarray(zarr.open_array(path / detector / "counts", mode="r"))
+        self._total = self._counts.sum(axis=1)
         self._positions = paged.PagedReader(path / detector / "positions")
 
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(positions uint16 [K, 2] as stored, offsets int64 [G + 1] of the groups into them)."""
-        offsets = np.zeros(self._counts.shape[1] + 1, np.int64)
-        np.cumsum(self._counts[index], out=offsets[1:])
-        return self._positions.rows(int(self._start[index]), int(offsets[-1])), offsets
+        """(positions uint16 [K, 2] as stored, counts uint32 [G] of each group among them, in order)."""
+        return self._positions.rows(int(self._start[index]), int(self._total[index])), self._counts[index]
 
 
 def write_keypoints(path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -41,11 +41,11 @@ class Counter(Protocol):
 
 @njit(cache=True, nogil=True)
 def _remapped_counts(
-    positions, offsets, borders, caps, snap, frame, image_size, box, flip_v, flip_h, side, table, patch_size,
+    positions, counts, borders, caps, snap, frame, image_size, box, flip_v, flip_h, side, table, patch_size,
     points, bitmap, out,
 ):  # fmt: skip
     kept = kp.remap(
-        positions, offsets, borders, caps, snap, frame[0], frame[1], image_size[0], image_size[1], box,
+        positions, counts, borders, caps, snap, frame[0], frame[1], image_size[0], image_size[1], box,
         flip_v, flip_h, side, points,
     )  # fmt: skip
     kp.raster(points, kept, side, side, table, bitmap)
@@ -63,11 +63,11 @@ class CachedCounts:
 
     def count(self, index: int, view: View, crop: np.ndarray, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""
-        positions, offsets = self._keypoints.image(index)
+        positions, counts = self._keypoints.image(index)
         if len(positions) > len(scratch.points):
             scratch.points = np.empty((len(positions), 2), np.int32)
         _remapped_counts(
-            positions, offsets, *self._rules, self._keypoints.frame[index], view.image_size, view.box,
+            positions, counts, *self._rules, self._keypoints.frame[index], view.image_size, view.box,
             view.flip_v, view.flip_h, len(crop), self._table, self.patch_size, scratch.points, scratch.bitmap, out,
         )  # fmt: skip
 

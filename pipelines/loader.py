@@ -20,7 +20,7 @@ from kamim import geometry
 from kamim.batch import Batch
 from kamim.store import Store
 from pipelines.counts import Counter, Scratch, View
-from pipelines.crop import crop_resize
+from pipelines.crop import crop_resize, pack
 from pipelines.plan import Part, Plan
 
 PREFETCH = 3  # micro-batches under way beside the one in use
@@ -71,7 +71,7 @@ class Loader:
         self._counter = counter
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pin = pin
-        self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max()) * 3
+        self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max())
         self._thread = threading.local()
 
     def steps(self, first: int, stop: int) -> Iterator[Batch]:
@@ -137,13 +137,16 @@ class Loader:
             self._counter.count(index, view, crop, scratch, counts)
 
     def _decode(self, index: int, height: int, width: int, scratch: "_ThreadScratch") -> np.ndarray:
+        """Pixels of an image as crop_resize takes them: uint32 [H, W]."""
         data = self._images.data(index)
         if self._images.raw:
-            return data.reshape(height, width, 3)
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=scratch.pixels)
-        if image.shape != (height, width, 3):
+            pixels = scratch.pixels.view(np.uint32)[: height * width].reshape(height, width)
+            pack(data.reshape(height, width, 3), pixels)
+            return pixels
+        image = simplejpeg.decode_jpeg(data, colorspace="RGBX", buffer=scratch.pixels)
+        if image.shape != (height, width, 4):
             raise ValueError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
-        return image
+        return image.view(np.uint32)[..., 0]
 
     def _view(self, index: int, epoch: int, height: int, width: int) -> View:
         if self._crop is None:
@@ -158,9 +161,11 @@ class Loader:
 
 
 class _ThreadScratch(Scratch):
+    """A thread's working memory; largest: pixels of the largest image."""
+
     def __init__(self, resolution: int, largest: int):
         super().__init__(resolution)
-        self.pixels = np.empty(largest, np.uint8)
+        self.pixels = np.empty(4 * largest, np.uint8)
 
 
 def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

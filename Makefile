@@ -1,5 +1,5 @@
 # make demo and make test need nothing done before them; both set up what is missing.
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 
 BIN := .venv/bin
 
@@ -16,6 +16,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# SOURCE: a folder of class folders of photographs, such as ImageNet's train. Writes runs/bench/*.json.
+bench: setup
+	mkdir -p runs/bench
+	$(BIN)/kamim preprocess imagefolder --source "$(SOURCE)" --out runs/bench/store --detectors fast,sift,orb
+	$(BIN)/kamim bench loader --store runs/bench/store --source "$(SOURCE)" --json runs/bench/loader.json
+	$(BIN)/kamim bench fidelity --source "$(SOURCE)" --json runs/bench/fidelity.json
+	$(BIN)/python benchmarks/gpu_check.py --json runs/bench/gpu.json
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 RUN/config.yaml                      the resolved configuration
 RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
                                      optimizer.safetensors  AdamW's state, as <parameter>.<field>
-                                     state.json          step, epoch, configuration, versions, checksums
+                                     state.json          step, configuration, versions, checksums
 """
 
 import json
@@ -123,7 +123,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     for name, parameter in model.named_parameters():
         fields = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {
-            field: state[f"{name}.{field}"].to(parameter.device if field != "step" else "cpu") for field in fields
+            field: state[f"{name}.{field}"].to(parameter.device)
+            for field in fields  # fused AdamW keeps its step there too
         }
 
 

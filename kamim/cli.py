@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +26,10 @@ from rich.text import Text
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
 store_app = typer.Typer(no_args_is_help=True, help="Look at a store.")
 app.add_typer(store_app, name="store")
-out_console = Console(soft_wrap=True, highlight=False)
-err_console = Console(stderr=True, soft_wrap=True, highlight=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure fidelity and speed on this machine.")
+app.add_typer(bench_app, name="bench")
+out_console = Console(soft_wrap=True, highlight=False, markup=False)
+err_console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 _debug = False
 
 RESUMABLE = 75  # exit code of a run stopped by SIGINT or SIGTERM with its state saved (EX_TEMPFAIL)
@@ -35,6 +39,12 @@ RESUMABLE = 75  # exit code of a run stopped by SIGINT or SIGTERM with its state
 def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     global _debug
     _debug = debug
+    out_console.quiet = not _is_main()
+
+
+def _is_main() -> bool:
+    """Whether this is the one process of torchrun's that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _says_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +59,7 @@ def _says_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             if _debug:
                 raise
-            err_console.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
+            err_console.print(f"error: {' '.join(str(error).split())}", style="red")
             raise typer.Exit(1) from None
 
     return wrapped
@@ -71,8 +81,18 @@ def _bar(title: str, factor: int = 1) -> Iterator["_Update"]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         _Rate(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=err_console, disable=not err_console.is_terminal) as progress:
+    with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and _is_main())) as progress:
         yield _Update(progress, progress.add_task(title, total=None, note="", factor=factor))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM, which is how a batch system stops a job, is a Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Update:
@@ -83,8 +103,8 @@ class _Update:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         self._progress.update(self._task, completed=done, total=total, note=note)
-        if self._progress.disable and done * 10 // total > self._tenths:
-            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}", markup=False)
+        if self._progress.disable and _is_main() and done * 10 // total > self._tenths:
+            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}")
         self._tenths = done * 10 // total
 
 
@@ -111,8 +131,6 @@ def preprocess(
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
 ) -> None:
     """Finds keypoints once and writes a store. Started again, it continues."""
-    import os
-
     from preprocess.build import build, make_job
     from preprocess.sources import list_source
 
@@ -122,9 +140,10 @@ def preprocess(
     job = make_job(
         dataset, split, listed, detectors=tuple(filter(None, detectors.split(","))), images=images,
         encoding="raw" if raw else "jpeg", quality=quality, resolution=resolution, crop_scale=_pair(crop_scale),
+        out=out,
     )  # fmt: skip
     try:
-        with _bar(f"preprocess {dataset} {split}") as update:
+        with _terminable(), _bar(f"preprocess {dataset} {split}") as update:
             fresh = build(
                 job, listed, out, workers=workers or len(os.sched_getaffinity(0)), strict=strict, progress=update
             )
@@ -169,7 +188,7 @@ def pretrain(
 
     resolved = load(Pretrain, config, overrides or ())
     if print_config:
-        out_console.print(dump(resolved), end="", markup=False)
+        out_console.print(dump(resolved), end="")
         return
     from kamim.compose import run_pretrain
 
@@ -198,6 +217,7 @@ def evaluate(
     """Evaluates a checkpoint with the paper's linear probe."""
     from kamim.config import Probe, load
 
+    _check_folder("--json", json_out)
     if mode != "linprobe":
         raise ValueError(f"--mode {mode}: must be linprobe")
     named = {"checkpoint": checkpoint, "train": train, "val": val}
@@ -210,8 +230,7 @@ def evaluate(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['val']['images']} images "
         f"of {result['classes']} classes; {result['checkpoint']}"
     )
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=2) + "\n")
+    _write_json(json_out, result)
 
 
 @app.command(name="import")
@@ -245,6 +264,7 @@ def export(
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
+    _check_folder("--out", out)
     found = read(checkpoint)
     save_file(interop.to_timm(found.model_state()), out)
     architecture = ARCHITECTURES[found.config.model.name]
@@ -252,7 +272,6 @@ def export(
     out_console.print(
         f"{out}: timm.create_model('{architecture.timm_name}', img_size={found.config.data.resolution}, "
         f"num_classes=0{options}, checkpoint_path='{out}')",
-        markup=False,
     )
 
 
@@ -299,6 +318,41 @@ def _weighting(detector: str, footprint: str, patch_size: int, temperature: floa
     return load(Weighting, None, given=keys)
 
 
+@app.command()
+@_says_errors
+def analyze(
+    checkpoint: Annotated[
+        list[str], typer.Option(help="NAME=RUN, NAME=random:RUN, NAME=timm:MODEL or NAME=timm:MODEL@FILE.safetensors.")
+    ],
+    store: Annotated[Path, typer.Option(help="Images to look at.")],
+    out: Annotated[Path, typer.Option(help="Where pictures, analysis.json and index.html go.")],
+    figures: Annotated[str, typer.Option(help="all, or some of 2,3,..,10,features,cka,weights.")] = "all",
+    images: Annotated[int | None, typer.Option(help="For curves; all, 1000 at most, where not given.")] = None,
+    classes: Annotated[str, typer.Option(help="Three, comma-separated; the store's first where not given.")] = "",
+    layer: Annotated[int | None, typer.Option(help="Figure 5: block, from 1; the last where not given.")] = None,
+    head: Annotated[int | None, typer.Option(help="Figure 5: head, from 1; the mean where not given.")] = None,
+    query: Annotated[
+        list[str] | None, typer.Option(help="Figure 5: X,Y of a query token, as shares of the sides; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of images, masks, t-SNE and intervals.")] = 0,
+) -> None:
+    """The paper's analyses of one or several checkpoints side by side: figures 2 to 10 and more."""
+    from kamim.analysis.request import Request, parse_figures, parse_query
+    from kamim.compose import run_analysis
+    from kamim.store import Store
+
+    chosen = {"queries": tuple(parse_query(text) for text in query)} if query else {}
+    request = Request(
+        figures=parse_figures(figures), images=images, classes=tuple(filter(None, classes.split(","))), layer=layer,
+        head=head, seed=seed, **chosen,
+    )  # fmt: skip
+    with _bar(f"analyze {store.name}") as update:
+        lines = run_analysis(checkpoint, Store(store), request, out, update)
+    for line in lines:
+        out_console.print(line)
+    out_console.print(f"{out / 'index.html'}")
+
+
 @store_app.command()
 @_says_errors
 def info(path: Path) -> None:
@@ -319,7 +373,7 @@ def verify(path: Path) -> None:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     for name in wrong:
         state = "missing" if name not in found else "not in the manifest" if name not in expected else "damaged"
-        err_console.print(f"{path / name}: {state}", markup=False)
+        err_console.print(f"{path / name}: {state}")
     if wrong:
         raise typer.Exit(1)
     out_console.print(f"{path}: {len(expected)} files, all as written")
@@ -334,7 +388,7 @@ def preview(
     footprint: Annotated[str, typer.Option(help="ring or point")] = "ring",
     patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
     temperature: Annotated[float, typer.Option(help="T")] = 0.25,
-    images: Annotated[int, typer.Option(help="How many crops.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="How many crops.")] = 6,
     seed: Annotated[int, typer.Option(help="Which crops.")] = 0,
 ) -> None:
     """A sheet of random crops as training sees them, with keypoints and weights."""
@@ -343,6 +397,71 @@ def preview(
 
     compose.preview(Store(path), _weighting(detector, footprint, patch_size, temperature), images, seed, out)
     out_console.print(f"{out}")
+
+
+@bench_app.command(name="loader")
+@_says_errors
+def bench_loader(
+    store: Annotated[Path, typer.Option(help="A JPEG store of --source, with FAST keypoints.")],
+    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
+) -> None:
+    """Images per second of the loader, the released code's way, stock FFCV, and JPEG decoding alone."""
+    from kamim.bench.loader import bench
+    from kamim.store import Store
+    from preprocess.sources import list_source
+
+    _check_folder("--json", json_out)
+    with _bar("bench loader") as update:
+        result = bench(Store(store), list_source("imagefolder", source, "train"), batch, rounds, update)
+    for name, rate in result["images_per_second"].items():
+        out_console.print(f"{name:12} {rate:8,.0f} images/s")
+    for name, ratio in result["ratios"].items():
+        out_console.print(f"{name:22} {ratio:6.2f}")
+    _write_json(json_out, result)
+
+
+@bench_app.command(name="fidelity")
+@_says_errors
+def bench_fidelity(
+    source: Annotated[Path, typer.Option(help="An image folder.")],
+    detectors: Annotated[str, typer.Option(help="Comma-separated.")] = "fast,sift,orb",
+    images: Annotated[int, typer.Option(min=1, help="How many, one random crop of each.")] = 400,
+    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
+    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
+) -> None:
+    """How well stored keypoints stand for keypoints found on every crop."""
+    from kamim.bench.fidelity import Setting, fidelity
+    from preprocess.sources import list_source
+
+    _check_folder("--json", json_out)
+    names = tuple(detectors.split(","))
+    for name in names:
+        _weighting(name, "ring", patch_size, temperature)
+    setting = Setting(patch_size=patch_size, temperature=temperature)
+    with _bar("bench fidelity") as update:
+        rows = fidelity(list_source("imagefolder", source, "train"), names, setting, images, update)
+    for row in rows:
+        out_console.print(
+            f"{row['detector']:5} {row['footprint']:5} correlation of W {row['weight_correlation']:.3f}, floor "
+            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.3f}); mean W "
+            f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}"
+        )
+    _write_json(json_out, rows)
+
+
+def _check_folder(option: str, file: Path | None) -> None:
+    """Before any work: whether the file can be there at all."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
+
+
+def _write_json(file: Path | None, content: Any) -> None:
+    if file is not None:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Wires stores, loaders and loops together. The one module besides the CLI that knows every room."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from kamim import checkpoint, distributed, evaluate, plots
 from kamim import keypoints as kp
+from kamim.analysis.request import Request
+from kamim.analysis.run import analyse
+from kamim.analysis.subjects import Subject, timm_encoder
 from kamim.batch import Batch, denormalise, normalise
 from kamim.config import Pretrain, Probe, Weighting
 from kamim.detectors import detector
@@ -29,23 +32,32 @@ from pipelines.plan import Plan
 def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
     """`kamim pretrain`: checks the store against the configuration, then trains on it."""
     world = distributed.start(config.compute.device)
-    store = Store(config.data.store)
-    counter = _counter(config, store)
-    plan = Plan(
-        len(store), config.optim.batch_size, config.optim.micro_batch, config.seed, rank=world.rank, world=world.size
-    )
-    loader = Loader(
-        store, plan, config.data.resolution, crop=Crop(config.data.crop_scale, config.data.crop_ratio),
-        counter=counter, workers=config.data.workers, pin=world.device.type == "cuda",
-    )  # fmt: skip
-
-    def batches(first: int, stop: int) -> Iterator[Batch]:
-        return feed(loader.steps(first, stop), world.device)
-
     try:
+        store = Store(config.data.store)
+        counter = _counter(config, store)
+        _check_area(store, config.data.resolution, config.data.crop_scale[0])
+        optim, data = config.optim, config.data
+        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+        loader = Loader(
+            store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
+            workers=data.workers, pin=world.device.type == "cuda",
+        )  # fmt: skip
+
+        def batches(first: int, stop: int) -> Iterator[Batch]:
+            return feed(loader.steps(first, stop), world.device)
+
         return pretrain(config, batches, plan.steps_per_epoch, world, progress)
     finally:
         distributed.stop()
+
+
+def _check_area(store: Store, resolution: int, smallest_crop: float) -> None:
+    """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
+    if store.manifest.stored_area < 0.99 * resolution**2 / smallest_crop:
+        raise ValueError(
+            f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
+            f"{resolution} px; preprocess with --resolution {resolution}"
+        )
 
 
 def _counter(config: Pretrain, store: Store) -> Counter | None:
@@ -70,7 +82,10 @@ def load_model(name: str) -> tuple[MaskedImageModel, dict[str, Any]]:
     """A model by checkpoint, or random:CHECKPOINT for its architecture and seed untrained; and what it is."""
     random, path = name.startswith("random:"), name.removeprefix("random:")
     found = checkpoint.read(Path(path))
-    about = {"checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step}
+    about = {
+        "checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step,
+        "reconstructs": found.has_head,
+    }  # fmt: skip
     if not random:
         return found.build_model(), about
     torch.manual_seed(found.config.seed)
@@ -84,6 +99,8 @@ def run_linprobe(config: Probe, progress: Progress) -> dict[str, Any]:
     classes = _shared_classes(train, val)
     model, about = load_model(config.checkpoint)
     encoder: VisionTransformer | SwinTransformer = model.encoder
+    for store in (train, val):
+        _check_area(store, model.resolution, smallest_crop=1.0)
     block = probe_block(encoder, config.block)
     device = distributed.start(config.compute.device).device
     if torch.distributed.is_initialized():
@@ -112,6 +129,8 @@ def _shared_classes(train: Store, val: Store) -> tuple[str, ...]:
     for option, store in (("--train", train), ("--val", val)):
         if not store.manifest.classes:
             raise ValueError(f"{option} {store.path}: has no labels; a linear probe needs class folders")
+    if len(train.manifest.classes) < 2:
+        raise ValueError(f"--train {train.path}: has one class; a probe needs two or more")
     if train.manifest.classes != val.manifest.classes:
         odd = sorted(set(train.manifest.classes) ^ set(val.manifest.classes))
         raise ValueError(
@@ -197,4 +216,55 @@ def reconstructions(models: dict[str, MaskedImageModel], store: Store, ratio: fl
             (name, denormalise(model.eval()(normalise(batch.images), mask)).numpy()) for name, model in models.items()
         ]
     caption = f"{store.path.name}: {int(100 * ratio)}% masked"
-    plots.reconstruction_sheet(batch.images.numpy(), expand_mask(mask, side).numpy(), made, caption, file)
+    sheet = plots.reconstruction_sheet(batch.images.numpy(), expand_mask(mask, side).numpy(), made, caption)
+    sheet.savefig(file, dpi=130)
+
+
+@dataclass(frozen=True)
+class _Listed(Plan):
+    """A plan over `listed` samples, in their order."""
+
+    listed: tuple[int, ...] = ()
+
+    def step_indices(self, step: int) -> np.ndarray:
+        return np.array(self.listed[step * self.batch_size : (step + 1) * self.batch_size], np.int64)
+
+
+class _StoreImages:
+    """kamim.analysis.request.Source, of a store. Keypoints are found online, on the very pixels the model sees."""
+
+    def __init__(self, store: Store):
+        self.name = str(store.path)
+        self.labels = store.images.labels
+        self.classes = store.manifest.classes
+        self._store = store
+
+    def batches(self, indices: np.ndarray, resolution: int, size: int, cell: int | None) -> Iterable[Batch]:
+        size = min(size, len(indices))
+        plan = _Listed(len(indices), size, size, seed=0, drop_last=False, listed=tuple(int(i) for i in indices))
+        counter = None if cell is None else OnlineCounts("fast", "ring", cell)
+        return Loader(self._store, plan, resolution, counter=counter).steps(0, plan.steps_per_epoch)
+
+
+def load_subject(spec: str, seed: int) -> Subject:
+    """NAME=CHECKPOINT, with what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises ValueError for another."""
+    name, equals, source = spec.partition("=")
+    if not (name and equals and source):
+        raise ValueError(f"--checkpoint {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
+    if source.startswith("timm:"):
+        encoder = timm_encoder(source.removeprefix("timm:"), seed)
+        about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}
+        return Subject(name, encoder, encoder.patch_embed.img_size[0], None, about)
+    model, about = load_model(source)
+    return Subject(name, model.encoder, model.resolution, model if about["reconstructs"] else None, about)
+
+
+def run_analysis(
+    specs: Sequence[str], store: Store, request: Request, out: Path, progress: Callable[[int, int], None]
+) -> list[str]:
+    """`kamim analyze`: figures, numbers and a page in `out`; returns what to say."""
+    names = [spec.partition("=")[0] for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
+    return analyse([load_subject(spec, request.seed) for spec in specs], _StoreImages(store), request, out, progress)

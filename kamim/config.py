@@ -6,6 +6,7 @@ wrong type or an impossible combination is a ValueError of one line that names k
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -20,6 +21,7 @@ from kamim.models import ARCHITECTURES
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
@@ -32,7 +34,7 @@ def _one_of(value: str, allowed: Sequence[str]) -> str:
 class Section(pydantic.BaseModel):
     """A group of keys. Unknown keys are errors; values are fixed once read."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -121,8 +123,9 @@ class Optim(Section):
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.warmup_epochs >= (self.cosine_epochs or self.epochs):
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be less than epochs = {self.epochs}")
+        name, end = ("epochs", self.epochs) if self.cosine_epochs is None else ("cosine_epochs", self.cosine_epochs)
+        if self.warmup_epochs >= end:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be less than {name} = {end}")
         if self.cosine_epochs is not None and self.cosine_epochs > self.epochs:
             raise ValueError(f"cosine_epochs = {self.cosine_epochs}: must not be more than epochs = {self.epochs}")
         return self
@@ -158,7 +161,7 @@ class Pretrain(Section):
     optim: Optim = Optim()
     compute: Compute = Compute()
     out: Path
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     checkpoint_epochs: Count = 5
     keep_checkpoints: Count = 3
 
@@ -189,7 +192,7 @@ class Probe(Section):
     optim: ProbeOptim = ProbeOptim()
     compute: Compute = Compute()
     workers: Count | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
@@ -230,6 +233,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override!r}: overrides are key=value, such as optim.lr=1e-3 or weighting=null")
     *parents, name = key.split(".")
     for parent in parents:
+        if parent in tree and tree[parent] is None:
+            raise ValueError(f"{override!r}: {parent} is null here; take a preset that has it, or set {parent}={{...}}")
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
@@ -240,18 +245,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    """YAML 1.1 reads 1e-3 as text and 2026-11-22 as a date; people mean a number and a name."""
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return value
-    return value
+    return str(value) if isinstance(value, date) else value
 
 
 def _line(kind: type[Section], error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if part != "float" and not str(part).startswith("literal"))
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"{key.rpartition('.')[0]}: has too few values"
     if error["type"] == "missing":
         return f"{key}: is missing; set it in the file or as {key}=..."
     if error["type"] == "extra_forbidden":
@@ -269,7 +276,7 @@ def _fields(kind: type[Section], location: Sequence[Any]) -> list[str]:
     return list(kind.model_fields)
 
 
-def dump(config: Section) -> str:
-    """The resolved configuration as YAML; load() reads it back to the same."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def dump(config: Section, exclude: Any = None) -> str:
+    """The resolved configuration as YAML, less the keys in `exclude`; load() reads the whole back to the same."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False)
     return text

@@ -27,6 +27,16 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest of `value` over all processes, on each of them."""
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all get the same answer."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:

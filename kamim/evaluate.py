@@ -12,7 +12,7 @@ from kamim import schedule
 from kamim.batch import Batch, normalise
 from kamim.config import Probe
 from kamim.models import probe_block, probe_features, probe_width
-from kamim.pretrain import Batches, Progress, autocast
+from kamim.pretrain import Batches, Progress, autocast, should_compile
 
 Augment = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 
@@ -34,9 +34,11 @@ def linprobe(
     )
     scheduler = schedule.cosine(optimizer, config.optim, steps_per_epoch)
 
+    read = torch.compile(probe_features) if should_compile(config.compute, device) else probe_features
+
     def features(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(config.compute, device):
-            return probe_features(encoder, images, block).float()
+            return read(encoder, images, block).float()
 
     total = config.optim.epochs * steps_per_epoch
     loss_sum = torch.zeros((), device=device)

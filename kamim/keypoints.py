@@ -99,8 +99,8 @@ def remap(positions, counts, borders, caps, snap, frame_h, frame_w, image_h, ima
     """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
 
     positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
-    many belong to each group, in order; frame_*, image_*: sides of the canonical frame and of the image that `box` refers to;
-    out: int32 [>= K, 2] (x, y).
+    many belong to each group, in order; frame_*, image_*: sides of the canonical frame and of the image that
+    `box` refers to; out: int32 [>= K, 2] (x, y).
     """
     ax, bx = axis_map(box[1], box[3], side, flip_h)
     ay, by = axis_map(box[0], box[2], side, flip_v)

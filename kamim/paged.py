@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import zarr
 
+PAGES = 64
+
 
 def create(group: zarr.Group, name: str, array: np.ndarray) -> None:
     """Writes a whole small array as one uncompressed chunk, so that it maps too."""
@@ -19,6 +21,14 @@ def create(group: zarr.Group, name: str, array: np.ndarray) -> None:
 
 def _chunks(array: np.ndarray) -> tuple[int, ...]:
     return tuple(max(side, 1) for side in array.shape)
+
+
+def page_rows(total: int, smallest: int) -> int:
+    """Rows of a page for `total` rows in all: a power of two that makes at most about PAGES of them.
+
+    Every page is a mapped file, and a process may hold only so many open (often 1,024).
+    """
+    return max(smallest, 1 << max(total // PAGES, 1).bit_length())
 
 
 class PagedWriter:

@@ -59,12 +59,8 @@ def weights_sheet(
 
 
 def reconstruction_sheet(
-    originals: np.ndarray,
-    masks: np.ndarray,
-    reconstructions: Sequence[tuple[str, np.ndarray]],
-    caption: str,
-    file: Path,
-) -> None:
+    originals: np.ndarray, masks: np.ndarray, reconstructions: Sequence[tuple[str, np.ndarray]], caption: str
+) -> Figure:
     """Columns are images: original, masked, and what each named model makes of the masked patches (figure 2).
 
     originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True where masked. Visible patches
@@ -84,4 +80,4 @@ def reconstruction_sheet(
         line[0].set_yticks([])
         line[0].spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=9)
-    figure.savefig(file, dpi=130)
+    return figure

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kamim import checkpoint, rng, schedule
 from kamim.batch import Batch, normalise
-from kamim.config import Compute, Pretrain, dump
+from kamim.config import Compute, Pretrain, dump, load
 from kamim.distributed import World
 from kamim.masking import block_masks
 from kamim.models import MaskedImageModel
@@ -74,12 +74,13 @@ def pretrain(config: Pretrain, batches: Batches, steps_per_epoch: int, world: Wo
             metrics.add(step, loss, norm, scheduler.optimizer.param_groups[0]["lr"], config.optim.batch_size, parts)
             step += 1
             progress(step, total, metrics.newest)
-            if step % every == 0 or step == total or stopped():
+            stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+            if step % every == 0 or step == total or stop:
                 metrics.flush()
                 if world.is_main:
                     checkpoint.save(config.out, step, config, model, optimizer, config.keep_checkpoints)
                 world.barrier()
-            if stopped():
+            if stop:
                 break
     return Outcome(step, step == total, model)
 
@@ -87,10 +88,10 @@ def pretrain(config: Pretrain, batches: Batches, steps_per_epoch: int, world: Wo
 def _steps(
     config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World
 ) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    """Gradients of one optimiser step at a time: yields (step, its loss on this rank, mean and largest weight)."""
+    """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W), over all ranks."""
     network.train()
-    loss_sum = torch.zeros((), device=world.device)
-    seen: list[Tensor] = []
+    sums = torch.zeros(2, device=world.device)  # of loss and of mean W
+    largest = torch.zeros((), device=world.device)
     step = -1
     for batch in batches:
         if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
@@ -100,15 +101,16 @@ def _steps(
         with synchronise:
             loss, weights = batch_loss(config, network, batch, world.device)
             (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
-        loss_sum += loss.detach() * batch.share
+        sums[0] += loss.detach() * batch.share
         if weights is not None:
-            seen.append(torch.stack([weights.mean(), weights.max()]))
+            sums[1] += weights.mean() * batch.share
+            largest = torch.maximum(largest, weights.max())
         if batch.last:
-            stats = torch.stack(seen) if seen else None
-            parts = {} if stats is None else {"weight_mean": stats[:, 0].mean(), "weight_max": stats[:, 1].max()}
-            yield batch.step, loss_sum.clone(), parts
-            loss_sum.zero_()
-            seen.clear()
+            total = world.sum(sums.clone())
+            parts = {"weight_mean": total[1], "weight_max": world.largest(largest)} if weights is not None else {}
+            yield batch.step, total[0], parts
+            sums.zero_()
+            largest = torch.zeros_like(largest)
 
 
 def batch_loss(
@@ -137,15 +139,18 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float
 def _resume(config: Pretrain, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Loads the newest checkpoint, if any; claims the run directory. Returns the first step to do."""
     file = config.out / "config.yaml"
-    if file.is_file() and file.read_text() != dump(config):
+    if file.is_file() and (difference := _difference(load(Pretrain, file), config)):
         raise ValueError(
-            f"out = {config.out}: holds a run of another configuration ({_first_difference(file, config)}); "
-            "choose another out=..., or remove it"
+            f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
+            "or remove it"
         )
     found = checkpoint.latest(config.out)
+    world.barrier()  # everyone has looked
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump(config))
+        staged = file.with_suffix(".tmp")
+        staged.write_text(dump(config))
+        staged.rename(file)
     world.barrier()
     if found is None:
         return 0
@@ -153,9 +158,17 @@ def _resume(config: Pretrain, model: nn.Module, optimizer: torch.optim.Optimizer
     return found.step
 
 
-def _first_difference(file: Path, config: Pretrain) -> str:
-    pairs = zip(file.read_text().splitlines(), dump(config).splitlines(), strict=False)
-    return next((f"{old.strip()} there, {new.strip()} asked for" for old, new in pairs if old != new), "other keys")
+# What a resumed run may change: none of it says which samples are trained on, or how.
+_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "compute": True,
+         "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+
+
+def _difference(there: Pretrain, asked: Pretrain) -> str:
+    """The first key on which the runs differ, with both values, or nothing."""
+    old, new = (dump(config, exclude=_FREE).splitlines() for config in (there, asked))
+    pairs = zip(old, new, strict=False)
+    changed = next((f"{a.strip()} there, {b.strip()} asked for" for a, b in pairs if a != b), "")
+    return changed or ("other keys" if len(old) != len(new) else "")
 
 
 @contextmanager
@@ -177,7 +190,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
 
 class _Metrics:
-    """metrics.jsonl, one line per step. Reads a step's numbers while the next one runs, so the device never waits."""
+    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued."""
 
     def __init__(self, run: Path, first: int, world: World):
         self.newest: dict[str, float] = {}
@@ -206,7 +219,7 @@ class _Metrics:
         now = time.perf_counter()
         rate = samples / (now - self._clock)
         self._clock = now
-        values = {"loss": self._world.sum(loss.clone()), "grad_norm": norm, **parts}
+        values = {"loss": loss, "grad_norm": norm, **parts}
         self._waiting = (step, lr, {**values, "images_per_second": torch.tensor(rate)})
 
     def flush(self) -> None:
@@ -216,8 +229,9 @@ class _Metrics:
         step, lr, tensors = self._waiting
         self._waiting = None
         self.newest = {"step": step, "lr": lr, **{name: round(float(v), 6) for name, v in tensors.items()}}
-        if not math.isfinite(self.newest["loss"]):
-            raise FloatingPointError(f"step {step}: the loss is {self.newest['loss']}; the newest checkpoint is sound")
+        for name, value in (("loss", self.newest["loss"]), ("gradient's norm", self.newest["grad_norm"])):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
         if self._stream is not None:
             self._stream.write(json.dumps(self.newest) + "\n")
             self._stream.flush()

@@ -20,6 +20,7 @@ AUGMENT = 4
 ERASE = 5
 MIX = 6
 MODEL = 7
+BOOTSTRAP = 8
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

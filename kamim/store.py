@@ -34,7 +34,7 @@ from kamim import beton, paged
 from kamim.keypoints import Rules
 
 SCHEMA_VERSION = 1
-IMAGE_PAGE_BYTES = 1 << 24
+IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
 KEYPOINT_PAGE_ROWS = 1 << 20
 
 Backend = Literal["ffcv", "zarr"]
@@ -107,10 +107,12 @@ class ZarrImages:
         return self._bytes.rows(int(self._start[index]), int(self._length[index]))
 
 
-def write_zarr_images(path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], encoding: Encoding) -> None:
-    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw)."""
+def write_zarr_images(
+    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int, encoding: Encoding
+) -> None:
+    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw), total_bytes of them in all."""
     group = zarr.create_group(path, attributes={"encoding": encoding})
-    writer = paged.PagedWriter(group, "data", (), np.uint8, IMAGE_PAGE_BYTES)
+    writer = paged.PagedWriter(group, "data", (), np.uint8, paged.page_rows(total_bytes, IMAGE_PAGE_BYTES))
     rows = [
         (writer.append(data), len(data), height, width, label) for data, height, width, label, _ in images
     ]  # fmt: skip
@@ -138,10 +140,12 @@ class Keypoints:
         return self._positions.rows(int(self._start[index]), int(self._total[index])), self._counts[index]
 
 
-def write_keypoints(path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_keypoints(
+    path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray]], total_rows: int
+) -> None:
     """Writes keypoints.zarr/<detector> from (positions uint16 [K, 2], counts int64 [G]) of every image."""
     group = zarr.open_group(path, mode="a").create_group(detector)
-    writer = paged.PagedWriter(group, "positions", (2,), np.uint16, KEYPOINT_PAGE_ROWS)
+    writer = paged.PagedWriter(group, "positions", (2,), np.uint16, paged.page_rows(total_rows, KEYPOINT_PAGE_ROWS))
     rows = [(writer.append(positions), counts) for positions, counts in images]
     writer.close()
     paged.create(group, "start", np.array([start for start, _ in rows], np.int64))

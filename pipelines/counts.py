@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import cv2
 import numpy as np
 from numba import njit
 
@@ -77,6 +78,7 @@ class OnlineCounts:
 
     def __init__(self, name: str, footprint: str, patch_size: int):
         self.patch_size = patch_size
+        cv2.setNumThreads(1)  # the loader's threads are the parallelism
         self._detector = detector(name)
         self._footprint = footprint
 

@@ -100,7 +100,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _slot(self) -> _Slot:
-        n, side = self.plan.micro_batch, self._resolution
+        n, side = self.plan.largest_part, self._resolution
         images = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
         if self._counter is None:
             return _Slot(images, None)

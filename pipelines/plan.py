@@ -39,6 +39,8 @@ class Plan:
     world: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch_size < self.world:
+            raise ValueError(f"batch_size = {self.batch_size}: is less than the {self.world} ranks that share it")
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"batch_size = {self.batch_size}: is more than the store's {self.samples} samples, "
@@ -49,6 +51,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one pass over the samples."""
         return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
+
+    @property
+    def largest_part(self) -> int:
+        """Samples of the largest micro-batch on any rank."""
+        return min(self.micro_batch, -(-self.batch_size // self.world))
 
     def step_indices(self, step: int) -> np.ndarray:
         """The samples of a global step, on all ranks: int64 [<= batch_size]."""

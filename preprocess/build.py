@@ -7,9 +7,13 @@ on the number of workers or restarts, and OUT exists only when it is whole.
 """
 
 import csv
+import ctypes
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +25,7 @@ import cv2
 import numpy as np
 import simplejpeg
 import zarr
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import kamim
@@ -36,9 +41,11 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 def make_job(
     dataset: str, split: str, source: Source, *, detectors: Sequence[str], images: str, encoding: store.Encoding,
-    quality: int, resolution: int, crop_scale: tuple[float, float],
+    quality: int, resolution: int, crop_scale: tuple[float, float], out: Path | None = None,
 ) -> Job:  # fmt: skip
-    """Checks the parameters and resolves `images`: ffcv, zarr, or auto (ffcv where it imports).
+    """Checks the parameters and resolves `images`: ffcv, zarr, or auto.
+
+    auto is what `out`, begun or finished, holds already, else ffcv where it imports.
 
     Raises ValueError naming the parameter, its value and what is allowed.
     """
@@ -66,9 +73,28 @@ def make_job(
         )
     return Job(
         dataset=dataset, split=split, source=source.location, fingerprint=source.fingerprint(), items=len(source.items),
-        detectors=tuple(detectors), images="ffcv" if images == "ffcv" or (images == "auto" and has_ffcv) else "zarr",
+        detectors=tuple(detectors), images=_backend(images, has_ffcv, out),
         encoding=encoding, quality=quality, resolution=resolution, crop_scale=crop_scale, shard_size=SHARD_SIZE,
     )  # fmt: skip
+
+
+def _backend(images: str, has_ffcv: bool, out: Path | None) -> store.Backend:
+    begun = None if out is None else _job_at(out) or _job_at(_partial(out))
+    if images == "auto" and begun is not None:
+        return begun.images
+    return "ffcv" if images == "ffcv" or (images == "auto" and has_ffcv) else "zarr"
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _job_at(path: Path) -> Job | None:
+    """The job of a store, or of a partial one, at `path`."""
+    if (path / "manifest.json").exists():
+        return store.read_manifest(path).job
+    file = path / "job.json"
+    return Job.model_validate_json(file.read_text()) if file.exists() else None
 
 
 def build(job: Job, source: Source, out: Path, *, workers: int, strict: bool, progress: Progress) -> bool:
@@ -77,7 +103,7 @@ def build(job: Job, source: Source, out: Path, *, workers: int, strict: bool, pr
     Raises ValueError where `out` or its partial state belongs to something else, where no image is readable,
     and, with strict, at the first unreadable image; RuntimeError where a worker process dies.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     if out.exists():
         if not (out / "manifest.json").exists():
             raise ValueError(f"--out {out}: is there already and is not a kamim store; choose another --out")
@@ -127,7 +153,7 @@ def _run_shards(job: Job, source: Source, folder: Path, workers: int, strict: bo
             files[number] = found
     done = sum(len(parts[number]) for number in files)
     progress(done, len(source.items))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
         tasks: dict[Future[Path], int] = {
             executor.submit(run_shard, job, source.read, part, number, folder, strict): number
             for number, part in enumerate(parts)
@@ -143,6 +169,13 @@ def _run_shards(job: Job, source: Source, folder: Path, workers: int, strict: bo
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
     return [files[number] for number in range(len(parts))]
+
+
+def _start_worker() -> None:
+    """A worker leaves SIGINT to its parent, and dies with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _finished_shard(folder: Path, number: int) -> Path | None:
@@ -218,13 +251,22 @@ def run_shard(
             [np.empty((0, 2), np.uint16), *(r.keypoints[d][0] for r in records)]
         )
         tensors[f"{name}.counts"] = np.array([r.keypoints[d][1] for r in records], np.int64).reshape(-1, groups)
-    staged = folder / f"{number:06d}.tmp"
+    staged = folder / f"{number:06d}.{os.getpid()}.tmp"
     save_file(tensors, staged, metadata={"rejects": json.dumps(rejects)})
     store.fsync(staged)
     final = folder / f"{number:06d}-{store.checksum(staged)}.safetensors"
     staged.rename(final)
     store.fsync(folder)
     return final
+
+
+def _column(shards: Sequence[Path], name: str) -> np.ndarray:
+    """One small tensor of every shard, joined."""
+    parts = []
+    for shard in shards:
+        with safe_open(shard, framework="numpy") as tensors:
+            parts.append(tensors.get_tensor(name))
+    return np.concatenate(parts)
 
 
 def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
@@ -249,16 +291,18 @@ def _assemble(job: Job, source: Source, shards: Sequence[Path], folder: Path) ->
     """Joins the shards into a store at `folder`, the manifest last."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    frame = np.concatenate([load_file(shard)["frame"] for shard in shards])
+    frame = _column(shards, "frame")
     if len(frame) == 0:
         raise ValueError(f"--source {source.location}: none of its {len(source.items)} files is a readable image")
     if job.images == "ffcv":
         beton.write(folder / "images.beton", len(frame), _images(shards, job.encoding == "raw"))
     else:
-        store.write_zarr_images(folder / "images.zarr", _images(shards, job.encoding == "raw"), job.encoding)
+        total = int(_column(shards, "length").sum())
+        store.write_zarr_images(folder / "images.zarr", _images(shards, job.encoding == "raw"), total, job.encoding)
     paged.create(zarr.create_group(folder / "keypoints.zarr"), "frame", frame)
     for name in job.detectors:
-        store.write_keypoints(folder / "keypoints.zarr", name, _keypoints(shards, name))
+        total = int(_column(shards, f"{name}.counts").sum())
+        store.write_keypoints(folder / "keypoints.zarr", name, _keypoints(shards, name), total)
     rejects = _write_rejects(folder / "rejects.csv", shards)
     manifest = store.Manifest(
         schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=len(frame),
@@ -272,8 +316,6 @@ def _assemble(job: Job, source: Source, shards: Sequence[Path], folder: Path) ->
 
 
 def _write_rejects(file: Path, shards: Sequence[Path]) -> int:
-    from safetensors import safe_open
-
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("file", "reason"))

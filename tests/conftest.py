@@ -75,7 +75,7 @@ has_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="the ffcv package is not inst
 class Inline(ThreadPoolExecutor):
     """Stands in for the process pool of preprocess.build: shards run one by one in this process."""
 
-    def __init__(self, workers: int, mp_context: object):
+    def __init__(self, workers: int, mp_context: object, initializer: object):
         super().__init__(1)
 
 

@@ -41,6 +41,9 @@ def refused(*overrides: str) -> str:
         ("data.crop_scale=[1.0,0.5]", "data.crop_scale = [1.0, 0.5]: the first must not be larger than the second"),
         ("optim.warmup_epochs=100", "optim.warmup_epochs = 100: must be less than epochs = 100"),
         ("compute.device=tpu", "compute.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),
+        ("optim.lr=.inf", "optim.lr = inf: input should be a finite number"),
+        ("optim.betas=[0.9]", "optim.betas: has too few values"),
+        ("seed=1e30", "seed = 1e+30: "),
         ("optim", "'optim': overrides are key=value"),
         ("optim.lr=[1", "'optim.lr=[1': the value is not YAML"),
     ],
@@ -66,12 +69,17 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_overrides_win_over_the_file_and_numbers_are_numbers(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("data: {store: a}\nout: b\nweighting: null\noptim: {lr: 1.0}\n")
+    (tmp_path / "c.yaml").write_text("data: {store: a}\nout: b\noptim: {lr: 1.0}\n")
     made = load(Pretrain, tmp_path / "c.yaml", ["optim.lr=1e-3", "out=runs/x", "weighting.temperature=0.5"])
     assert made.optim.lr == 1e-3
     assert made.out == Path("runs/x")
     assert made.weighting is not None
     assert made.weighting.temperature == 0.5
+
+
+def test_a_null_section_is_not_brought_back_by_one_of_its_keys() -> None:
+    with pytest.raises(ValueError, match=r"'weighting\.temperature=1': weighting is null here"):
+        load(Pretrain, CONFIGS / "pretrain/vit_base_simmim.yaml", ["weighting.temperature=1"])
 
 
 def test_what_is_shown_reads_back_to_the_same(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
 def test_ranks_and_micro_batches_share_out_the_same_global_order(
     samples: int, batch: int, micro: int, world: int, drop_last: bool
 ) -> None:
-    if drop_last and batch > samples:
+    if (drop_last and batch > samples) or batch < world:
         return
     whole = Plan(samples, batch, batch, seed=1, drop_last=drop_last)
     ranks = [Plan(samples, batch, micro, seed=1, drop_last=drop_last, rank=r, world=world) for r in range(world)]
@@ -27,7 +27,9 @@ def test_ranks_and_micro_batches_share_out_the_same_global_order(
         parts = [part for plan in ranks for part in plan.parts(step, step + 1)]
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
         assert sum(part.share for part in parts) == pytest.approx(1)
-        assert all(len(part.indices) <= micro for part in parts)
+        assert all(
+            len(part.indices) <= plan.largest_part <= micro for plan in ranks for part in plan.parts(step, step + 1)
+        )
         assert sum(part.last for part in parts) == world
     seen = epoch_of(whole)
     assert len(seen) == len(set(seen)) == (samples // batch * batch if drop_last else samples)
@@ -46,6 +48,11 @@ def test_any_step_can_be_had_alone() -> None:
     for step in range(12):
         alone = [part.indices.tolist() for part in plan.parts(step, step + 1)]
         assert alone == [part.indices.tolist() for part in run if part.step == step]
+
+
+def test_more_ranks_than_samples_in_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size = 4: is less than the 8 ranks"):
+        Plan(10, 4, 4, seed=0, world=8)
 
 
 def test_a_batch_larger_than_the_store_is_refused() -> None:

@@ -147,6 +147,18 @@ def test_another_configuration_in_the_same_place_is_refused(finished: Path, stor
         run_pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
 
 
+def test_what_does_not_shape_a_run_may_change_when_it_resumes(finished: Path, store: Path) -> None:
+    before = losses(finished)
+    given = config(finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2")
+    assert run_pretrain(given, quiet).finished
+    assert losses(finished) == before
+
+
+def test_a_store_of_smaller_images_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="were stored for 64 px, too small for 96 px"):
+        run_pretrain(config(tmp_path / "run", store, "data.resolution=96", "weighting=null"), quiet)
+
+
 def test_keypoints_of_another_resolution_are_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its keypoints are for resolution 64"):
         run_pretrain(config(tmp_path / "run", store, "data.resolution=96"), quiet)

@@ -107,7 +107,7 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
     paged.create(group, "frame", np.full((2, 2), 1200, np.uint16))
     positions = np.random.default_rng(0).integers(0, 1200, (70_000, 2)).astype(np.uint16)
     images = [(positions, np.array([70_000])), (positions[:3], np.array([3]))]
-    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images)
+    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images, sum(len(xy) for xy, _ in images))
     keypoints = store.Keypoints(tmp_path / "keypoints.zarr", "fast", DETECTORS["fast"].rules)
     for index, (expected, _) in enumerate(images):
         np.testing.assert_array_equal(keypoints.image(index)[0], expected)
@@ -355,3 +355,11 @@ def test_verify_finds_missing_and_extra_files(copy: Path) -> None:
         f"{copy / 'notes.txt'}: not in the manifest",
         f"{copy / 'rejects.csv'}: missing",
     ]
+
+
+def test_a_large_store_does_not_use_up_file_descriptors(tmp_path: Path) -> None:
+    """ImageNet's FAST keypoints, and every larger total, are some 64 to 128 mapped files."""
+    for total in (1, 10**6, 2 * 10**9, 10**11):
+        rows = paged.page_rows(total, 1 << 20)
+        assert rows >= 1 << 20
+        assert total / rows <= 64

@@ -1,0 +1,86 @@
+"""Attention weights of timm encoders, computed on the side.
+
+A model runs as always, with fused attention (SDPA), which does not give its softmax weights. Hooks on the
+attention modules compute them again from q and k, layer by layer, and hand them on, so that no more than one
+layer's weights of one batch are ever held.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+OnTokens = Callable[[int, Tensor], None]
+OnAttention = Callable[[int, Tensor, Tensor], None]
+
+
+def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias + mask) of a timm attention module.
+
+    x: [B, N, D], what the module is given. mask: [W, N, N], what a shifted window attention is given with it,
+    B being a multiple of W. Returns [B, heads, N, N], rows are queries and sum to 1.
+    """
+    batch, tokens, _ = x.shape
+    q, k, _ = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    if isinstance(module, Attention):
+        q, k = module.q_norm(q), module.k_norm(k)
+    scores = (q * module.scale) @ k.transpose(-2, -1)
+    if isinstance(module, WindowAttention):
+        scores = scores + module._get_rel_pos_bias()
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)
+    weights: Tensor = scores.softmax(dim=-1)
+    return weights
+
+
+def blocks(encoder: VisionTransformer | SwinTransformer) -> list[Any]:
+    """The transformer blocks, in order; each has its attention as `.attn`."""
+    if isinstance(encoder, SwinTransformer):
+        return [block for layer in encoder.layers for block in layer.blocks]
+    return list(encoder.blocks)
+
+
+@contextmanager
+def watched(
+    encoder: VisionTransformer | SwinTransformer, on_tokens: OnTokens, on_attention: OnAttention | None = None
+) -> Iterator[None]:
+    """While open, every forward pass reports its hidden states and attention, in order of depth.
+
+    on_tokens(depth, tokens [B, h, w, D]): 0 is what enters the first block, d what leaves block d; class and
+    register tokens are dropped. on_attention(depth, weights [B, heads, N, N], output [B, N, D]): from 1, all N
+    tokens; output is the attention's own, before it is added to the residual stream.
+    """
+    prefix = 0 if isinstance(encoder, SwinTransformer) else encoder.num_prefix_tokens
+    layers = blocks(encoder)
+
+    def grid(tokens: Tensor) -> Tensor:
+        if tokens.ndim == 4:
+            return tokens
+        side = int((tokens.shape[1] - prefix) ** 0.5)
+        return tokens[:, prefix:].unflatten(1, (side, side))
+
+    def entering(module: nn.Module, given: tuple[Any, ...]) -> None:
+        on_tokens(0, grid(given[0]))
+
+    hooks = [layers[0].register_forward_pre_hook(entering)]
+    for depth, layer in enumerate(layers, start=1):
+        hooks.append(layer.register_forward_hook(lambda _, __, made, d=depth: on_tokens(d, grid(made))))
+        if on_attention is not None:
+            hooks.append(layer.attn.register_forward_hook(_reporter(depth, on_attention), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _reporter(depth: int, on_attention: OnAttention) -> Callable[..., None]:
+    def report(module: Any, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
+        assert named.get("attn_mask") is None and not named.get("is_causal"), "a ViT of images masks nothing"
+        on_attention(depth, attention_weights(module, given[0], named.get("mask")), made)
+
+    return report

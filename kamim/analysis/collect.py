@@ -1,0 +1,150 @@
+"""Streams images through an encoder and keeps what the figures need.
+
+What is kept per image is a few numbers per layer (and, of the first FEATURE_IMAGES images, one mean token per
+layer), so memory does not grow with the resolution of the attention or, to speak of, with the number of images.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from kamim.analysis import measures
+from kamim.analysis.attention import watched
+from kamim.analysis.subjects import Subject
+from kamim.batch import Batch, normalise
+from kamim.weighting import counts_to_weights
+
+FEATURE_IMAGES = 1024  # for rank, uniformity and CKA, whose cost is quadratic in images
+WEIGHT_CELL, TEMPERATURE = 8, 0.25  # W of the paper's best model: FAST, w_ps 8, T 0.25
+
+Images = Iterable[Batch]
+Progress = Callable[[int], None]  # told how many more images are done
+
+
+@dataclass
+class Curves:
+    """Per depth, over many images. attention measures are empty for a Swin, correlation where there is no W.
+
+    sides: depth 0 .. L, tokens along a side. spectrum: depth 0 .. L, summed over images, [s - s // 2] each.
+    pooled: depth 0 .. L, lists of [b, D].
+    distance (px), nmi: depth 1 .. L, lists of [b, heads]. correlation: depth 1 .. L, lists of [b].
+    """
+
+    images: int = 0
+    sides: dict[int, int] = field(default_factory=dict)
+    spectrum: dict[int, Tensor] = field(default_factory=dict)
+    pooled: dict[int, list[Tensor]] = field(default_factory=dict)
+    distance: dict[int, list[Tensor]] = field(default_factory=dict)
+    nmi: dict[int, list[Tensor]] = field(default_factory=dict)
+    correlation: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def per_image(kept: dict[int, list[Tensor]]) -> np.ndarray:
+    """Values of every image and depth: {1 .. L: lists of [b, ..]} -> float64 [N, L, ..]."""
+    return np.stack([torch.cat(kept[depth]).cpu().numpy() for depth in sorted(kept)], axis=1)
+
+
+def _run(subject: Subject, batch: Batch) -> None:
+    with torch.no_grad():
+        subject.encoder.forward_features(normalise(batch.images))
+
+
+def collect_curves(subject: Subject, batches: Images, device: torch.device, progress: Progress) -> Curves:
+    """Everything that is drawn over depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
+    kept, weights, distances = Curves(), torch.empty(0), torch.empty(0)
+    if subject.is_vit:
+        distances = measures.token_distances(subject.grid, subject.patch).to(device)
+
+    def on_tokens(depth: int, tokens: Tensor) -> None:
+        kept.sides[depth] = tokens.shape[1]
+        amplitude = measures.log_amplitude(tokens).sum(dim=0)
+        kept.spectrum[depth] = kept.spectrum[depth] + amplitude if depth in kept.spectrum else amplitude
+        if kept.images <= FEATURE_IMAGES:
+            kept.pooled.setdefault(depth, []).append(tokens.mean(dim=(1, 2)).cpu())
+
+    def on_attention(depth: int, softmax: Tensor, _: Tensor) -> None:
+        attention = measures.patch_attention(softmax, subject.prefix)
+        kept.distance.setdefault(depth, []).append(measures.attention_distance(attention, distances))
+        kept.nmi.setdefault(depth, []).append(measures.normalised_mutual_information(softmax, subject.prefix))
+        if len(weights):
+            received = attention.mean(dim=(1, 2))
+            kept.correlation.setdefault(depth, []).append(measures.correlation(received, weights))
+
+    with watched(subject.encoder, on_tokens, on_attention if subject.is_vit else None):
+        for batch in (batch.to(device) for batch in batches):
+            kept.images += len(batch)
+            if subject.is_vit and batch.counts is not None:
+                weights = token_weights(batch.counts, subject)
+            _run(subject, batch)
+            progress(len(batch))
+    return kept
+
+
+def token_weights(counts: Tensor, subject: Subject) -> Tensor:
+    """W (Eq. 2), averaged over each token: cell counts [B, g, g] -> [B, tokens]."""
+    weights = counts_to_weights(counts, WEIGHT_CELL, TEMPERATURE)
+    return adaptive_avg_pool2d(weights, subject.grid).flatten(1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A few images in full. Of a Swin, `last` alone.
+
+    last: tokens that leave the last block [n, T, D]. before, after: tokens that enter block `block`, and what
+    its attention makes of them [n, T, D]. maps: attention from each query in layer `layer`, times T so that 1
+    is uniform: [n, queries, g, g].
+    """
+
+    last: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    maps: np.ndarray
+
+
+def transformed_block(depth: int) -> int:
+    """The block whose tokens figures 8 to 10 show: 11 as in the paper, the last but one of a shallower ViT."""
+    return min(11, max(depth - 1, 1))
+
+
+def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
+    """(row, column) of the token at (x, y), shares of the image's sides in [0, 1)."""
+    x, y = query
+    return int(y * grid), int(x * grid)
+
+
+def collect_samples(
+    subject: Subject, batches: Images, layer: int, head: int | None, queries: Sequence[tuple[float, float]],
+    device: torch.device, progress: Progress,
+) -> Samples:  # fmt: skip
+    """Tokens and maps of the images in `batches`. layer: from 1. head: from 1, None for the mean of all."""
+    found: dict[str, list[Tensor]] = {"last": [], "before": [], "after": [], "maps": []}
+    block = transformed_block(subject.depth)
+
+    def keep(kind: str, tokens: Tensor) -> None:
+        found[kind].append(tokens.float().cpu())
+
+    def on_tokens(depth: int, tokens: Tensor) -> None:
+        if depth == block - 1:
+            keep("before", tokens.flatten(1, 2))
+        if depth == subject.depth:
+            keep("last", tokens.flatten(1, 2))
+
+    def on_attention(depth: int, softmax: Tensor, output: Tensor) -> None:
+        if depth == block:
+            keep("after", output[:, subject.prefix :])
+        if depth == layer:
+            attention = measures.patch_attention(softmax, subject.prefix)
+            chosen = attention.mean(dim=1) if head is None else attention[:, head - 1]
+            cells = [query_cell(query, subject.grid) for query in queries]
+            rows = chosen[:, [row * subject.grid + column for row, column in cells]]
+            keep("maps", (rows * rows.shape[-1]).unflatten(2, (subject.grid, subject.grid)))
+
+    with watched(subject.encoder, on_tokens, on_attention if subject.is_vit else None):
+        for batch in batches:
+            _run(subject, batch.to(device))
+            progress(len(batch))
+    return Samples(**{kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in found.items()})

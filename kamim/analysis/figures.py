@@ -1,0 +1,257 @@
+"""Pictures, one function each, drawn from the numbers that analysis.json holds. Colours are Okabe and Ito's.
+
+Every function takes {checkpoint: its numbers} in the order to show them and returns a matplotlib Figure.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from kamim.plots import reconstruction_sheet
+
+Numbers = Mapping[str, Mapping[str, Any]]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#666666"
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "figure.constrained_layout.w_pad": 0.08, "lines.linewidth": 1.6, "lines.markersize": 4.5, "pdf.fonttype": 42,
+    "axes.prop_cycle": cycler(color=COLOURS),
+}  # fmt: skip
+styled = matplotlib.rc_context(STYLE)
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th checkpoint, told apart without colour too."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def _panels(count: int, rows: int = 1, side: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(side * count, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, count, squeeze=False)
+
+
+def _depth_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel("depth (block)")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _points(axes: Axes) -> None:
+    """An embedding's axes mean nothing by themselves."""
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color("#bbbbbb")
+
+
+@styled
+def reconstructions(originals: np.ndarray, masks: np.ndarray, made: Sequence[tuple[str, np.ndarray]], note: str) -> Any:
+    """Figure 2. See plots.reconstruction_sheet."""
+    return reconstruction_sheet(originals, masks, made, note)
+
+
+@styled
+def classes(numbers: Numbers) -> Figure:
+    """Figure 3: t-SNE of tokens. xy [n, 2], label [n], classes."""
+    figure, lines = _panels(len(numbers))
+    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
+        for i, title in enumerate(found["classes"]):
+            xy = found["xy"][found["label"] == i]
+            axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=title, **_look(i))
+        axes.set_title(name)
+        _points(axes)
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2.5)
+    return figure
+
+
+@styled
+def fourier(numbers: Numbers) -> Figure:
+    """Figure 4: relative log amplitude of the last entry by depth, and whole curves. curves [depths][f], frequency."""
+    figure, lines = _panels(1 + len(numbers), side=3.1)
+    for i, (name, found) in enumerate(numbers.items()):
+        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=name, **_look(i))
+        _spectra(lines[0, 1 + i], name, found)
+    _depth_axis(lines[0, 0], "Δ log amplitude, highest frequency")
+    lines[0, 0].legend()
+    for axes in lines[0, 2:]:
+        axes.sharey(lines[0, 1])
+    lines[0, 1].set_ylabel("Δ log amplitude")
+    return figure
+
+
+def _spectra(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
+    """One line per depth, from dark to bright."""
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(found["curves"])))
+    for depth, (frequency, curve) in enumerate(zip(found["frequency"], found["curves"], strict=True)):
+        ends = {0: "0 (embedding)", len(shades) - 1: str(len(shades) - 1)}
+        axes.plot(frequency, curve, color=shades[depth], label=ends.get(depth))
+    axes.set_title(name)
+    axes.set_xlabel("frequency (π per token)")
+    axes.legend(title="depth", title_fontsize=8)
+
+
+@styled
+def maps(numbers: Numbers, shown: np.ndarray, queries: Sequence[tuple[float, float]]) -> Figure:
+    """Figure 5: attention of one query token each. maps [n, queries, g, g], 1 is uniform. shown: uint8 [n, R, R, 3]."""
+    columns = [(image, query) for image in range(len(shown)) for query in range(len(queries))]
+    figure = Figure(figsize=(1.35 * len(columns) + 0.5, 1.15 * (1 + len(numbers)) + 0.4), layout="constrained")
+    lines = figure.subplots(1 + len(numbers), len(columns), squeeze=False)
+    first = next(iter(numbers.values()))["maps"]
+    for axes, (image, query) in zip(lines[0], columns, strict=True):
+        axes.imshow(shown[image])
+        _mark(axes, queries[query], first.shape[-1], shown.shape[1])
+    for line, (name, found) in zip(lines[1:], numbers.items(), strict=True):
+        for axes, (image, query) in zip(line, columns, strict=True):
+            attention = found["maps"][image, query]
+            heat = axes.imshow(attention, cmap="viridis", vmin=0, vmax=max(2.0, float(attention.max())))
+            _mark(axes, queries[query], len(attention), len(attention))
+            bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02, ticks=[0, heat.norm.vmax])
+            bar.ax.set_yticklabels(["0", f"{heat.norm.vmax:.1f}"], fontsize=6)
+            bar.outline.set_visible(False)
+        line[0].set_ylabel(name)
+    for axes in lines.flat:
+        _points(axes)
+    figure.suptitle("attention of the marked token, in multiples of uniform attention", fontsize=9)
+    return figure
+
+
+def _mark(axes: Axes, query: tuple[float, float], grid: int, side: int) -> None:
+    """A box around the query token."""
+    cell = side / grid
+    x, y = (int(share * grid) * cell - 0.5 for share in query)
+    axes.add_patch(Rectangle((x, y), cell, cell, fill=False, edgecolor="#D55E00", linewidth=1.6))
+
+
+@styled
+def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
+    """Figures 6 and 7: mean over heads with one standard deviation, and the line of uniform attention.
+
+    mean, spread: [L]. uniform: a number. `uniform` is what the line is called, {} its number and {grid} the tokens.
+    """
+    figure, lines = _panels(1, side=5.2, height=3.3)
+    axes = lines[0, 0]
+    for i, (name, found) in enumerate(numbers.items()):
+        depth = np.arange(1, len(found["mean"]) + 1)
+        axes.plot(depth, found["mean"], label=name, **_look(i))
+        low, high = found["mean"] - found["spread"], found["mean"] + found["spread"]
+        axes.fill_between(depth, low, high, color=_look(i)["color"], alpha=0.15, linewidth=0)
+    for text, value in {uniform.format(n["uniform"], grid=n["grid"]): n["uniform"] for n in numbers.values()}.items():
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=text)
+    _depth_axis(axes, label)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def transformation(numbers: Numbers) -> Figure:
+    """Figure 8: PCA of one image's tokens before and after attention. before, after: [T, 2]; variance [2]."""
+    figure, lines = _panels(len(numbers))
+    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
+        for i, kind in enumerate(("before", "after")):
+            axes.scatter(*found[kind].T, s=14, alpha=0.8, linewidths=0, label=f"{kind} attention", **_look(i))
+        _principal(axes, f"{name}, block {found['block']}", found["variance"])
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.5)
+    return figure
+
+
+@styled
+def two_images(numbers: Numbers) -> Figure:
+    """Figure 9: as figure 8 for two images of two classes, with centroids. before, after: [2, T, 2]."""
+    figure, lines = _panels(len(numbers))
+    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
+        looks = iter(range(4))
+        for kind in ("before", "after"):
+            for title, xy in zip(found["classes"], found[kind], strict=True):
+                axes.scatter(*xy.T, s=14, alpha=0.7, linewidths=0, label=f"{title}, {kind}", **_look(next(looks)))
+        for kind, colour in (("before", "black"), ("after", "#888888")):
+            centre = found[kind].mean(axis=1)
+            under = {"s": 150, "linewidths": 0, "marker": "X", "zorder": 0.5}
+            axes.scatter(*centre.T, color=colour, label=f"centroids {kind}", **under)
+        _principal(axes, f"{name}, block {found['block']}", found["variance"])
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def many_images(numbers: Numbers) -> Figure:
+    """Figure 10: tokens of many images of three classes, before (top) and after attention, each with its own PCA.
+
+    before, after: [n, T, 2]; label [n]; before_variance, after_variance [2]. Circles are centroids of images.
+    """
+    figure, lines = _panels(len(numbers), rows=2)
+    for column, (name, found) in enumerate(numbers.items()):
+        for row, kind in enumerate(("before", "after")):
+            axes = lines[row, column]
+            for i, title in enumerate(found["classes"]):
+                mine = found[kind][found["label"] == i]
+                axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=title, **_look(i))
+                axes.scatter(*mine.mean(axis=1).T, s=30, facecolors=COLOURS[i], edgecolors="black", linewidths=0.9)
+            _principal(axes, f"{name}, {kind} attention of block {found['block']}", found[f"{kind}_variance"])
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=3)
+    return figure
+
+
+def _principal(axes: Axes, title: str, variance: np.ndarray) -> None:
+    axes.set_title(title)
+    _points(axes)
+    axes.set_xlabel(f"PC 1 ({variance[0]:.0%} of variance)", fontsize=8)
+    axes.set_ylabel(f"PC 2 ({variance[1]:.0%})", fontsize=8)
+
+
+@styled
+def features(numbers: Numbers) -> Figure:
+    """Effective rank and uniformity of mean tokens by depth, from 0. rank, uniformity: [L + 1]."""
+    figure, lines = _panels(2, side=3.6)
+    for i, (name, found) in enumerate(numbers.items()):
+        for axes, kind in zip(lines[0], ("rank", "uniformity"), strict=True):
+            axes.plot(found[kind], label=name, **_look(i))
+    _depth_axis(lines[0, 0], "effective rank")
+    _depth_axis(lines[0, 1], "uniformity (0: all features alike)")
+    figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
+def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Linear CKA of every layer with every layer, of every checkpoint with every checkpoint: [row][column] [a, b]."""
+    names = list(numbers)
+    figure, lines = _panels(len(names), rows=len(names), side=2.5, height=2.4)
+    for row, one in enumerate(names):
+        for column, other in enumerate(names):
+            axes = lines[row, column]
+            heat = axes.imshow(numbers[one][other], origin="lower", vmin=0, vmax=1, cmap="viridis")
+            axes.grid(visible=False)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+            if row == len(names) - 1:
+                axes.set_xlabel(f"{other}: depth")
+            if column == 0:
+                axes.set_ylabel(f"{one}: depth")
+    figure.colorbar(heat, ax=lines, label="linear CKA", shrink=0.8)
+    return figure
+
+
+@styled
+def weight_correlation(numbers: Numbers) -> Figure:
+    """Pearson's r of W and attention received, by depth, with the 95 % interval over images. mean, low, high: [L]."""
+    figure, lines = _panels(1, side=5.2, height=3.3)
+    axes = lines[0, 0]
+    for i, (name, found) in enumerate(numbers.items()):
+        depth = np.arange(1, len(found["mean"]) + 1)
+        axes.plot(depth, found["mean"], label=name, **_look(i))
+        axes.fill_between(depth, found["low"], found["high"], color=_look(i)["color"], alpha=0.2, linewidth=0)
+    axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2, label="no relation")
+    _depth_axis(axes, "correlation of W with attention received")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

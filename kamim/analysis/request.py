@@ -1,0 +1,159 @@
+"""What is asked for, which images that takes, and who can be shown: everything that is checked before any work."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kamim import rng
+from kamim.analysis import embed
+from kamim.analysis.collect import WEIGHT_CELL
+from kamim.analysis.subjects import Subject
+from kamim.batch import Batch
+
+FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "weights")
+NEED_VIT = {"5", "6", "7", "8", "9", "10"}
+NEED_CLASSES = {"3", "9", "10"}
+NEED_SKLEARN = {"3", "8", "9", "10"}
+CLASSES = 3
+IMAGES_PER_CLASS = 8
+MOST_IMAGES = 1000  # where --images is not given
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do. figures: of FIGURES, or None for all that these subjects and this store allow.
+
+    images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
+    first three. layer, head: of figure 5, from 1; None for the last, and for the mean. queries: (x, y) of its query
+    tokens, as shares of the image's sides in [0, 1).
+    """
+
+    figures: tuple[str, ...] | None = None
+    images: int | None = None
+    classes: tuple[str, ...] = ()
+    layer: int | None = None
+    head: int | None = None
+    queries: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.2, 0.3))
+    seed: int = 0
+
+
+def parse_figures(text: str) -> tuple[str, ...] | None:
+    """ "all" -> None, else a comma-separated list of FIGURES. Raises ValueError for anything else."""
+    if text == "all":
+        return None
+    wanted = tuple(part.strip() for part in text.split(","))
+    for part in wanted:
+        if part not in FIGURES:
+            raise ValueError(f"--figures {text}: {part!r} is none; must be all, or some of {','.join(FIGURES)}")
+    return tuple(figure for figure in FIGURES if figure in wanted)
+
+
+def parse_query(text: str) -> tuple[float, float]:
+    """ "X,Y" -> (x, y). Raises ValueError unless both are in [0, 1)."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--query {text}: must be two numbers, such as 0.5,0.5") from None
+    if not (0 <= x < 1 and 0 <= y < 1):
+        raise ValueError(f"--query {text}: must be two shares of the image's sides, from 0 to below 1")
+    return x, y
+
+
+class Source(Protocol):
+    """Where images come from. labels: int64 [n], -1 without. classes: the labels' names."""
+
+    name: str
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def batches(self, indices: np.ndarray, resolution: int, size: int, cell: int | None) -> Iterable[Batch]:
+        """Whole images `indices`, resized, in batches of at most `size`; cell: with FAST ring counts in such cells."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which images. curves: for what is drawn over depth. samples: for what shows tokens; label: their classes,
+    as places in titles (all 0 where the store has too few).
+    """
+
+    curves: np.ndarray
+    samples: np.ndarray
+    label: np.ndarray
+    titles: tuple[str, ...]
+
+
+def choose(request: Request, source: Source) -> Chosen:
+    """Images by seed. Raises ValueError for more images than there are, or classes that are not."""
+    total = len(source.labels)
+    count = min(total, MOST_IMAGES) if request.images is None else request.images
+    if not 2 <= count <= total:
+        raise ValueError(f"--images {count}: {source.name} has {total}; ask for 2 to {total}")
+    order = rng.permutation(request.seed, 0, total)
+    if not request.classes and len(source.classes) < CLASSES:
+        few = order[:CLASSES]
+        return Chosen(order[:count], few, np.zeros(len(few), np.int64), ())
+    titles = _titles(request.classes, source)
+    parts = [order[source.labels[order] == source.classes.index(title)][:IMAGES_PER_CLASS] for title in titles]
+    for title, part in zip(titles, parts, strict=True):
+        if not len(part):
+            raise ValueError(f"--classes: {source.name} has no image of class {title!r}; choose others")
+    label = np.repeat(np.arange(CLASSES), [len(part) for part in parts])
+    return Chosen(order[:count], np.concatenate(parts), label, titles)
+
+
+def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
+    if not wanted:
+        return source.classes[:CLASSES]
+    if not source.classes:
+        raise ValueError(f"--classes {','.join(wanted)}: {source.name} has no labels; leave --classes out")
+    for title in wanted:
+        if title not in source.classes:
+            some = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
+            raise ValueError(f"--classes: {title!r} is not one of the {len(source.classes)} of {source.name} ({some})")
+    if len(set(wanted)) != CLASSES or len(wanted) != CLASSES:
+        raise ValueError(f"--classes {','.join(wanted)}: must be {CLASSES} different ones")
+    return wanted
+
+
+def _shown(figure: str, subjects: Sequence[Subject], chosen: Chosen) -> tuple[list[Subject], str]:
+    """Subjects that `figure` can show, and why not the others."""
+    if figure in NEED_CLASSES and not chosen.titles:
+        return [], f"needs labels of {CLASSES} classes, which the store does not have"
+    if figure == "2":
+        return [s for s in subjects if s.model is not None], "needs a checkpoint of kamim, which has a pixel head"
+    if figure == "weights":
+        reason = f"needs a ViT, for images of a multiple of {WEIGHT_CELL} px"
+        return [s for s in subjects if s.is_vit and s.resolution % WEIGHT_CELL == 0], reason
+    if figure in NEED_VIT:
+        return [s for s in subjects if s.is_vit], "needs a ViT, whose tokens all attend to each other"
+    return list(subjects), ""
+
+
+def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple[dict[str, list[Subject]], list[str]]:
+    """{figure: subjects it shows} and notes on what is left out. Raises ValueError where an asked one shows nobody."""
+    planned, notes = {}, []
+    for figure in request.figures or FIGURES:
+        able, reason = _shown(figure, subjects, chosen)
+        if able:
+            planned[figure] = able
+        elif request.figures:
+            raise ValueError(f"--figures {figure}: {reason}")
+        if len(able) < len(subjects):
+            left = ", ".join(s.name for s in subjects if s not in able)
+            notes.append(f"figure {figure} without {left}: {reason}")
+    _check_attention(request, planned.get("5", []))
+    if NEED_SKLEARN & planned.keys():
+        embed.check()
+    return planned, notes
+
+
+def _check_attention(request: Request, subjects: Sequence[Subject]) -> None:
+    """Raises ValueError where figure 5 asks for a layer or head that is not there."""
+    for subject in subjects:
+        heads = subject.encoder.blocks[0].attn.num_heads
+        for option, value, most in (("layer", request.layer, subject.depth), ("head", request.head, heads)):
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")

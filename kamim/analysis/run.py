@@ -1,0 +1,219 @@
+"""Runs an analysis: images through every subject, numbers, pictures, page."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import kamim
+from kamim.analysis import figures, page, tables
+from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
+from kamim.analysis.request import Chosen, Request, Source, choose, plan
+from kamim.analysis.subjects import Subject
+from kamim.batch import denormalise, normalise
+from kamim.masking import block_masks
+from kamim.models import expand_mask
+
+CAPTIONS = {
+    "2": "Figure 2. Original, masked, and what each checkpoint makes of the masked patches.",
+    "3": "Figure 3. t-SNE of the tokens that leave the last block, images of three classes.",
+    "4": "Figure 4. Fourier analysis of hidden states: Δ log amplitude of the highest frequency by depth, and whole "
+    "curves. Negative: less high frequency than low.",
+    "5": "Figure 5. Attention maps of the marked query tokens.",
+    "6": "Figure 6. Attention distance by depth, mean over heads and images; band: standard deviation over heads.",
+    "7": "Figure 7. Normalised mutual information of query and key by depth, as figure 6; 0: all queries attend alike.",
+    "8": "Figure 8. PCA of one image's tokens that enter a block, and of its attention's output.",
+    "9": "Figure 9. As figure 8, for two images of two classes, with centroids.",
+    "10": "Figure 10. Tokens of many images of three classes, each row with its own PCA; circles: images' centroids.",
+    "features": "Effective rank and uniformity of mean tokens by depth.",
+    "cka": "Linear CKA of mean tokens, between layers and checkpoints.",
+    "weights": "Does the model look where W is large? Pearson's r over an image's tokens of W (FAST, w_ps 8, T 0.25) "
+    "and the attention a token receives; band: 95 % interval of the mean over images.",
+}
+OF_CURVES = {"4", "6", "7", "features", "cka", "weights"}
+OF_SAMPLES = {"3", "5", "8", "9", "10"}
+BATCH = 8
+MASK_BLOCK, MASK_RATIO, MASK_IMAGES = 32, 0.6, 8  # SimMIM's mask
+UNIFORM_DISTANCE, UNIFORM_NMI = "uniform attention, {grid} tokens: {:.1f} px", "uniform attention: {:.0f}"
+
+Progress = Callable[[int, int], None]
+Tables = dict[str, dict[str, Any]]  # of one figure: {checkpoint: numbers}
+
+
+@dataclass
+class Collected:
+    """What was seen of each subject, by its name."""
+
+    curves: dict[str, Curves]
+    samples: dict[str, Samples]
+
+
+def collect(
+    planned: Mapping[str, list[Subject]], chosen: Chosen, source: Source, request: Request, progress: Progress
+) -> Collected:
+    """Runs each subject over the images its figures need."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    over_depth = _subjects(planned, OF_CURVES)
+    in_full = _subjects(planned, OF_SAMPLES)
+    total = len(over_depth) * len(chosen.curves) + len(in_full) * len(chosen.samples)
+    done, found = 0, Collected({}, {})
+
+    def more(images: int) -> None:
+        nonlocal done
+        done += images
+        progress(done, total)
+
+    for subject in {s.name: s for s in (*over_depth, *in_full)}.values():
+        subject.encoder.to(device).eval()
+        take = partial(source.batches, resolution=subject.resolution, size=BATCH)
+        if subject in over_depth:
+            weighed = subject in planned.get("weights", [])
+            batches = take(chosen.curves, cell=WEIGHT_CELL if weighed else None)
+            found.curves[subject.name] = collect_curves(subject, batches, device, more)
+        if subject in in_full:
+            batches = take(chosen.samples, cell=None)
+            layer = request.layer or subject.depth
+            samples = collect_samples(subject, batches, layer, request.head, request.queries, device, more)
+            found.samples[subject.name] = samples
+        subject.encoder.cpu()
+    return found
+
+
+def _subjects(planned: Mapping[str, list[Subject]], kinds: set[str]) -> list[Subject]:
+    """Those that any of these figures shows, in order of appearance."""
+    unique = {s.name: s for figure, shown in planned.items() if figure in kinds for s in shown}
+    return list(unique.values())
+
+
+def first_of_classes(chosen: Chosen) -> np.ndarray:
+    """Places in chosen.samples of the images that figure 5 shows: one of each class, or the first few."""
+    if not chosen.titles:
+        return np.arange(len(chosen.samples))
+    return np.array([int(np.argmax(chosen.label == i)) for i in range(len(chosen.titles))])
+
+
+def numbers(
+    planned: Mapping[str, list[Subject]], found: Collected, chosen: Chosen, seed: int
+) -> tuple[dict[str, Tables], Tables]:
+    """What each figure but 2 draws, and how close each ViT is to uniform attention ({} where that was not asked)."""
+    curves, samples, label, titles = found.curves, found.samples, chosen.label, chosen.titles
+    few = first_of_classes(chosen)
+    attention = {s.name: tables.attention(s, curves[s.name], seed) for s in _subjects(planned, {"6", "7"})}
+    make: dict[str, Callable[[Subject], dict[str, Any]]] = {
+        "3": lambda s: tables.classes(samples[s.name], label, titles, seed),
+        "4": lambda s: tables.fourier(curves[s.name]),
+        "5": lambda s: {"maps": samples[s.name].maps[few]},
+        "6": lambda s: attention[s.name][0],
+        "7": lambda s: attention[s.name][1],
+        "8": lambda s: tables.transformation(s, samples[s.name]),
+        "9": lambda s: tables.two_images(s, samples[s.name], label, titles),
+        "10": lambda s: tables.many_images(s, samples[s.name], label, titles),
+        "features": lambda s: tables.features(curves[s.name]),
+        "weights": lambda s: tables.weight_correlation(curves[s.name], seed),
+    }
+    made = {f: {s.name: make[f](s) for s in shown} for f, shown in planned.items() if f in make}
+    if "cka" in planned:
+        made["cka"] = tables.similarity({s.name: curves[s.name] for s in planned["cka"]})
+    return made, {name: closeness for name, (_, _, closeness) in attention.items()}
+
+
+def draw(made: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float, float], ...]) -> dict[str, Figure]:
+    """The pictures of all figures but 2. shown: uint8 [n, R, R, 3], figure 5's images."""
+    pictures: dict[str, Callable[[Tables], Figure]] = {
+        "3": figures.classes, "4": figures.fourier,
+        "5": partial(figures.maps, shown=shown, queries=queries),
+        "6": partial(figures.by_depth, label="attention distance (px)", uniform=UNIFORM_DISTANCE),
+        "7": partial(figures.by_depth, label="normalised mutual information", uniform=UNIFORM_NMI),
+        "8": figures.transformation, "9": figures.two_images, "10": figures.many_images,
+        "features": figures.features, "cka": figures.similarity, "weights": figures.weight_correlation,
+    }  # fmt: skip
+    return {figure: pictures[figure](table) for figure, table in made.items()}
+
+
+def images(source: Source, indices: np.ndarray, resolution: int) -> torch.Tensor:
+    """Whole images, resized: uint8 [n, R, R, 3]."""
+    return torch.cat([batch.images.clone() for batch in source.batches(indices, resolution, BATCH, None)])
+
+
+def reconstruct(subjects: list[Subject], chosen: Chosen, source: Source, seed: int) -> dict[str, Figure]:
+    """Figure 2: {file name: picture}, one for each resolution among the checkpoints."""
+    pictures, indices = {}, chosen.curves[:MASK_IMAGES]
+    for side in sorted({s.resolution for s in subjects}):
+        shown = images(source, indices, side)
+        block = MASK_BLOCK if side % MASK_BLOCK == 0 else min(s.patch for s in subjects if s.resolution == side)
+        mask = torch.from_numpy(block_masks(seed, 0, indices, side // block, MASK_RATIO))
+        made = []
+        for name, model in ((s.name, s.model) for s in subjects if s.resolution == side):
+            assert model is not None
+            with torch.no_grad():
+                made.append((name, denormalise(model.eval()(normalise(shown), mask)).numpy()))
+        hidden = expand_mask(mask, side).numpy()
+        pictures[f"figure-02-{side}px"] = figures.reconstructions(
+            shown.numpy(), hidden, made, f"{source.name}: {MASK_RATIO:.0%} masked in blocks of {block} px"
+        )
+    return pictures
+
+
+def summary(closeness: Tables, notes: list[str]) -> list[str]:
+    """What the command says: how close to uniform attention, with intervals over images; then the notes."""
+    lines = []
+    for name, found in closeness.items():
+        gap, distance, nmi = found["distance_from_uniform"], found["distance"], found["nmi"]
+        lines.append(
+            f"{name}: attention distance {distance['value']:.2f} px, uniform attention "
+            f"{found['uniform_distance']:.2f} px; layers lie {gap['value']:.2f} px from it on average "
+            f"(95 % {gap['low']:.2f} to {gap['high']:.2f}); NMI {nmi['value']:.4f} "
+            f"({nmi['low']:.4f} to {nmi['high']:.4f}), uniform 0"
+        )
+    return lines + notes
+
+
+def analyse(subjects: list[Subject], source: Source, request: Request, out: Path, progress: Progress) -> list[str]:
+    """Writes OUT/figure-*.png and .pdf, analysis.json, index.html; returns what to say.
+
+    Raises ValueError for a request that these subjects or this store cannot meet.
+    """
+    chosen = choose(request, source)
+    planned, notes = plan(request, subjects, chosen)
+    found = collect(planned, chosen, source, request, progress)
+    made, closeness = numbers(planned, found, chosen, request.seed)
+    shown = images(source, chosen.samples[first_of_classes(chosen)], subjects[0].resolution).numpy()
+    pictures = reconstruct(planned["2"], chosen, source, request.seed) if "2" in planned else {}
+    pictures |= {file_stem(figure): picture for figure, picture in draw(made, shown, request.queries).items()}
+    lines = summary(closeness, notes)
+    out.mkdir(parents=True, exist_ok=True)
+    for stem, picture in pictures.items():
+        page.save_figure(picture, out / stem)
+    about = {
+        "kamim": kamim.__version__, "store": source.name, "seed": request.seed, "classes": chosen.titles,
+        "images": chosen.curves, "token_images": chosen.samples, "layer": request.layer, "head": request.head,
+        "queries": request.queries, "mask_ratio": MASK_RATIO, "notes": notes,
+    }  # fmt: skip
+    checkpoints = {s.name: {**s.about, "resolution": s.resolution} for s in subjects}
+    page.save_numbers(
+        {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": made},
+        out / "analysis.json",
+    )
+    captioned = [
+        (out / f"{stem}.png", caption) for figure, caption in CAPTIONS.items() for stem in pictures
+        if stem.startswith(file_stem(figure))
+    ]  # fmt: skip
+    page.save_page(_about(subjects, source, chosen), lines, captioned, out / "index.html")
+    return lines
+
+
+def file_stem(figure: str) -> str:
+    """figure-02 .. figure-10, or figure-NAME."""
+    return f"figure-{int(figure):02d}" if figure.isdigit() else f"figure-{figure}"
+
+
+def _about(subjects: list[Subject], source: Source, chosen: Chosen) -> str:
+    named = "; ".join(
+        f"{s.name}: {s.about['checkpoint']} ({s.about['architecture']}, {s.resolution} px)" for s in subjects
+    )
+    return f"{named}. Curves over {len(chosen.curves)} images of {source.name}; tokens of {len(chosen.samples)}."

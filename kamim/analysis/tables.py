@@ -1,0 +1,122 @@
+"""From what was collected to the numbers that figures draw and analysis.json holds."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kamim.analysis import embed, measures
+from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image, transformed_block
+from kamim.analysis.subjects import Subject
+
+Table = dict[str, Any]
+
+
+def fourier(curves: Curves) -> Table:
+    """Figure 4. Per depth from 0: frequency in pi per token, and log amplitude relative to the lowest."""
+    depths = sorted(curves.spectrum)
+    means = [(curves.spectrum[depth] / curves.images).cpu().numpy() for depth in depths]
+    return {
+        "curves": [mean - mean[0] for mean in means],
+        "frequency": [2 * np.arange(len(m)) / curves.sides[d] for d, m in zip(depths, means, strict=True)],
+    }
+
+
+def attention(subject: Subject, curves: Curves, seed: int) -> tuple[Table, Table, Table]:
+    """Figures 6 and 7, per depth from 1 with intervals over images, and how close both are to uniform attention."""
+    distance, nmi = per_image(curves.distance), per_image(curves.nmi)  # [N, L, heads]
+    uniform = measures.uniform_distance(subject.grid, subject.patch)
+    resampled = measures.bootstrap_means(np.stack([distance.mean(axis=2), nmi.mean(axis=2)], axis=2), seed)
+    tables = [
+        _over_heads(values, resampled[..., i]) | {"uniform": level, "grid": f"{subject.grid}x{subject.grid}"}
+        for i, (values, level) in enumerate(((distance, uniform), (nmi, 0.0)))
+    ]
+    gap = np.abs(tables[0]["mean"] - uniform).mean()
+    closeness = {
+        "distance": _estimate(tables[0]["mean"].mean(), resampled[..., 0].mean(axis=1)),
+        "distance_from_uniform": _estimate(gap, np.abs(resampled[..., 0] - uniform).mean(axis=1)),
+        "nmi": _estimate(tables[1]["mean"].mean(), resampled[..., 1].mean(axis=1)),
+        "uniform_distance": uniform,
+    }
+    return tables[0], tables[1], closeness
+
+
+def _over_heads(values: np.ndarray, resampled: np.ndarray) -> Table:
+    heads = values.mean(axis=0)  # [L, heads]
+    low, high = measures.interval(resampled)
+    return {"mean": heads.mean(axis=1), "spread": heads.std(axis=1), "heads": heads, "low": low, "high": high}
+
+
+def _estimate(value: float, resampled: np.ndarray) -> Table:
+    low, high = measures.interval(resampled)
+    return {"value": value, "low": low, "high": high}
+
+
+def weight_correlation(curves: Curves, seed: int) -> Table:
+    """Pearson's r of W and attention received per depth from 1: mean over images, 95 % interval.
+
+    images: how many have one; where W or attention does not vary over an image's tokens there is none.
+    """
+    values = per_image(curves.correlation)
+    defined = values[np.isfinite(values).all(axis=1)]
+    if not len(defined):
+        raise ValueError("--figures weights: W is constant on every image; there is nothing to correlate")
+    low, high = measures.interval(measures.bootstrap_means(defined, seed))
+    return {"mean": defined.mean(axis=0), "low": low, "high": high, "images": len(defined)}
+
+
+def pooled(curves: Curves) -> list[torch.Tensor]:
+    """Mean tokens of the first images, per depth from 0: [n, D] each, n <= FEATURE_IMAGES."""
+    return [torch.cat(curves.pooled[depth])[:FEATURE_IMAGES] for depth in sorted(curves.pooled)]
+
+
+def features(curves: Curves) -> Table:
+    """Effective rank and uniformity of mean tokens, per depth from 0."""
+    found = pooled(curves)
+    return {
+        "rank": np.array([measures.effective_rank(f) for f in found]),
+        "uniformity": np.array([measures.uniformity(f) for f in found]),
+        "images": len(found[0]),
+    }
+
+
+def similarity(curves: dict[str, Curves]) -> dict[str, dict[str, np.ndarray]]:
+    """Linear CKA of mean tokens: [row][column], every layer of one with every layer of the other."""
+    found = {name: pooled(kept) for name, kept in curves.items()}
+    return {one: {other: measures.linear_cka(found[one], found[other]) for other in found} for one in found}
+
+
+def classes(samples: Samples, label: np.ndarray, titles: tuple[str, ...], seed: int) -> Table:
+    """Figure 3. label: the class of each image, as a place in titles."""
+    _, tokens, width = samples.last.shape
+    xy = embed.tsne(samples.last.reshape(-1, width), seed)
+    return {"xy": xy, "label": np.repeat(label, tokens), "classes": titles}
+
+
+def transformation(subject: Subject, samples: Samples) -> Table:
+    """Figure 8, of the first image."""
+    both, variance = _plane(samples.before[:1], samples.after[:1])
+    return {"before": both[0][0], "after": both[1][0], "variance": variance, "block": transformed_block(subject.depth)}
+
+
+def two_images(subject: Subject, samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
+    """Figure 9, of the first image of each of the first two classes."""
+    chosen = [int(np.argmax(label == i)) for i in (0, 1)]
+    (before, after), variance = _plane(samples.before[chosen], samples.after[chosen])
+    block = transformed_block(subject.depth)
+    return {"before": before, "after": after, "variance": variance, "block": block, "classes": titles[:2]}
+
+
+def many_images(subject: Subject, samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
+    """Figure 10: before and after by a PCA of each."""
+    table: Table = {"block": transformed_block(subject.depth), "classes": titles, "label": label}
+    for kind, tokens in (("before", samples.before), ("after", samples.after)):
+        (table[kind],), table[f"{kind}_variance"] = _plane(tokens)
+    return table
+
+
+def _plane(*sets: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """One PCA of all tokens: [n, T, D] each -> ([n, T, 2] each, shares of variance [2])."""
+    stacked = np.concatenate(sets)
+    xy, variance = embed.pca(stacked.reshape(-1, stacked.shape[-1]))
+    return np.split(xy.reshape(*stacked.shape[:2], 2), np.cumsum([len(s) for s in sets])[:-1]), variance

@@ -1,0 +1,1 @@
+"""Measurements: how faithful the cached keypoints are, how fast the loader is."""

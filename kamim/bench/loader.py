@@ -1,0 +1,150 @@
+"""Images per second of the loader, beside what it is measured against, interleaved in one run.
+
+Every rate is images over wall time on all cores, in batches, after one unmeasured pass; the table holds the
+median of the rounds. On a shared machine only the ratios mean anything.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from kamim.store import Store
+from kamim.weighting import counts_to_weights
+from pipelines.counts import CachedCounts
+from pipelines.loader import Crop, Loader
+from pipelines.plan import Plan
+from preprocess.sources import Item, Source
+
+RESOLUTION, PATCH_SIZE, TEMPERATURE = 192, 8, 0.25
+Run = Callable[[], int]  # one measured pass; returns how many images it made
+EPOCHS = 6  # in a pass of everything but the reference, so that starting it does not weigh in
+
+
+class ReferenceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples as the released code's data loader makes them: Pillow, torchvision v2, FAST and drawKeypoints."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(RESOLUTION, scale=(0.67, 1.0), antialias=False),
+                v2.RandomVerticalFlip(0.5),
+                v2.RandomHorizontalFlip(0.5),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._source.items)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        item: Item = self._source.items[index]
+        image = Image.open(Path(self._source.location, item.key)).convert("RGB")
+        crop = self._transform(F.pil_to_tensor(image))
+        pixels = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
+        found = cv2.FastFeatureDetector_create().detect(pixels, None)  # type: ignore[attr-defined]
+        canvas = cv2.drawKeypoints(np.zeros_like(pixels), found, None, color=(255, 255, 255))  # type: ignore[call-overload]
+        bitmap = torch.from_numpy(canvas[..., 0] > 0).float()[None]
+        counts = torch.nn.functional.avg_pool2d(bitmap, PATCH_SIZE)[0] * PATCH_SIZE**2
+        return crop, counts_to_weights(counts, PATCH_SIZE, TEMPERATURE)
+
+
+def _one_thread(_: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def reference(source: Source, batch: int, workers: int) -> Run:
+    """The released code's way, from the original files, one worker process per core."""
+    loader = torch.utils.data.DataLoader(
+        ReferenceDataset(source), batch, shuffle=True, num_workers=workers, persistent_workers=True,
+        worker_init_fn=_one_thread,
+    )  # fmt: skip
+    return lambda: sum(len(images) for images, _ in loader)
+
+
+def decode_only(store: Store, workers: int) -> Run:
+    """Decoding the store's own JPEGs with as many threads, and nothing else."""
+
+    def part(first: int) -> int:
+        indices = range(first, len(store), workers)
+        for _ in range(EPOCHS):
+            for index in indices:
+                simplejpeg.decode_jpeg(store.images.data(index))
+        return EPOCHS * len(indices)
+
+    def run() -> int:
+        with ThreadPoolExecutor(workers) as pool:
+            return sum(pool.map(part, range(workers)))
+
+    return run
+
+
+def ours(store: Store, detector: str | None, batch: int, workers: int) -> Run:
+    """kamim's loader; detector None: images alone, as SimMIM needs them."""
+    counter = None if detector is None else CachedCounts(store.keypoints(detector), "ring", PATCH_SIZE)
+    plan = Plan(len(store), batch, batch, seed=0, drop_last=False)
+    loader = Loader(store, plan, RESOLUTION, crop=Crop(), counter=counter, workers=workers)
+    passes: Iterator[int] = iter(range(1 << 30))
+
+    def run() -> int:
+        first = next(passes) * EPOCHS * plan.steps_per_epoch
+        return sum(len(made) for made in loader.steps(first, first + EPOCHS * plan.steps_per_epoch))
+
+    return run
+
+
+def stock_ffcv(store: Store, batch: int, workers: int) -> Run:
+    """ffcv's own loader on the store's images.beton, without keypoints."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader
+    from ffcv.loader import OrderOption
+    from ffcv.transforms import ToTensor
+
+    decoder = RandomResizedCropRGBImageDecoder((RESOLUTION, RESOLUTION), scale=(0.67, 1.0), ratio=(3 / 4, 4 / 3))
+    loader = FfcvLoader(
+        str(store.path / "images.beton"), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM,
+        os_cache=True, pipelines={"image": [decoder, ToTensor()], "label": [IntDecoder(), ToTensor()]},
+    )  # fmt: skip
+    return lambda: sum(len(images) for _ in range(EPOCHS) for images, _ in loader)
+
+
+def bench(
+    store: Store, source: Source, batch: int, rounds: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Rates (images per second, medians) and the ratios that matter. Raises ValueError for a raw store."""
+    if store.images.raw:
+        raise ValueError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
+    workers = len(os.sched_getaffinity(0))
+    runs: dict[str, Run] = {"reference": reference(source, batch, workers), "jpeg_decode": decode_only(store, workers)}
+    if store.manifest.job.images == "ffcv":
+        runs["stock_ffcv"] = stock_ffcv(store, batch, workers)
+    runs["simmim"] = ours(store, None, batch, workers)
+    runs |= {name: ours(store, name, batch, workers) for name in store.detectors}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    total = len(runs) * (rounds + 1)
+    for turn in range(rounds + 1):  # the first compiles and warms, and is not counted
+        for number, (name, run) in enumerate(runs.items()):
+            start = time.perf_counter()
+            images = run()
+            if turn:
+                rates[name].append(images / (time.perf_counter() - start))
+            progress(turn * len(runs) + number + 1, total)
+    medians = {name: statistics.median(made) for name, made in rates.items()}
+    best = medians.get("fast", medians["simmim"])
+    ratios = {"ratio_to_reference": best / medians["reference"], "ratio_to_jpeg_decode": best / medians["jpeg_decode"]}
+    if "stock_ffcv" in medians:
+        ratios["ratio_to_stock_ffcv"] = best / medians["stock_ffcv"]
+    ratios |= {f"{name}_over_simmim": medians[name] / medians["simmim"] for name in store.detectors}
+    return {"images_per_second": medians, "ratios": ratios, "rounds": rates, "workers": workers, "batch": batch}

@@ -1,0 +1,66 @@
+"""The measurements measure what they say; none asserts a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kamim.bench import fidelity, loader
+from kamim.cli import app
+from kamim.store import Store
+from preprocess.sources import list_source
+
+
+def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the crop unmoved the floor is 1; cached keypoints lie between chance and it."""
+    monkeypatch.setattr(fidelity, "_moved", lambda box, height, width: box)
+    source = list_source("imagefolder", class_folder, "train")
+    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, lambda done, total: None)
+    assert {(row["detector"], row["footprint"]) for row in rows} == {("fast", "ring"), ("fast", "point")}
+    for row in rows:
+        assert row["weight_correlation_floor"] == pytest.approx(1)
+        assert row["l1_of_normalised_weights_floor"] == pytest.approx(0)
+    assert 0.5 < rows[0]["weight_correlation"] < 1
+
+
+@pytest.mark.parametrize(
+    ("box", "moved"),
+    [
+        ((0, 0, 5, 5), (0, 1, 5, 5)),
+        ((0, 5, 5, 5), (0, 4, 5, 5)),
+        ((0, 0, 5, 10), (1, 0, 5, 10)),
+        ((3, 0, 5, 10), (2, 0, 5, 10)),
+        ((0, 0, 8, 10), (0, 1, 8, 9)),
+    ],
+)
+def test_a_box_is_moved_by_one_pixel_within_the_image(box: fidelity.Box, moved: fidelity.Box) -> None:
+    assert fidelity._moved(box, 8, 10) == moved
+
+
+def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) -> None:
+    dataset = loader.ReferenceDataset(list_source("imagefolder", class_folder, "train"))
+    crop, weights = dataset[3]
+    assert crop.shape == (3, 192, 192)
+    assert weights.shape == (24, 24)
+    assert float(weights.min()) == 1
+    assert float(weights.max()) > 1
+
+
+def test_bench_loader_reports_rates_and_ratios(class_folder: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+    given = ["bench", "loader", "--source", str(class_folder), "--store", str(stores["zarr"]), "--batch", "8"]
+    result = CliRunner().invoke(app, [*given, "--rounds", "1", "--json", str(tmp_path / "r.json")])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "r.json").read_text())
+    rates, ratios = made["images_per_second"], made["ratios"]
+    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"}
+    assert ratios["ratio_to_reference"] == pytest.approx(rates["fast"] / rates["reference"])
+    assert ratios["sift_over_simmim"] == pytest.approx(rates["sift"] / rates["simmim"])
+    assert all(np.isfinite(rate) for rate in rates.values())
+
+
+def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:
+    store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
+    runs = [loader.reference(source, 8, 1), loader.decode_only(store, 2), loader.ours(store, "fast", 8, 2)]
+    assert [run() for run in runs] == [24, loader.EPOCHS * 24, loader.EPOCHS * 24]

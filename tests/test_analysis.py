@@ -398,7 +398,13 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
         "--checkpoint", f"A={runs['vit_demo']}", "--checkpoint", f"B=random:{runs['vit_demo']}",
         "--store", str(stores["zarr"]), "--images", "20", "--query", "0.1,0.9", "--layer", "2", "--head", "3",
     )  # fmt: skip
-    said = analyze(*given, "--out", str(tmp_path / "one"))
+    probes = [tmp_path / "block-6.json", tmp_path / "block-3.json"]
+    for file, block, top1 in zip(probes, (6, 3), (51.5, 40.0), strict=True):
+        read = str(checkpoint.read(runs["vit_demo"]).path)
+        file.write_text(json.dumps({"checkpoint": read, "block": block, "top1": top1}))
+    shown = [option for file in probes for option in ("--probe", str(file))]
+    said = analyze(*given, *shown, "--out", str(tmp_path / "one"))
+    assert "figure probe without B: needs --probe FILE" in said
     assert re.search(r"A: attention distance [\d.]+ px, uniform attention [\d.]+ px; .* NMI 0\.", said)
     stems = {"figure-02-64px"} | {file_stem(figure) for figure in FIGURES if figure != "2"}
     wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"analysis.json", "index.html"}
@@ -407,6 +413,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
     assert numbers["figures"].keys() == set(FIGURES) - {"2"}
     assert len(numbers["figures"]["6"]["A"]["mean"]) == 6
     assert numbers["uniform_attention"]["A"]["uniform_distance"] == pytest.approx(measures.uniform_distance(4, 16))
+    assert numbers["figures"]["probe"] == {"A": {"block": [3, 6], "top1": [40.0, 51.5]}}
     assert np.array(numbers["figures"]["5"]["B"]["maps"]).shape == (3, 1, 4, 4)
     assert np.array(numbers["figures"]["cka"]["A"]["B"]).shape == (7, 7)
     html = (tmp_path / "one/index.html").read_text()
@@ -452,6 +459,8 @@ def test_bad_input_is_one_line(
         ((*store, *vit_run, "--head", "0"), "--head 0: A has heads 1 to 4"),
         ((*store, *vit_run, "--query", "0.5"), "--query 0.5: must be two numbers"),
         ((*store, *vit_run, "--query", "0.5,1"), "from 0 to below 1"),
+        ((*store, *vit_run, "--probe", str(tmp_path / "none.json")), "none.json: not a result of kamim eval --json"),
+        ((*store, *vit_run, "--figures", "probe"), "--figures probe: needs --probe FILE"),
         (("--store", str(marked_store), *vit_run, "--figures", "3"), "--figures 3: needs labels of 3 classes"),
         ((*store, "--checkpoint", "T=timm:vit_tiny_patch16_224", "--figures", "2"), "needs a checkpoint of kamim"),
     ]:
@@ -465,7 +474,7 @@ def test_figures_that_nobody_can_show_are_left_out(runs: dict[str, Path]) -> Non
     bare = Subject("bare", kamims.encoder, 64, None, {})
     unlabelled = Chosen(np.arange(4), np.arange(3), np.zeros(3, np.int64), ())
     planned, notes = plan(Request(), [bare], unlabelled)
-    assert planned.keys() == set(FIGURES) - {"2", "3", "9", "10"}
+    assert planned.keys() == set(FIGURES) - {"2", "3", "9", "10", "probe"}
     assert "figure 9 without bare: needs labels of 3 classes, which the store does not have" in notes
     planned, _ = plan(Request(), [swin_subject, kamims], unlabelled)
     assert planned["2"] == planned["4"] == [swin_subject, kamims] and planned["6"] == planned["weights"] == [kamims]

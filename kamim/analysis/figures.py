@@ -255,3 +255,15 @@ def weight_correlation(numbers: Numbers) -> Figure:
     _depth_axis(axes, "correlation of W with attention received")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+@styled
+def probe(numbers: Numbers) -> Figure:
+    """Accuracy of linear probes by the block they read. block, top1 (per cent): one entry a probe."""
+    figure, lines = _panels(1, side=5.2, height=3.3)
+    axes = lines[0, 0]
+    for i, (name, found) in enumerate(numbers.items()):
+        axes.plot(found["block"], found["top1"], label=name, **_look(i))
+    _depth_axis(axes, "linear probe, top-1 (%)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

@@ -1,8 +1,10 @@
 """What is asked for, which images that takes, and who can be shown: everything that is checked before any work."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from kamim.analysis.collect import WEIGHT_CELL
 from kamim.analysis.subjects import Subject
 from kamim.batch import Batch
 
-FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "weights")
+FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "weights", "probe")
 NEED_VIT = {"5", "6", "7", "8", "9", "10"}
 NEED_CLASSES = {"3", "9", "10"}
 NEED_SKLEARN = {"3", "8", "9", "10"}
@@ -27,7 +29,7 @@ class Request:
 
     images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
     first three. layer, head: of figure 5, from 1; None for the last, and for the mean. queries: (x, y) of its query
-    tokens, as shares of the image's sides in [0, 1).
+    tokens, as shares of the image's sides in [0, 1). probes: results of `kamim eval`, for figure "probe".
     """
 
     figures: tuple[str, ...] | None = None
@@ -37,6 +39,24 @@ class Request:
     head: int | None = None
     queries: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.2, 0.3))
     seed: int = 0
+    probes: tuple[Mapping[str, Any], ...] = ()
+
+
+def read_probe(file: Path) -> Mapping[str, Any]:
+    """A result that `kamim eval --mode linprobe --json FILE` wrote. Raises ValueError where it is none."""
+    try:
+        result = json.loads(file.read_text())
+        if isinstance(result["block"], int) and isinstance(result["top1"], float) and result["checkpoint"]:
+            return dict(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--probe {file}: not a result of kamim eval --json ({error})") from error
+    raise ValueError(f"--probe {file}: is not of a ViT, whose blocks can be compared")
+
+
+def probed(subject: Subject, request: Request) -> list[Mapping[str, Any]]:
+    """Those of the request's probes that read this very checkpoint, by block."""
+    same = [probe for probe in request.probes if probe["checkpoint"] == subject.about["checkpoint"]]
+    return sorted(same, key=lambda probe: probe["block"])
 
 
 def parse_figures(text: str) -> tuple[str, ...] | None:
@@ -118,8 +138,10 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
     return wanted
 
 
-def _shown(figure: str, subjects: Sequence[Subject], chosen: Chosen) -> tuple[list[Subject], str]:
+def _shown(figure: str, subjects: Sequence[Subject], chosen: Chosen, request: Request) -> tuple[list[Subject], str]:
     """Subjects that `figure` can show, and why not the others."""
+    if figure == "probe":
+        return [s for s in subjects if probed(s, request)], "needs --probe FILE, kamim eval's result for the checkpoint"
     if figure in NEED_CLASSES and not chosen.titles:
         return [], f"needs labels of {CLASSES} classes, which the store does not have"
     if figure == "2":
@@ -136,7 +158,9 @@ def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple
     """{figure: subjects it shows} and notes on what is left out. Raises ValueError where an asked one shows nobody."""
     planned, notes = {}, []
     for figure in request.figures or FIGURES:
-        able, reason = _shown(figure, subjects, chosen)
+        if figure == "probe" and not request.probes and request.figures is None:
+            continue  # nobody asked
+        able, reason = _shown(figure, subjects, chosen, request)
         if able:
             planned[figure] = able
         elif request.figures:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import kamim
 from kamim.analysis import figures, page, tables
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
-from kamim.analysis.request import Chosen, Request, Source, choose, plan
+from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
 from kamim.analysis.subjects import Subject
 from kamim.batch import denormalise, normalise
 from kamim.masking import block_masks
@@ -34,6 +34,7 @@ CAPTIONS = {
     "cka": "Linear CKA of mean tokens, between layers and checkpoints.",
     "weights": "Does the model look where W is large? Pearson's r over an image's tokens of W (FAST, w_ps 8, T 0.25) "
     "and the attention a token receives; band: 95 % interval of the mean over images.",
+    "probe": "Top-1 of linear probes by the block they read (kamim eval's results).",
 }
 OF_CURVES = {"4", "6", "7", "features", "cka", "weights"}
 OF_SAMPLES = {"3", "5", "8", "9", "10"}
@@ -98,11 +99,11 @@ def first_of_classes(chosen: Chosen) -> np.ndarray:
 
 
 def numbers(
-    planned: Mapping[str, list[Subject]], found: Collected, chosen: Chosen, seed: int
+    planned: Mapping[str, list[Subject]], found: Collected, chosen: Chosen, request: Request
 ) -> tuple[dict[str, Tables], Tables]:
     """What each figure but 2 draws, and how close each ViT is to uniform attention ({} where that was not asked)."""
     curves, samples, label, titles = found.curves, found.samples, chosen.label, chosen.titles
-    few = first_of_classes(chosen)
+    few, seed = first_of_classes(chosen), request.seed
     attention = {s.name: tables.attention(s, curves[s.name], seed) for s in _subjects(planned, {"6", "7"})}
     make: dict[str, Callable[[Subject], dict[str, Any]]] = {
         "3": lambda s: tables.classes(samples[s.name], label, titles, seed),
@@ -115,6 +116,7 @@ def numbers(
         "10": lambda s: tables.many_images(s, samples[s.name], label, titles),
         "features": lambda s: tables.features(curves[s.name]),
         "weights": lambda s: tables.weight_correlation(curves[s.name], seed),
+        "probe": lambda s: tables.probe(probed(s, request)),
     }
     made = {f: {s.name: make[f](s) for s in shown} for f, shown in planned.items() if f in make}
     if "cka" in planned:
@@ -131,6 +133,7 @@ def draw(made: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float,
         "7": partial(figures.by_depth, label="normalised mutual information", uniform=UNIFORM_NMI),
         "8": figures.transformation, "9": figures.two_images, "10": figures.many_images,
         "features": figures.features, "cka": figures.similarity, "weights": figures.weight_correlation,
+        "probe": figures.probe,
     }  # fmt: skip
     return {figure: pictures[figure](table) for figure, table in made.items()}
 
@@ -181,7 +184,7 @@ def analyse(subjects: list[Subject], source: Source, request: Request, out: Path
     chosen = choose(request, source)
     planned, notes = plan(request, subjects, chosen)
     found = collect(planned, chosen, source, request, progress)
-    made, closeness = numbers(planned, found, chosen, request.seed)
+    made, closeness = numbers(planned, found, chosen, request)
     shown = images(source, chosen.samples[first_of_classes(chosen)], subjects[0].resolution).numpy()
     pictures = reconstruct(planned["2"], chosen, source, request.seed) if "2" in planned else {}
     pictures |= {file_stem(figure): picture for figure, picture in draw(made, shown, request.queries).items()}

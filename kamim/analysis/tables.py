@@ -1,5 +1,6 @@
 """From what was collected to the numbers that figures draw and analysis.json holds."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,8 @@ def _plane(*sets: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     stacked = np.concatenate(sets)
     xy, variance = embed.pca(stacked.reshape(-1, stacked.shape[-1]))
     return np.split(xy.reshape(*stacked.shape[:2], 2), np.cumsum([len(s) for s in sets])[:-1]), variance
+
+
+def probe(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Figure "probe": the block each probe read, and its top-1 in per cent."""
+    return {"block": [r["block"] for r in results], "top1": [r["top1"] for r in results]}

@@ -15,11 +15,10 @@ from kamim import keypoints as kp
 from kamim.analysis.request import Request
 from kamim.analysis.run import analyse
 from kamim.analysis.subjects import Subject, timm_encoder
-from kamim.batch import Batch, denormalise, normalise
+from kamim.batch import Batch
 from kamim.config import Pretrain, Probe, Weighting
 from kamim.detectors import detector
-from kamim.masking import block_masks
-from kamim.models import ARCHITECTURES, MaskedImageModel, expand_mask, probe_block
+from kamim.models import MaskedImageModel, probe_block
 from kamim.pretrain import Outcome, Progress, pretrain
 from kamim.store import Store
 from kamim.weighting import counts_to_weights, density, weights
@@ -201,23 +200,6 @@ def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Pat
         name = store.manifest.classes[label] if label >= 0 else ""
         rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, weights))
     plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)
-
-
-def reconstructions(models: dict[str, MaskedImageModel], store: Store, ratio: float, count: int, file: Path) -> None:
-    """Figure 2 for several models of one resolution: original, masked, each model's reconstruction."""
-    (side,) = {model.resolution for model in models.values()}
-    count = min(count, len(store))
-    plan = Plan(len(store), count, count, seed=0)
-    batch = next(iter(Loader(store, plan, side).steps(0, 1)))
-    stride = max(ARCHITECTURES[model.name].stride for model in models.values())
-    mask = torch.from_numpy(block_masks(0, 0, batch.indices, side // stride, ratio))
-    with torch.no_grad():
-        made = [
-            (name, denormalise(model.eval()(normalise(batch.images), mask)).numpy()) for name, model in models.items()
-        ]
-    caption = f"{store.path.name}: {int(100 * ratio)}% masked"
-    sheet = plots.reconstruction_sheet(batch.images.numpy(), expand_mask(mask, side).numpy(), made, caption)
-    sheet.savefig(file, dpi=130)
 
 
 @dataclass(frozen=True)

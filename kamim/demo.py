@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kamim
-from kamim import checkpoint, compose
+from kamim import compose
+from kamim.analysis.request import Request
 from kamim.config import Pretrain, Probe, Weighting, load
 from kamim.pretrain import Progress
 from kamim.store import Store
@@ -81,10 +82,10 @@ def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
         compose.plot_weights(found, weighting, sheets[-1])
     sheets.append(out / "crops.png")
     compose.preview(Store(val), Weighting(), 6, seed=1, file=sheets[-1])
-    models = {name: checkpoint.read(config.out).build_model() for name, config in runs.items()}
-    sheets.append(out / "reconstructions.png")
-    compose.reconstructions(models, Store(val), runs["KAMIM"].mask.ratio, 10, sheets[-1])
-    return sheets
+    named = [f"{name}={config.out}" for name, config in runs.items()]
+    figure_2 = out / "reconstructions"
+    compose.run_analysis(named, Store(val), Request(figures=("2",)), figure_2, lambda done, total: None)
+    return [*sheets, *sorted(figure_2.glob("*.png"))]
 
 
 def _table(runs: dict[str, Pretrain], probes: dict[str, dict[str, Any]], classes: int) -> Table:

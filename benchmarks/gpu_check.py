@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kamim import compose, store
+from kamim import store
 from kamim.batch import Batch
+from kamim.compose.training import run_pretrain
 from kamim.config import Pretrain, load
 from kamim.distributed import World
 from kamim.pretrain import pretrain
 from pipelines.augment import random_erasing, trivial_augment_wide
 from pipelines.counts import CachedCounts
-from pipelines.loader import Crop, Loader
+from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
 from preprocess.build import build, make_job
 from preprocess.sources import list_source
@@ -62,7 +63,7 @@ def same_losses(folder: Path) -> dict[str, Any]:
             "optim.batch_size=85", "optim.warmup_epochs=0", f"compute.device={device}",
             f"compute.precision={precision}", f"compute.compile={compiled}",
         ])  # fmt: skip
-        compose.run_pretrain(config, lambda *_: None)
+        run_pretrain(config, lambda *_: None)
         made[name] = np.array(losses(folder / name))
     return {
         name: float(np.abs(made[name] / made["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")
@@ -90,9 +91,9 @@ def training(folder: Path) -> dict[str, Any]:
         counter = CachedCounts(data.keypoints("fast"), "ring", 8) if method == "kamim" else None
         plan = Plan(len(data), 512, 512, seed=0)
         loader = Loader(data, plan, 192, crop=Crop(), counter=counter, pin=True)
-        fixed = next(iter(compose.feed(loader.steps(0, 1), CUDA)))
+        fixed = next(iter(feed(loader.steps(0, 1), CUDA)))
         for name, batches in (
-            ("loader", lambda first, stop, loader=loader: compose.feed(loader.steps(first, stop), CUDA)),
+            ("loader", lambda first, stop, loader=loader: feed(loader.steps(first, stop), CUDA)),
             ("one_batch", lambda first, stop, fixed=fixed: again(fixed, stop - first)),
         ):
             config = load(Pretrain, None, [

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 import kamim
-from kamim import compose
 from kamim.analysis.request import Request
+from kamim.compose import pictures
+from kamim.compose.analysis import run_analysis
+from kamim.compose.evaluation import run_linprobe
+from kamim.compose.training import run_pretrain
 from kamim.config import Pretrain, Probe, Weighting, load
 from kamim.pretrain import Progress
 from kamim.store import Store
@@ -39,7 +42,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         _preprocess(split, path, runs["KAMIM"].data.resolution, update)
     for name, config in runs.items():
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
-        if not compose.run_pretrain(config, _named(update, name)).finished:
+        if not run_pretrain(config, _named(update, name)).finished:
             raise ValueError("the demo was stopped; the same command again continues")
     probes: dict[str, dict[str, Any]] = {}
     for name, given in {
@@ -47,7 +50,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     }.items():  # fmt: skip
         console.print(f"linear probe: {name}")
         probe = load(Probe, CONFIGS / "eval/demo.yaml", given={"checkpoint": str(given), **stores})
-        probes[name] = compose.run_linprobe(probe, _named(update, name))
+        probes[name] = run_linprobe(probe, _named(update, name))
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))
     console.print(
@@ -77,14 +80,14 @@ def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
     sheets = []
     for detector in DETECTORS:
         weighting = Weighting(detector=detector)
-        found = {name: compose.image_weights(photograph(name), weighting) for name in SHOWN}
+        found = {name: pictures.image_weights(photograph(name), weighting) for name in SHOWN}
         sheets.append(out / f"weights-{detector}.png")
-        compose.plot_weights(found, weighting, sheets[-1])
+        pictures.plot_weights(found, weighting, sheets[-1])
     sheets.append(out / "crops.png")
-    compose.preview(Store(val), Weighting(), 6, seed=1, file=sheets[-1])
+    pictures.preview(Store(val), Weighting(), 6, seed=1, file=sheets[-1])
     named = [f"{name}={config.out}" for name, config in runs.items()]
     figure_2 = out / "reconstructions"
-    compose.run_analysis(named, Store(val), Request(figures=("2",)), figure_2, lambda done, total: None)
+    run_analysis(named, Store(val), Request(figures=("2",)), figure_2, lambda done, total: None)
     return [*sheets, *sorted(figure_2.glob("*.png"))]
 
 

@@ -23,7 +23,7 @@ from kamim.analysis.run import file_stem
 from kamim.analysis.subjects import Subject, timm_encoder
 from kamim.batch import Batch
 from kamim.cli import app
-from kamim.compose import load_subject
+from kamim.compose.analysis import load_subject
 from kamim.config import Pretrain, load
 from kamim.models import MaskedImageModel, build_encoder
 

@@ -91,7 +91,7 @@ def test_what_is_shown_reads_back_to_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda file: file.stem)
 def test_pretraining_presets(file: Path) -> None:
     made = load(Pretrain, file)
-    if file.stem == "demo":
+    if file.stem in ("demo", "cifar10"):
         return
     model, method = file.stem.rsplit("_", 1)
     assert made.model.name == model

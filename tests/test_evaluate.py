@@ -10,7 +10,8 @@ from conftest import build_store
 from torch import Tensor, nn
 
 from kamim.batch import Batch, normalise
-from kamim.compose import run_linprobe, run_pretrain
+from kamim.compose.evaluation import run_linprobe
+from kamim.compose.training import run_pretrain
 from kamim.config import Pretrain, Probe, load
 from kamim.evaluate import linprobe
 from kamim.models import build_encoder

@@ -15,7 +15,7 @@ from skimage import data
 
 from kamim import checkpoint, schedule
 from kamim.batch import Batch
-from kamim.compose import run_pretrain
+from kamim.compose.training import run_pretrain
 from kamim.config import Optim, Pretrain, load
 from kamim.distributed import World
 from kamim.models import MaskedImageModel

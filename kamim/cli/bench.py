@@ -1,0 +1,62 @@
+"""kamim bench."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kamim.cli.console import bar, bench_app, check_folder, out_console, says_errors, weighting_of, write_json
+
+
+@bench_app.command(name="loader")
+@says_errors
+def bench_loader(
+    store: Annotated[Path, typer.Option(help="A JPEG store of --source, with FAST keypoints.")],
+    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
+) -> None:
+    """Images per second of the loader, the released code's way, stock FFCV, and JPEG decoding alone."""
+    from kamim.bench.loader import bench
+    from kamim.store import Store
+    from preprocess.sources import list_source
+
+    check_folder("--json", json_out)
+    with bar("bench loader") as update:
+        result = bench(Store(store), list_source("imagefolder", source, "train"), batch, rounds, update)
+    for name, rate in result["images_per_second"].items():
+        out_console.print(f"{name:12} {rate:8,.0f} images/s")
+    for name, ratio in result["ratios"].items():
+        out_console.print(f"{name:22} {ratio:6.2f}")
+    write_json(json_out, result)
+
+
+@bench_app.command(name="fidelity")
+@says_errors
+def bench_fidelity(
+    source: Annotated[Path, typer.Option(help="An image folder.")],
+    detectors: Annotated[str, typer.Option(help="Comma-separated.")] = "fast,sift,orb",
+    images: Annotated[int, typer.Option(min=1, help="How many, one random crop of each.")] = 400,
+    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
+    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
+) -> None:
+    """How well stored keypoints stand for keypoints found on every crop."""
+    from kamim.bench.fidelity import Setting, fidelity
+    from preprocess.sources import list_source
+
+    check_folder("--json", json_out)
+    names = tuple(detectors.split(","))
+    for name in names:
+        weighting_of(name, "ring", patch_size, temperature)
+    setting = Setting(patch_size=patch_size, temperature=temperature)
+    with bar("bench fidelity") as update:
+        rows = fidelity(list_source("imagefolder", source, "train"), names, setting, images, update)
+    for row in rows:
+        out_console.print(
+            f"{row['detector']:5} {row['footprint']:5} correlation of W {row['weight_correlation']:.3f}, floor "
+            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.3f}); mean W "
+            f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}"
+        )
+    write_json(json_out, rows)

@@ -1,0 +1,135 @@
+"""What every command shares: the consoles, the progress bar, and how a mistake is told."""
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
+store_app = typer.Typer(no_args_is_help=True, help="Look at a store.")
+app.add_typer(store_app, name="store")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure fidelity and speed on this machine.")
+app.add_typer(bench_app, name="bench")
+out_console = Console(soft_wrap=True, highlight=False, markup=False)
+err_console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_debug = False
+
+RESUMABLE = 75  # exit code of a run stopped by SIGINT or SIGTERM with its state saved (EX_TEMPFAIL)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    global _debug
+    _debug = debug
+    out_console.quiet = not is_main()
+
+
+def is_main() -> bool:
+    """Whether this is the one process of torchrun's that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def says_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake becomes one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError too
+            raise
+        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            if _debug:
+                raise
+            err_console.print(f"error: {' '.join(str(error).split())}", style="red")
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the recent past."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        factor = task.fields.get("factor", 1)
+        return Text("" if speed is None else f"{speed * factor:,.0f} images/s")
+
+
+@contextmanager
+def bar(title: str, factor: int = 1) -> Iterator["Update"]:
+    """A progress bar; factor: images per step. Where there is no terminal, a line at every tenth."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        _Rate(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and is_main())) as progress:
+        yield Update(progress, progress.add_task(title, total=None, note="", factor=factor))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM, which is how a batch system stops a job, is a Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Update:
+    """What moves a bar: update(done, total, note)."""
+
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress, self._task, self._tenths = progress, task, 0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Moves it to `done` of `total`."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
+        if self._progress.disable and is_main() and done * 10 // total > self._tenths:
+            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}")
+        self._tenths = done * 10 // total
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/pretrain/demo.yaml")
+]
+
+
+def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
+    """kamim.config.Weighting of what the options say."""
+    from kamim.config import Weighting, load
+
+    keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
+    return load(Weighting, None, given=keys)
+
+
+def check_folder(option: str, file: Path | None) -> None:
+    """Before any work: whether the file can be there at all."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    """Where a file was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(content, indent=2) + "\n")

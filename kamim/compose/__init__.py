@@ -1,0 +1,1 @@
+"""Wires stores, loaders and loops together. The one package besides the CLI that knows every room."""

@@ -1,0 +1,61 @@
+"""Stores and loaders for the pretraining loop."""
+
+from collections.abc import Iterator
+
+from kamim import distributed
+from kamim.batch import Batch
+from kamim.config import Pretrain
+from kamim.pretrain import Outcome, Progress, pretrain
+from kamim.store import Store
+from pipelines.counts import CachedCounts, Counter, OnlineCounts
+from pipelines.loader import Crop, Loader, feed
+from pipelines.plan import Plan
+
+
+def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
+    """`kamim pretrain`: checks the store against the configuration, then trains on it."""
+    world = distributed.start(config.compute.device)
+    try:
+        store = Store(config.data.store)
+        counter = _counter(config, store)
+        check_area(store, config.data.resolution, config.data.crop_scale[0])
+        optim, data = config.optim, config.data
+        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+        loader = Loader(
+            store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
+            workers=data.workers, pin=world.device.type == "cuda",
+        )  # fmt: skip
+
+        def batches(first: int, stop: int) -> Iterator[Batch]:
+            return feed(loader.steps(first, stop), world.device)
+
+        return pretrain(config, batches, plan.steps_per_epoch, world, progress)
+    finally:
+        distributed.stop()
+
+
+def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
+    """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
+    if store.manifest.stored_area < 0.99 * resolution**2 / smallest_crop:
+        raise ValueError(
+            f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
+            f"{resolution} px; preprocess with --resolution {resolution}"
+        )
+
+
+def _counter(config: Pretrain, store: Store) -> Counter | None:
+    """Where the counts of a run come from. Raises ValueError where the store cannot give them."""
+    weighting = config.weighting
+    if weighting is None:
+        return None
+    if weighting.keypoints == "online":
+        return OnlineCounts(weighting.detector, weighting.footprint, weighting.patch_size)
+    job, data = store.manifest.job, config.data
+    keypoints = store.keypoints(weighting.detector)
+    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+        raise ValueError(
+            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
+            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
+            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+        )
+    return CachedCounts(keypoints, weighting.footprint, weighting.patch_size)

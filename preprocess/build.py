@@ -17,22 +17,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
-import simplejpeg
 import zarr
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import kamim
 from kamim import beton, geometry, paged, store
-from kamim.detectors import detect_packed, detector
+from kamim.detectors import detector
 from kamim.store import Job
 from preprocess.decode import Undecodable, decode
+from preprocess.record import Record, record
 from preprocess.sources import Item, Source, printable
 
 SHARD_SIZE = 128
@@ -186,41 +185,6 @@ def _finished_shard(folder: Path, number: int) -> Path | None:
     return None
 
 
-@dataclass(frozen=True)
-class Record:
-    """What the store keeps of one image."""
-
-    data: np.ndarray  # uint8 [n]
-    size: tuple[int, int]  # (height, width) as stored
-    frame: tuple[int, int]  # (height, width) of the canonical frame
-    keypoints: list[tuple[np.ndarray, np.ndarray]]  # per detector: positions, counts
-
-
-def process(job: Job, data: bytes) -> Record:
-    """One image file -> its record. Raises Undecodable."""
-    pixels = decode(data)
-    height, width = pixels.shape[:2]
-    frame = geometry.size_for_area(height, width, geometry.canonical_area(job.resolution, job.crop_scale))
-    canonical = _resize(pixels, frame)
-    headroom = 1 / job.crop_scale[0]
-    keypoints = [detect_packed(name, canonical, headroom) for name in job.detectors]
-    size = geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale))
-    stored = _resize(pixels, size)
-    if job.encoding == "raw":
-        encoded = stored.reshape(-1)
-    else:
-        jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(stored), job.quality, colorsubsampling="420")
-        encoded = np.frombuffer(jpeg, np.uint8)
-    return Record(encoded, size, frame, keypoints)
-
-
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, antialias off, as the released code resizes."""
-    if pixels.shape[:2] == size:
-        return pixels
-    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
-
-
 def run_shard(
     job: Job, read: Callable[[Item], bytes], items: Sequence[Item], number: int, folder: Path, strict: bool
 ) -> Path:
@@ -231,7 +195,7 @@ def run_shard(
     rejects: list[tuple[str, str]] = []
     for item in items:
         try:
-            records.append(process(job, read(item)))
+            records.append(record(job, decode(read(item))))
             labels.append(item.label)
         except (Undecodable, OSError) as error:
             reason = str(error) if isinstance(error, Undecodable) else f"cannot be read: {error.strerror}"

@@ -20,11 +20,15 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its key within the source, its label (-1: none), its size in bytes (0: not a file)."""
+    """One image: its key within the source, its label (-1: none), its size in bytes (0: not a file).
+
+    time: when its file last changed, in ns since 1970 (0: not a file).
+    """
 
     key: str
     label: int
     size: int
+    time: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,13 @@ def image_folder(source: Path | None, split: str) -> Source:
     root = _existing(source, "imagefolder")
     classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
     items = [
-        Item(os.fspath(file.relative_to(root)), label, _size(file))
+        Item(os.fspath(file.relative_to(root)), label, *_stat(file))
         for label, name in enumerate(classes)
         for file in _images_below(root / name)
     ]
     if not items:
         classes = ()
-        items = [Item(file.name, -1, _size(file)) for file in _images_below(root) if file.parent == root]
+        items = [Item(file.name, -1, *_stat(file)) for file in _images_below(root) if file.parent == root]
     if not items:
         raise ValueError(f"--source {root}: holds no images ({', '.join(sorted(SUFFIXES))}), nor class folders of them")
     location = str(root.resolve())
@@ -109,8 +113,12 @@ def _existing(source: Path | None, dataset: str) -> Path:
     return source
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0  # a dangling link is listed, and rejected when read
+def _stat(file: Path) -> tuple[int, int]:
+    """Size and time of last change; zeros for a dangling link, which is listed, and rejected when read."""
+    if not file.exists():
+        return 0, 0
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 # Photographs in the wheels of scikit-image and scikit-learn, large and varied enough to cut patches from.

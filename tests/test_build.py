@@ -22,7 +22,8 @@ from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.store import Job, Store
 from preprocess import build as building
-from preprocess.build import build, make_job, process
+from preprocess.build import build, make_job
+from preprocess.record import record
 from preprocess.sources import Item, Source, list_source
 
 runner = CliRunner()
@@ -463,10 +464,10 @@ SHAPES = [(1, 1), (3, 5), (1, 30_000), (30_000, 1), (2, 70_000), (70_000, 2), (4
 )
 def test_images_of_any_shape_are_stored(resolution: int, shape: tuple[int, int], folder: Path) -> None:
     job, _ = plan_job(folder, detectors=("fast", "sift", "orb"), resolution=resolution)
-    record = process(job, png(np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)))
-    assert all(1 <= stored <= min(side, 4095) for stored, side in zip(record.size, shape, strict=True))
-    assert all(1 <= side <= 4095 for side in record.frame)
-    for positions, counts in record.keypoints:
+    made = record(job, np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8))
+    assert all(1 <= stored <= min(side, 4095) for stored, side in zip(made.size, shape, strict=True))
+    assert all(1 <= side <= 4095 for side in made.frame)
+    for positions, counts in made.keypoints:
         assert len(positions) == counts.sum()
 
 

@@ -1,16 +1,17 @@
 """Checkpoints: a directory of safetensors and JSON, written beside and renamed. Nothing is unpickled.
 
-RUN/config.yaml                      the resolved configuration
 RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
-                                     optimizer.safetensors  AdamW's state, as <parameter>.<field>
-                                     state.json          step, configuration, versions, checksums
+                                     optimizer.safetensors  the optimiser's state, as <parameter>.<field>
+                                     state.json          kind of run, step, configuration, versions, checksums
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,16 +25,29 @@ from kamim.models import MaskedImageModel
 from kamim.store import checksum, publish
 
 FORMAT = 1
+Kind = Literal["pretrain", "linprobe", "finetune"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved state. step: optimiser steps done. has_head: false for an imported encoder without a pixel head."""
+    """One saved state of a run of `kind`. step: optimiser steps done. weights: sha256 of model.safetensors.
+
+    has_head: false for an imported encoder without a pixel head.
+    """
 
     path: Path
+    kind: Kind
     step: int
-    config: Pretrain
+    settings: dict[str, Any]
     has_head: bool
+    weights: str
+
+    @cached_property
+    def config(self) -> Pretrain:
+        """How it was pretrained. Raises ValueError where it is no pretraining checkpoint."""
+        if self.kind != "pretrain":
+            raise ValueError(f"{self.path}: is of kind {self.kind}, not a pretraining checkpoint")
+        return Pretrain.model_validate(self.settings)
 
     def model_state(self) -> dict[str, Tensor]:
         """Weights by parameter name."""
@@ -46,12 +60,14 @@ class Checkpoint:
         return model
 
 
-def save(run: Path, step: int, config: Pretrain, model: nn.Module, optimizer: Optimizer, keep: int) -> Path:
+def save(
+    run: Path, step: int, kind: Kind, config: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, keep: int
+) -> Path:
     """Writes RUN/checkpoints/step-*, durable and whole, and drops all but the newest `keep`."""
     folder = run / "checkpoints"
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     files = {"model.safetensors": weights, "optimizer.safetensors": _optimizer_state(model, optimizer)}
-    final = _write(folder / f"step-{step:08d}", step, config, files, has_head=True)
+    final = _write(folder / f"step-{step:08d}", step, kind, config, files, has_head=True)
     for old in _saved(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -64,19 +80,21 @@ def save_imported(path: Path, architecture: str, resolution: int, weights: dict[
     config = Pretrain.model_validate(
         {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
     )
-    return _write(path, 0, config, {"model.safetensors": weights}, has_head)
+    return _write(path, 0, "pretrain", config.model_dump(mode="json"), {"model.safetensors": weights}, has_head)
 
 
-def _write(final: Path, step: int, config: Pretrain, files: dict[str, dict[str, Tensor]], has_head: bool) -> Path:
+def _write(
+    final: Path, step: int, kind: Kind, config: Mapping[str, Any], files: dict[str, dict[str, Tensor]], has_head: bool
+) -> Path:
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in files.items():
         save_file(tensors, partial / name)
     state = {
-        "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "step": step,
-        "config": config.model_dump(mode="json"),
-        "has_head": has_head, "checksums": {name: checksum(partial / name) for name in files},
+        "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
+        "step": step, "config": config, "has_head": has_head,
+        "checksums": {name: checksum(partial / name) for name in files},
     }  # fmt: skip
     (partial / "state.json").write_text(json.dumps(state, indent=2))
     shutil.rmtree(final, ignore_errors=True)
@@ -104,7 +122,11 @@ def read(path: Path) -> Checkpoint:
         return found
     try:
         state: dict[str, Any] = json.loads(file.read_text())
-        checkpoint = Checkpoint(path, int(state["step"]), Pretrain.model_validate(state["config"]), state["has_head"])
+        kind = state.get("kind", "pretrain")
+        weights = state["checksums"]["model.safetensors"]
+        checkpoint = Checkpoint(path, kind, int(state["step"]), state["config"], state["has_head"], weights)
+        if kind == "pretrain":
+            Pretrain.model_validate(state["config"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a checkpoint's state: {' '.join(str(error).split())}") from error
     for name, expected in state["checksums"].items():
@@ -120,12 +142,13 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
         state = load_file(checkpoint.path / "optimizer.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = value
     for name, parameter in model.named_parameters():
-        fields = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {
-            field: state[f"{name}.{field}"].to(parameter.device)
-            for field in fields  # fused AdamW keeps its step there too
-        }
+        if name in fields:  # fused AdamW keeps its step on the device too
+            optimizer.state[parameter] = {f: v.to(parameter.device) for f, v in fields[name].items()}
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -135,7 +158,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         there, here = (tuple(d[name].shape) if name in d else "nothing" for d in (state, own))
         if there != here:
             raise ValueError(
-                f"{checkpoint.path}: a {checkpoint.config.model.name}, another architecture than the model asked for "
+                f"{checkpoint.path}: holds another architecture than the model asked for "
                 f"({name} is {there} in the checkpoint, {here} in the model)"
             )
     model.load_state_dict(state)

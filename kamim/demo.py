@@ -15,7 +15,7 @@ from kamim.compose.analysis import run_analysis
 from kamim.compose.evaluation import run_linprobe
 from kamim.compose.training import run_pretrain
 from kamim.config import Pretrain, Probe, Weighting, load
-from kamim.pretrain import Progress
+from kamim.loop import Progress
 from kamim.store import Store
 from preprocess.build import build, make_job
 from preprocess.sources import list_source, photograph

@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from kamim import schedule
 from kamim.batch import Batch, normalise
 from kamim.config import Probe
+from kamim.loop import Batches, Progress, autocast, should_compile
 from kamim.models import probe_block, probe_features, probe_width
-from kamim.pretrain import Batches, Progress, autocast, should_compile
 
 Augment = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 

@@ -381,7 +381,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, stores: dict[str, Path]) -> d
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        checkpoint.save(out, 1, load(Pretrain, None, given), model, optimizer, keep=1)
+        checkpoint.save(
+            out, 1, "pretrain", load(Pretrain, None, given).model_dump(mode="json"), model, optimizer, keep=1
+        )
         found[name] = out
     return found
 

@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_noticed(finished: Path, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_architecture_is_refused(finished: Path) -> None:
     found = checkpoint.latest(finished)
     assert found is not None
-    with pytest.raises(ValueError, match="a vit_demo, another architecture than the model asked for"):
+    with pytest.raises(ValueError, match="holds another architecture than the model asked for"):
         checkpoint.load_weights(found, MaskedImageModel("vit_tiny", 64))
 
 

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from kamim import checkpoint, distributed, evaluate
 from kamim.compose.training import check_area
 from kamim.config import Probe
+from kamim.loop import Progress
 from kamim.models import MaskedImageModel, probe_block
-from kamim.pretrain import Progress
 from kamim.store import Store
 from pipelines.augment import probe_augment
 from pipelines.loader import Loader, feed

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from kamim import distributed
 from kamim.batch import Batch
 from kamim.config import Pretrain
-from kamim.pretrain import Outcome, Progress, pretrain
+from kamim.loop import Outcome, Progress
+from kamim.pretrain import pretrain
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed

@@ -1,0 +1,174 @@
+"""What every training loop shares: optimiser steps, metrics, checkpoints, resuming, stopping when asked.
+
+A loop is a model, an optimiser and a generator of gradients; what a step's loss is, only the generator knows.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kamim import checkpoint, schedule
+from kamim.batch import Batch
+from kamim.config import Compute, Optim
+from kamim.distributed import World
+
+Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
+Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
+# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
+Gradients = Callable[[int, int], Iterator[tuple[int, dict[str, Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a loop keeps its state, and for how long it runs.
+
+    kind and config say in every checkpoint what was trained, and how; every: steps between two checkpoints.
+    """
+
+    out: Path
+    kind: checkpoint.Kind
+    config: Mapping[str, Any]
+    optim: Optim
+    steps_per_epoch: int
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended. finished is false where a signal asked it to stop; it can then be resumed."""
+
+    step: int
+    finished: bool
+
+
+def train(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients, world: World,
+    progress: Progress, after_step: Callable[[], None] = lambda: None,
+) -> Outcome:  # fmt: skip
+    """Trains from the newest checkpoint in run.out, or from the model as it is, to the last epoch.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    scheduler = schedule.cosine(optimizer, run.optim, run.steps_per_epoch)
+    found = checkpoint.latest(run.out)
+    if found is not None:
+        checkpoint.restore(found, model, optimizer)
+    world.barrier()  # everyone has looked
+    first = 0 if found is None else found.step
+    total = run.optim.epochs * run.steps_per_epoch
+    step = first
+    with _stop_asked() as stopped, _Metrics(run.out, first, world) as metrics:
+        for step, values in gradients(first, total):
+            scheduler.step_update(step)
+            norm = _update(model, optimizer, run.optim.clip_grad)
+            after_step()
+            rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
+            metrics.add(step, rate, run.optim.batch_size, {**values, "grad_norm": norm})
+            step += 1
+            progress(step, total, metrics.newest)
+            stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+            if step % run.every == 0 or step == total or stop:
+                metrics.flush()
+                if world.is_main:
+                    checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
+                world.barrier()
+            if stop:
+                break
+    return Outcome(step, step == total)
+
+
+def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
+    """bf16 autocast, or nothing."""
+    precision = ("bf16" if device.type == "cuda" else "fp32") if compute.precision == "auto" else compute.precision
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def should_compile(compute: Compute, device: torch.device) -> bool:
+    """Whether to torch.compile on this device."""
+    return device.type == "cuda" if compute.compile == "auto" else compute.compile
+
+
+def synchronised(network: nn.Module, batch: Batch, world: World) -> AbstractContextManager[None]:
+    """Inside, a backward pass adds up gradients over ranks only where `batch` ends its step."""
+    return nullcontext() if batch.last or world.size == 1 else network.no_sync()  # type: ignore[operator]
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """SIGINT, SIGTERM and SIGUSR1, inside the block, only set a flag: the step ends, the state is saved."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt  # asked twice: at once
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Metrics:
+    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued."""
+
+    def __init__(self, run: Path, first: int, world: World):
+        self.newest: dict[str, float] = {}
+        self._world = world
+        self._waiting: tuple[int, float, dict[str, Tensor]] | None = None
+        self._clock = time.perf_counter()
+        self._file = run / "metrics.jsonl"
+        if world.is_main:
+            lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+            self._file.write_text("".join(kept))
+
+    def __enter__(self) -> "_Metrics":
+        self._stream = self._file.open("a") if self._world.is_main else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def add(self, step: int, lr: float, samples: int, values: dict[str, Tensor]) -> None:
+        """Takes one step's numbers; writes those of the step before."""
+        self.flush()
+        now = time.perf_counter()
+        rate = samples / (now - self._clock)
+        self._clock = now
+        self._waiting = (step, lr, {**values, "images_per_second": torch.tensor(rate)})
+
+    def flush(self) -> None:
+        """Writes what is waiting. Raises FloatingPointError for a loss that is not finite."""
+        if self._waiting is None:
+            return
+        step, lr, tensors = self._waiting
+        self._waiting = None
+        self.newest = {"step": step, "lr": lr, **{name: round(float(v), 6) for name, v in tensors.items()}}
+        for name, value in (("loss", self.newest["loss"]), ("gradient's norm", self.newest["grad_norm"])):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
+        if self._stream is not None:
+            self._stream.write(json.dumps(self.newest) + "\n")
+            self._stream.flush()

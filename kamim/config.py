@@ -8,6 +8,7 @@ wrong type or an impossible combination is a ValueError of one line that names k
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
@@ -15,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from kamim.detectors import DETECTORS
+from kamim.evaluation.readout import Norm, Pooling
 from kamim.keypoints import FOOTPRINTS
 from kamim.models import ARCHITECTURES
 
@@ -131,11 +133,12 @@ class Optim(Section):
         return self
 
 
-class ProbeOptim(Optim):
-    """Optim, with the evaluation's defaults."""
+class ClassifierOptim(Optim):
+    """Optim, with the evaluation's defaults. algorithm: sgd and lars have momentum 0.9."""
 
+    algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: Positive = 5e-3
-    clip_grad: None = None
+    clip_grad: Positive | None = None
     micro_batch: Count = 2048
     warmup_lr: NotNegative = 2.5e-6
     min_lr: NotNegative = 2.5e-6
@@ -177,22 +180,119 @@ class Pretrain(Section):
         return self
 
 
-class Probe(Section):
-    """`kamim eval --mode linprobe`, the paper's protocol.
+PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "paper": {},
+    # He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A.1 and main_linprobe.py.
+    "mae": {
+        "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop",
+        "optim": {
+            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "batch_size": 16384, "micro_batch": 2048,
+            "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
+        },
+    },
+    # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
+    "dinov2": {
+        "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop",
+        "optim": {
+            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "batch_size": 1024, "micro_batch": 1024,
+            "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
+        },
+    },
+})  # fmt: skip
 
-    checkpoint: a run, one of its checkpoints, or random:<either> for the same architecture untrained. train,
-    val: stores. block: whose output is read, from 1; null: 8 for a ViT (its last where it has fewer); a Swin
-    is read at its last stage. MixUp and CutMix mix within a micro-batch.
+
+class Linprobe(Section):
+    """The linear probe. protocol gives the defaults of the other keys: the paper's, MAE's or DINOv2's.
+
+    block: whose output is read, from 1 (of a Swin: its stage), last, or paper: a ViT's 8th, a Swin's last.
+    pooling, norm: see kamim.evaluation.readout and kamim.evaluation.probe. augment: paper is TrivialAugmentWide,
+    RandomErasing and MixUp or CutMix, mixed within a micro-batch; crop is a random resized crop and a flip.
     """
 
-    checkpoint: str
-    train: Path
+    protocol: Literal["paper", "mae", "dinov2"] = "paper"
+    block: Count | Literal["paper", "last"] = "paper"
+    pooling: Pooling = "mean"
+    norm: Norm = "none"
+    augment: Literal["paper", "crop"] = "paper"
+    optim: ClassifierOptim = ClassifierOptim()
+    checkpoint_epochs: Count = 10
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol", "paper") not in PROTOCOLS:
+            return given
+        defaults = PROTOCOLS[given.get("protocol", "paper")]
+        optim = given.get("optim")
+        if isinstance(optim, Mapping | None):
+            given = {**given, "optim": {**defaults.get("optim", {}), **(optim or {})}}
+        return {**defaults, **given}
+
+
+class Finetune(Section):
+    """Everything trains: the released code's recipe. layer_decay: of the learning rate, per block from the end.
+
+    ema: decay of a moving average of the weights, which is then what is measured.
+    """
+
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    layer_decay: Fraction | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    optim: ClassifierOptim = ClassifierOptim(micro_batch=256)
+    checkpoint_epochs: Count = 5
+    keep_checkpoints: Count = 2
+
+
+class Knn(Section):
+    """Weighted nearest neighbours by cosine, as DINO's. block, pooling, norm: as in Linprobe."""
+
+    k: tuple[Count, ...] = (5, 10, 20, 100)
+    temperature: Positive = 0.07
+    block: Count | Literal["paper", "last"] = "paper"
+    pooling: Pooling = "mean"
+    norm: Literal["none", "token", "final"] = "none"
+
+
+class ProbeSweep(Section):
+    """A linear probe of every block, pooling, norm and learning rate at once, on features without augmentation."""
+
+    poolings: tuple[Literal["mean", "cls", "max"], ...] = ("mean", "cls", "max")
+    norms: tuple[Literal["none", "token"], ...] = ("none", "token")
+    lrs: tuple[Positive, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
+    epochs: Count = 10
+    batch_size: Count = 1024
+
+
+class Reconstruct(Section):
+    """PSNR and SSIM of masked images. mask_ratio: as trained where null. shown: images in the picture."""
+
+    mask_ratio: Fraction | None = None
+    shown: Count = 6
+
+
+class Evaluation(Section):
+    """`kamim eval`: what is evaluated, and a section for every mode.
+
+    checkpoint: [NAME=]RUN, a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the
+    same architecture untrained, pixels:RUN no encoder at all. train, val: stores. per_class: so many training
+    samples of each class, null for all. batch_size: where nothing trains. out: where state, features and
+    results stay, so that a stopped evaluation goes on; null for nowhere.
+    """
+
+    checkpoint: tuple[str, ...]
+    train: Path | None = None
     val: Path
-    block: Count | None = None
-    optim: ProbeOptim = ProbeOptim()
+    per_class: Count | None = None
+    batch_size: Count = 256
     compute: Compute = Compute()
     workers: Count | None = None
     seed: Seed = 0
+    out: Path | None = None
+    linprobe: Linprobe = Linprobe()
+    finetune: Finetune = Finetune()
+    knn: Knn = Knn()
+    sweep: ProbeSweep = ProbeSweep()
+    reconstruct: Reconstruct = Reconstruct()
 
 
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:

@@ -12,9 +12,9 @@ import kamim
 from kamim.analysis.request import Request
 from kamim.compose import pictures
 from kamim.compose.analysis import run_analysis
-from kamim.compose.evaluation import run_linprobe
+from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
-from kamim.config import Pretrain, Probe, Weighting, load
+from kamim.config import Evaluation, Pretrain, Weighting, load
 from kamim.loop import Progress
 from kamim.store import Store
 from preprocess.build import build, make_job
@@ -44,13 +44,11 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
         if not run_pretrain(config, _named(update, name)).finished:
             raise ValueError("the demo was stopped; the same command again continues")
-    probes: dict[str, dict[str, Any]] = {}
-    for name, given in {
-        "random weights": f"random:{runs['SimMIM'].out}", "SimMIM": runs["SimMIM"].out, "KAMIM": runs["KAMIM"].out
-    }.items():  # fmt: skip
-        console.print(f"linear probe: {name}")
-        probe = load(Probe, CONFIGS / "eval/demo.yaml", given={"checkpoint": str(given), **stores})
-        probes[name] = run_linprobe(probe, _named(update, name))
+    console.print("linear probes of random weights, SimMIM and KAMIM")
+    checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))
+    evaluation = load(Evaluation, CONFIGS / "eval/demo.yaml", given={"checkpoint": checkpoints, **stores})
+    results = run_evaluation(evaluation, ["linprobe"], lambda title: _named(update, title))
+    probes = {result["name"]: result for result in results}
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))
     console.print(

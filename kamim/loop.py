@@ -25,7 +25,8 @@ from kamim.distributed import World
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
 # Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
-Gradients = Callable[[int, int], Iterator[tuple[int, dict[str, Tensor]]]]
+Steps = Iterator[tuple[int, dict[str, Tensor]]]
+Gradients = Callable[[int, int], Steps]
 
 
 @dataclass(frozen=True)

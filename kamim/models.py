@@ -125,39 +125,3 @@ def expand_mask(mask: Tensor, side: int) -> Tensor:
     factor = side // mask.shape[-1]
     assert factor * mask.shape[-1] == side, (mask.shape, side)
     return mask.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
-
-
-def probe_width(encoder: nn.Module) -> int:
-    """Length of the feature vectors that probe_features gives."""
-    width = encoder.num_features
-    assert isinstance(width, int)
-    return width
-
-
-def probe_features(encoder: VisionTransformer | SwinTransformer, images: Tensor, block: int | None) -> Tensor:
-    """The paper's frozen features: mean over patch tokens, no final norm -> [B, D].
-
-    ViT: the output of block `block` (from 1), class token dropped; later blocks are not computed. Swin: the
-    output of the last stage; block is not used.
-    """
-    if isinstance(encoder, SwinTransformer):
-        return encoder.layers(encoder.patch_embed(images)).mean(dim=(1, 2))
-    tokens = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
-    for layer in encoder.blocks[:block]:
-        tokens = layer(tokens)
-    return tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
-
-
-def probe_block(encoder: VisionTransformer | SwinTransformer, block: int | None) -> int | None:
-    """The block a probe reads: as asked, else 8 (the paper's) or the last of a shallower ViT; None for a Swin.
-
-    Raises ValueError for a block the encoder does not have.
-    """
-    if isinstance(encoder, SwinTransformer):
-        if block is not None:
-            raise ValueError(f"block = {block}: a Swin is read at its last stage; leave block out")
-        return None
-    depth = len(encoder.blocks)
-    if block is not None and not 1 <= block <= depth:
-        raise ValueError(f"block = {block}: the encoder has blocks 1 to {depth}")
-    return block or min(8, depth)

@@ -33,10 +33,14 @@ class SampleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Crop:
-    """RandomResizedCrop and flips. scale: share of the image's area; ratio: width / height."""
+    """RandomResizedCrop and flips. scale: share of the image's area; ratio: width / height.
+
+    flip_v: whether images are turned upside down, too, as the released code's pretraining does.
+    """
 
     scale: tuple[float, float] = (0.67, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_v: bool = True
 
 
 @dataclass
@@ -152,7 +156,8 @@ class Loader:
         if self._crop is None:
             return View((0, 0, height, width), (height, width), False, False)
         box = geometry.crop_box(height, width, *self._crop.scale, *self._crop.ratio, self.plan.seed, epoch, index)
-        return View(box, (height, width), *geometry.flips(self.plan.seed, epoch, index))
+        flip_v, flip_h = geometry.flips(self.plan.seed, epoch, index)
+        return View(box, (height, width), flip_v and self._crop.flip_v, flip_h)
 
     def _scratch(self) -> "_ThreadScratch":
         if not hasattr(self._thread, "scratch"):

@@ -1,7 +1,7 @@
 """Which samples make up which step, on which rank: a pure function of integers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +27,7 @@ class Plan:
     Step s covers the next batch_size positions of its epoch's order; a rank takes a contiguous part of them.
     So the global order depends on neither the number of ranks nor that of micro-batches, and where a run
     stands is one integer. With drop_last the incomplete step at an epoch's end is left out, else it is short.
+    listed: the samples' numbers in the store, int64 [samples], where they are not simply 0 .. samples - 1.
     """
 
     samples: int
@@ -37,6 +38,7 @@ class Plan:
     drop_last: bool = True
     rank: int = 0
     world: int = 1
+    listed: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < self.world:
@@ -61,7 +63,8 @@ class Plan:
         """The samples of a global step, on all ranks: int64 [<= batch_size]."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.samples) if self.shuffle else np.arange(self.samples)
-        return order[within * self.batch_size : (within + 1) * self.batch_size]
+        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
+        return chosen if self.listed is None else self.listed[chosen]
 
     def parts(self, first: int, stop: int) -> Iterator[Part]:
         """This rank's micro-batches of the steps first .. stop - 1, in order."""

@@ -403,7 +403,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
     probes = [tmp_path / "block-6.json", tmp_path / "block-3.json"]
     for file, block, top1 in zip(probes, (6, 3), (51.5, 40.0), strict=True):
         read = str(checkpoint.read(runs["vit_demo"]).path)
-        file.write_text(json.dumps({"checkpoint": read, "block": block, "top1": top1}))
+        file.write_text(json.dumps([{"mode": "linprobe", "checkpoint": read, "block": block, "top1": top1}]))
     shown = [option for file in probes for option in ("--probe", str(file))]
     said = analyze(*given, *shown, "--out", str(tmp_path / "one"))
     assert "figure probe without B: needs --probe FILE" in said

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kamim.config import Pretrain, Probe, dump, load
+from kamim.config import Evaluation, Pretrain, dump, load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDED = ("data.store=s", "out=o")
@@ -104,11 +104,26 @@ def test_pretraining_presets(file: Path) -> None:
     assert (made.data.resolution, made.mask.patch_size, made.mask.ratio) == (192, 32, 0.6)
 
 
-def test_the_papers_probe_is_the_default() -> None:
-    needed = ("checkpoint=c", "train=t", "val=v")
-    assert load(Probe, CONFIGS / "eval/linprobe.yaml", needed) == load(Probe, None, needed)
-    optim = load(Probe, None, [*needed, "optim.epochs=50"]).optim
-    assert (optim.lr, optim.min_lr, optim.clip_grad) == (5e-3, 2.5e-6, None)
+NEEDED_TO_EVALUATE = ("checkpoint=[c]", "val=v")
+
+
+@pytest.mark.parametrize("mode", ["linprobe", "finetune"])
+def test_the_papers_evaluation_is_the_default(mode: str) -> None:
+    assert load(Evaluation, CONFIGS / f"eval/{mode}.yaml", NEEDED_TO_EVALUATE) == load(
+        Evaluation, None, NEEDED_TO_EVALUATE
+    )
+    optim = getattr(load(Evaluation, None, [*NEEDED_TO_EVALUATE, f"{mode}.optim.epochs=50"]), mode).optim
+    assert (optim.lr, optim.min_lr, optim.clip_grad, optim.batch_size) == (5e-3, 2.5e-6, None, 2048)
+
+
+def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
+    made = load(Evaluation, CONFIGS / "eval/mae.yaml", [*NEEDED_TO_EVALUATE, "linprobe.optim.lr=1"]).linprobe
+    assert (made.block, made.norm, made.augment) == ("last", "batch", "crop")
+    assert (made.optim.algorithm, made.optim.lr, made.optim.epochs) == ("lars", 1.0, 90)
+    given = load(Evaluation, None, [*NEEDED_TO_EVALUATE, "linprobe.protocol=dinov2", "linprobe.pooling=mean"]).linprobe
+    assert (given.optim.algorithm, given.pooling, given.norm) == ("sgd", "mean", "final")
+    with pytest.raises(ValueError, match=r"linprobe.protocol = 'vicreg': input should be 'paper', 'mae' or 'dinov2'"):
+        load(Evaluation, None, [*NEEDED_TO_EVALUATE, "linprobe.protocol=vicreg"])
 
 
 def test_every_yaml_file_is_a_known_kind() -> None:

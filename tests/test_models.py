@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder, expand_mask, probe_block, probe_features
+from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder, expand_mask
 
 PAPER_MILLIONS = {"vit_tiny": 5.5, "vit_small": 21.6, "vit_base": 85.7, "swin_tiny": 27.5, "swin_base": 86.7}
 
@@ -50,37 +50,6 @@ def test_expand_mask_repeats_blocks() -> None:
     assert expanded[0, :3, :3].all()
     assert not expanded[0, :3, 3:].any()
     assert expanded.sum() == 18
-
-
-def test_probe_features_are_the_mean_of_patch_tokens_after_the_block() -> None:
-    torch.manual_seed(0)
-    vit = build_encoder("vit_tiny", 64).eval()
-    images = torch.randn(2, 3, 64, 64)
-    outputs: list[torch.Tensor] = []
-    vit.blocks[7].register_forward_hook(lambda module, given, made: outputs.append(made))
-    vit.blocks[8].register_forward_hook(lambda module, given, made: pytest.fail("block 9 is not needed"))
-    with torch.no_grad():
-        features = probe_features(vit, images, probe_block(vit, None))
-    torch.testing.assert_close(features, outputs[0][:, 1:].mean(dim=1))
-
-
-def test_a_swin_is_read_at_its_last_stage_without_the_norm() -> None:
-    torch.manual_seed(0)
-    swin = build_encoder("swin_tiny", 192).eval()
-    outputs: list[torch.Tensor] = []
-    swin.layers[-1].register_forward_hook(lambda module, given, made: outputs.append(made))
-    with torch.no_grad():
-        features = probe_features(swin, torch.randn(1, 3, 192, 192), probe_block(swin, None))
-    torch.testing.assert_close(features, outputs[0].mean(dim=(1, 2)))
-    with pytest.raises(ValueError, match="a Swin is read at its last stage"):
-        probe_block(swin, 3)
-
-
-def test_a_block_the_encoder_does_not_have_is_refused() -> None:
-    vit = build_encoder("vit_demo", 96)
-    assert probe_block(vit, None) == 6
-    with pytest.raises(ValueError, match="block = 7: the encoder has blocks 1 to 6"):
-        probe_block(vit, 7)
 
 
 def test_a_swin_needs_a_resolution_its_windows_fit() -> None:

@@ -42,15 +42,15 @@ class Request:
     probes: tuple[Mapping[str, Any], ...] = ()
 
 
-def read_probe(file: Path) -> Mapping[str, Any]:
-    """A result that `kamim eval --mode linprobe --json FILE` wrote. Raises ValueError where it is none."""
+def read_probes(file: Path) -> list[Mapping[str, Any]]:
+    """The linear probes in what `kamim eval --json FILE` wrote. Raises ValueError where there are none."""
     try:
-        result = json.loads(file.read_text())
-        if isinstance(result["block"], int) and isinstance(result["top1"], float) and result["checkpoint"]:
-            return dict(result)
+        results = [result for result in json.loads(file.read_text()) if result["mode"] == "linprobe"]
+        if results and all(isinstance(r["block"], int) and isinstance(r["top1"], float) for r in results):
+            return results
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--probe {file}: not a result of kamim eval --json ({error})") from error
-    raise ValueError(f"--probe {file}: is not of a ViT, whose blocks can be compared")
+    raise ValueError(f"--probe {file}: holds no linear probe")
 
 
 def probed(subject: Subject, request: Request) -> list[Mapping[str, Any]]:

@@ -28,14 +28,14 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of images, masks, t-SNE and intervals.")] = 0,
 ) -> None:
     """The paper's analyses of one or several checkpoints side by side: figures 2 to 10 and more."""
-    from kamim.analysis.request import Request, parse_figures, parse_query, read_probe
+    from kamim.analysis.request import Request, parse_figures, parse_query, read_probes
     from kamim.compose.analysis import run_analysis
     from kamim.store import Store
 
     chosen = {"queries": tuple(parse_query(text) for text in query)} if query else {}
     request = Request(
         figures=parse_figures(figures), images=images, classes=tuple(filter(None, classes.split(","))), layer=layer,
-        head=head, seed=seed, probes=tuple(read_probe(file) for file in probe or ()), **chosen,
+        head=head, seed=seed, probes=tuple(result for file in probe or () for result in read_probes(file)), **chosen,
     )  # fmt: skip
     with bar(f"analyze {store.name}") as update:
         lines = run_analysis(checkpoint, Store(store), request, out, update)

@@ -1,38 +1,81 @@
 """kamim eval."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kamim.cli.console import ConfigFile, Overrides, app, bar, check_folder, out_console, says_errors, write_json
+from kamim.cli.console import (
+    RESUMABLE,
+    ConfigFile,
+    Overrides,
+    app,
+    bar,
+    check_folder,
+    err_console,
+    out_console,
+    says_errors,
+    terminable,
+    write_json,
+)
+
+MODES = ("linprobe", "finetune", "knn", "reconstruct", "probe-sweep")
 
 
 @app.command(name="eval")
 @says_errors
 def evaluate(
     overrides: Overrides = None,
-    mode: Annotated[str, typer.Option(help="linprobe")] = "linprobe",
-    checkpoint: Annotated[str | None, typer.Option(help="A run, one of its checkpoints, or random:RUN.")] = None,
-    train: Annotated[Path | None, typer.Option(help="Store to train the probe on.")] = None,
+    mode: Annotated[str, typer.Option(help="linprobe, finetune, knn, reconstruct, probe-sweep or all")] = "linprobe",
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="[NAME=]RUN, one of its checkpoints or a weights file; random:RUN, pixels:RUN; repeatable."),
+    ] = None,
+    train: Annotated[Path | None, typer.Option(help="Store to train on.")] = None,
     val: Annotated[Path | None, typer.Option(help="Store to measure on.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linprobe.norm: none, token or joint (Table 5)")] = None,
+    protocol: Annotated[str | None, typer.Option(help="linprobe.protocol: paper, mae or dinov2")] = None,
     config: ConfigFile = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="State and results stay here: a stopped evaluation goes on.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
-    """Evaluates a checkpoint with the paper's linear probe."""
-    from kamim.config import Probe, load
+    """Evaluates checkpoints: what is their representation worth."""
+    from kamim.compose.evaluation import run_evaluation
+    from kamim.config import Evaluation, load
 
     check_folder("--json", json_out)
-    if mode != "linprobe":
-        raise ValueError(f"--mode {mode}: must be linprobe")
-    named = {"checkpoint": checkpoint, "train": train, "val": val}
-    resolved = load(Probe, config, overrides or (), {key: value for key, value in named.items() if value is not None})
-    from kamim.compose.evaluation import run_linprobe
+    if mode not in (*MODES, "all"):
+        raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}, all")
+    named = {"checkpoint": checkpoint, "train": train, "val": val, "out": out}
+    shorthands = {"linprobe.norm": norm, "linprobe.protocol": protocol}
+    resolved = load(
+        Evaluation, config,
+        [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
+        {key: value for key, value in named.items() if value is not None},
+    )  # fmt: skip
+    modes = MODES if mode == "all" else (mode,)
+    try:
+        with terminable(), bar("eval") as update:
+            results = run_evaluation(
+                resolved, modes,
+                lambda title: lambda done, total, m: update(
+                    done, total, title + (f", loss {m['loss']:.4f}" if m else "")
+                ),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"
+        err_console.print(f"stopped, {kept}")
+        raise typer.Exit(RESUMABLE) from None
+    for result in results:
+        out_console.print(_line(result))
+    write_json(json_out, results)
 
-    with bar("linprobe", factor=resolved.optim.batch_size) as update:
-        result = run_linprobe(resolved, lambda done, total, m: update(done, total, f"loss {m['loss']:.4f}"))
-    out_console.print(
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['val']['images']} images "
-        f"of {result['classes']} classes; {result['checkpoint']}"
-    )
-    write_json(json_out, result)
+
+def _line(result: dict[str, Any]) -> str:
+    """A result in words."""
+    about = f"{result['mode']} {result['name']}: "
+    if "top1" in result:
+        about += f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+    elif result["mode"] == "knn":
+        about += ", ".join(f"k {k}: top-1 {found['top1']:.2f} %" for k, found in result["k"].items())
+    return f"{about} on {result['val']['images']} images of {result['classes']} classes"

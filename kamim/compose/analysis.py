@@ -1,7 +1,6 @@
 """Stores and checkpoints for the analyses."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,11 @@ from kamim.analysis.request import Request
 from kamim.analysis.run import analyse
 from kamim.analysis.subjects import Subject, timm_encoder
 from kamim.batch import Batch
-from kamim.compose.evaluation import load_model
+from kamim.compose.checkpoints import load_model
 from kamim.store import Store
 from pipelines.counts import OnlineCounts
 from pipelines.loader import Loader
 from pipelines.plan import Plan
-
-
-@dataclass(frozen=True)
-class _Listed(Plan):
-    """A plan over `listed` samples, in their order."""
-
-    listed: tuple[int, ...] = ()
-
-    def step_indices(self, step: int) -> np.ndarray:
-        return np.array(self.listed[step * self.batch_size : (step + 1) * self.batch_size], np.int64)
 
 
 class _StoreImages:
@@ -38,7 +27,7 @@ class _StoreImages:
 
     def batches(self, indices: np.ndarray, resolution: int, size: int, cell: int | None) -> Iterable[Batch]:
         size = min(size, len(indices))
-        plan = _Listed(len(indices), size, size, seed=0, drop_last=False, listed=tuple(int(i) for i in indices))
+        plan = Plan(len(indices), size, size, seed=0, shuffle=False, drop_last=False, listed=np.asarray(indices))
         counter = None if cell is None else OnlineCounts("fast", "ring", cell)
         return Loader(self._store, plan, resolution, counter=counter).steps(0, plan.steps_per_epoch)
 

@@ -1,84 +1,106 @@
-"""Stores, loaders and checkpoints for the evaluation loops."""
+"""`kamim eval`: every check before any work; then mode by mode, each result kept where it can be found again."""
 
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+import numpy as np
 
-from kamim import checkpoint, distributed, evaluate
+from kamim import distributed
+from kamim.compose.checkpoints import Subject, load_subject
+from kamim.compose.modes import TASKS, Samples, Setting, Task
 from kamim.compose.training import check_area
-from kamim.config import Probe
+from kamim.config import Evaluation
+from kamim.distributed import World
+from kamim.evaluation.subset import n_per_class
 from kamim.loop import Progress
-from kamim.models import MaskedImageModel, probe_block
 from kamim.store import Store
-from pipelines.augment import probe_augment
-from pipelines.loader import Loader, feed
-from pipelines.plan import Plan
 
 
-def load_model(name: str) -> tuple[MaskedImageModel, dict[str, Any]]:
-    """A model by checkpoint, or random:CHECKPOINT for its architecture and seed untrained; and what it is."""
-    random, path = name.startswith("random:"), name.removeprefix("random:")
-    found = checkpoint.read(Path(path))
-    about = {
-        "checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step,
-        "reconstructs": found.has_head,
-    }  # fmt: skip
-    if not random:
-        return found.build_model(), about
-    torch.manual_seed(found.config.seed)
-    model = MaskedImageModel(found.config.model.name, found.config.data.resolution)
-    return model, {**about, "checkpoint": name, "step": 0}
+def run_evaluation(
+    config: Evaluation, modes: Sequence[str], progress: Callable[[str], Progress]
+) -> list[dict[str, Any]]:
+    """Every mode on every checkpoint: a result each, with all that led to it. progress(title) shows one.
 
-
-def run_linprobe(config: Probe, progress: Progress) -> dict[str, Any]:
-    """`kamim eval --mode linprobe`: top1 and top5 in per cent, with all that led to them."""
-    train, val = Store(config.train), Store(config.val)
-    classes = _shared_classes(train, val)
-    model, about = load_model(config.checkpoint)
-    encoder: VisionTransformer | SwinTransformer = model.encoder
-    for store in (train, val):
-        check_area(store, model.resolution, smallest_crop=1.0)
-    block = probe_block(encoder, config.block)
-    device = distributed.start(config.compute.device).device
-    if torch.distributed.is_initialized():
+    Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
+    """
+    world = distributed.start(config.compute.device)
+    try:
+        if world.size > 1 and config.out is None:
+            raise ValueError("--out: is missing; several processes need a folder that all of them see")
+        subjects = [load_subject(spec) for spec in config.checkpoint]
+        _distinct([subject.name for subject in subjects])
+        setting = _setting(config, world, subjects)
+        tasks = [TASKS[mode](setting, subject) for subject in subjects for mode in modes]
+        with TemporaryDirectory() if config.out is None else nullcontext(str(config.out)) as root:
+            return [_run(task, Path(root), world, progress) for task in tasks]
+    finally:
         distributed.stop()
-        raise ValueError("kamim eval: runs in one process; start it without torchrun")
-    plan = Plan(len(train), config.optim.batch_size, config.optim.micro_batch, config.seed)
-    pin = device.type == "cuda"
-    loader = Loader(train, plan, model.resolution, workers=config.workers, pin=pin)
-    batch = min(config.optim.micro_batch, 512, len(val))
-    val_plan = Plan(len(val), batch, batch, config.seed, shuffle=False, drop_last=False)
-    val_loader = Loader(val, val_plan, model.resolution, workers=config.workers, pin=pin)
-    accuracy = evaluate.linprobe(
-        encoder, config, lambda first, stop: feed(loader.steps(first, stop), device),
-        feed(val_loader.steps(0, val_plan.steps_per_epoch), device),
-        lambda batch: probe_augment(batch, len(classes), config.seed), len(classes), plan.steps_per_epoch, device,
-        progress,
-    )  # fmt: skip
-    return {
-        "mode": "linprobe", "protocol": "paper", **about, **accuracy, "block": block, "pooling": "mean",
-        "epochs": config.optim.epochs, "seed": config.seed, "classes": len(classes),
-        "train": _about(train), "val": _about(val),
-    }  # fmt: skip
 
 
-def _shared_classes(train: Store, val: Store) -> tuple[str, ...]:
-    for option, store in (("--train", train), ("--val", val)):
-        if not store.manifest.classes:
-            raise ValueError(f"{option} {store.path}: has no labels; a linear probe needs class folders")
-    if len(train.manifest.classes) < 2:
-        raise ValueError(f"--train {train.path}: has one class; a probe needs two or more")
-    if train.manifest.classes != val.manifest.classes:
-        odd = sorted(set(train.manifest.classes) ^ set(val.manifest.classes))
-        raise ValueError(
-            f"--val {val.path}: its {len(val.manifest.classes)} classes are not the {len(train.manifest.classes)} of "
-            f"{train.path} (for one, {odd[0]!r} is in one of them only)"
-        )
-    return train.manifest.classes
+def _distinct(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
+        if "/" in name or name.startswith("."):
+            raise ValueError(
+                f"--checkpoint {name}=...: the name becomes a folder, so it must not hold / or begin with ."
+            )
 
 
-def _about(store: Store) -> dict[str, Any]:
-    return {"store": str(store.path), "images": len(store), "fingerprint": store.manifest.job.fingerprint}
+def _setting(config: Evaluation, world: World, subjects: Sequence[Subject]) -> Setting:
+    val, train = Store(config.val), None if config.train is None else Store(config.train)
+    for subject in subjects:
+        for store in filter(None, (train, val)):
+            check_area(store, subject.resolution, smallest_crop=1.0)
+    samples = [
+        None if store is None else Samples(store, np.arange(len(store)), store.manifest.classes)
+        for store in (train, val)
+    ]
+    if config.per_class is not None and train is not None:
+        chosen = n_per_class(train.images.labels, config.per_class, config.seed)
+        samples[0] = Samples(train, chosen, train.manifest.classes)
+    assert samples[1] is not None
+    return Setting(config, world, samples[0], samples[1])
+
+
+def _run(task: Task, root: Path, world: World, progress: Callable[[str], Progress]) -> dict[str, Any]:
+    """A task's result: from its folder where it is there already, else made, and left there."""
+    folder = root / task.subject.name / task.mode
+    _claim(folder, task.settings, world)
+    file = folder / "result.json"
+    if not file.exists():
+        made = {**task.settings, **task.run(folder, progress(f"{task.mode} {task.subject.name}"))}
+        world.barrier()
+        if world.is_main:
+            _write(file, made)
+        return made
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def _claim(folder: Path, settings: dict[str, Any], world: World) -> None:
+    """Raises ValueError where another evaluation lives in the folder."""
+    file = folder / "settings.json"
+    asked = json.loads(json.dumps(settings))
+    there = json.loads(file.read_text()) if file.exists() else asked
+    for key in asked.keys() | there.keys():
+        if asked.get(key) != there.get(key):
+            raise ValueError(
+                f"--out {folder}: holds another evaluation ({key} {there.get(key)!r} there, {asked.get(key)!r} asked "
+                "for); choose another --out, or remove it"
+            )
+    world.barrier()  # everyone has looked
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, settings)
+    world.barrier()
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    staged = file.with_suffix(".tmp")
+    staged.write_text(json.dumps(content, indent=2) + "\n")
+    staged.rename(file)

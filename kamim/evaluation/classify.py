@@ -1,0 +1,61 @@
+"""Training and measuring a classifier, be it one layer or the whole network."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from kamim import rng
+from kamim.batch import Batch, normalise
+from kamim.config import Compute
+from kamim.distributed import World
+from kamim.loop import Batches, Gradients, Steps, autocast, synchronised
+
+Augment = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
+Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes
+
+
+def gradients(
+    network: nn.Module, read: Read, batches: Batches, augment: Augment, compute: Compute, seed: int, world: World
+) -> Gradients:
+    """Of the cross entropy between network(read(images)) and augment's targets."""
+
+    def steps(first: int, stop: int) -> Steps:
+        network.train()
+        total = torch.zeros((), device=world.device)
+        step = -1
+        for batch in batches(first, stop):
+            if batch.step != step:  # what draws inside the network (stochastic depth) is a function of the step
+                step = batch.step
+                torch.manual_seed(rng.step_seed(seed, step, world.rank))
+            images, targets = augment(batch)
+            with synchronised(network, batch, world):
+                with autocast(compute, world.device):
+                    logits = network(read(images))
+                loss = cross_entropy(logits.float(), targets)
+                (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
+            total += loss.detach() * batch.share
+            if batch.last:
+                yield step, {"loss": world.sum(total.clone())}
+                total.zero_()
+
+    return steps
+
+
+def accuracy(
+    network: nn.Module, read: Read, batches: Iterable[Batch], classes: int, compute: Compute, world: World
+) -> dict[str, float]:
+    """top1 and top5, in per cent, over all ranks' batches."""
+    network.eval()
+    metrics = {
+        f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro").to(world.device) for k in (1, 5)
+    }
+    for batch in batches:
+        if len(batch):  # a rank may have none of a short last step
+            with torch.no_grad(), autocast(compute, world.device):
+                logits = network(read(normalise(batch.images)))
+            for metric in metrics.values():
+                metric.update(logits.float(), batch.labels)
+    return {name: 100 * float(metric.compute()) for name, metric in metrics.items()}

@@ -1,0 +1,77 @@
+"""Features of a whole store, computed once and kept in memory-mapped files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kamim.batch import normalise
+from kamim.config import Compute
+from kamim.distributed import World
+from kamim.evaluation.readout import Encoder, Readout, blocks, fixed
+from kamim.loop import Batches, Progress, autocast
+
+SAVE_EVERY = 100  # steps between two marks of how far it is
+
+
+def extract(
+    encoder: Encoder, readouts: Sequence[Readout], batches: Batches, steps: int, samples: np.ndarray,
+    compute: Compute, world: World, folder: Path, progress: Progress,
+) -> dict[Readout, Tensor]:  # fmt: skip
+    """Every readout's features bfloat16 [N, D] of the N samples (their numbers, ascending), mapped from `folder`.
+
+    batches covers the samples in `steps` steps. Each rank writes its own rows. Interrupted, it goes on where it
+    was; done, it only maps.
+    """
+    encoder = encoder.to(world.device).eval().requires_grad_(False)
+    mark = folder / "done.json"
+    done = json.loads(mark.read_text())["steps"] if mark.exists() else 0
+    world.barrier()  # everyone has looked
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    last = max(readout.block for readout in readouts)
+    files: dict[Readout, np.memmap] = {}
+    for batch in batches(done, steps):
+        with torch.no_grad(), autocast(compute, world.device):
+            found: dict[Readout, Tensor] = {}
+            for number, tokens in blocks(encoder, normalise(batch.images), last):
+                found |= {r: fixed(encoder, tokens, r) for r in readouts if r.block == number}
+        rows = np.searchsorted(samples, batch.indices)
+        if not files:
+            files = {r: _file(folder, r, len(samples), f.shape[1], world) for r, f in found.items()}
+        for readout, values in found.items():
+            files[readout][rows] = values.to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        progress(batch.step + 1, steps, {})
+        if batch.last and ((batch.step + 1) % SAVE_EVERY == 0 or batch.step + 1 == steps):
+            _mark(mark, batch.step + 1, files, world)
+    return {readout: _map(folder / str(readout), len(samples)) for readout in readouts}
+
+
+def _file(folder: Path, readout: Readout, rows: int, width: int, world: World) -> np.memmap:
+    file = folder / str(readout)
+    if world.is_main and not file.exists():
+        with file.open("wb") as stream:
+            stream.truncate(2 * rows * width)
+    world.barrier()
+    return np.memmap(file, np.int16, "r+", shape=(rows, width))
+
+
+def _mark(mark: Path, steps: int, files: dict[Readout, np.memmap], world: World) -> None:
+    """Says that the rows of the first `steps` steps are on disk, on all ranks."""
+    for file in files.values():
+        file.flush()
+    world.barrier()
+    if world.is_main:
+        staged = mark.with_suffix(".tmp")
+        staged.write_text(json.dumps({"steps": steps}))
+        staged.rename(mark)
+    world.barrier()
+
+
+def _map(file: Path, rows: int) -> Tensor:
+    mapped = np.memmap(file, np.int16, "c")  # private pages: torch wants writable memory
+    return torch.from_numpy(mapped.reshape(rows, -1)).view(torch.bfloat16)

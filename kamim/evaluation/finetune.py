@@ -1,0 +1,56 @@
+"""Fine-tuning: the whole encoder trains with a linear layer on the mean of its last, normed patch tokens."""
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kamim.evaluation.readout import depth, prefix, tokens_after
+
+
+class Classifier(nn.Module):
+    """Images -> logits: final LayerNorm, class token dropped, mean, one linear layer (the released code's)."""
+
+    def __init__(self, encoder: VisionTransformer | SwinTransformer, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.num_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [B, 3, R, R], normalised. Returns [B, classes]."""
+        tokens = self.encoder.norm(tokens_after(self.encoder, images, depth(self.encoder)))
+        logits: Tensor = self.head(tokens[:, prefix(self.encoder) :].mean(dim=1))
+        return logits
+
+
+class Averaged(nn.Module):
+    """A classifier and, with a decay, the exponential moving average of its weights; saved as one."""
+
+    def __init__(self, model: Classifier, decay: float | None):
+        super().__init__()
+        self.model = model
+        self.average = None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        if self.average is not None:
+            self.average.requires_grad_(False)
+
+    def update(self) -> None:
+        """After an optimiser step."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    @property
+    def best(self) -> nn.Module:
+        """What is measured: the average, where there is one."""
+        return self.model if self.average is None else self.average
+
+
+def parameter_groups(model: Classifier, weight_decay: float, layer_decay: float | None) -> list[dict[str, object]]:
+    """One group of everything, or timm's groups by depth, each with lr_scale = layer_decay^(blocks from the end).
+
+    With a decay, biases, norms and other vectors have no weight decay, as timm and MAE have it.
+    """
+    if layer_decay is None:
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+    groups = param_groups_layer_decay(model.encoder, weight_decay, layer_decay=layer_decay)
+    return [*groups, {"params": list(model.head.parameters()), "weight_decay": weight_decay}]

@@ -1,0 +1,60 @@
+"""The linear probe: one layer trained on a frozen encoder."""
+
+import torch
+from torch import Tensor, nn
+
+from kamim.config import Compute
+from kamim.evaluation.readout import Encoder, Readout, fixed, prefix, tokens_after
+from kamim.loop import autocast, should_compile
+
+
+class Frozen:
+    """What a probe reads of an encoder: no gradients, nothing behind its block, bf16 and compiled on a GPU.
+
+    Gives features float32 [B, F]; for the joint norm, which learns, the patch tokens float32 [B, N, D].
+    """
+
+    def __init__(self, encoder: Encoder, readout: Readout, compute: Compute, device: torch.device):
+        self._encoder = encoder.to(device).eval().requires_grad_(False)
+        self._readout, self._compute, self._device = readout, compute, device
+        self._read = torch.compile(self._features) if should_compile(compute, device) else self._features
+
+    def _features(self, images: Tensor) -> Tensor:
+        tokens = tokens_after(self._encoder, images, self._readout.block)
+        if self._readout.norm == "joint":
+            return tokens[:, prefix(self._encoder) :]
+        return fixed(self._encoder, tokens, self._readout)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: float [B, 3, R, R], normalised."""
+        with torch.no_grad(), autocast(self._compute, self._device):
+            return self._read(images).float()
+
+
+class Head(nn.Module):
+    """One linear layer on what Frozen gives, behind the norm that needs training data, if any.
+
+    joint: the released code's LayerNorm over N and D together, affine, before the mean (Table 5). batch: a
+    BatchNorm without affine on the pooled features, as MAE's probe has it.
+    """
+
+    def __init__(self, readout: Readout, shape: torch.Size, classes: int):
+        """shape: of one image's features, [F] or [N, D]."""
+        super().__init__()
+        self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
+        self.batch = nn.BatchNorm1d(shape[-1], affine=False) if readout.norm == "batch" else nn.Identity()
+        self.linear = nn.Linear(shape[-1], classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits float32 [B, classes]: a head costs next to nothing, so it does not take part in autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            if self.joint is not None:
+                features = self.joint(features).mean(dim=1)
+            logits: Tensor = self.linear(self.batch(features))
+        return logits
+
+
+def build_head(frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device) -> Head:
+    """A head for what `frozen` gives of images of side `resolution`."""
+    shape = frozen(torch.zeros(1, 3, resolution, resolution, device=device)).shape[1:]
+    return Head(readout, shape, classes).to(device)

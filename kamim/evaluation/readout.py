@@ -1,0 +1,124 @@
+"""What an evaluation reads from an encoder: the tokens after one of its blocks, normed and pooled."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+Pooling = Literal["mean", "cls", "max", "cls_mean"]
+Norm = Literal["none", "token", "joint", "batch", "final"]
+Block = int | Literal["paper", "last"]
+
+PIXELS = 32  # side to which Pixels shrinks an image
+
+
+class Pixels(nn.Module):
+    """No encoder at all, the baseline: the image of PIXELS x PIXELS px as one token [B, 1, 3 * PIXELS^2]."""
+
+    num_features = 3 * PIXELS * PIXELS
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [B, 3, R, R]."""
+        return nn.functional.adaptive_avg_pool2d(images, PIXELS).flatten(1).unsqueeze(1)
+
+
+Encoder: TypeAlias = VisionTransformer | SwinTransformer | Pixels
+
+
+@dataclass(frozen=True, order=True)
+class Readout:
+    """block: whose output, from 1 (of a Swin: its stage). norm: what happens to it before or after pooling."""
+
+    block: int
+    pooling: Pooling
+    norm: Norm
+
+    def __str__(self) -> str:
+        return f"{self.block}-{self.pooling}-{self.norm}"
+
+
+def depth(encoder: Encoder) -> int:
+    """How many blocks can be read: a ViT's blocks, a Swin's stages."""
+    if isinstance(encoder, Pixels):
+        return 1
+    return len(encoder.layers if isinstance(encoder, SwinTransformer) else encoder.blocks)
+
+
+def resolve(encoder: Encoder, block: Block) -> int:
+    """The block that is meant: "paper" is a ViT's 8th, the last where it has fewer, and a Swin's last stage.
+
+    Raises ValueError for a block the encoder does not have.
+    """
+    blocks = depth(encoder)
+    if block == "last":
+        return blocks
+    if block == "paper":
+        return min(8, blocks) if isinstance(encoder, VisionTransformer) else blocks
+    if block > blocks:
+        raise ValueError(f"block = {block}: the encoder has blocks 1 to {blocks}")
+    return block
+
+
+def check(encoder: Encoder, readout: Readout) -> None:
+    """Raises ValueError where the encoder has no such tokens."""
+    if "cls" in readout.pooling and prefix(encoder) == 0:
+        raise ValueError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
+    if readout.norm == "final" and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):
+        raise ValueError(f"norm = final: is the encoder's own, of its last block, not of block {readout.block}")
+    if readout.norm == "joint" and readout.pooling not in ("mean", "max"):
+        raise ValueError(f"norm = joint: is over patch tokens; pooling = {readout.pooling} reads another one")
+
+
+def prefix(encoder: Encoder) -> int:
+    """Class tokens before the patch tokens."""
+    return encoder.num_prefix_tokens if isinstance(encoder, VisionTransformer) else 0
+
+
+def blocks(encoder: Encoder, images: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:
+    """(number, its output [B, P + N, D]) of the blocks 1 .. last; those behind it are not computed.
+
+    images: float [B, 3, R, R], normalised.
+    """
+    if isinstance(encoder, Pixels):
+        yield 1, encoder(images)
+        return
+    tokens = encoder.patch_embed(images)
+    if isinstance(encoder, SwinTransformer):
+        for number, stage in enumerate(encoder.layers[:last], 1):
+            tokens = stage(tokens)
+            yield number, tokens.flatten(1, 2)
+        return
+    tokens = encoder.norm_pre(encoder._pos_embed(tokens))
+    for number, block in enumerate(encoder.blocks[:last], 1):
+        tokens = block(tokens)
+        yield number, tokens
+
+
+def tokens_after(encoder: Encoder, images: Tensor, block: int) -> Tensor:
+    """The output of one block: [B, P + N, D]."""
+    *_, (_, tokens) = blocks(encoder, images, block)
+    return tokens
+
+
+def pool(tokens: Tensor, pooling: Pooling, prefix: int) -> Tensor:
+    """[B, P + N, D] -> [B, D], of cls_mean [B, 2 D]. prefix: P."""
+    if pooling == "cls":
+        return tokens[:, 0]
+    if pooling == "max":
+        return tokens[:, prefix:].amax(dim=1)
+    mean = tokens[:, prefix:].mean(dim=1)
+    return torch.cat([tokens[:, 0], mean], dim=1) if pooling == "cls_mean" else mean
+
+
+def fixed(encoder: Encoder, tokens: Tensor, readout: Readout) -> Tensor:
+    """Features [B, D] of a readout whose norm learns nothing: none, token (no affine), final."""
+    if readout.norm == "token":
+        tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+    elif readout.norm == "final":
+        assert not isinstance(encoder, Pixels)
+        tokens = encoder.norm(tokens)
+    return pool(tokens, readout.pooling, prefix(encoder))

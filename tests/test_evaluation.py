@@ -1,0 +1,298 @@
+"""`kamim eval`: classifiers on features whose answer is known, every mode end to end, resuming, wrong input."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_store
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from kamim import checkpoint
+from kamim.batch import Batch, normalise
+from kamim.cli import app
+from kamim.compose.evaluation import run_evaluation
+from kamim.compose.training import run_pretrain
+from kamim.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
+from kamim.distributed import World
+from kamim.evaluation import classify, probe
+from kamim.evaluation.finetune import Averaged, Classifier, parameter_groups
+from kamim.evaluation.readout import Pixels, Readout, fixed, resolve, tokens_after
+from kamim.loop import Run, train
+from kamim.models import build_encoder
+
+CLASSES = 4
+CPU = torch.device("cpu")
+WORLD = World(0, 1, CPU)
+runner = CliRunner()
+
+
+def silent(title: str) -> Any:
+    return lambda done, total, values: None
+
+
+def coloured(labels: np.ndarray, seed: int) -> Tensor:
+    """Noisy images whose colour is their class."""
+    random = np.random.default_rng(seed)
+    colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])
+    noise = random.integers(-30, 31, (len(labels), 32, 32, 3))
+    return torch.from_numpy((colours[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8))
+
+
+def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path) -> dict[str, float]:
+    """Probes a random encoder; training images show `shown`, and are labelled `labels`."""
+    torch.manual_seed(0)
+    frozen = probe.Frozen(build_encoder("vit_demo", 32), readout, Compute(), CPU)
+    head = probe.build_head(frozen, readout, 32, CLASSES, CPU)
+    optim = ClassifierOptim(batch_size=32, epochs=20, warmup_epochs=1)
+
+    def batches(first: int, stop: int) -> Iterator[Batch]:
+        images = coloured(shown, 1)
+        for step in range(first, stop):
+            yield Batch(images, None, torch.from_numpy(labels), np.arange(len(labels)), step, step, True, 1.0)
+
+    def plain(batch: Batch) -> tuple[Tensor, Tensor]:
+        return normalise(batch.images), nn.functional.one_hot(batch.labels, CLASSES).float()
+
+    folder.mkdir()
+    made = classify.gradients(head, frozen, batches, plain, Compute(), 0, WORLD)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    run = Run(folder, "linprobe", {}, optim, steps_per_epoch=4, every=100, keep=1)
+    assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
+    truth = np.arange(80) % CLASSES
+    val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
+    return classify.accuracy(head, frozen, val, CLASSES, Compute(), WORLD)
+
+
+@pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])
+def test_separable_classes_are_told_apart(norm: Any, tmp_path: Path) -> None:
+    labels = np.arange(32) % CLASSES
+    assert probed(labels, labels, Readout(6, "mean", norm), tmp_path / "run")["top1"] == 100
+
+
+def test_labels_that_say_nothing_teach_nothing(tmp_path: Path) -> None:
+    labels = np.arange(32) % CLASSES
+    shuffled = np.repeat(np.arange(CLASSES), 8)  # every label sees every colour equally often
+    accuracy = probed(shuffled, labels, Readout(6, "mean", "none"), tmp_path / "run")
+    assert accuracy["top1"] <= 45
+    assert accuracy["top5"] == 100
+
+
+def test_the_joint_norm_is_over_tokens_and_width() -> None:
+    features = torch.randn(2, 9, 16)
+    head = probe.Head(Readout(1, "mean", "joint"), features.shape[1:], 3)
+    flat = features.flatten(1)
+    normed = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(head(features), head.linear(normed.view(2, 9, 16).mean(1)))
+    assert head.joint is not None and head.joint.weight.shape == (9, 16)
+
+
+@pytest.mark.parametrize("name", ["vit_demo", "swin_tiny"])
+def test_tokens_after_a_block_are_the_blocks_output(name: str) -> None:
+    resolution = 32 if name == "vit_demo" else 192
+    encoder, images = build_encoder(name, resolution).eval(), torch.randn(1, 3, resolution, resolution)
+    stages = list(encoder.blocks if name == "vit_demo" else encoder.layers)
+    seen: dict[int, Tensor] = {}
+    for number, stage in enumerate(stages, 1):
+        stage.register_forward_hook(lambda module, given, out, number=number: seen.update({number: out}))
+    with torch.no_grad():
+        encoder.forward_features(images)
+        expected, seen = seen, {}
+        for number in (1, resolve(encoder, "paper")):
+            found = tokens_after(encoder, images, number)
+            torch.testing.assert_close(found, expected[number].reshape(found.shape))
+            assert max(seen) == number  # what lies behind is not computed
+            seen.clear()
+
+
+def test_pixels_are_the_image_made_small() -> None:
+    images = torch.arange(3 * 64 * 64, dtype=torch.float32).view(1, 3, 64, 64)
+    features = fixed(Pixels(), tokens_after(Pixels(), images, 1), Readout(1, "mean", "none"))
+    assert torch.equal(features.view(3, 32, 32), images[0, :, ::2, ::2] + (0.5 + 32))
+
+
+def test_layer_decay_gives_early_blocks_smaller_rates() -> None:
+    model = Classifier(build_encoder("vit_demo", 32), 3)
+    groups = parameter_groups(model, 0.05, 0.5)
+    scales = {id(p): g.get("lr_scale", 1.0) for g in groups for p in g["params"]}  # type: ignore[attr-defined]
+    assert len(scales) == sum(1 for _ in model.parameters())
+    blocks = [scales[id(block.attn.qkv.weight)] for block in model.encoder.blocks]
+    assert blocks == pytest.approx([0.5 ** (5 - i) for i in range(6)])
+    assert scales[id(model.head.weight)] == 1
+    assert scales[id(model.encoder.patch_embed.proj.weight)] == pytest.approx(0.5**6)
+
+
+def test_the_moving_average_is_that_of_the_steps() -> None:
+    model = Classifier(build_encoder("vit_demo", 32), 3)
+    averaged = Averaged(model, 0.75)
+    expected = None
+    for step in range(4):
+        with torch.no_grad():
+            model.head.bias.fill_(float(step))
+        averaged.update()
+        expected = float(step) if expected is None else 0.75 * expected + 0.25 * step
+    best = averaged.best
+    assert best is not model
+    torch.testing.assert_close(best.module.head.bias, torch.full((3,), expected))  # type: ignore[union-attr,operator]
+
+
+@pytest.fixture(scope="module")
+def pretrained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    given = [
+        f"data.store={stores['zarr']}", "data.resolution=64", "model.name=vit_demo", f"out={out}",
+        "optim.batch_size=12", "optim.epochs=1", "optim.warmup_epochs=0", "compute.device=cpu",
+    ]  # fmt: skip
+    run_pretrain(load(Pretrain, None, given), lambda *_: None)
+    return out
+
+
+SHORT = (
+    "compute.device=cpu", "knn.k=[1,5]", "batch_size=10",
+    *(f"{mode}.optim.{option}" for mode in ("linprobe", "finetune")
+      for option in ("batch_size=12", "epochs=2", "warmup_epochs=0")),
+)  # fmt: skip
+
+
+def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evaluation:
+    given = {"checkpoint": (str(spec),), "train": store, "val": store, **given}
+    return load(Evaluation, None, [*SHORT, *more], given)
+
+
+def run(config: Evaluation, *modes: str) -> list[dict[str, Any]]:
+    return run_evaluation(config, modes, silent)
+
+
+def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrained: Path) -> None:
+    for mode in ("linprobe", "finetune", "knn"):
+        (first,), (second,) = (run(evaluation(pretrained, stores["zarr"]), mode) for _ in range(2))
+        assert first == second
+        assert (first["mode"], first["name"], first["step"]) == (mode, "run", 2)
+        assert first["val"]["images"] == 24
+        found = checkpoint.latest(pretrained)
+        assert found is not None and first["weights"] == found.weights
+        assert first["pretraining"]["method"] == "kamim"
+        if mode != "knn":
+            assert 0 <= first["top1"] <= first["top5"] <= 100
+
+
+def test_the_nearest_neighbour_of_an_image_is_itself(stores: dict[str, Path], pretrained: Path) -> None:
+    (result,) = run(evaluation(pretrained, stores["zarr"]), "knn")
+    assert result["k"]["1"]["top1"] == 100
+
+
+def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:
+    config = evaluation("", stores["zarr"], checkpoint=(f"random:{pretrained}", f"pixels:{pretrained}"))
+    random, pixels = run(config, "linprobe")
+    assert (random["architecture"], random["step"], random["weights"], random["block"]) == ("vit_demo", 0, None, 6)
+    assert (pixels["architecture"], pixels["name"], pixels["block"]) == ("pixels", "pixels run", 1)
+
+
+@pytest.mark.parametrize("mode", ["linprobe", "finetune"])
+def test_a_stopped_evaluation_goes_on_to_the_same_result(
+    mode: str, stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = (f"{mode}.checkpoint_epochs=1", *(("finetune.ema=0.9",) if mode == "finetune" else ()))
+    (undisturbed,) = run(evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "a"), mode)
+    steps = classify.gradients
+
+    def killed(*given: Any) -> Any:
+        def some(first: int, stop: int) -> Any:
+            for step, values in steps(*given)(first, stop):
+                if step == 3:
+                    raise SystemError("killed")
+                yield step, values
+
+        return some
+
+    config = evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "b")
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        patched.setattr(classify, "gradients", killed)
+        run(config, mode)
+    assert run(config, mode) == [undisturbed]
+    for a, b in ((tmp_path / run / f"run/{mode}" for run in "ab"),):
+        last = [checkpoint.latest(folder) for folder in (a, b)]
+        assert last[0] is not None and last[1] is not None
+        assert last[0].weights == last[1].weights
+
+
+def test_features_go_on_where_they_were(
+    stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamim.evaluation.features.SAVE_EVERY", 1)
+    config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
+
+    def stop(title: str) -> Any:
+        def update(done: int, total: int, values: Any) -> None:
+            if (done, total) == (2, 3):
+                raise KeyboardInterrupt
+
+        return update
+
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(config, ["knn"], stop)
+    mark = tmp_path / "out/run/knn/train/done.json"
+    assert json.loads(mark.read_text()) == {"steps": 1}
+    assert run(config, "knn") == run(evaluation(pretrained, stores["zarr"]), "knn")
+
+
+def test_a_result_is_not_made_twice_nor_taken_for_another(
+    stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
+    first = run(config, "knn")
+    monkeypatch.setattr("kamim.compose.modes.knn", None)
+    assert run(config, "knn") == first
+    with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 asked for\)"):
+        run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
+
+
+def test_a_few_samples_of_each_class(stores: dict[str, Path], pretrained: Path) -> None:
+    (result,) = run(evaluation(pretrained, stores["zarr"], "per_class=3", "knn.k=[9]"), "knn")
+    assert result["train"]["images"] == 9
+    assert result["val"]["images"] == 24
+
+
+def test_what_cannot_be_evaluated_is_refused_before_any_work(
+    stores: dict[str, Path], pretrained: Path, class_folder: Path, marked_store: Path, tmp_path: Path
+) -> None:
+    train = stores["zarr"]
+    flat = build_store(class_folder / "coffee", tmp_path / "flat", detectors=())
+    for mode, given, message in (
+        ("linprobe", evaluation(pretrained, train, val=flat), "has no labels"),
+        ("knn", evaluation(pretrained, train, val=marked_store), "its 1 classes are not the 3 of"),
+        ("linprobe", evaluation(pretrained, train, train=None), "--train: is missing"),
+        ("linprobe", evaluation(pretrained, train, "linprobe.block=7"), "block = 7: the encoder has blocks 1 to 6"),
+        ("linprobe", evaluation(tmp_path / "nothing", train), "neither a checkpoint"),
+        ("linprobe", evaluation(pretrained, tmp_path / "nothing"), "not a kamim store"),
+        ("linprobe", evaluation(pretrained, train, "linprobe.optim.batch_size=100"), "more than the store's 24"),
+        ("linprobe", evaluation(pretrained, train, "linprobe.norm=final", "linprobe.block=2"), "of its last block"),
+        ("linprobe", evaluation(pretrained, train, "linprobe.norm=joint", "linprobe.pooling=cls"), "over patch tokens"),
+        ("knn", evaluation(pretrained, train, "knn.k=[25]"), r"knn.k = \[25\]: more than the 24 training samples"),
+        ("knn", evaluation(f"pixels:{pretrained}", train, "knn.pooling=cls"), "has no class token"),
+        ("knn", evaluation(pretrained, train, "per_class=9"), "class 0 has 8 samples"),
+        ("finetune", evaluation(f"pixels:{pretrained}", train), "nothing to fine-tune"),
+        ("knn", evaluation("", train, checkpoint=("a=x", "a=y")), "neither a checkpoint"),
+        ("knn", evaluation("", train, checkpoint=(f"a={pretrained}", f"a={pretrained}")), "a is the name of two"),
+        ("knn", evaluation("", train, checkpoint=(f"../a={pretrained}",)), "must not hold /"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(given, mode)
+
+
+def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    command = ["eval", "--mode", "linprobe", "--checkpoint", f"KAMIM={pretrained}", "--train", str(stores["zarr"])]
+    command += ["--val", str(stores["zarr"]), "--norm", "token", *SHORT]
+    shown = runner.invoke(app, [*command, "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
+    assert shown.exit_code == 0, shown.output
+    assert "linprobe KAMIM: top-1 " in shown.output
+    (result,) = json.loads((tmp_path / "r.json").read_text())
+    assert result["norm"] == "token"
+    assert result == json.loads((tmp_path / "out/KAMIM/linprobe/result.json").read_text())
+    refused = runner.invoke(app, [*command, "--mode", "guess"])
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr

@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints: what their features are worth."""

@@ -10,7 +10,7 @@ from kamim.evaluation.places import places
 
 KS = (5, 10, 20, 100)
 TEMPERATURE = 0.07
-TILE = 4096  # samples of either side that are compared at once: keys of 0.13 GB
+TILE = 2048  # samples of either side that are compared at once
 _LOW = 0xFFFFFFFF
 
 

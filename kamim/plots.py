@@ -2,17 +2,48 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 
-RING_COLOUR = np.array([230, 159, 0], np.uint8)  # orange of Okabe and Ito's colour-blind safe palette
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#666666"
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "figure.constrained_layout.w_pad": 0.08, "lines.linewidth": 1.6, "lines.markersize": 4.5, "pdf.fonttype": 42,
+    "axes.prop_cycle": cycler(color=COLOURS),
+}  # fmt: skip
+styled = matplotlib.rc_context(STYLE)
+RING_COLOUR = np.array([230, 159, 0], np.uint8)  # Okabe and Ito's orange
 MASK_GREY = 128
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th checkpoint, told apart without colour too."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def panels(count: int, rows: int = 1, side: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x count axes, each side x height inches."""
+    figure = Figure(figsize=(side * count, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, count, squeeze=False)
+
+
+def depth_axis(axes: Axes, label: str) -> None:
+    """Whole blocks along x."""
+    axes.set_xlabel("depth (block)")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _image(axes: Axes, image: np.ndarray, title: str = "") -> None:

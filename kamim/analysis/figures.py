@@ -1,4 +1,4 @@
-"""Pictures, one function each, drawn from the numbers that analysis.json holds. Colours are Okabe and Ito's.
+"""Pictures, one function each, drawn from the numbers that analysis.json holds.
 
 Every function takes {checkpoint: its numbers} in the order to show them and returns a matplotlib Figure.
 """
@@ -8,42 +8,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from kamim.plots import reconstruction_sheet
+from kamim.plots import COLOURS, GREY, depth_axis, look, panels, reconstruction_sheet, styled
 
 Numbers = Mapping[str, Mapping[str, Any]]
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#666666"
-STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-    "figure.constrained_layout.w_pad": 0.08, "lines.linewidth": 1.6, "lines.markersize": 4.5, "pdf.fonttype": 42,
-    "axes.prop_cycle": cycler(color=COLOURS),
-}  # fmt: skip
-styled = matplotlib.rc_context(STYLE)
-
-
-def _look(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th checkpoint, told apart without colour too."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-
-
-def _panels(count: int, rows: int = 1, side: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(side * count, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, count, squeeze=False)
-
-
-def _depth_axis(axes: Axes, label: str) -> None:
-    axes.set_xlabel("depth (block)")
-    axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _points(axes: Axes) -> None:
@@ -64,11 +36,11 @@ def reconstructions(originals: np.ndarray, masks: np.ndarray, made: Sequence[tup
 @styled
 def classes(numbers: Numbers) -> Figure:
     """Figure 3: t-SNE of tokens. xy [n, 2], label [n], classes."""
-    figure, lines = _panels(len(numbers))
+    figure, lines = panels(len(numbers))
     for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
         for i, title in enumerate(found["classes"]):
             xy = found["xy"][found["label"] == i]
-            axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=title, **_look(i))
+            axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=title, **look(i))
         axes.set_title(name)
         _points(axes)
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2.5)
@@ -78,11 +50,11 @@ def classes(numbers: Numbers) -> Figure:
 @styled
 def fourier(numbers: Numbers) -> Figure:
     """Figure 4: relative log amplitude of the last entry by depth, and whole curves. curves [depths][f], frequency."""
-    figure, lines = _panels(1 + len(numbers), side=3.1)
+    figure, lines = panels(1 + len(numbers), side=3.1)
     for i, (name, found) in enumerate(numbers.items()):
-        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=name, **_look(i))
+        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=name, **look(i))
         _spectra(lines[0, 1 + i], name, found)
-    _depth_axis(lines[0, 0], "Δ log amplitude, highest frequency")
+    depth_axis(lines[0, 0], "Δ log amplitude, highest frequency")
     lines[0, 0].legend()
     for axes in lines[0, 2:]:
         axes.sharey(lines[0, 1])
@@ -139,16 +111,16 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
 
     mean, spread: [L]. uniform: a number. `uniform` is what the line is called, {} its number and {grid} the tokens.
     """
-    figure, lines = _panels(1, side=5.2, height=3.3)
+    figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
         depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=name, **_look(i))
+        axes.plot(depth, found["mean"], label=name, **look(i))
         low, high = found["mean"] - found["spread"], found["mean"] + found["spread"]
-        axes.fill_between(depth, low, high, color=_look(i)["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(depth, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
     for text, value in {uniform.format(n["uniform"], grid=n["grid"]): n["uniform"] for n in numbers.values()}.items():
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=text)
-    _depth_axis(axes, label)
+    depth_axis(axes, label)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -156,10 +128,10 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
 @styled
 def transformation(numbers: Numbers) -> Figure:
     """Figure 8: PCA of one image's tokens before and after attention. before, after: [T, 2]; variance [2]."""
-    figure, lines = _panels(len(numbers))
+    figure, lines = panels(len(numbers))
     for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
         for i, kind in enumerate(("before", "after")):
-            axes.scatter(*found[kind].T, s=14, alpha=0.8, linewidths=0, label=f"{kind} attention", **_look(i))
+            axes.scatter(*found[kind].T, s=14, alpha=0.8, linewidths=0, label=f"{kind} attention", **look(i))
         _principal(axes, f"{name}, block {found['block']}", found["variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.5)
     return figure
@@ -168,12 +140,12 @@ def transformation(numbers: Numbers) -> Figure:
 @styled
 def two_images(numbers: Numbers) -> Figure:
     """Figure 9: as figure 8 for two images of two classes, with centroids. before, after: [2, T, 2]."""
-    figure, lines = _panels(len(numbers))
+    figure, lines = panels(len(numbers))
     for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
         looks = iter(range(4))
         for kind in ("before", "after"):
             for title, xy in zip(found["classes"], found[kind], strict=True):
-                axes.scatter(*xy.T, s=14, alpha=0.7, linewidths=0, label=f"{title}, {kind}", **_look(next(looks)))
+                axes.scatter(*xy.T, s=14, alpha=0.7, linewidths=0, label=f"{title}, {kind}", **look(next(looks)))
         for kind, colour in (("before", "black"), ("after", "#888888")):
             centre = found[kind].mean(axis=1)
             under = {"s": 150, "linewidths": 0, "marker": "X", "zorder": 0.5}
@@ -189,13 +161,13 @@ def many_images(numbers: Numbers) -> Figure:
 
     before, after: [n, T, 2]; label [n]; before_variance, after_variance [2]. Circles are centroids of images.
     """
-    figure, lines = _panels(len(numbers), rows=2)
+    figure, lines = panels(len(numbers), rows=2)
     for column, (name, found) in enumerate(numbers.items()):
         for row, kind in enumerate(("before", "after")):
             axes = lines[row, column]
             for i, title in enumerate(found["classes"]):
                 mine = found[kind][found["label"] == i]
-                axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=title, **_look(i))
+                axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=title, **look(i))
                 axes.scatter(*mine.mean(axis=1).T, s=30, facecolors=COLOURS[i], edgecolors="black", linewidths=0.9)
             _principal(axes, f"{name}, {kind} attention of block {found['block']}", found[f"{kind}_variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=3)
@@ -212,12 +184,12 @@ def _principal(axes: Axes, title: str, variance: np.ndarray) -> None:
 @styled
 def features(numbers: Numbers) -> Figure:
     """Effective rank and uniformity of mean tokens by depth, from 0. rank, uniformity: [L + 1]."""
-    figure, lines = _panels(2, side=3.6)
+    figure, lines = panels(2, side=3.6)
     for i, (name, found) in enumerate(numbers.items()):
         for axes, kind in zip(lines[0], ("rank", "uniformity"), strict=True):
-            axes.plot(found[kind], label=name, **_look(i))
-    _depth_axis(lines[0, 0], "effective rank")
-    _depth_axis(lines[0, 1], "uniformity (0: all features alike)")
+            axes.plot(found[kind], label=name, **look(i))
+    depth_axis(lines[0, 0], "effective rank")
+    depth_axis(lines[0, 1], "uniformity (0: all features alike)")
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -226,7 +198,7 @@ def features(numbers: Numbers) -> Figure:
 def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Linear CKA of every layer with every layer, of every checkpoint with every checkpoint: [row][column] [a, b]."""
     names = list(numbers)
-    figure, lines = _panels(len(names), rows=len(names), side=2.5, height=2.4)
+    figure, lines = panels(len(names), rows=len(names), side=2.5, height=2.4)
     for row, one in enumerate(names):
         for column, other in enumerate(names):
             axes = lines[row, column]
@@ -245,14 +217,14 @@ def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 @styled
 def weight_correlation(numbers: Numbers) -> Figure:
     """Pearson's r of W and attention received, by depth, with the 95 % interval over images. mean, low, high: [L]."""
-    figure, lines = _panels(1, side=5.2, height=3.3)
+    figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
         depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=name, **_look(i))
-        axes.fill_between(depth, found["low"], found["high"], color=_look(i)["color"], alpha=0.2, linewidth=0)
+        axes.plot(depth, found["mean"], label=name, **look(i))
+        axes.fill_between(depth, found["low"], found["high"], color=look(i)["color"], alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2, label="no relation")
-    _depth_axis(axes, "correlation of W with attention received")
+    depth_axis(axes, "correlation of W with attention received")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -260,10 +232,10 @@ def weight_correlation(numbers: Numbers) -> Figure:
 @styled
 def probe(numbers: Numbers) -> Figure:
     """Accuracy of linear probes by the block they read. block, top1 (per cent): one entry a probe."""
-    figure, lines = _panels(1, side=5.2, height=3.3)
+    figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
-        axes.plot(found["block"], found["top1"], label=name, **_look(i))
-    _depth_axis(axes, "linear probe, top-1 (%)")
+        axes.plot(found["block"], found["top1"], label=name, **look(i))
+    depth_axis(axes, "linear probe, top-1 (%)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure

@@ -1,0 +1,51 @@
+"""Pictures of evaluations, drawn from results. Colours tell checkpoints apart."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from kamim.evaluation.sweep import Row, best_by_readout
+from kamim.plots import GREY, depth_axis, look, panels, styled
+
+DASHES: Sequence[Any] = ("-", "--", ":", "-.")
+
+
+@styled
+def depth(sweeps: Mapping[str, Sequence[Row]]) -> Figure:
+    """top1 at the best learning rate by block: {checkpoint: rows}. A panel a norm; dashes tell poolings apart."""
+    chosen = {name: best_by_readout(rows) for name, rows in sweeps.items()}
+    norms, poolings = (sorted({row[key] for rows in chosen.values() for row in rows}) for key in ("norm", "pooling"))
+    dashes = dict(zip(poolings, cycle(DASHES), strict=False))
+    figure, (line,) = panels(len(norms), side=4.4, height=3.6)
+    for axes, norm in zip(line, norms, strict=True):
+        for i, rows in enumerate(chosen.values()):
+            for pooling in poolings:
+                mine = [row for row in rows if (row["norm"], row["pooling"]) == (norm, pooling)]
+                xy = [row["block"] for row in mine], [row["top1"] for row in mine]
+                axes.plot(*xy, linestyle=dashes[pooling], **look(i))
+        axes.set_title(f"norm: {norm}")
+        axes.sharey(line[0])
+        depth_axis(axes, "linear probe, best rate, top-1 (%)" if axes is line[0] else "")
+    handles = [Line2D([], [], label=name, **look(i)) for i, name in enumerate(chosen)]
+    handles += [Line2D([], [], color=GREY, linestyle=dash, label=pooling) for pooling, dash in dashes.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.2)
+    return figure
+
+
+@styled
+def neighbours(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """top1 by the number of neighbours: {checkpoint: {k: {top1}}}."""
+    figure, ((axes,),) = panels(1, side=5.2, height=3.3)
+    for i, (name, found) in enumerate(results.items()):
+        axes.plot([int(k) for k in found], [accuracy["top1"] for accuracy in found.values()], label=name, **look(i))
+    axes.set_xscale("log")
+    ticks = sorted({int(k) for found in results.values() for k in found})
+    axes.set_xticks(ticks, labels=[str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("k, neighbours that vote")
+    axes.set_ylabel("kNN, top-1 (%)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

@@ -144,6 +144,23 @@ class ClassifierOptim(Optim):
     min_lr: NotNegative = 2.5e-6
 
 
+class FinetuneOptim(ClassifierOptim):
+    """ClassifierOptim, in micro-batches that a whole network can train on."""
+
+    micro_batch: Count = 256
+
+
+class SweepOptim(Optim):
+    """Optim, for features that are there already. lr is not used: see ProbeSweep.lrs."""
+
+    clip_grad: None = None
+    batch_size: Count = 1024
+    epochs: Count = 10
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+
+
 class Compute(Section):
     """device: auto is cuda where there is one. precision: bf16 is autocast (weights and Eq. 1 to 3 stay fp32);
     auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower. compile: torch.compile; auto: on cuda.
@@ -238,7 +255,7 @@ class Finetune(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     layer_decay: Fraction | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    optim: ClassifierOptim = ClassifierOptim(micro_batch=256)
+    optim: FinetuneOptim = FinetuneOptim()
     checkpoint_epochs: Count = 5
     keep_checkpoints: Count = 2
 
@@ -254,18 +271,24 @@ class Knn(Section):
 
 
 class ProbeSweep(Section):
-    """A linear probe of every block, pooling, norm and learning rate at once, on features without augmentation."""
+    """A linear probe of every block, pooling, norm and learning rate at once, on features without augmentation.
+
+    Poolings that the encoder does not have (a Swin has no class token) are left out.
+    """
 
     poolings: tuple[Literal["mean", "cls", "max"], ...] = ("mean", "cls", "max")
     norms: tuple[Literal["none", "token"], ...] = ("none", "token")
     lrs: tuple[Positive, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
-    epochs: Count = 10
-    batch_size: Count = 1024
+    optim: SweepOptim = SweepOptim()
 
 
 class Reconstruct(Section):
-    """PSNR and SSIM of masked images. mask_ratio: as trained where null. shown: images in the picture."""
+    """PSNR and SSIM of masked images: see kamim.evaluation.reconstruct. shown: images in the picture.
 
+    mask_ratio: as trained where null; the released code's notebook has 0.4.
+    """
+
+    conventions: tuple[Literal["paper", "honest"], ...] = ("paper", "honest")
     mask_ratio: Fraction | None = None
     shown: Count = 6
 

@@ -152,7 +152,7 @@ def pretrained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 SHORT = (
-    "compute.device=cpu", "knn.k=[1,5]", "batch_size=10",
+    "compute.device=cpu", "knn.k=[1,5]", "batch_size=10", "sweep.optim.batch_size=12", "sweep.optim.epochs=2",
     *(f"{mode}.optim.{option}" for mode in ("linprobe", "finetune")
       for option in ("batch_size=12", "epochs=2", "warmup_epochs=0")),
 )  # fmt: skip
@@ -168,7 +168,7 @@ def run(config: Evaluation, *modes: str) -> list[dict[str, Any]]:
 
 
 def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrained: Path) -> None:
-    for mode in ("linprobe", "finetune", "knn"):
+    for mode in ("linprobe", "finetune", "knn", "probe-sweep", "reconstruct"):
         (first,), (second,) = (run(evaluation(pretrained, stores["zarr"]), mode) for _ in range(2))
         assert first == second
         assert (first["mode"], first["name"], first["step"]) == (mode, "run", 2)
@@ -176,13 +176,33 @@ def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrain
         found = checkpoint.latest(pretrained)
         assert found is not None and first["weights"] == found.weights
         assert first["pretraining"]["method"] == "kamim"
-        if mode != "knn":
+        if "top1" in first:
             assert 0 <= first["top1"] <= first["top5"] <= 100
 
 
 def test_the_nearest_neighbour_of_an_image_is_itself(stores: dict[str, Path], pretrained: Path) -> None:
     (result,) = run(evaluation(pretrained, stores["zarr"]), "knn")
     assert result["k"]["1"]["top1"] == 100
+
+
+def test_the_sweeps_best_is_what_a_probe_of_its_own_reaches(stores: dict[str, Path], pretrained: Path) -> None:
+    (result,) = run(evaluation(pretrained, stores["zarr"]), "probe-sweep")
+    assert len(result["rows"]) == 6 * 3 * 2 * 10
+    assert result["best"] in result["rows"]
+    assert result["best"]["top1"] == max(row["top1"] for row in result["rows"])
+
+
+def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    (result,) = run(evaluation(pretrained, stores["zarr"], train=None, out=tmp_path / "out"), "reconstruct")
+    assert result["mask_ratio"] == 0.6
+    for convention in ("paper", "honest"):
+        assert 0 < result[convention]["psnr"] < 40
+        assert -1 < result[convention]["ssim"] < 1
+    assert (tmp_path / "out/run/reconstruct/reconstruction.png").stat().st_size > 10_000
+    (more,) = run(evaluation(pretrained, stores["zarr"], "reconstruct.mask_ratio=0.1"), "reconstruct")
+    assert more["paper"] != result["paper"]
+    with pytest.raises(ValueError, match="without a trained pixel head; it reconstructs nothing"):
+        run(evaluation(f"pixels:{pretrained}", stores["zarr"]), "reconstruct")
 
 
 def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:

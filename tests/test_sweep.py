@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from kamim import rng, schedule
-from kamim.config import ProbeOptim
+from kamim.config import SweepOptim
 from kamim.evaluation import sweep as module
-from kamim.evaluation.sweep import Probes, Readout, best, best_by_readout, sweep
+from kamim.evaluation.readout import Readout
+from kamim.evaluation.sweep import Probes, best, best_by_readout, sweep
 
 CPU = torch.device("cpu")
 N, M, D, CLASSES = 96, 40, 12, 7
 LRS = (1e-3, 1e-2, 0.1)
-OPTIM = ProbeOptim(batch_size=32, micro_batch=32, epochs=6, warmup_epochs=2, weight_decay=0.2, min_lr=1e-5)
+OPTIM = SweepOptim(batch_size=32, micro_batch=32, epochs=6, warmup_epochs=2, weight_decay=0.2, min_lr=1e-5)
 
 
 def data(n: int, seed: int, noise: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:

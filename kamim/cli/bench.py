@@ -60,3 +60,27 @@ def bench_fidelity(
             f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}"
         )
     write_json(json_out, rows)
+
+
+@bench_app.command(name="eval")
+@says_errors
+def bench_eval(
+    store: Annotated[Path, typer.Option(help="A JPEG store.")],
+    model: Annotated[str, typer.Option(help="A key of kamim.models.ARCHITECTURES.")] = "vit_base",
+    resolution: Annotated[int, typer.Option(help="Side of the images in px.")] = 192,
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
+) -> None:
+    """Augmentation beside torchvision's, the frozen pass beside a whole one, the probe sweep beside one probe."""
+    from kamim.bench.evaluate import bench
+    from kamim.store import Store
+
+    check_folder("--json", json_out)
+    with bar("bench eval") as update:
+        result = bench(Store(store), model, resolution, batch, rounds, update)
+    for name, rate in result["images_per_second"].items():
+        out_console.print(f"{name:16} {rate:8,.1f} images/s")
+    for name, ratio in result["ratios"].items():
+        out_console.print(f"{name:26} {ratio:6.2f}")
+    write_json(json_out, result)

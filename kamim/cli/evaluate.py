@@ -35,6 +35,7 @@ def evaluate(
     val: Annotated[Path | None, typer.Option(help="Store to measure on.")] = None,
     norm: Annotated[str | None, typer.Option(help="linprobe.norm: none, token or joint (Table 5)")] = None,
     protocol: Annotated[str | None, typer.Option(help="linprobe.protocol: paper, mae or dinov2")] = None,
+    convention: Annotated[str | None, typer.Option(help="reconstruct: paper or honest; both where not given.")] = None,
     config: ConfigFile = None,
     out: Annotated[Path | None, typer.Option(help="State and results stay here: a stopped evaluation goes on.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
@@ -47,7 +48,8 @@ def evaluate(
     if mode not in (*MODES, "all"):
         raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}, all")
     named = {"checkpoint": checkpoint, "train": train, "val": val, "out": out}
-    shorthands = {"linprobe.norm": norm, "linprobe.protocol": protocol}
+    conventions = None if convention is None else f"[{convention}]"
+    shorthands = {"linprobe.norm": norm, "linprobe.protocol": protocol, "reconstruct.conventions": conventions}
     resolved = load(
         Evaluation, config,
         [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
@@ -78,4 +80,11 @@ def _line(result: dict[str, Any]) -> str:
         about += f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     elif result["mode"] == "knn":
         about += ", ".join(f"k {k}: top-1 {found['top1']:.2f} %" for k, found in result["k"].items())
+    elif result["mode"] == "probe-sweep":
+        top = result["best"]
+        where = f"block {top['block']}, {top['pooling']}, norm {top['norm']}, lr {top['lr']:g}"
+        about += f"best top-1 {top['top1']:.2f} % ({where})"
+    elif result["mode"] == "reconstruct":
+        found = {name: result[name] for name in ("paper", "honest") if name in result}
+        about += "; ".join(f"{name} PSNR {m['psnr']:.2f} dB, SSIM {m['ssim']:.4f}" for name, m in found.items())
     return f"{about} on {result['val']['images']} images of {result['classes']} classes"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kamim import checkpoint, interop, store
-from kamim.config import Pretrain
+from kamim.config import Mask, Pretrain
 from kamim.evaluation.readout import Encoder, Pixels
 from kamim.models import MaskedImageModel
 
@@ -49,7 +49,8 @@ def load_model(source: str) -> tuple[MaskedImageModel, dict[str, Any]]:
     found = checkpoint.read(path)
     about = {
         "checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step,
-        "reconstructs": found.has_head, "weights": found.weights, "pretraining": _pretraining(found.config),
+        "reconstructs": found.has_head, "weights": found.weights,
+        "mask": found.config.mask.model_dump(), "pretraining": _pretraining(found.config),
     }  # fmt: skip
     if not random:
         return found.build_model(), about
@@ -64,7 +65,7 @@ def _foreign(file: Path) -> tuple[MaskedImageModel, dict[str, Any]]:
     model.load_state_dict(made.state, strict=made.has_head)
     return model, {
         "checkpoint": str(file), "architecture": made.architecture, "step": 0, "reconstructs": made.has_head,
-        "weights": store.checksum(file), "pretraining": None,
+        "weights": store.checksum(file), "mask": Mask().model_dump(), "pretraining": None,
     }  # fmt: skip
 
 

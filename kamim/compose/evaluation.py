@@ -11,7 +11,8 @@ import numpy as np
 
 from kamim import distributed
 from kamim.compose.checkpoints import Subject, load_subject
-from kamim.compose.modes import TASKS, Samples, Setting, Task
+from kamim.compose.modes import TASKS
+from kamim.compose.setting import Samples, Setting, Task
 from kamim.compose.training import check_area
 from kamim.config import Evaluation
 from kamim.distributed import World

@@ -1,7 +1,6 @@
 """The evaluation modes: each checks what it is given, then says how its work is done."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,106 +12,24 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim.batch import Batch, normalise
+from kamim.batch import Batch, denormalise, normalise
 from kamim.compose.checkpoints import Subject
-from kamim.config import ClassifierOptim, Evaluation
+from kamim.compose.setting import Setting, Task, features_of, labelled, task
+from kamim.config import ClassifierOptim
 from kamim.distributed import World
 from kamim.evaluation import classify, finetune, probe
-from kamim.evaluation.features import extract
 from kamim.evaluation.knn import knn
-from kamim.evaluation.readout import Pixels, Readout, check, resolve
-from kamim.loop import Batches, Progress, Run, should_compile, train
-from kamim.models import build_encoder
-from kamim.store import Store
+from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
+from kamim.evaluation.reconstruct import CONVENTIONS, Honest, Paper
+from kamim.evaluation.sweep import best, sweep
+from kamim.loop import Progress, Run, autocast, should_compile, train
+from kamim.masking import block_masks
+from kamim.models import build_encoder, expand_mask
+from kamim.plots import reconstruction_sheet
 from pipelines.augment import probe_augment
-from pipelines.loader import Crop, Loader, feed
-from pipelines.plan import Plan
+from pipelines.loader import Crop
 
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
-
-
-Work = Callable[[Path, Progress], dict[str, Any]]  # in its folder; what it adds to the settings
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Some samples of a store, for a model: numbers int64 [N], ascending."""
-
-    store: Store
-    numbers: np.ndarray
-    classes: tuple[str, ...]
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [N]."""
-        return torch.from_numpy(self.store.images.labels[self.numbers])
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a result says of them."""
-        job = self.store.manifest.job
-        return {
-            "store": str(self.store.path), "dataset": job.dataset, "images": len(self.numbers),
-            "fingerprint": job.fingerprint,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all modes share."""
-
-    config: Evaluation
-    world: World
-    train: Samples | None
-    val: Samples
-
-    def batches(self, samples: Samples, resolution: int, plan: Plan, crop: Crop | None = None) -> Batches:
-        """On the device."""
-        pin = self.world.device.type == "cuda"
-        loader = Loader(samples.store, plan, resolution, crop=crop, workers=self.config.workers, pin=pin)
-        return lambda first, stop: feed(loader.steps(first, stop), self.world.device)
-
-    def in_order(self, samples: Samples) -> Plan:
-        """Every sample once."""
-        size = max(min(self.config.batch_size, len(samples.numbers)), self.world.size)
-        return self.plan(samples, size, size, shuffle=False, drop_last=False)
-
-    def plan(self, samples: Samples, batch_size: int, micro_batch: int, **options: bool) -> Plan:
-        """See Plan."""
-        return Plan(
-            len(samples.numbers), batch_size, micro_batch, self.config.seed, rank=self.world.rank,
-            world=self.world.size, listed=samples.numbers, **options,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """One mode on one checkpoint, checked. settings: all that its result depends on."""
-
-    mode: str
-    subject: Subject
-    settings: dict[str, Any]
-    run: Work
-
-
-def labelled(setting: Setting) -> Samples:
-    """The training samples. Raises ValueError where there are none, or classes do not fit the validation's."""
-    if setting.train is None:
-        raise ValueError("--train: is missing; this mode needs a store to train on")
-    for option, samples in (("--train", setting.train), ("--val", setting.val)):
-        if not samples.classes:
-            raise ValueError(f"{option} {samples.store.path}: has no labels; this mode needs class folders")
-    ours, theirs = setting.train.classes, setting.val.classes
-    if len(ours) < 2:
-        raise ValueError(f"--train {setting.train.store.path}: has one class; a classifier needs two or more")
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs))
-        raise ValueError(
-            f"--val {setting.val.store.path}: its {len(theirs)} classes are not the {len(ours)} of "
-            f"{setting.train.store.path} ("
-            + (f"for one, {odd[0]!r} is in one of them only)" if odd else "they are in another order)")
-        )
-    return setting.train
 
 
 def linprobe_task(setting: Setting, subject: Subject) -> Task:
@@ -143,7 +60,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
         "protocol": options.protocol, "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
         "epochs": options.optim.epochs, "options": options.model_dump(mode="json"),
     }  # fmt: skip
-    return _task("linprobe", setting, subject, about, run)
+    return task("linprobe", setting, subject, about, run)
 
 
 def finetune_task(setting: Setting, subject: Subject) -> Task:
@@ -175,7 +92,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         return _accuracy(setting, subject, averaged.best, _as_it_is)
 
     about = {"protocol": "paper", "epochs": options.optim.epochs, "options": options.model_dump(mode="json")}
-    return _task("finetune", setting, subject, about, run)
+    return task("finetune", setting, subject, about, run)
 
 
 def knn_task(setting: Setting, subject: Subject) -> Task:
@@ -187,7 +104,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
         raise ValueError(f"knn.k = {list(options.k)}: more than the {len(samples.numbers)} training samples")
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
-        features = _features(setting, subject, [readout], folder, progress)
+        features = features_of(setting, subject, [readout], folder, progress)
         found = knn(
             features[0][readout], samples.labels, features[1][readout], setting.val.labels, len(samples.classes),
             setting.world.device, lambda done, total: progress(done, total, {}), options.k, options.temperature,
@@ -198,41 +115,78 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
         "protocol": "dino", "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
-    return _task("knn", setting, subject, about, run)
+    return task("knn", setting, subject, about, run)
 
 
-def _task(
-    mode: str, setting: Setting, subject: Subject, about: dict[str, Any], run: Work,
-) -> Task:  # fmt: skip
-    settings = {
-        "mode": mode, "name": subject.name, **subject.about, **about, "seed": setting.config.seed,
-        "train": None if setting.train is None else setting.train.about, "val": setting.val.about,
-        "classes": len(setting.val.classes),
-    }  # fmt: skip
-    return Task(mode, subject, settings, run)
+def sweep_task(setting: Setting, subject: Subject) -> Task:
+    """Linear probes of every block, pooling, norm and learning rate at once."""
+    options, samples, encoder = setting.config.sweep, labelled(setting), subject.encoder
+    size = options.optim.batch_size
+    if size > len(samples.numbers):
+        raise ValueError(f"sweep.optim.batch_size = {size}: more than the {len(samples.numbers)} training samples")
+    readouts = [
+        Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
+        for norm in options.norms if pooling != "cls" or prefix(encoder)
+    ]  # fmt: skip
+    if not readouts:
+        raise ValueError(f"sweep.poolings = {list(options.poolings)}: {subject.name} has no class token; add mean")
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        train, val = features_of(setting, subject, readouts, folder, progress)
+        rows = sweep(
+            {readout: (train[readout], val[readout]) for readout in readouts}, samples.labels, setting.val.labels,
+            len(samples.classes), options.lrs, options.optim, setting.config.seed, setting.world.device,
+            lambda done, total: progress(done, total, {}),
+        )  # fmt: skip
+        return {"rows": rows, "best": best(rows)}
+
+    about = {"protocol": "sweep", "epochs": options.optim.epochs, "options": options.model_dump(mode="json")}
+    return task("probe-sweep", setting, subject, about, run)
 
 
-def _features(
-    setting: Setting, subject: Subject, readouts: Sequence[Readout], folder: Path, progress: Progress
-) -> list[dict[Readout, Tensor]]:
-    """Of the training and the validation samples."""
-    found = []
-    for name, samples in (("train", labelled(setting)), ("val", setting.val)):
-        plan = setting.in_order(samples)
-        found.append(
-            extract(
-                subject.encoder,
-                readouts,
-                setting.batches(samples, subject.resolution, plan),
-                plan.steps_per_epoch,
-                samples.numbers,
-                setting.config.compute,
-                setting.world,
-                folder / name,
-                progress,
-            )
+def reconstruct_task(setting: Setting, subject: Subject) -> Task:
+    """How well masked validation images are reconstructed, and a picture of some."""
+    options, model = setting.config.reconstruct, subject.model
+    if model is None:
+        raise ValueError(
+            f"--checkpoint {subject.name}: is an encoder without a trained pixel head; it reconstructs nothing"
         )
-    return found
+    ratio, cell = subject.about["mask"]["ratio"], subject.about["mask"]["patch_size"]
+    ratio = ratio if options.mask_ratio is None else options.mask_ratio
+    grid = subject.resolution // cell
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        world, plan = setting.world, setting.in_order(setting.val)
+        model.to(world.device).eval()
+        metrics: dict[str, Paper | Honest] = {name: CONVENTIONS[name](world.device) for name in options.conventions}
+        shown: list[np.ndarray] = []
+        for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
+            mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(world.device)
+            with torch.no_grad(), autocast(setting.config.compute, world.device):
+                made = model(normalise(batch.images), mask)
+            pixels = expand_mask(mask, subject.resolution)
+            for metric in metrics.values():
+                metric.update(batch.images, made, pixels)
+            if batch.step == 0 and world.is_main:
+                triple = (batch.images, pixels, denormalise(made.float()))
+                shown = [part[: options.shown].cpu().numpy() for part in triple]
+            progress(batch.step + 1, plan.steps_per_epoch, {})
+        found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
+        if world.is_main:
+            caption = f"{subject.name}: mask ratio {ratio:g}"
+            sheet = reconstruction_sheet(shown[0], shown[1], [(subject.name, shown[2])], caption)
+            sheet.savefig(folder / "reconstruction.png", dpi=110)
+            np.savez(folder / "reconstruction.npz", originals=shown[0], masks=shown[1], made=shown[2])
+        return found
+
+    about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json")}
+    return task("reconstruct", setting, subject, about, run)
+
+
+TASKS: Mapping[str, Callable[[Setting, Subject], Task]] = {
+    "linprobe": linprobe_task, "knn": knn_task, "finetune": finetune_task, "reconstruct": reconstruct_task,
+    "probe-sweep": sweep_task,
+}  # fmt: skip
 
 
 def _augment(kind: str, classes: int, seed: int) -> classify.Augment:
@@ -273,8 +227,3 @@ def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: clas
     plan = setting.in_order(setting.val)
     batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
     return classify.accuracy(network, read, batches, len(setting.val.classes), setting.config.compute, setting.world)
-
-
-TASKS: Mapping[str, Callable[[Setting, Subject], Task]] = {
-    "linprobe": linprobe_task, "knn": knn_task, "finetune": finetune_task,
-}  # fmt: skip

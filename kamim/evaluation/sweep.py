@@ -6,7 +6,7 @@ floating-point operations an epoch, 0.55 TFLOP for 36 readouts, 10 rates, 50,000
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count, groupby
 from typing import Any
 
@@ -17,19 +17,11 @@ from torch.nn.functional import cross_entropy
 from kamim import rng, schedule
 from kamim.config import Optim
 from kamim.evaluation.places import places
+from kamim.evaluation.readout import Readout
 
 GROUP_BYTES = 4 << 30  # of features, parameters and scores that are trained together
 
 Row = dict[str, Any]  # block, pooling, norm, lr; top1 and top5 in per cent
-
-
-@dataclass(frozen=True, order=True)
-class Readout:
-    """What a probe reads: the output of a block, and how its tokens are normed and pooled."""
-
-    block: int
-    pooling: str
-    norm: str
 
 
 Features = Mapping[Readout, tuple[Tensor, Tensor]]  # train [N, D] and val [M, D], any float type, memory-mapped or not

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from kamim import checkpoint
-from kamim.analysis import embed, measures, page, tables
+from kamim import checkpoint, page
+from kamim.analysis import embed, measures, tables
 from kamim.analysis.attention import blocks, watched
 from kamim.analysis.collect import Curves, collect_curves, query_cell, transformed_block
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures, plan

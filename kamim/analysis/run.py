@@ -11,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 import kamim
-from kamim.analysis import figures, page, tables
+from kamim import page
+from kamim.analysis import figures, tables
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
 from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
 from kamim.analysis.subjects import Subject
@@ -203,10 +204,11 @@ def analyse(subjects: list[Subject], source: Source, request: Request, out: Path
         out / "analysis.json",
     )
     captioned = [
-        (out / f"{stem}.png", caption) for figure, caption in CAPTIONS.items() for stem in pictures
-        if stem.startswith(file_stem(figure))
+        page.picture((out / f"{stem}.png").read_bytes(), stem, caption)
+        for figure, caption in CAPTIONS.items() for stem in pictures if stem.startswith(file_stem(figure))
     ]  # fmt: skip
-    page.save_page(_about(subjects, source, chosen), lines, captioned, out / "index.html")
+    parts = [page.paragraph(_about(subjects, source, chosen)), page.bullets(lines), *captioned]
+    page.save_page("kamim analysis", parts, out / "index.html")
     return lines
 
 

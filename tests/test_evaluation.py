@@ -1,6 +1,9 @@
 """`kamim eval`: classifiers on features whose answer is known, every mode end to end, resuming, wrong input."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_store
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -24,6 +28,7 @@ from kamim.evaluation.finetune import Averaged, Classifier, parameter_groups
 from kamim.evaluation.readout import Pixels, Readout, fixed, resolve, tokens_after
 from kamim.loop import Run, train
 from kamim.models import build_encoder
+from kamim.store import Store
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -198,7 +203,7 @@ def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained:
     for convention in ("paper", "honest"):
         assert 0 < result[convention]["psnr"] < 40
         assert -1 < result[convention]["ssim"] < 1
-    assert (tmp_path / "out/run/reconstruct/reconstruction.png").stat().st_size > 10_000
+    assert "data:image/png" in (tmp_path / "out/index.html").read_text()
     (more,) = run(evaluation(pretrained, stores["zarr"], "reconstruct.mask_ratio=0.1"), "reconstruct")
     assert more["paper"] != result["paper"]
     with pytest.raises(ValueError, match="without a trained pixel head; it reconstructs nothing"):
@@ -316,3 +321,42 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
     refused = runner.invoke(app, [*command, "--mode", "guess"])
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr
+
+
+def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    given = [*SHORT, f"checkpoint=[KAMIM={pretrained},'pixels:{pretrained}']", f"train={stores['zarr']}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "kamim", "eval", "--mode", "all", "--out", str(tmp_path / "two"), f"val={stores['zarr']}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linprobe KAMIM") == 1  # one process talks
+    kamim, pixels = f"KAMIM={pretrained}", f"pixels:{pretrained}"
+    one = run_evaluation(evaluation("", stores["zarr"], checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent)
+    made = {(result["name"], result["mode"]): result for result in one}
+    assert made.keys() == {
+        *(("KAMIM", mode) for mode in ("linprobe", "knn", "finetune", "reconstruct", "probe-sweep")),
+        *(("pixels run", mode) for mode in ("linprobe", "knn", "probe-sweep")),
+    }
+    for (name, mode), result in made.items():
+        other = json.loads((tmp_path / "two" / name / mode / "result.json").read_text())
+        assert other.keys() == result.keys()
+        if mode == "knn":
+            assert other == result
+        if mode == "reconstruct":
+            assert other["honest"] == pytest.approx(result["honest"], rel=1e-5)
+    page = (tmp_path / "one/index.html").read_text()
+    assert all(f"<h2>{title}</h2>" in page for title in ("Linear probe", "Fine-tuning", "Reconstruction"))
+
+
+def test_small_images_are_enlarged_to_the_checkpoints_resolution(pretrained: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = random.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    small = build_store(tmp_path / "images", tmp_path / "small", detectors=())
+    assert Store(small).images.sizes.max() == 32
+    (result,) = run(evaluation(pretrained, small), "knn")
+    assert (result["val"]["images"], result["k"]["1"]["top1"]) == (12, 100)

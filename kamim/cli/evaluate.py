@@ -55,7 +55,7 @@ def evaluate(
         [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
         {key: value for key, value in named.items() if value is not None},
     )  # fmt: skip
-    modes = MODES if mode == "all" else (mode,)
+    modes = None if mode == "all" else (mode,)
     try:
         with terminable(), bar("eval") as update:
             results = run_evaluation(
@@ -70,6 +70,8 @@ def evaluate(
         raise typer.Exit(RESUMABLE) from None
     for result in results:
         out_console.print(_line(result))
+    if out is not None:
+        out_console.print(f"{out / 'index.html'}")
     write_json(json_out, results)
 
 

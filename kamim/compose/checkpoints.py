@@ -7,19 +7,20 @@ from typing import Any
 import torch
 
 from kamim import checkpoint, interop, store
-from kamim.config import Mask, Pretrain
+from kamim.config import Mask
 from kamim.evaluation.readout import Encoder, Pixels
 from kamim.models import MaskedImageModel
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. model: with its pixel head, where it has a trained one."""
+    """What is evaluated. model: with its pixel head, where it has one. mask: that of its pretraining."""
 
     name: str
     encoder: Encoder
     model: MaskedImageModel | None
     resolution: int
+    mask: Mask
     about: dict[str, Any]
 
 
@@ -34,11 +35,14 @@ def load_subject(spec: str) -> Subject:
     kind, colon, path = source.rpartition(":")
     name = name or f"{kind}{' ' if colon else ''}{Path(path).name}"
     if source.startswith("pixels:"):
-        resolution = checkpoint.read(Path(source.removeprefix("pixels:"))).config.data.resolution
-        about = {"checkpoint": source, "architecture": "pixels", "step": 0, "reconstructs": False, "weights": None}
-        return Subject(name, Pixels(), None, resolution, {**about, "pretraining": None})
+        config = checkpoint.read(Path(path)).config
+        about = {"checkpoint": source, "architecture": "pixels", "step": 0, "weights": None, "pretraining": None}
+        return Subject(name, Pixels(), None, config.data.resolution, config.mask, about)
     model, about = load_model(source)
-    return Subject(name, model.encoder, model if about["reconstructs"] else None, model.resolution, about)
+    own = not Path(path).is_file()
+    mask = checkpoint.read(Path(path)).config.mask if own else Mask()
+    reconstructs = about.pop("reconstructs")
+    return Subject(name, model.encoder, model if reconstructs else None, model.resolution, mask, about)
 
 
 def load_model(source: str) -> tuple[MaskedImageModel, dict[str, Any]]:
@@ -49,8 +53,7 @@ def load_model(source: str) -> tuple[MaskedImageModel, dict[str, Any]]:
     found = checkpoint.read(path)
     about = {
         "checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step,
-        "reconstructs": found.has_head, "weights": found.weights,
-        "mask": found.config.mask.model_dump(), "pretraining": _pretraining(found.config),
+        "reconstructs": found.has_head, "weights": found.weights, "pretraining": _pretraining(found),
     }  # fmt: skip
     if not random:
         return found.build_model(), about
@@ -65,18 +68,24 @@ def _foreign(file: Path) -> tuple[MaskedImageModel, dict[str, Any]]:
     model.load_state_dict(made.state, strict=made.has_head)
     return model, {
         "checkpoint": str(file), "architecture": made.architecture, "step": 0, "reconstructs": made.has_head,
-        "weights": store.checksum(file), "mask": Mask().model_dump(), "pretraining": None,
+        "weights": store.checksum(file), "pretraining": None,
     }  # fmt: skip
 
 
-def _pretraining(config: Pretrain) -> dict[str, Any]:
-    """How a checkpoint was trained: enough to tell whether the paper has a figure for it."""
+def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    """How a checkpoint was trained: what kamim.evaluation.paper.quoted asks. None where it came from elsewhere."""
+    config = found.config
+    if found.step == 0:
+        return None
     try:
-        dataset = store.read_manifest(config.data.store).job.dataset
-    except ValueError:
-        dataset = None  # its store is not on this machine
+        manifest = store.read_manifest(config.data.store)
+    except ValueError:  # its store is not on this machine
+        dataset, complete = None, None
+    else:
+        steps = config.optim.epochs * (manifest.count // config.optim.batch_size)
+        dataset, complete = manifest.job.dataset, found.step == steps
     return {
-        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset,
-        "weighting": None if config.weighting is None else config.weighting.model_dump(),
+        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,
         "epochs": config.optim.epochs, "resolution": config.data.resolution,
+        **config.model_dump(mode="json", include={"weighting", "mask", "optim"}),
     }  # fmt: skip

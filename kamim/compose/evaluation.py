@@ -9,22 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from kamim import distributed
+from kamim import distributed, page
 from kamim.compose.checkpoints import Subject, load_subject
-from kamim.compose.modes import TASKS
+from kamim.compose.modes import SHOWN, TASKS, applies
 from kamim.compose.setting import Samples, Setting, Task
 from kamim.compose.training import check_area
 from kamim.config import Evaluation
 from kamim.distributed import World
+from kamim.evaluation import report
 from kamim.evaluation.subset import n_per_class
 from kamim.loop import Progress
+from kamim.plots import reconstruction_sheet
 from kamim.store import Store
 
 
 def run_evaluation(
-    config: Evaluation, modes: Sequence[str], progress: Callable[[str], Progress]
+    config: Evaluation, modes: Sequence[str] | None, progress: Callable[[str], Progress]
 ) -> list[dict[str, Any]]:
     """Every mode on every checkpoint: a result each, with all that led to it. progress(title) shows one.
+
+    modes: None for all that a checkpoint has what they need for. In config.out a page shows all that is there.
 
     Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
     """
@@ -35,9 +39,15 @@ def run_evaluation(
         subjects = [load_subject(spec) for spec in config.checkpoint]
         _distinct([subject.name for subject in subjects])
         setting = _setting(config, world, subjects)
-        tasks = [TASKS[mode](setting, subject) for subject in subjects for mode in modes]
+        tasks = [
+            TASKS[mode](setting, subject) for subject in subjects for mode in modes or TASKS
+            if modes is not None or applies(mode, subject)
+        ]  # fmt: skip
         with TemporaryDirectory() if config.out is None else nullcontext(str(config.out)) as root:
-            return [_run(task, Path(root), world, progress) for task in tasks]
+            results = [_run(task, Path(root), world, progress) for task in tasks]
+        if config.out is not None and world.is_main:
+            _report(config.out)
+        return results
     finally:
         distributed.stop()
 
@@ -105,3 +115,23 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     staged = file.with_suffix(".tmp")
     staged.write_text(json.dumps(content, indent=2) + "\n")
     staged.rename(file)
+
+
+def _report(out: Path) -> None:
+    """index.html, of every result below `out`, and its reconstructions side by side."""
+    files = sorted(out.glob("*/*/result.json"))
+    results = [json.loads(file.read_text()) for file in files]
+    sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
+    shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
+    for file, result in zip(files, results, strict=True):
+        if result["mode"] == "reconstruct":
+            with np.load(file.with_name(SHOWN)) as arrays:
+                originals, masks, made = (arrays[name] for name in ("originals", "masks", "made"))
+            same = originals.tobytes(), masks.tobytes()  # only then do reconstructions compare
+            shown[same] = originals, masks
+            sheets.setdefault(same, []).append((result["name"], made))
+    pictures = [
+        (page.png(reconstruction_sheet(*shown[same], rows, "")), "Original, masked, and what each makes of it.")
+        for same, rows in sheets.items()
+    ]
+    report.save_report(results, pictures, out / "index.html")

@@ -20,15 +20,15 @@ from kamim.distributed import World
 from kamim.evaluation import classify, finetune, probe
 from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
-from kamim.evaluation.reconstruct import CONVENTIONS, Honest, Paper
+from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.sweep import best, sweep
 from kamim.loop import Progress, Run, autocast, should_compile, train
 from kamim.masking import block_masks
 from kamim.models import build_encoder, expand_mask
-from kamim.plots import reconstruction_sheet
 from pipelines.augment import probe_augment
 from pipelines.loader import Crop
 
+SHOWN = "shown.npz"  # of a reconstruction: originals, masks, made, as plots.reconstruction_sheet takes them
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
 
 
@@ -151,14 +151,13 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         raise ValueError(
             f"--checkpoint {subject.name}: is an encoder without a trained pixel head; it reconstructs nothing"
         )
-    ratio, cell = subject.about["mask"]["ratio"], subject.about["mask"]["patch_size"]
-    ratio = ratio if options.mask_ratio is None else options.mask_ratio
-    grid = subject.resolution // cell
+    ratio = options.mask_ratio or subject.mask.ratio
+    grid = subject.resolution // subject.mask.patch_size
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         world, plan = setting.world, setting.in_order(setting.val)
         model.to(world.device).eval()
-        metrics: dict[str, Paper | Honest] = {name: CONVENTIONS[name](world.device) for name in options.conventions}
+        metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
         shown: list[np.ndarray] = []
         for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
             mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(world.device)
@@ -173,10 +172,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
             progress(batch.step + 1, plan.steps_per_epoch, {})
         found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
         if world.is_main:
-            caption = f"{subject.name}: mask ratio {ratio:g}"
-            sheet = reconstruction_sheet(shown[0], shown[1], [(subject.name, shown[2])], caption)
-            sheet.savefig(folder / "reconstruction.png", dpi=110)
-            np.savez(folder / "reconstruction.npz", originals=shown[0], masks=shown[1], made=shown[2])
+            np.savez(folder / SHOWN, originals=shown[0], masks=shown[1], made=shown[2])
         return found
 
     about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json")}
@@ -227,3 +223,10 @@ def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: clas
     plan = setting.in_order(setting.val)
     batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
     return classify.accuracy(network, read, batches, len(setting.val.classes), setting.config.compute, setting.world)
+
+
+def applies(mode: str, subject: Subject) -> bool:
+    """Whether a checkpoint has what a mode needs."""
+    if mode == "finetune":
+        return not isinstance(subject.encoder, Pixels)
+    return mode != "reconstruct" or subject.model is not None

@@ -15,7 +15,7 @@ from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import save_report
 from kamim.plots import reconstruction_sheet
 
-OPTIM = {"algorithm": "adamw", **paper.OPTIM, "micro_batch": 2048}
+OPTIM = {**paper.OPTIM, "micro_batch": 2048}
 READ = {"block": 8, "pooling": "mean", "norm": "none"}
 
 
@@ -104,9 +104,10 @@ def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
 
 
 def test_every_number_of_the_tables_can_be_found() -> None:
-    modes = [key[0] for key in paper.TOP1]
+    modes = [key[0] for key in paper.QUOTES]
     imagenet, others = 5 * 2 + (12 - 1) + 2, 6 * 2
     assert (modes.count("finetune"), modes.count("linprobe")) == (imagenet + others, imagenet + others + 2)
+    assert modes.count("reconstruct") == 2
 
 
 class Checker(HTMLParser):

@@ -5,6 +5,7 @@ model gives it; bool [B, H, W], True where masked. compute() gives {"psnr", "ssi
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -70,4 +71,4 @@ class Honest:
         return {"psnr": float(self._psnr.compute()), "ssim": float(self._ssim.compute())}
 
 
-CONVENTIONS = {"paper": Paper, "honest": Honest}
+CONVENTIONS: Mapping[str, type[Paper] | type[Honest]] = {"paper": Paper, "honest": Honest}

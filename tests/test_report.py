@@ -50,7 +50,7 @@ def finetune(**changes: Any) -> dict[str, Any]:
 
 def reconstruct(**changes: Any) -> dict[str, Any]:
     found = {"paper": {"psnr": 11.987, "ssim": 0.1012}, "honest": {"psnr": 17.254, "ssim": 0.3456}}
-    return about(**{"mode": "reconstruct", "options": {"mask_ratio": 0.4}, **found, **changes})
+    return about(**{"mode": "reconstruct", "mask_ratio": 0.4, **found, **changes})
 
 
 def changed(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_and_nowhere_else(path: str, value: Any) -> None:
 
 
 def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
-    assert quoted(changed(reconstruct(), "options.mask_ratio", 0.6)) == {}
+    assert quoted(reconstruct(mask_ratio=0.6)) == {}
     assert quoted(changed(reconstruct(), "pretraining.weighting.detector", "orb")) == {}
     assert quoted(reconstruct(architecture="vit_small")) == {}
 

@@ -59,7 +59,7 @@ OPTIM = {
 EVALUATION: Mapping[str, Mapping[str, Any]] = {
     "linprobe": {"protocol": "paper", "pooling": "mean", "options": {"augment": "paper", "optim": OPTIM}},
     "finetune": {"protocol": "paper", "options": {"layer_decay": None, "ema": None, "optim": OPTIM}},
-    "reconstruct": {"options": {"mask_ratio": 0.4}},
+    "reconstruct": {"mask_ratio": 0.4},
 }
 IMAGES = {  # of whole training and validation splits
     "imagenet": (1_281_167, 50_000), "inaturalist2021": (2_686_843, 100_000), "places365": (1_803_460, 36_500),

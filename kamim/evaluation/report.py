@@ -11,7 +11,7 @@ from kamim.evaluation.paper import quoted
 from kamim.evaluation.sweep import best, best_by_readout
 
 Result = Mapping[str, Any]
-FOUND = ("top1", "top5", "k", "rows", "paper", "honest")  # what a result holds beside its settings
+FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings
 PAPER_HEADER = "paper's"
 
 

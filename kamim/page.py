@@ -18,11 +18,11 @@ PAGE = Template("""<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h2 { margin: 2.5rem 0 .5rem; } figure { margin: 1.5rem 0 2.5rem; } img { max-width: 100%; height: auto; }
-figcaption, summary { color: #444; } li { margin: .3rem 0; } p, li, td { overflow-wrap: anywhere; }
+figcaption, summary { color: #444; } li { margin: .3rem 0; } p, li, details td { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
-th { border-bottom: 2px solid #bbb; white-space: nowrap; } td { min-width: 3.5rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; } details table { font-size: .85rem; }
+th { border-bottom: 2px solid #bbb; white-space: nowrap; }
+details { margin: .5rem 0; } summary { cursor: pointer; } details td { font-size: .85rem; min-width: 4rem; }
 </style></head><body>
 <h1>$title</h1>
 $parts

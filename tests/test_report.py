@@ -15,7 +15,7 @@ from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import save_report
 from kamim.plots import reconstruction_sheet
 
-OPTIM = {"algorithm": "adamw", **paper.OPTIM, "micro_batch": 2048}
+OPTIM = {**paper.OPTIM, "micro_batch": 2048}
 READ = {"block": 8, "pooling": "mean", "norm": "none"}
 
 
@@ -50,7 +50,7 @@ def finetune(**changes: Any) -> dict[str, Any]:
 
 def reconstruct(**changes: Any) -> dict[str, Any]:
     found = {"paper": {"psnr": 11.987, "ssim": 0.1012}, "honest": {"psnr": 17.254, "ssim": 0.3456}}
-    return about(**{"mode": "reconstruct", "options": {"mask_ratio": 0.4}, **found, **changes})
+    return about(**{"mode": "reconstruct", "mask_ratio": 0.4, **found, **changes})
 
 
 def changed(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -98,15 +98,16 @@ def test_and_nowhere_else(path: str, value: Any) -> None:
 
 
 def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
-    assert quoted(changed(reconstruct(), "options.mask_ratio", 0.6)) == {}
+    assert quoted(reconstruct(mask_ratio=0.6)) == {}
     assert quoted(changed(reconstruct(), "pretraining.weighting.detector", "orb")) == {}
     assert quoted(reconstruct(architecture="vit_small")) == {}
 
 
 def test_every_number_of_the_tables_can_be_found() -> None:
-    modes = [key[0] for key in paper.TOP1]
+    modes = [key[0] for key in paper.QUOTES]
     imagenet, others = 5 * 2 + (12 - 1) + 2, 6 * 2
     assert (modes.count("finetune"), modes.count("linprobe")) == (imagenet + others, imagenet + others + 2)
+    assert modes.count("reconstruct") == 2
 
 
 class Checker(HTMLParser):

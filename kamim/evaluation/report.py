@@ -11,7 +11,7 @@ from kamim.evaluation.paper import quoted
 from kamim.evaluation.sweep import best, best_by_readout
 
 Result = Mapping[str, Any]
-FOUND = ("top1", "top5", "k", "rows", "paper", "honest")  # what a result holds beside its settings
+FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings
 PAPER_HEADER = "paper's"
 
 
@@ -20,11 +20,10 @@ def save_report(results: Sequence[Result], pictures: Sequence[tuple[bytes, str]]
 
     The paper's numbers stand beside ours where the setting is the same (kamim.evaluation.paper.quoted).
     """
-    parts = [
-        page.paragraph(f"kamim {kamim.__version__}. Accuracies in per cent."),
-        _checkpoints(results),
-        _glance(results),
-    ]
+    about = (
+        f"kamim {kamim.__version__}. Accuracies in per cent on the validation store; top-1 where nothing else is said."
+    )
+    parts = [page.paragraph(about), _glance(results), _checkpoints(results)]
     if any(quoted(result) for result in results):
         parts.append(page.paragraph(f"Columns {PAPER_HEADER}: what the paper reports where its setting is the same."))
     for mode, (title, section) in SECTIONS.items():

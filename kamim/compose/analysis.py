@@ -41,8 +41,9 @@ def load_subject(spec: str, seed: int) -> Subject:
         encoder = timm_encoder(source.removeprefix("timm:"), seed)
         about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}
         return Subject(name, encoder, encoder.patch_embed.img_size[0], None, about)
-    model, about = load_model(source)
-    return Subject(name, model.encoder, model.resolution, model if about["reconstructs"] else None, about)
+    found = load_model(source)
+    model = found.model if found.has_head else None
+    return Subject(name, found.model.encoder, found.model.resolution, model, found.about)
 
 
 def run_analysis(

@@ -38,38 +38,48 @@ def load_subject(spec: str) -> Subject:
         config = checkpoint.read(Path(path)).config
         about = {"checkpoint": source, "architecture": "pixels", "step": 0, "weights": None, "pretraining": None}
         return Subject(name, Pixels(), None, config.data.resolution, config.mask, about)
-    model, about = load_model(source)
-    own = not Path(path).is_file()
-    mask = checkpoint.read(Path(path)).config.mask if own else Mask()
-    reconstructs = about.pop("reconstructs")
-    return Subject(name, model.encoder, model if reconstructs else None, model.resolution, mask, about)
+    found = load_model(source)
+    return Subject(
+        name, found.model.encoder, found.model if found.has_head else None, found.model.resolution, found.mask,
+        found.about,
+    )  # fmt: skip
 
 
-def load_model(source: str) -> tuple[MaskedImageModel, dict[str, Any]]:
-    """A model, and what it is: by checkpoint, file, or random:CHECKPOINT for its architecture and seed untrained."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model, whether it has a pixel head, the mask of its pretraining, and what it is."""
+
+    model: MaskedImageModel
+    has_head: bool
+    mask: Mask
+    about: dict[str, Any]
+
+
+def load_model(source: str) -> Loaded:
+    """A checkpoint, a file of foreign weights, or random:CHECKPOINT for its architecture and seed untrained."""
     random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
     if path.is_file():
         return _foreign(path)
     found = checkpoint.read(path)
-    about = {
-        "checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step,
-        "reconstructs": found.has_head, "weights": found.weights, "pretraining": _pretraining(found),
-    }  # fmt: skip
+    about = {"checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step}
     if not random:
-        return found.build_model(), about
+        about |= {"weights": found.weights, "pretraining": _pretraining(found)}
+        return Loaded(found.build_model(), found.has_head, found.config.mask, about)
     torch.manual_seed(found.config.seed)
     model = MaskedImageModel(found.config.model.name, found.config.data.resolution)
-    return model, {**about, "checkpoint": source, "step": 0, "weights": None, "pretraining": None}
+    about |= {"checkpoint": source, "step": 0, "weights": None, "pretraining": None}
+    return Loaded(model, True, found.config.mask, about)
 
 
-def _foreign(file: Path) -> tuple[MaskedImageModel, dict[str, Any]]:
-    made = interop.convert(interop.read_file(file), None)
+def _foreign(file: Path) -> Loaded:
+    made = interop.convert(interop.read_file(file))
     model = MaskedImageModel(made.architecture, made.resolution)
     model.load_state_dict(made.state, strict=made.has_head)
-    return model, {
-        "checkpoint": str(file), "architecture": made.architecture, "step": 0, "reconstructs": made.has_head,
-        "weights": store.checksum(file), "pretraining": None,
+    about = {
+        "checkpoint": str(file), "architecture": made.architecture, "step": 0, "weights": store.checksum(file),
+        "pretraining": None,
     }  # fmt: skip
+    return Loaded(model, made.has_head, Mask(), about)
 
 
 def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:

@@ -22,8 +22,14 @@ class Undecodable(ValueError):
     """This file is not an image that can be trusted; the message says why."""
 
 
-def decode(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises Undecodable for anything truncated, corrupt, oversized or not an image."""
+def decode(data: bytes | np.ndarray) -> np.ndarray:
+    """RGB uint8 [H, W, 3], as it is where it is decoded already.
+
+    Raises Undecodable for anything truncated, corrupt, oversized or not an image.
+    """
+    if isinstance(data, np.ndarray):
+        assert data.dtype == np.uint8 and data.ndim == 3 and data.shape[2] == 3
+        return data
     if not data:
         raise Undecodable("empty file")
     if data[:3] == b"\xff\xd8\xff":

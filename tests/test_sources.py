@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess import sources
-from preprocess.sources import Source, list_source
+from preprocess.sources import Source, list_source, sample
 
 
 def image(file: Path) -> Path:
@@ -147,21 +146,6 @@ def test_the_fingerprint_sees_names_labels_and_sizes(tmp_path: Path) -> None:
     assert len(set(seen)) == 4
 
 
-@pytest.mark.parametrize("below", ["", "ILSVRC/Data/CLS-LOC"])
-def test_imagenet_is_the_class_folders_of_a_split(tmp_path: Path, below: str) -> None:
-    for name in ("train/n02/x.JPEG", "train/n01/y.JPEG", "val/n01/z.JPEG"):
-        image(tmp_path / below / name)
-    train, val = (list_source("imagenet", tmp_path, split) for split in ("train", "val"))
-    assert (train.classes, keys(train)) == (("n01", "n02"), ["n01/y.JPEG", "n02/x.JPEG"])
-    assert keys(val) == ["n01/z.JPEG"]
-
-
-def test_imagenet_without_the_split_or_its_class_folders_is_named(tmp_path: Path) -> None:
-    image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
-    assert "neither train nor" in complaint("imagenet", tmp_path, "train")
-    assert f"{tmp_path / 'val'}: flat" in complaint("imagenet", tmp_path, "val")
-
-
 @lru_cache(maxsize=1)
 def coordinates(height: int, width: int) -> np.ndarray:
     """An image whose every pixel says where it is, 12 bits for y and 12 for x."""
@@ -178,11 +162,11 @@ def positions(patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     """Patches of coordinate images of the photographs' shapes, as they are handed to the encoder."""
     shapes = {
-        name: sources.photograph(name).shape[:2] for package, names in sources.PHOTOGRAPHS.items() for name in names
+        name: sample.photograph(name).shape[:2] for package, names in sample.PHOTOGRAPHS.items() for name in names
     }
     patches: list[np.ndarray] = []
-    monkeypatch.setattr(sources, "photograph", lambda name: coordinates(*shapes[name]))
-    monkeypatch.setattr(sources.simplejpeg, "encode_jpeg", lambda patch, quality: patches.append(patch) or b"")
+    monkeypatch.setattr(sample, "photograph", lambda name: coordinates(*shapes[name]))
+    monkeypatch.setattr(sample.simplejpeg, "encode_jpeg", lambda patch, quality: patches.append(patch) or b"")
     return patches
 
 
@@ -197,7 +181,7 @@ def test_training_and_validation_patches_share_no_pixel(cut: list[np.ndarray]) -
             seen.append(list(cut))
         for patch in [*seen[0], *seen[1]]:
             y, x = positions(patch)
-            low, high = sources.PATCH_SIDES
+            low, high = sample.PATCH_SIDES
             assert patch.shape[0] == patch.shape[1]
             assert low <= len(patch) <= high
             np.testing.assert_array_equal(y - y[0, 0], np.indices(y.shape)[0])  # one piece, as it lies
@@ -220,7 +204,7 @@ def test_sample_is_the_same_every_time() -> None:
     assert first.fingerprint() == second.fingerprint()
     items = first.items[::97]
     read = [first.read(item) for item in items]
-    sources.photograph.cache_clear()
+    sample.photograph.cache_clear()
     assert [second.read(item) for item in items] == read
 
 
@@ -230,6 +214,6 @@ def test_sample_counts_and_labels() -> None:
     assert len(set(train.classes)) == 17
     for listed, split in ((train, "train"), (val, "val")):
         labels = np.bincount([item.label for item in listed.items])
-        assert labels.tolist() == [sources.PATCHES[split]] * 17
+        assert labels.tolist() == [sample.PATCHES[split]] * 17
         assert len(set(keys(listed))) == len(listed.items)
         assert keys(listed)[0].startswith(f"{split}/{listed.classes[0]}.")

@@ -33,7 +33,11 @@ def list_source(dataset: str, source: Path | None, split: str) -> Source:
         raise ValueError(f"data set {dataset!r}: must be one of {', '.join(SOURCES)}")
     if split not in SPLITS:
         raise ValueError(f"--split {split}: must be one of {', '.join(SPLITS)}")
-    return SOURCES[dataset](source, split)
+    try:
+        return SOURCES[dataset](source, split)
+    except OSError as error:
+        where = printable(str(error.filename or source))
+        raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
 
 
 def download(dataset: str, folder: Path | None) -> None:

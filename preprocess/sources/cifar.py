@@ -20,6 +20,7 @@ from preprocess.sources.inert import contents
 from preprocess.sources.tars import unpacked
 
 URL = "https://www.cs.toronto.edu/~kriz/"
+IMAGES = {"train": 50_000, "val": 10_000}
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 _TIMEOUT = 60  # seconds without a byte
@@ -53,26 +54,48 @@ class Cifar:
 
 CIFARS = {
     "cifar10": Cifar(
-        10,
-        {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "val": ("test_batch",)},
-        "labels", "label_names", 1,
-        Version(
-            "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py", "", "batches.meta",
+        classes=10,
+        batches={"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "val": ("test_batch",)},
+        label="labels",
+        label_names="label_names",
+        label_bytes=1,
+        python=Version(
+            archive="cifar-10-python.tar.gz",
+            md5="c58f30108f718f92721af3b95e74349a",
+            folder="cifar-10-batches-py",
+            suffix="",
+            names="batches.meta",
         ),
-        Version(
-            "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin", ".bin",
-            "batches.meta.txt",
+        binary=Version(
+            archive="cifar-10-binary.tar.gz",
+            md5="c32a1d4ab5d03f1284b67883e8d87530",
+            folder="cifar-10-batches-bin",
+            suffix=".bin",
+            names="batches.meta.txt",
         ),
     ),
     "cifar100": Cifar(
-        100, {"train": ("train",), "val": ("test",)}, "fine_labels", "fine_label_names", 2,
-        Version("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python", "", "meta"),
-        Version(
-            "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary", ".bin",
-            "fine_label_names.txt",
+        classes=100,
+        batches={"train": ("train",), "val": ("test",)},
+        label="fine_labels",
+        label_names="fine_label_names",
+        label_bytes=2,
+        python=Version(
+            archive="cifar-100-python.tar.gz",
+            md5="eb9058c3a382ffc7106e4002c42a8d85",
+            folder="cifar-100-python",
+            suffix="",
+            names="meta",
+        ),
+        binary=Version(
+            archive="cifar-100-binary.tar.gz",
+            md5="03b5dce01913d631647c71ecec9e9cb8",
+            folder="cifar-100-binary",
+            suffix=".bin",
+            names="fine_label_names.txt",
         ),
     ),
-}  # fmt: skip
+}
 
 
 def list_images(dataset: str, source: Path | None, split: str) -> Source:
@@ -124,7 +147,9 @@ def _load(dataset: str, place: str, split: str) -> tuple[tuple[str, ...], np.nda
     except (OSError, KeyError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{printable(place)}: cannot be read as {dataset}: {error}") from error
     labels, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    if len(names) != what.classes or labels.size == 0 or labels.max() >= what.classes or labels.min() < 0:
+    if len(labels) != IMAGES[split]:
+        raise ValueError(f"{printable(place)}: holds {len(labels)} images for {split}, not {IMAGES[split]}")
+    if len(names) != what.classes or labels.max() >= what.classes or labels.min() < 0:
         raise ValueError(f"{printable(place)}: labels or class names are not those of {dataset}")
     pixels = rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return tuple(map(printable, names)), labels, np.ascontiguousarray(pixels)

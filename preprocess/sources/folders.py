@@ -62,7 +62,7 @@ def images_in(root: Path, label_of: Callable[[str], int] = lambda name: -1) -> l
 def images_below(root: Path, name: str, label: int) -> list[Item]:
     """Image files below root/name, sorted. Links are followed, each folder is entered once.
 
-    Raises ValueError for a folder that cannot be listed.
+    Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
     found: list[Item | None] = []
@@ -79,7 +79,7 @@ def images_below(root: Path, name: str, label: int) -> list[Item]:
 
 
 def _refuse(error: OSError) -> None:
-    raise ValueError(f"--source {printable(str(error.filename))}: cannot be listed: {error.strerror}") from error
+    raise error
 
 
 def file_item(root: str, key: str, label: int) -> Item | None:

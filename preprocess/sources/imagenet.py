@@ -7,6 +7,7 @@ may have images of that class.
 import csv
 import io
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
 
 
 def _kaggle_truth(file: Path) -> dict[str, str]:
-    """Lines "image,wnid box wnid box ..." under a heading (Kaggle's ImageNet Object Localization Challenge)."""
+    """Lines "image,wnid box wnid box ..." under a heading, of Kaggle's ImageNet challenge."""
     with open(file, newline="") as stream:
         rows = list(csv.reader(stream))[1:]
     truth = {row[0]: row[1].partition(" ")[0] for row in rows if len(row) == 2}
@@ -116,12 +117,12 @@ def _kaggle_truth(file: Path) -> dict[str, str]:
 
 
 def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
-    """From meta.mat and the ground truth, whose line n is the ILSVRC2012_ID of ILSVRC2012_val_<n> (the devkit's readme).
+    """The classes, and the class of each image; line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>.
 
-    The classes are the synsets without children.
+    The classes are the synsets without children (the devkit's readme).
     """
     try:
-        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError, loadmat
     except ModuleNotFoundError as error:
         raise ValueError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'") from error
     meta, truth = files
@@ -129,6 +130,6 @@ def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, 
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}
         images = {f"ILSVRC2012_val_{n:08d}": wnids[int(line)] for n, line in enumerate(truth.split(), 1)}
-    except (ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+    except (MatReadError, zlib.error, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's: {error!r}") from error
     return sorted(wnids.values()), images

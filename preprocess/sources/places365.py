@@ -41,10 +41,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 def _pairs(file: Path) -> dict[str, int]:
     """Lines "path label", in their order."""
-    try:
-        lines = file.read_text(errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise ValueError(f"{printable(str(file))}: cannot be read: {error.strerror}") from error
+    lines = file.read_text(errors="surrogateescape").splitlines()
     found = [_LINE.fullmatch(line.strip()) for line in lines]
     if not lines or not all(found):
         raise ValueError(f"{printable(str(file))}: its lines are not PATH LABEL")

@@ -58,10 +58,7 @@ class Tar:
     """A tar file, or a tar within one."""
 
     def __init__(self, file: Path):
-        try:
-            found = file.stat()
-        except OSError as error:
-            raise ValueError(f"{printable(str(file))}: cannot be read: {error.strerror}") from error
+        found = file.stat()
         self.file, self.time, self._size = str(file.resolve()), found.st_mtime_ns, found.st_size
         self.name = printable(str(file))
 

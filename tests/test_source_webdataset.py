@@ -17,7 +17,8 @@ from preprocess.sources.webdataset import braces
 
 def shard(root: Path, name: str, files: dict[str, Any]) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(packed({key: data if isinstance(data, bytes) else json.dumps(data).encode() for key, data in files.items()}))  # fmt: skip
+    encoded = {key: data if isinstance(data, bytes) else json.dumps(data).encode() for key, data in files.items()}
+    (root / name).write_bytes(packed(encoded))
 
 
 def labels(source: Source) -> dict[str, int]:
@@ -45,8 +46,10 @@ def test_samples_are_read_from_shards_in_order(tmp_path: Path) -> None:
 
 
 def test_labels_are_numbers_or_names_or_none(tmp_path: Path) -> None:
-    shard(tmp_path / "names", "x.tar", {"a.jpg": b"", "a.json": {"label": "zebra"}, "b.jpg": b"", "b.json": {"label": "ant"}})  # fmt: skip
-    shard(tmp_path / "both", "x.tar", {"a.jpg": b"", "a.json": {"label": 7}, "a.cls": b"1", "b.jpg": b"", "b.cls": b"0", "b.json": {}})  # fmt: skip
+    named = {"a.jpg": b"", "a.json": {"label": "zebra"}, "b.jpg": b"", "b.json": {"label": "ant"}}
+    shard(tmp_path / "names", "x.tar", named)
+    twice = {"a.jpg": b"", "a.json": {"label": 7}, "a.cls": b"1", "b.jpg": b"", "b.cls": b"0", "b.json": {}}
+    shard(tmp_path / "both", "x.tar", twice)
     shard(tmp_path / "none", "x.tar", {"a.jpg": b"", "a.json": {"caption": "x"}, "b.jpg": b""})
     names, both, none = (list_source("webdataset", tmp_path / name, "train") for name in ("names", "both", "none"))
     assert (names.classes, list(labels(names).values())) == (("ant", "zebra"), [1, 0])
@@ -84,10 +87,8 @@ def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:
 def test_shards_may_be_a_pattern(tmp_path: Path) -> None:
     for name in ("a/x-08.tar", "a/x-09.tar", "b/x-10.tar", "b/x-11.tar"):
         shard(tmp_path, name, {"1.jpg": name.encode()})
-    source = list_source(
-        "webdataset", tmp_path / "{a,b}/../*".replace("../*", "x-10.tar").replace("{a,b}", "{b,b}"), "val"
-    )
-    assert [source.read(item) for item in source.items] == [b"b/x-10.tar"] * 2
+    source = list_source("webdataset", tmp_path / "{b/x-10,a/x-09}.tar", "val")
+    assert [source.read(item) for item in source.items] == [b"b/x-10.tar", b"a/x-09.tar"]
     source = list_source("webdataset", tmp_path / "a/x-{08..09}.tar", "train")
     assert list(labels(source)) == ["x-08.tar/1.jpg", "x-09.tar/1.jpg"]
 

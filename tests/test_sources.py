@@ -1,15 +1,18 @@
 """Listing data sets: what is an image, whose label it has, and what to say where there is none."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from sys import getsizeof
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.sources import Source, list_source, sample
+from preprocess.sources import Source, list_source, printable, sample
+from preprocess.sources.base import MAX_FILE_BYTES
 
 
 def image(file: Path) -> Path:
@@ -144,6 +147,65 @@ def test_the_fingerprint_sees_names_labels_and_sizes(tmp_path: Path) -> None:
     seen.append(fingerprint())
     assert seen[0] == seen[1]
     assert len(set(seen)) == 4
+
+
+def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "c/1.jpg"):
+        image(tmp_path / name)
+    (tmp_path / "b/empty").mkdir(parents=True)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert listed.classes == ("a", "c")
+    assert [item.label for item in listed.items] == [0, 1]
+
+
+def test_pipes_and_devices_are_left_out_and_never_waited_for(tmp_path: Path) -> None:
+    image(tmp_path / "a/1.jpg")
+    os.mkfifo(tmp_path / "a/2.jpg")
+    (tmp_path / "a/3.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert keys(listed) == ["a/1.jpg"]
+    (tmp_path / "a/1.jpg").unlink()
+    os.mkfifo(tmp_path / "a/1.jpg")
+    with pytest.raises(OSError, match="not a plain file"):
+        listed.read(listed.items[0])
+
+
+def test_files_that_vanish_or_grow_out_of_bounds_are_not_read(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/2.jpg"):
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    (tmp_path / "a/1.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        listed.read(listed.items[0])
+    os.truncate(tmp_path / "a/2.jpg", MAX_FILE_BYTES + 1)
+    with pytest.raises(OSError, match="more than the limit"):
+        listed.read(listed.items[1])
+
+
+def test_what_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(tmp_path / "a/1.jpg")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert f"{tmp_path / 'a'}: cannot be read: Permission denied" in complaint("imagefolder", tmp_path)
+
+
+def test_names_are_shown_in_one_line() -> None:
+    assert printable(os.fsdecode(b"caf\xe9\n\x1b[2J.jpg")) == r"caf\xe9\n\x1b[2J.jpg"
+    assert printable("é 图.jpg") == "é 图.jpg"
+
+
+def test_a_list_is_small_in_memory_and_what_reads_it_smaller_still(tmp_path: Path) -> None:
+    for n in range(64):
+        (tmp_path / f"{n:060d}.jpg").write_bytes(b"x")
+    listed = list_source("imagefolder", tmp_path, "train")
+    item = listed.items[-1]
+    assert sum(map(getsizeof, (item, item.key, item.size, item.time))) < 300
+    assert len(pickle.dumps(listed.read)) < 1000
+    assert len(pickle.dumps(listed.items)) < 64 * 120
 
 
 @lru_cache(maxsize=1)

@@ -209,6 +209,7 @@ def download(dataset: str, folder: Path) -> None:
             raise ValueError(f"{URL}{file.name}: what came has not the checksum of the published archive; try again")
         staged.rename(file)
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{URL}{file.name}: cannot be fetched ({error}); put it into {folder} yourself") from error
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{URL}{file.name}: cannot be fetched ({reason}); put it into {folder} yourself") from error
     finally:
         staged.unlink(missing_ok=True)

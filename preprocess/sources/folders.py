@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from preprocess.sources.base import (
-    MAX_FILE_BYTES,
     SUFFIXES,
     Item,
     Source,
@@ -103,4 +102,4 @@ def read_file(root: str, item: Item) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a plain file")
         check_size(found.st_size)
-        return file.read(MAX_FILE_BYTES)
+        return file.read(found.st_size)

@@ -176,3 +176,9 @@ def test_few_tars_are_open_at_once(tmp_path: Path) -> None:
         tar = Tar(tmp_path / f"{n}.tar")
         assert read_member(tar.member("a.jpg", 0, next(tar.entries()))) == str(n).encode()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 32
+
+
+def test_a_pipe_is_no_tar(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(ValueError, match="not a plain file"):
+        Tar(tmp_path / "x.tar")

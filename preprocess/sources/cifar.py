@@ -144,7 +144,7 @@ def _load(dataset: str, place: str, split: str) -> tuple[tuple[str, ...], np.nda
         held = _files(Path(place), version, [version.names, *wanted])
         names = _python_names(held, what) if python else bytes(held[version.names]).decode().split()
         batches = [_python_batch(held[name], what) if python else _binary_batch(held[name], what) for name in wanted]
-    except (OSError, KeyError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(place)}: cannot be read as {dataset}: {error}") from error
     labels, rows = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     if len(labels) != IMAGES[split]:

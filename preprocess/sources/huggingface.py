@@ -10,6 +10,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -121,7 +122,7 @@ def list_images(source: Path | None, split: str) -> Source:
     if len(found) > 1:
         raise ValueError(f"--source {where}: its files of --split {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
-    items = [Member(r.key, label, r.size, r.time, r.file, r.at) for r, label in zip(rows, numbers, strict=True)]
+    items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
     return Source(where, classes, items, partial(_read, columns.image))
 
 
@@ -129,7 +130,7 @@ def _files(root: Path) -> Iterator[str]:
     """Parquet files below a folder, and the Arrow files that a state.json names (others are caches)."""
     for parent, _, names in os.walk(root):
         below = Path(parent).relative_to(root)
-        held = [name for name in names if name.endswith(".parquet")]
+        held = [name for name in names if name.endswith(".parquet") and Path(parent, name).is_file()]
         if "state.json" in names:
             held += _saved(Path(parent, "state.json"))
         yield from (os.fspath(below / name) for name in held)

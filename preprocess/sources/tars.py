@@ -8,6 +8,7 @@ import errno
 import gzip
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -59,6 +60,8 @@ class Tar:
 
     def __init__(self, file: Path):
         found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{printable(str(file))}: not a plain file")
         self.file, self.time, self._size = str(file.resolve()), found.st_mtime_ns, found.st_size
         self.name = printable(str(file))
 

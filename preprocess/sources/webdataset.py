@@ -7,9 +7,10 @@ they have in the shards, so that reading is sequential.
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from preprocess.sources.base import Item, Member, Source, existing, is_image, name_classes, of_split, printable
+from preprocess.sources.base import Member, Source, existing, is_image, name_classes, of_split, printable
 from preprocess.sources.tars import Entry, Tar, read_member
 
 MAX_SHARDS = 1_000_000
@@ -41,10 +42,7 @@ def list_images(source: Path | None, split: str) -> Source:
     if not items:
         raise ValueError(f"{where}: {len(shards)} .tar files, and no images in them")
     classes, numbers = name_classes(labels, where)
-    listed: list[Item] = [
-        Member(item.key, number, item.size, item.time, item.file, item.at)
-        for item, number in zip(items, numbers, strict=True)
-    ]
+    listed = [replace(item, label=number) for item, number in zip(items, numbers, strict=True)]
     return Source(printable(str(source)), classes, listed, read_member)
 
 

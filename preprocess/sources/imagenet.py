@@ -4,7 +4,6 @@ Train and val have the same labels in every layout. A class folder counts even w
 may have images of that class.
 """
 
-import csv
 import io
 import re
 import zlib
@@ -20,6 +19,7 @@ KAGGLE_TRUTH = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
 DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
 _WNID = re.compile(r"n\d+")
+_CLASS_TAR = re.compile(r"(?:.*/)?(n\d+)\.tar")
 
 
 def list_images(source: Path | None, split: str) -> Source:
@@ -59,7 +59,7 @@ def _flat(root: Path, folder: Path, split: str) -> Source:
 def _train_tar(file: Path) -> Source:
     """A tar of one tar per class. The same items, in the same order, as the class folders it makes."""
     tar = Tar(file)
-    inner = {entry.name.removesuffix(".tar"): entry for entry in tar.entries() if entry.name.endswith(".tar")}
+    inner = {found[1]: entry for entry in tar.entries() if (found := _CLASS_TAR.fullmatch(entry.name))}
     wnids = sorted(inner)
     if not wnids:
         raise ValueError(f"{tar.name}: holds no <wnid>.tar")
@@ -108,10 +108,10 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
 
 def _kaggle_truth(file: Path) -> dict[str, str]:
     """Lines "image,wnid box wnid box ..." under a heading, of Kaggle's ImageNet challenge."""
-    with open(file, newline="") as stream:
-        rows = list(csv.reader(stream))[1:]
-    truth = {row[0]: row[1].partition(" ")[0] for row in rows if len(row) == 2}
-    if len(truth) < len(rows) or not all(map(_WNID.fullmatch, truth.values())):
+    lines = file.read_text(errors="surrogateescape").splitlines()[1:]
+    pairs = (line.partition(",") for line in lines)
+    truth = {image: boxes.partition(" ")[0] for image, _, boxes in pairs}
+    if not truth or not all(map(_WNID.fullmatch, truth.values())):
         raise ValueError(f"{printable(str(file))}: is not the lines ImageId,PredictionString of Kaggle's ImageNet")
     return truth
 

@@ -26,13 +26,13 @@ def list_images(source: Path | None, split: str) -> Source:
     Raises ValueError for missing or damaged shards, and where only some images have a label.
     """
     if source is not None and "{" in str(source):
-        root = Path(str(source).partition("{")[0]).parent.resolve()
+        root, location = Path(str(source).partition("{")[0]).parent.resolve(), source.absolute()
         shards = [os.path.relpath(shard, root) for shard in braces(str(source))]
     else:
-        root = existing(source, "webdataset")
+        root = location = existing(source, "webdataset")
         found = (os.fspath(file.relative_to(root)) for file in root.rglob("*.tar"))
         shards = of_split(found, split, printable(str(root)))
-    where = f"--source {printable(str(source))}"
+    where = f"--source {printable(str(location))}"
     items: list[Member] = []
     labels: list[int | str | None] = []
     for shard in shards:
@@ -43,7 +43,7 @@ def list_images(source: Path | None, split: str) -> Source:
         raise ValueError(f"{where}: {len(shards)} .tar files, and no images in them")
     classes, numbers = name_classes(labels, where)
     listed = [replace(item, label=number) for item, number in zip(items, numbers, strict=True)]
-    return Source(printable(str(source)), classes, listed, read_member)
+    return Source(printable(str(location)), classes, listed, read_member)
 
 
 def _samples(shard: str, tar: Tar) -> list[tuple[Member, int | str | None]]:

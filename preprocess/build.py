@@ -32,7 +32,7 @@ from kamim.detectors import detector
 from kamim.store import Job
 from preprocess.decode import Undecodable, decode
 from preprocess.record import Record, record
-from preprocess.sources import Item, Source, printable
+from preprocess.sources import Item, Read, Source, printable
 
 SHARD_SIZE = 128
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -185,9 +185,7 @@ def _finished_shard(folder: Path, number: int) -> Path | None:
     return None
 
 
-def run_shard(
-    job: Job, read: Callable[[Item], bytes], items: Sequence[Item], number: int, folder: Path, strict: bool
-) -> Path:
+def run_shard(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> Path:
     """Processes the shard's items and leaves folder/<number>-<sha256>.safetensors."""
     cv2.setNumThreads(1)
     records: list[Record] = []

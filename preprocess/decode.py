@@ -1,10 +1,11 @@
 """Bytes of any image file -> RGB pixels, or a reason why not. Never silently wrong ones.
 
 What a file means is what torchvision's default loader takes it to mean: Pillow's first frame, converted to
-RGB, EXIF orientation not applied.
+RGB, EXIF orientation not applied. One exception: 16 bits of grey are scaled to 8, where Pillow would clip them.
 """
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -17,13 +18,25 @@ MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb; 
 # What SUFFIXES name; Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
+# What its readers raise for damaged files. Not MemoryError: that an image is left out must not depend on the machine.
+PILLOWS_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
 
 class Undecodable(ValueError):
     """This file is not an image that can be trusted; the message says why."""
 
 
-def decode(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises Undecodable for anything truncated, corrupt, oversized or not an image."""
+def decode(data: bytes | np.ndarray) -> np.ndarray:
+    """RGB uint8 [H, W, 3], as it is where it is decoded already.
+
+    Raises Undecodable for anything truncated, corrupt, oversized or not an image.
+    """
+    if isinstance(data, np.ndarray):
+        assert data.dtype == np.uint8 and data.ndim == 3 and data.shape[2] == 3
+        return data
     if not data:
         raise Undecodable("empty file")
     if data[:3] == b"\xff\xd8\xff":
@@ -63,7 +76,7 @@ def _pillow(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise Undecodable("not an image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+    except PILLOWS_ERRORS as error:
         raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
 
 

@@ -56,6 +56,15 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+def ycck() -> bytes:
+    """A CMYK JPEG whose Adobe marker says that its colours are YCCK, as Photoshop writes them."""
+    file = bytearray(encoded(PHOTO.convert("CMYK"), "JPEG"))
+    at = file.index(b"Adobe") + 11
+    assert file[at] == 0
+    file[at] = 2
+    return bytes(file)
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: encoded(PHOTO, "JPEG"),
     "jpeg 4:4:4": lambda: encoded(PHOTO, "JPEG", subsampling=0),
@@ -63,6 +72,11 @@ FILES: dict[str, Callable[[], bytes]] = {
     "jpeg of RGB components": lambda: encoded(PHOTO, "JPEG", keep_rgb=True),
     "progressive jpeg": lambda: encoded(PHOTO, "JPEG", progressive=True),
     "grey jpeg": lambda: encoded(PHOTO.convert("L"), "JPEG"),
+    "YCCK jpeg": lambda: ycck(),
+    "jpeg of several pictures": lambda: encoded(PHOTO, "MPO", save_all=True, append_images=[PHOTO.rotate(90)]),
+    "animated png": lambda: encoded(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]),
+    "animated webp": lambda: encoded(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(90)]),
+    "tiff of several pages": lambda: encoded(PHOTO, "TIFF", save_all=True, append_images=[PHOTO.rotate(90)]),
     "CMYK jpeg": lambda: encoded(PHOTO.convert("CMYK"), "JPEG"),
     "turned jpeg": lambda: encoded(PHOTO, "JPEG", exif=rotated()),
     "jpeg with trailing garbage": lambda: encoded(PHOTO, "JPEG") + b"garbage\xff\xd8\xff" * 40,
@@ -114,6 +128,22 @@ def test_alpha_is_dropped() -> None:
     np.testing.assert_array_equal(decode(FILES["RGBA png"]()), np.asarray(PHOTO))
 
 
+def test_cmyk_comes_out_in_its_colours() -> None:
+    difference = decode(encoded(PHOTO.convert("CMYK"), "JPEG", quality=98)).astype(int) - np.asarray(PHOTO)
+    assert np.abs(difference).mean() < 4
+
+
+def test_pixels_stay_as_they_are() -> None:
+    pixels = noise(3, 5)
+    assert decode(pixels) is pixels
+
+
+@pytest.mark.parametrize("name", ["animated png", "animated webp", "tiff of several pages", "jpeg of several pictures"])
+def test_of_several_pictures_the_first_counts(name: str) -> None:
+    difference = decode(FILES[name]()).astype(int) - np.asarray(PHOTO)
+    assert np.abs(difference).mean() < 8
+
+
 def test_an_animation_is_its_first_frame() -> None:
     np.testing.assert_array_equal(decode(FILES["animated gif"]()), np.asarray(PHOTO.convert("P").convert("RGB")))
 
@@ -144,7 +174,8 @@ def test_pixels_without_a_defined_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["jpeg", "progressive jpeg", "grey jpeg", "CMYK jpeg", "png", "palette png", "webp", "bmp", "tiff, lzw"]
+    "name",
+    ["jpeg", "progressive jpeg", "grey jpeg", "CMYK jpeg", "png", "palette png", "webp", "bmp", "tiff, lzw", "ppm"],
 )
 def test_truncated_files_are_refused(name: str) -> None:
     file = FILES[name]()
@@ -181,12 +212,40 @@ def test_random_bytes_are_refused(magic: bytes, rest: bytes) -> None:
     refusal(magic + rest)
 
 
-def test_whatever_a_decoder_raises_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, KeyError, OverflowError, struct.error, AttributeError])
+def test_whatever_a_decoder_raises_is_a_refusal(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise RuntimeError("Failed to decode\nframe 0")  # as Pillow's AVIF reader does
+        raise kind("Failed to decode\nframe 0")  # as Pillow's readers do
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    assert refusal(FILES["png"]()) == "Failed to decode frame 0"
+    assert "Failed to decode" in refusal(FILES["png"]())
+
+
+SMALL = PHOTO.resize((9, 7))
+HEADERS = {
+    "tiff": encoded(SMALL, "TIFF"),
+    "fax tiff": encoded(SMALL.convert("1"), "TIFF", compression="group4"),
+    "gif": encoded(SMALL.convert("P"), "GIF"),
+    "webp": encoded(SMALL, "WEBP", exif=rotated()),
+    "bmp": encoded(SMALL.convert("P"), "BMP"),
+    "ppm": encoded(SMALL, "PPM"),
+    "jpeg": encoded(SMALL, "JPEG", exif=rotated()),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_damaged_header_never_stops_the_job(name: str) -> None:
+    random = np.random.default_rng(6)
+    for _ in range(150):
+        damaged = bytearray(HEADERS[name])
+        for at in random.integers(0, len(damaged), random.integers(1, 6)):
+            damaged[at] = random.choice([0, 1, 2, 4, 8, 16, 127, 128, 255])
+        try:
+            pixels = decode(bytes(damaged))
+        except Undecodable as error:
+            assert "\n" not in str(error)
+        else:
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
 def png_chunk(name: bytes, content: bytes) -> bytes:

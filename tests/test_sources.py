@@ -1,16 +1,18 @@
 """Listing data sets: what is an image, whose label it has, and what to say where there is none."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from sys import getsizeof
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess import sources
-from preprocess.sources import Source, list_source
+from preprocess.sources import Source, list_source, printable, sample
+from preprocess.sources.base import MAX_FILE_BYTES
 
 
 def image(file: Path) -> Path:
@@ -147,19 +149,63 @@ def test_the_fingerprint_sees_names_labels_and_sizes(tmp_path: Path) -> None:
     assert len(set(seen)) == 4
 
 
-@pytest.mark.parametrize("below", ["", "ILSVRC/Data/CLS-LOC"])
-def test_imagenet_is_the_class_folders_of_a_split(tmp_path: Path, below: str) -> None:
-    for name in ("train/n02/x.JPEG", "train/n01/y.JPEG", "val/n01/z.JPEG"):
-        image(tmp_path / below / name)
-    train, val = (list_source("imagenet", tmp_path, split) for split in ("train", "val"))
-    assert (train.classes, keys(train)) == (("n01", "n02"), ["n01/y.JPEG", "n02/x.JPEG"])
-    assert keys(val) == ["n01/z.JPEG"]
+def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "c/1.jpg"):
+        image(tmp_path / name)
+    (tmp_path / "b/empty").mkdir(parents=True)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert listed.classes == ("a", "c")
+    assert [item.label for item in listed.items] == [0, 1]
 
 
-def test_imagenet_without_the_split_or_its_class_folders_is_named(tmp_path: Path) -> None:
-    image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
-    assert "neither train nor" in complaint("imagenet", tmp_path, "train")
-    assert f"{tmp_path / 'val'}: flat" in complaint("imagenet", tmp_path, "val")
+def test_pipes_and_devices_are_left_out_and_never_waited_for(tmp_path: Path) -> None:
+    image(tmp_path / "a/1.jpg")
+    os.mkfifo(tmp_path / "a/2.jpg")
+    (tmp_path / "a/3.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert keys(listed) == ["a/1.jpg"]
+    (tmp_path / "a/1.jpg").unlink()
+    os.mkfifo(tmp_path / "a/1.jpg")
+    with pytest.raises(OSError, match="not a plain file"):
+        listed.read(listed.items[0])
+
+
+def test_files_that_vanish_or_grow_out_of_bounds_are_not_read(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/2.jpg"):
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    (tmp_path / "a/1.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        listed.read(listed.items[0])
+    os.truncate(tmp_path / "a/2.jpg", MAX_FILE_BYTES + 1)
+    with pytest.raises(OSError, match="more than the limit"):
+        listed.read(listed.items[1])
+
+
+def test_what_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(tmp_path / "a/1.jpg")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert f"{tmp_path / 'a'}: cannot be read: Permission denied" in complaint("imagefolder", tmp_path)
+
+
+def test_names_are_shown_in_one_line() -> None:
+    assert printable(os.fsdecode(b"caf\xe9\n\x1b[2J.jpg")) == r"caf\xe9\n\x1b[2J.jpg"
+    assert printable("é 图.jpg") == "é 图.jpg"
+
+
+def test_a_list_is_small_in_memory_and_what_reads_it_smaller_still(tmp_path: Path) -> None:
+    for n in range(64):
+        (tmp_path / f"{n:060d}.jpg").write_bytes(b"x")
+    listed = list_source("imagefolder", tmp_path, "train")
+    item = listed.items[-1]
+    assert sum(map(getsizeof, (item, item.key, item.size, item.time))) < 300
+    assert len(pickle.dumps(listed.read)) < 1000
+    assert len(pickle.dumps(listed.items)) < 64 * 120
 
 
 @lru_cache(maxsize=1)
@@ -178,11 +224,11 @@ def positions(patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     """Patches of coordinate images of the photographs' shapes, as they are handed to the encoder."""
     shapes = {
-        name: sources.photograph(name).shape[:2] for package, names in sources.PHOTOGRAPHS.items() for name in names
+        name: sample.photograph(name).shape[:2] for package, names in sample.PHOTOGRAPHS.items() for name in names
     }
     patches: list[np.ndarray] = []
-    monkeypatch.setattr(sources, "photograph", lambda name: coordinates(*shapes[name]))
-    monkeypatch.setattr(sources.simplejpeg, "encode_jpeg", lambda patch, quality: patches.append(patch) or b"")
+    monkeypatch.setattr(sample, "photograph", lambda name: coordinates(*shapes[name]))
+    monkeypatch.setattr(sample.simplejpeg, "encode_jpeg", lambda patch, quality: patches.append(patch) or b"")
     return patches
 
 
@@ -197,7 +243,7 @@ def test_training_and_validation_patches_share_no_pixel(cut: list[np.ndarray]) -
             seen.append(list(cut))
         for patch in [*seen[0], *seen[1]]:
             y, x = positions(patch)
-            low, high = sources.PATCH_SIDES
+            low, high = sample.PATCH_SIDES
             assert patch.shape[0] == patch.shape[1]
             assert low <= len(patch) <= high
             np.testing.assert_array_equal(y - y[0, 0], np.indices(y.shape)[0])  # one piece, as it lies
@@ -220,7 +266,7 @@ def test_sample_is_the_same_every_time() -> None:
     assert first.fingerprint() == second.fingerprint()
     items = first.items[::97]
     read = [first.read(item) for item in items]
-    sources.photograph.cache_clear()
+    sample.photograph.cache_clear()
     assert [second.read(item) for item in items] == read
 
 
@@ -230,6 +276,6 @@ def test_sample_counts_and_labels() -> None:
     assert len(set(train.classes)) == 17
     for listed, split in ((train, "train"), (val, "val")):
         labels = np.bincount([item.label for item in listed.items])
-        assert labels.tolist() == [sources.PATCHES[split]] * 17
+        assert labels.tolist() == [sample.PATCHES[split]] * 17
         assert len(set(keys(listed))) == len(listed.items)
         assert keys(listed)[0].startswith(f"{split}/{listed.classes[0]}.")

@@ -13,10 +13,11 @@ from kamim.cli.store import show_store
 @app.command()
 @says_errors
 def preprocess(
-    dataset: Annotated[str, typer.Argument(help="imagefolder, imagenet or sample")],
+    dataset: Annotated[str, typer.Argument(help="A data set: imagenet, cifar10, webdataset ...")],
     out: Annotated[Path, typer.Option(help="The store to make.")],
     source: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
     split: Annotated[str, typer.Option(help="train or val")] = "train",
+    download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100 into --source.")] = False,
     detectors: Annotated[str, typer.Option(help="Comma-separated, of fast, sift, orb.")] = "fast",
     images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: ffcv where it is installed.")] = "auto",
     raw: Annotated[bool, typer.Option(help="Store pixels, not JPEGs: 8 times the space, faster to read.")] = False,
@@ -27,12 +28,14 @@ def preprocess(
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
 ) -> None:
     """Finds keypoints once and writes a store. Started again, it continues."""
+    from preprocess import sources
     from preprocess.build import build, make_job
-    from preprocess.sources import list_source
 
+    if download:
+        sources.download(dataset, source)
     if workers < 0:
         raise ValueError(f"--workers {workers}: must be 0 (one per core) or more")
-    listed = list_source(dataset, source, split)
+    listed = sources.list_source(dataset, source, split)
     job = make_job(
         dataset, split, listed, detectors=tuple(filter(None, detectors.split(","))), images=images,
         encoding="raw" if raw else "jpeg", quality=quality, resolution=resolution, crop_scale=_pair(crop_scale),

@@ -1,0 +1,131 @@
+"""What a source of images is, and the checks that all of them share."""
+
+import errno
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read
+MAX_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image: its key within the source, its label (-1: none), its size in bytes (0: not a file).
+
+    time: when its file last changed, in ns since 1970 (0: not a file). In memory: 0.2 to 0.3 kB, the key included.
+    """
+
+    key: str
+    label: int
+    size: int
+    time: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Member(Item):
+    """An image that lies in a larger file: which file, and the byte or row where it begins (-1: cannot be read)."""
+
+    file: str = ""
+    at: int = 0
+
+
+Read = Callable[[Item], bytes | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed data set. read(item) gives the bytes of an image file, or RGB pixels, uint8 [H, W, 3].
+
+    read raises OSError where an item cannot be read. It travels to worker processes, so it holds next to nothing.
+    """
+
+    location: str
+    classes: tuple[str, ...]
+    items: Sequence[Item]
+    read: Read
+
+    def fingerprint(self) -> str:
+        """sha256 over every item's key, label and size, in order."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(f"{item.key}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name that any file and any one line can hold: undecodable bytes and control characters escaped."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as an image's."""
+    _, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() in SUFFIXES
+
+
+def existing(source: Path | None, dataset: str) -> Path:
+    """SOURCE as an absolute folder. Raises ValueError where it is missing."""
+    if source is None:
+        raise ValueError(f"{dataset}: needs --source DIR, the folder of its images")
+    if not source.is_dir():
+        raise ValueError(f"--source {printable(str(source))}: no such folder")
+    return source.resolve()
+
+
+def check_size(size: int) -> None:
+    """Raises OSError for an encoded image that is larger than any image is."""
+    if size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
+
+
+def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, and a label per image, from what a data set says of each: class n is called n, names are sorted.
+
+    Raises ValueError where only some images have a label, or numbers and names are mixed.
+    """
+    kinds = {type(label) for label in labels}
+    if kinds == {type(None)}:
+        return (), [-1] * len(labels)
+    if kinds == {str}:
+        number = {name: n for n, name in enumerate(sorted({str(label) for label in labels}))}
+        return tuple(map(printable, number)), [number[str(label)] for label in labels]
+    if kinds != {int}:
+        raise ValueError(f"{where}: every image must have a label, all numbers or all names, or none must have one")
+    numbers = [int(label or 0) for label in labels]
+    if not 0 <= min(numbers) <= max(numbers) < MAX_CLASSES:
+        raise ValueError(f"{where}: labels from {min(numbers)} to {max(numbers)}; must be 0 to {MAX_CLASSES - 1}")
+    return tuple(map(str, range(max(numbers) + 1))), numbers
+
+
+# The names that Hugging Face's hub knows for splits in file and folder names.
+_SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|eval|evaluation))"
+    r"(?![a-z])"
+)
+
+
+def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
+    """The files, sorted, whose name or folder names the split; all of them where none names any.
+
+    `val` means the test files where no file is named for validation.
+    Raises ValueError where files name other splits only.
+    """
+    found: dict[str | None, list[str]] = {}
+    for file in sorted(files):
+        names = list(_SPLIT.finditer(file.lower()))
+        found.setdefault(names[-1].lastgroup if names else None, []).append(file)
+    named = [split, "test"] if split == "val" else [split]
+    if found.keys() <= {None}:
+        return found.get(None, [])
+    for name in named:
+        if name in found:
+            return found[name]
+    splits = ", ".join(sorted(name for name in found if name))
+    raise ValueError(f"--source {where}: has no files of --split {split}, only of {splits}")

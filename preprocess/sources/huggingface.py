@@ -1,0 +1,213 @@
+"""Hugging Face data sets: a folder that `save_to_disk` wrote (Arrow), or parquet files, with a column of images.
+
+An image is a struct of its file's bytes and its name, or the bytes alone (https://huggingface.co/docs/datasets).
+Which columns hold images and labels is in the schema's metadata, if `datasets` wrote it, else told by names and types.
+A process that reads them keeps two row groups of images.
+"""
+
+import errno
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from preprocess.sources.base import Item, Member, Source, check_size, existing, name_classes, of_split, printable
+
+IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label")
+
+
+class _Table(Protocol):
+    """A file of rows, in groups."""
+
+    schema: Any
+    rows: list[int]  # of each group
+
+    def column(self, group: int, name: str) -> Any:
+        """A pyarrow array of a column, or of a field of a struct."""
+
+    def bytes(self, group: int, name: str) -> int:
+        """How many bytes a column has in a group."""
+
+
+class _Arrow:
+    """A stream of record batches, mapped into memory."""
+
+    def __init__(self, file: str):
+        import pyarrow as pa
+
+        table = pa.ipc.open_stream(pa.memory_map(file)).read_all()
+        self.schema, self._batches = table.schema, table.to_batches()
+        self.rows = [batch.num_rows for batch in self._batches]
+
+    def column(self, group: int, name: str) -> Any:
+        import pyarrow.compute as pc
+
+        top, _, field = name.partition(".")
+        column = self._batches[group].column(top)
+        return pc.struct_field(column, field) if field else column
+
+    def bytes(self, group: int, name: str) -> int:
+        return int(self.column(group, name).nbytes)
+
+
+class _Parquet:
+    def __init__(self, file: str):
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(file)
+        self.schema, meta = self._file.schema_arrow, self._file.metadata
+        self.rows = [meta.row_group(n).num_rows for n in range(meta.num_row_groups)]
+
+    def column(self, group: int, name: str) -> Any:
+        import pyarrow.compute as pc
+
+        top, _, field = name.partition(".")
+        column = self._file.read_row_group(group, columns=[name], use_threads=False).column(top)
+        return pc.struct_field(column, field) if field else column
+
+    def bytes(self, group: int, name: str) -> int:
+        held = self._file.metadata.row_group(group)
+        columns = (held.column(n) for n in range(held.num_columns))
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+
+
+class _Columns(NamedTuple):
+    image: str
+    label: str | None
+    classes: tuple[str, ...] | None  # None: the schema names none
+
+
+@lru_cache(maxsize=8)
+def _table(file: str) -> _Table:
+    return _Parquet(file) if file.endswith(".parquet") else _Arrow(file)
+
+
+@lru_cache(maxsize=2)
+def _images(file: str, group: int, column: str) -> Any:
+    return _table(file).column(group, column)
+
+
+def list_images(source: Path | None, split: str) -> Source:
+    """SOURCE is the folder. Its files of the split are those whose name or folder says so, else all.
+
+    An item's size is the mean of its row group. Raises ValueError for files that are damaged, or hold no column of
+    images, or several; and without pyarrow.
+    """
+    try:
+        import pyarrow as pa
+    except ModuleNotFoundError as error:
+        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'") from error
+    root = existing(source, "huggingface")
+    where = printable(str(root))
+    files = of_split(_files(root), split, where)
+    if not files:
+        raise ValueError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
+    rows: list[Member] = []
+    labels: list[int | str | None] = []
+    found: set[_Columns] = set()
+    for name in files:
+        try:
+            table = _table(str(root / name))
+            columns = _columns(table.schema)
+            found.add(columns)
+            rows += _rows(root, name, table, columns.image)
+            labels += _labels(table, columns.label)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{printable(str(root / name))}: {' '.join(str(error).split())}") from error
+    if len(found) > 1:
+        raise ValueError(f"--source {where}: its files of --split {split} differ in their columns")
+    classes, numbers = _numbers(columns, labels, where)
+    items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
+    return Source(where, classes, items, partial(_read, columns.image))
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Parquet files below a folder, and the Arrow files that a state.json names (others are caches)."""
+    for parent, _, names in os.walk(root):
+        below = Path(parent).relative_to(root)
+        held = [name for name in names if name.endswith(".parquet") and Path(parent, name).is_file()]
+        if "state.json" in names:
+            held += _saved(Path(parent, "state.json"))
+        yield from (os.fspath(below / name) for name in held)
+
+
+def _saved(state: Path) -> list[str]:
+    """The file names in a state.json. Raises ValueError for names that lead elsewhere."""
+    try:
+        held = json.loads(state.read_text())
+        names = [str(file["filename"]) for file in held["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{printable(str(state))}: is not of save_to_disk: {error!r}") from error
+    if held.get("_indices_data_files"):
+        raise ValueError(f"{printable(str(state))}: rows are selected by indices; save it with datasets 2 or later")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".arrow"):
+            raise ValueError(f"{printable(str(state))}: names {printable(name)}, not an .arrow file beside it")
+    return names
+
+
+def _columns(schema: Any) -> _Columns:
+    import pyarrow.types as types
+
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    kinds = {name: str(f["_type"]) for name, f in features.items() if isinstance(f, dict) and "_type" in f}
+    images = [name for name, kind in kinds.items() if kind == "Image" and name in schema.names]
+    images = images or [name for name in IMAGES if name in schema.names]
+    if len(images) != 1:
+        raise ValueError(f"needs one column of images, has {', '.join(map(printable, images)) or 'none'}")
+    image = schema.field(images[0]).type
+    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        path, image = f"{images[0]}.bytes", image.field("bytes").type
+    else:
+        path = images[0]
+    if not (types.is_binary(image) or types.is_large_binary(image)):
+        raise ValueError(f"column {printable(path)} is {image}, not the bytes of image files")
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
+    label = next((name for name in LABELS if name in schema.names), labels[0] if len(labels) == 1 else None)
+    names = features[label].get("names") if label in labels else None
+    return _Columns(path, label, None if names is None else tuple(map(str, names)))
+
+
+def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
+    file, time = str(root / name), (root / name).stat().st_mtime_ns
+    at = 0
+    for group, count in enumerate(table.rows):
+        size = table.bytes(group, image) // max(count, 1)
+        yield from (Member(f"{name}/{row}", -1, size, time, file, row) for row in range(at, at + count))
+        at += count
+
+
+def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
+    for group, count in enumerate(table.rows):
+        yield from [None] * count if label is None else table.column(group, label).to_pylist()
+
+
+def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
+    if columns.classes is None:
+        return name_classes(labels, f"--source {where}")
+    numbers = [-1 if label is None else int(label) for label in labels]
+    if not all(-1 <= number < len(columns.classes) for number in numbers):
+        raise ValueError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
+    return tuple(map(printable, columns.classes)), numbers
+
+
+def _read(column: str, item: Item) -> bytes:
+    import pyarrow as pa
+
+    assert isinstance(item, Member)
+    try:
+        ends = list(accumulate(_table(item.file).rows))
+        group = bisect_right(ends, item.at)
+        row = item.at - (ends[group - 1] if group else 0)
+        image = _images(item.file, group, column)[row]
+    except pa.ArrowException as error:
+        raise OSError(errno.EIO, " ".join(str(error).split())) from error
+    if not image.is_valid:
+        raise OSError(errno.ENOENT, "a row without the bytes of an image")
+    check_size(image.as_buffer().size)
+    return bytes(image.as_py())

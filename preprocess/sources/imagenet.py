@@ -1,0 +1,135 @@
+"""ImageNet, ILSVRC2012, as published on image-net.org and on Kaggle. Classes are its WordNet ids, sorted.
+
+Train and val have the same labels in every layout. A class folder counts even when it is empty, as the other split
+may have images of that class.
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from preprocess.sources.base import Item, Source, existing, is_image, printable
+from preprocess.sources.folders import images_below, images_in, listed_folder, subfolders
+from preprocess.sources.tars import Tar, read_member, unpacked
+
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+KAGGLE_TRUTH = "LOC_val_solution.csv"
+DEVKIT = "ILSVRC2012_devkit_t12"
+DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+_WNID = re.compile(r"n\d+")
+_CLASS_TAR = re.compile(r"(?:.*/)?(n\d+)\.tar")
+
+
+def list_images(source: Path | None, split: str) -> Source:
+    """SOURCE/<split>/<wnid>/*.JPEG, also below ILSVRC/Data/CLS-LOC; or SOURCE/ILSVRC2012_img_<split>.tar.
+
+    Flat validation images, in a folder or the tar, need their classes beside them: LOC_val_solution.csv, or
+    ILSVRC2012_devkit_t12, as folder or .tar.gz. Raises ValueError for anything else.
+    """
+    root = existing(source, "imagenet")
+    tar = root / f"ILSVRC2012_img_{split}.tar"
+    folders = [root / split, root / KAGGLE / split]
+    for folder in folders:
+        if folder.is_dir():
+            return _class_folders(folder) or _flat(root, folder, split)
+    if tar.is_file():
+        return _train_tar(tar) if split == "train" else _val_tar(root, tar)
+    looked = ", ".join(str(place.relative_to(root)) for place in (*folders, tar))
+    raise ValueError(f"--source {printable(str(root))}: has none of {looked}")
+
+
+def _class_folders(folder: Path) -> Source | None:
+    wnids = [name for name in subfolders(folder) if _WNID.fullmatch(name)]
+    items = [item for label, wnid in enumerate(wnids) for item in images_below(folder, wnid, label)]
+    return listed_folder(folder, wnids, items) if items else None
+
+
+def _flat(root: Path, folder: Path, split: str) -> Source:
+    if split == "train":
+        raise ValueError(f"--source {printable(str(folder))}: has no class folders <wnid> with images in them")
+    classes, label_of = _truth(root)
+    items = images_in(folder, label_of)
+    if not items:
+        raise ValueError(f"--source {printable(str(folder))}: holds no images, nor class folders of them")
+    return listed_folder(folder, classes, items)
+
+
+def _train_tar(file: Path) -> Source:
+    """A tar of one tar per class. The same items, in the same order, as the class folders it makes."""
+    tar = Tar(file)
+    inner = {found[1]: entry for entry in tar.entries() if (found := _CLASS_TAR.fullmatch(entry.name))}
+    wnids = sorted(inner)
+    if not wnids:
+        raise ValueError(f"{tar.name}: holds no <wnid>.tar")
+    items: list[Item] = []
+    for label, wnid in enumerate(wnids):
+        images = {entry.name: entry for entry in tar.entries(inner[wnid]) if is_image(entry.name)}
+        items += (tar.member(f"{wnid}/{name}", label, images[name]) for name in sorted(images))
+    return Source(tar.name, tuple(map(printable, wnids)), items, read_member)
+
+
+def _val_tar(root: Path, file: Path) -> Source:
+    classes, label_of = _truth(root)
+    tar = Tar(file)
+    images = {entry.name: entry for entry in tar.entries() if is_image(entry.name)}
+    items = [tar.member(name, label_of(name), images[name]) for name in sorted(images)]
+    return Source(tar.name, tuple(classes), items, read_member)
+
+
+def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
+    """The classes, and a function from a validation image's file name to its label, which may raise ValueError."""
+    if (root / KAGGLE_TRUTH).is_file():
+        file, truth = KAGGLE_TRUTH, _kaggle_truth(root / KAGGLE_TRUTH)
+        classes = sorted(set(truth.values()))
+    elif (root / DEVKIT / "data").is_dir():
+        file = DEVKIT
+        classes, truth = _devkit_truth(DEVKIT, [(root / DEVKIT / name).read_bytes() for name in DEVKIT_FILES])
+    elif (root / f"{DEVKIT}.tar.gz").is_file():
+        file = f"{DEVKIT}.tar.gz"
+        held = unpacked(root / file)
+        classes, truth = _devkit_truth(file, [bytes(held.get(f"{DEVKIT}/{name}", b"")) for name in DEVKIT_FILES])
+    else:
+        raise ValueError(
+            f"--source {printable(str(root))}: the classes of the validation images are in none of {KAGGLE_TRUTH}, "
+            f"{DEVKIT} and {DEVKIT}.tar.gz; put one there, or sort the images into val/<wnid>"
+        )
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+
+    def label_of(name: str) -> int:
+        stem = name.rpartition("/")[2].partition(".")[0]
+        if stem not in truth:
+            raise ValueError(f"--source {printable(str(root))}: {file} does not know {printable(name)}")
+        return labels[truth[stem]]
+
+    return classes, label_of
+
+
+def _kaggle_truth(file: Path) -> dict[str, str]:
+    """Lines "image,wnid box wnid box ..." under a heading, of Kaggle's ImageNet challenge."""
+    lines = file.read_text(errors="surrogateescape").splitlines()[1:]
+    pairs = (line.partition(",") for line in lines)
+    truth = {image: boxes.partition(" ")[0] for image, _, boxes in pairs}
+    if not truth or not all(map(_WNID.fullmatch, truth.values())):
+        raise ValueError(f"{printable(str(file))}: is not the lines ImageId,PredictionString of Kaggle's ImageNet")
+    return truth
+
+
+def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
+    """The classes, and the class of each image; line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>.
+
+    The classes are the synsets without children (the devkit's readme).
+    """
+    try:
+        from scipy.io.matlab import MatReadError, loadmat
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'") from error
+    meta, truth = files
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}
+        images = {f"ILSVRC2012_val_{n:08d}": wnids[int(line)] for n, line in enumerate(truth.split(), 1)}
+    except (MatReadError, zlib.error, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's: {error!r}") from error
+    return sorted(wnids.values()), images

@@ -1,0 +1,69 @@
+"""iNaturalist 2021, https://github.com/visipedia/inat_comp/tree/master/2021: a class is the full category.
+
+Category folders are named NNNNN_kingdom_..._species, and their number is the label.
+"""
+
+import re
+from pathlib import Path
+
+from preprocess.sources.base import Item, Source, existing, is_image, printable
+from preprocess.sources.folders import images_below, listed_folder, subfolders
+from preprocess.sources.tars import Entry, Tar, read_member
+
+PLACES = {  # as the archives are named, and as torchvision names them
+    "train": ("train", "2021_train", "train_mini", "2021_train_mini"),
+    "val": ("val", "2021_valid"),
+}
+_CATEGORY = re.compile(r"(\d{5})_\w.*")
+
+
+def list_images(source: Path | None, split: str) -> Source:
+    """SOURCE itself, if it holds category folders, such as .../train_mini; else a folder or .tar of the split in it.
+
+    train_mini is taken where train is not there. An archive must be decompressed, as it cannot be sought in: zcat
+    train.tar.gz > train.tar. Raises ValueError for anything else.
+    """
+    root = existing(source, "inaturalist2021")
+    for folder in (root, *(root / place for place in PLACES[split])):
+        categories = [name for name in subfolders(folder) if _CATEGORY.fullmatch(name)] if folder.is_dir() else []
+        if categories:
+            _check(categories, str(folder))
+            items = [item for label, name in enumerate(categories) for item in images_below(folder, name, label)]
+            return listed_folder(folder, categories, items)
+    for place in PLACES[split]:
+        if (root / f"{place}.tar").is_file():
+            return _tar(root / f"{place}.tar")
+        packed = root / f"{place}.tar.gz"
+        if packed.is_file():
+            tar = packed.with_suffix("")
+            raise ValueError(f"{printable(f'{packed}: cannot be sought in; first: zcat {packed} > {tar}')}")
+    looked = ", ".join(f"{place}, {place}.tar" for place in PLACES[split])
+    raise ValueError(f"--source {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
+
+
+def _tar(file: Path) -> Source:
+    """The same items, in the same order, as the folders the tar makes."""
+    tar = Tar(file)
+    found: dict[str, dict[str, Entry]] = {}
+    for entry in tar.entries():
+        folder, _, name = entry.name.rpartition("/")
+        category = folder.rpartition("/")[2]
+        if is_image(name) and _CATEGORY.fullmatch(category):
+            found.setdefault(category, {})[name] = entry
+    categories = sorted(found)
+    if not categories:
+        raise ValueError(f"{tar.name}: holds no images in category folders NNNNN_...")
+    _check(categories, tar.name)
+    items: list[Item] = []
+    for label, category in enumerate(categories):
+        images = found.pop(category)
+        items += (tar.member(f"{category}/{name}", label, images[name]) for name in sorted(images))
+    return Source(tar.name, tuple(map(printable, categories)), items, read_member)
+
+
+def _check(categories: list[str], where: str) -> None:
+    for label, name in enumerate(categories):
+        if int(name[:5]) != label:
+            raise ValueError(
+                f"{printable(where)}: category {label:05d} is missing; for a part of the categories use imagefolder"
+            )

@@ -1,0 +1,48 @@
+"""Places365-Standard, http://places2.csail.mit.edu/download.html: folders of images and the official lists of them.
+
+The lists' lines are "path label"; the folders are named as the archives name them, or as torchvision's Places365 does.
+"""
+
+import re
+from pathlib import Path
+
+from preprocess.sources.base import Source, existing, printable
+from preprocess.sources.folders import file_item, listed_folder
+
+CATEGORIES = "categories_places365.txt"
+LISTS = {"train": "places365_train_standard.txt", "val": "places365_val.txt"}
+FOLDERS = {  # the small images, 256x256 px, are taken where there are both
+    "train": ("data_256_standard", "data_256", "data_large_standard", "data_large"),
+    "val": ("val_256", "val_large"),
+}
+_LINE = re.compile(r"/?(?P<path>\S+) (?P<label>\d{1,4})")
+
+
+def list_images(source: Path | None, split: str) -> Source:
+    """SOURCE holds categories_places365.txt, the split's list and its images. Items are in the list's order.
+
+    Raises ValueError where one of them is missing, or a list is not what it should be.
+    """
+    root = existing(source, "places365")
+    label_of = _pairs(root / CATEGORIES)
+    classes = sorted(label_of, key=label_of.__getitem__)
+    if sorted(label_of.values()) != list(range(len(classes))):
+        raise ValueError(f"{printable(str(root))}: {CATEGORIES} does not number the classes from 0 without gaps")
+    listed = _pairs(root / LISTS[split])
+    folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
+    if folder is None:
+        raise ValueError(f"--source {printable(str(root))}: has none of {', '.join(FOLDERS[split])}")
+    for path, label in listed.items():
+        if ".." in path.split("/") or label >= len(classes):
+            raise ValueError(f"{printable(str(root))}: {LISTS[split]} holds {printable(path)} {label}")
+    items = [item for path, label in listed.items() if (item := file_item(str(folder), path, label))]
+    return listed_folder(folder, classes, items)
+
+
+def _pairs(file: Path) -> dict[str, int]:
+    """Lines "path label", in their order."""
+    lines = file.read_text(errors="surrogateescape").splitlines()
+    found = [_LINE.fullmatch(line.strip()) for line in lines]
+    if not lines or not all(found):
+        raise ValueError(f"{printable(str(file))}: its lines are not PATH LABEL")
+    return {pair["path"]: int(pair["label"]) for pair in found if pair}

@@ -1,0 +1,175 @@
+"""Tar files, read where they lie: one walk over the headers, then members by their offsets.
+
+Formats: v7, POSIX ustar and pax, GNU (the paxutils manual). Only headers are read while listing, none longer than
+MAX_NAMES, and nothing is ever written, so that a hostile tar costs no memory and its names lead nowhere.
+"""
+
+import errno
+import gzip
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from preprocess.sources.base import Item, Member, check_size, printable
+
+BLOCK = 512
+MAX_NAMES = 1 << 20  # bytes of a header that holds a long name or attributes
+MAX_UNPACKED = 1 << 30  # bytes of a small archive that is unpacked in memory
+PLAIN, LINKS_AND_SUCH, NAMES, SKIPPED = b"0\x007", b"123456", b"xL", b"gK"
+_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
+
+ReadAt = Callable[[int, int], bytes]  # size, offset
+
+
+class Entry(NamedTuple):
+    """A member: its name (undecodable bytes escaped), where its bytes begin (-1: not a plain file), how many."""
+
+    name: str
+    at: int
+    size: int
+
+
+@lru_cache(maxsize=32)
+def _opened(file: str) -> BinaryIO:
+    return open(file, "rb", buffering=0)
+
+
+def _read_at(file: str, size: int, at: int) -> bytes:
+    return os.pread(_opened(file).fileno(), size, at)
+
+
+def read_member(item: Item) -> bytes:
+    """The bytes of an image within a tar. Raises OSError for a link or a sparse file, and where the tar was cut."""
+    assert isinstance(item, Member)
+    if item.at < 0:
+        raise OSError(errno.EINVAL, "a link or a sparse file within a tar")
+    check_size(item.size)
+    data = _read_at(item.file, item.size, item.at)
+    if len(data) < item.size:
+        raise OSError(errno.EIO, "its tar ends early")
+    return data
+
+
+class Tar:
+    """A tar file, or a tar within one."""
+
+    def __init__(self, file: Path):
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{printable(str(file))}: not a plain file")
+        self.file, self.time, self._size = str(file.resolve()), found.st_mtime_ns, found.st_size
+        self.name = printable(str(file))
+
+    def entries(self, within: Entry | None = None) -> Iterator[Entry]:
+        """The members in their order, of the tar or of a tar within it. Raises ValueError for a damaged one."""
+        start, stop = (0, self._size) if within is None else (within.at, within.at + within.size)
+        return entries(partial(_read_at, self.file), start, stop, self.name)
+
+    def member(self, key: str, label: int, entry: Entry) -> Member:
+        """The item of a member."""
+        return Member(key, label, entry.size, self.time, self.file, entry.at)
+
+    def bytes(self, entry: Entry, limit: int) -> bytes:
+        """A small member's content. Raises ValueError where it is larger than `limit`, or not a plain file."""
+        if entry.at < 0 or entry.size > limit:
+            raise ValueError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
+        return _read_at(self.file, entry.size, entry.at)
+
+
+def unpacked(file: Path) -> dict[str, memoryview]:
+    """The plain files in a small .tar.gz. Raises ValueError for a damaged one."""
+    try:
+        with gzip.open(file) as stream:
+            data = stream.read(MAX_UNPACKED)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{printable(str(file))}: cannot be unpacked: {error}") from error
+
+    def read(size: int, at: int) -> bytes:
+        return data[at : at + size]
+
+    found = entries(read, 0, len(data), printable(str(file)))
+    return {entry.name: memoryview(data)[entry.at : entry.at + entry.size] for entry in found if entry.at >= 0}
+
+
+def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
+    """The members of a tar that lies from byte `at` to `stop` of a file.
+
+    Raises ValueError where it is damaged, or cut: a tar ends with a block of zeros.
+    """
+
+    def block(at: int) -> bytes:
+        data = read(BLOCK, at)
+        if len(data) < BLOCK or at + BLOCK > stop:
+            raise ValueError(f"{where}: ends at byte {at} without an end mark, so it is truncated; get it again")
+        return data
+
+    names: dict[bytes, bytes] = {}
+    while (header := block(at)) != bytes(BLOCK):
+        _check(header, f"{where}: damaged at byte {at}")
+        kind, size = header[156:157], _number(header[124:136], f"{where}: damaged at byte {at}")
+        start = at + BLOCK
+        if kind in NAMES:
+            if size > MAX_NAMES:
+                raise ValueError(f"{where}: a name of {size} bytes at byte {at}")
+            data = read(size, start)
+            names |= {b"path": data.partition(b"\0")[0]} if kind == b"L" else _attributes(data)
+        elif kind not in SKIPPED:
+            if kind == b"S":  # GNU sparse: its map may go on in further blocks
+                more = header[482]
+                while more:
+                    more = block(start)[504]
+                    start += BLOCK
+            if b"size" in names:
+                size = _number(names[b"size"].rjust(12), f"{where}: damaged at byte {at}", 10)
+            plain = kind in PLAIN and not any(name.startswith(b"GNU.sparse.") for name in names)
+            name = names.get(b"path") or _name(header)
+            names = {}
+            size = 0 if kind in LINKS_AND_SUCH else size
+            if start + size > stop:
+                raise ValueError(
+                    f"{where}: {printable(os.fsdecode(name))} goes past its end, so it is truncated; get it again"
+                )
+            yield Entry(os.fsdecode(name), start if plain else -1, size)
+        at = start + -(-size // BLOCK) * BLOCK
+
+
+def _check(header: bytes, where: str) -> None:
+    if _number(header[148:156], where) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError(f"{where}: not a tar header")
+
+
+def _number(field: bytes, where: str, base: int = 8) -> int:
+    """A number in octal digits or, as GNU tar writes large ones, in binary after a byte of 0x80."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip()
+    try:
+        value = int(digits or b"0", base)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"{where}: {digits!r} is not a number")
+    return value
+
+
+def _name(header: bytes) -> bytes:
+    name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _attributes(data: bytes) -> dict[bytes, bytes]:
+    """The records "length key=value\\n" of a pax header."""
+    found = {}
+    at = 0
+    while record := _RECORD.match(data, at):
+        end = at + int(record[1])
+        if end <= record.end():
+            break
+        found[record[2]] = data[record.end() : end - 1]
+        at = end
+    return found

@@ -1,0 +1,165 @@
+"""Hugging Face data sets: Arrow as save_to_disk writes it, and parquet; images and labels by the schema."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocess.sources import Source, list_source
+
+FILES = [f"image {n}".encode() * 20 for n in range(7)]
+LABELS = [0, 2, 1, 1, 0, 2, 2]
+FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["ant", "bee", "cat"]}}
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(rows: slice = slice(None), features: dict[str, Any] | None = None, **columns: Any) -> pa.Table:
+    image = pa.array([{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(FILES[rows])], IMAGE)
+    made = pa.table({"image": image, "label": pa.array(LABELS[rows], pa.int64())} | columns)
+    if features is None:
+        return made
+    return made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def saved(folder: Path, *parts: pa.Table) -> None:
+    """As datasets.Dataset.save_to_disk does."""
+    folder.mkdir(parents=True)
+    names = [f"data-{n:05d}-of-{len(parts):05d}.arrow" for n in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, part.schema) as stream:
+            stream.write_table(part, max_chunksize=2)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "cache-1234.arrow").write_bytes(b"not one of them")
+
+
+def parquet(file: Path, part: pa.Table) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(part, file, row_group_size=2)
+
+
+def check(source: Source, rows: slice = slice(None), classes: tuple[str, ...] = ("ant", "bee", "cat")) -> None:
+    assert source.classes == classes
+    assert [item.label for item in source.items] == LABELS[rows]
+    read, items = pickle.loads(pickle.dumps((source.read, source.items)))
+    assert len(pickle.dumps(source.read)) < 1000
+    order = np.random.default_rng(0).permutation(len(items))
+    assert {n: read(items[n]) for n in order} == dict(enumerate(FILES[rows]))
+    assert all(item.size > 0 and item.time > 0 for item in items)
+
+
+def complaint(root: Path, split: str = "train") -> str:
+    with pytest.raises(ValueError) as raised:
+        list_source("huggingface", root, split)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_saved_data_set(tmp_path: Path) -> None:
+    saved(tmp_path / "one", table(slice(0, 5), FEATURES), table(slice(5, None), FEATURES))
+    for split in ("train", "val"):
+        check(list_source("huggingface", tmp_path / "one", split))
+
+
+def test_a_saved_dict_of_data_sets(tmp_path: Path) -> None:
+    saved(tmp_path / "train", table(slice(0, 5), FEATURES))
+    saved(tmp_path / "test", table(slice(5, None), FEATURES))
+    check(list_source("huggingface", tmp_path, "train"), slice(0, 5))
+    check(list_source("huggingface", tmp_path, "val"), slice(5, None))
+
+
+@pytest.mark.parametrize("features", [FEATURES, None])
+def test_parquet_as_the_hub_has_it(tmp_path: Path, features: dict[str, Any] | None) -> None:
+    classes = ("ant", "bee", "cat") if features else ("0", "1", "2")
+    parquet(tmp_path / "data/train-00000-of-00002.parquet", table(slice(0, 4), features))
+    parquet(tmp_path / "data/train-00001-of-00002.parquet", table(slice(4, 5), features))
+    parquet(tmp_path / "data/validation-00000-of-00001.parquet", table(slice(5, None), features))
+    train, val = (list_source("huggingface", tmp_path, split) for split in ("train", "val"))
+    check(train, slice(0, 5), classes)
+    check(val, slice(5, None), classes)
+    assert train.items[4].key == "data/train-00001-of-00002.parquet/0"
+
+
+def test_images_may_be_bytes_and_labels_names_or_none(tmp_path: Path) -> None:
+    parquet(tmp_path / "a/x.parquet", pa.table({"img": FILES[:2], "labels": ["bee", "ant"]}))
+    parquet(tmp_path / "b/x.parquet", pa.table({"jpg": FILES[:2], "caption": ["x", "y"]}))
+    names, none = (list_source("huggingface", tmp_path / name, "train") for name in "ab")
+    assert (names.classes, [item.label for item in names.items]) == (("ant", "bee"), [1, 0])
+    assert (none.classes, [item.label for item in none.items]) == ((), [-1, -1])
+    assert [names.read(item) for item in names.items] == FILES[:2]
+
+
+def test_cifar100s_fine_labels_count(tmp_path: Path) -> None:
+    coarse = {"_type": "ClassLabel", "names": ["x"]}
+    features = {"image": {"_type": "Image"}, "coarse_label": coarse, "fine_label": FEATURES["label"]}
+    made = table().rename_columns(["image", "fine_label"]).append_column("coarse_label", pa.array([0] * 7))
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    parquet(tmp_path / "x.parquet", made.replace_schema_metadata(metadata))
+    check(list_source("huggingface", tmp_path, "train"))
+
+
+def test_a_row_without_bytes_is_not_read_from_where_its_path_leads(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": None, "path": "/etc/hostname"}, None, {"bytes": b"x", "path": None}], IMAGE)
+    parquet(tmp_path / "x.parquet", pa.table({"image": image}))
+    source = list_source("huggingface", tmp_path, "train")
+    for item in source.items[:2]:
+        with pytest.raises(OSError, match="without the bytes"):
+            source.read(item)
+    assert source.read(source.items[2]) == b"x"
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    assert "holds no .parquet files, nor state.json" in complaint(tmp_path)
+    file = tmp_path / "x.parquet"
+    parquet(file, table())
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert f"{file}: " in complaint(tmp_path)
+    file.unlink()
+    saved(tmp_path / "s", table())
+    arrow = tmp_path / "s/data-00000-of-00001.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert f"{arrow}: " in complaint(tmp_path)
+    arrow.unlink()
+    assert f"{arrow}: " in complaint(tmp_path)
+    for held in ('{"_data_files": [{"filename": "../../x.arrow"}]}', "{", '{"_data_files": 3}', "[]",
+                 '{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}'):  # fmt: skip
+        (tmp_path / "s/state.json").write_text(held)
+        assert "state.json" in complaint(tmp_path)
+
+
+def test_a_file_cut_after_listing_is_an_unreadable_image(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet(file, table())
+    source = list_source("huggingface", tmp_path, "train")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(len(whole) - 4))
+    with pytest.raises(OSError):
+        source.read(source.items[0])
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (pa.table({"label": [1]}), "needs one column of images, has none"),
+        (pa.table({"image": [b"x"], "img": [b"y"]}), "has image, img"),
+        (pa.table({"image": ["text"]}), "not the bytes of image files"),
+        (pa.table({"image": [b"x", b"y"], "label": [0, None]}), "every image must have a label"),
+        (pa.table({"image": [b"x"], "label": [1.5]}), "every image must have a label"),
+        (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": ["ant"]}}), "labels 0 to 2 of 1 classes"),
+        (table().replace_schema_metadata({"huggingface": "{"}), "x.parquet"),
+    ],
+)  # fmt: skip
+def test_unfitting_columns_are_named(tmp_path: Path, made: pa.Table, reason: str) -> None:
+    parquet(tmp_path / "x.parquet", made)
+    assert reason in complaint(tmp_path)
+
+
+def test_files_must_have_the_same_columns(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", table())
+    parquet(tmp_path / "b.parquet", pa.table({"img": [b"x"]}))
+    assert "differ in their columns" in complaint(tmp_path)

@@ -1,0 +1,125 @@
+"""WebDataset shards: samples by name, labels from .cls or .json, shards from a folder or a pattern."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_source_tars import packed
+
+from preprocess.sources import Source, list_source
+from preprocess.sources.base import of_split
+from preprocess.sources.webdataset import braces
+
+
+def shard(root: Path, name: str, files: dict[str, Any]) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    encoded = {key: data if isinstance(data, bytes) else json.dumps(data).encode() for key, data in files.items()}
+    (root / name).write_bytes(packed(encoded))
+
+
+def labels(source: Source) -> dict[str, int]:
+    return {item.key: item.label for item in source.items}
+
+
+def complaint(root: Path, split: str = "train") -> str:
+    with pytest.raises(ValueError) as raised:
+        list_source("webdataset", root, split)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_samples_are_read_from_shards_in_order(tmp_path: Path) -> None:
+    shard(tmp_path, "x-000001.tar", {"d/c.jpg": b"three", "d/c.cls": b"2"})
+    shard(
+        tmp_path, "x-000000.tar", {"b.cls": b" 4\n", "b.jpg": b"one", "b.txt": b"?", "a.a.PNG": b"two", "a.cls": b"0"}
+    )
+    source = list_source("webdataset", tmp_path, "train")
+    assert source.classes == ("0", "1", "2", "3", "4")
+    assert labels(source) == {"x-000000.tar/b.jpg": 4, "x-000000.tar/a.a.PNG": 0, "x-000001.tar/d/c.jpg": 2}
+    read, items = pickle.loads(pickle.dumps((source.read, source.items)))
+    assert [read(item) for item in items] == [b"one", b"two", b"three"]
+    assert [item.size for item in items] == [3, 3, 5]
+
+
+def test_labels_are_numbers_or_names_or_none(tmp_path: Path) -> None:
+    named = {"a.jpg": b"", "a.json": {"label": "zebra"}, "b.jpg": b"", "b.json": {"label": "ant"}}
+    shard(tmp_path / "names", "x.tar", named)
+    twice = {"a.jpg": b"", "a.json": {"label": 7}, "a.cls": b"1", "b.jpg": b"", "b.cls": b"0", "b.json": {}}
+    shard(tmp_path / "both", "x.tar", twice)
+    shard(tmp_path / "none", "x.tar", {"a.jpg": b"", "a.json": {"caption": "x"}, "b.jpg": b""})
+    names, both, none = (list_source("webdataset", tmp_path / name, "train") for name in ("names", "both", "none"))
+    assert (names.classes, list(labels(names).values())) == (("ant", "zebra"), [1, 0])
+    assert (both.classes, list(labels(both).values())) == (("0", "1"), [1, 0])
+    assert (none.classes, list(labels(none).values())) == ((), [-1, -1])
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b""}, "every image must have a label"),
+        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.cls": b"ant"}, "every image must have a label"),
+        ({"a.jpg": b"", "a.cls": b"999999999"}, "labels from 999999999"),
+        ({"a.jpg": b"", "a.json": {"label": -1}}, "labels from -1"),
+        ({"a.jpg": b"", "a.json": {"label": [1]}}, "neither a number nor a name"),
+        ({"a.jpg": b"", "a.json": b"{"}, "is not JSON"),
+        ({"a.jpg": b"", "a.json": b"[" * 100_000}, "is not JSON"),
+        ({"a.jpg": b"", "a.cls": bytes(2 << 20)}, "at most 1048576 bytes"),
+        ({"a.txt": b""}, "no images"),
+    ],
+)
+def test_what_is_wrong_with_a_shard_is_said(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
+    shard(tmp_path, "x.tar", files)
+    assert reason in complaint(tmp_path)
+
+
+def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:
+    shard(tmp_path, "x-0.tar", {"a.jpg": b"x" * 600})
+    (tmp_path / "x-1.tar").write_bytes((tmp_path / "x-0.tar").read_bytes()[:1024])
+    assert f"{tmp_path / 'x-1.tar'}: " in (reason := complaint(tmp_path))
+    assert "truncated" in reason
+    assert f"{tmp_path / 'x-2.tar'}: cannot be read: No such file" in complaint(tmp_path / "x-{2..3}.tar")
+
+
+def test_shards_may_be_a_pattern(tmp_path: Path) -> None:
+    for name in ("a/x-08.tar", "a/x-09.tar", "b/x-10.tar", "b/x-11.tar"):
+        shard(tmp_path, name, {"1.jpg": name.encode()})
+    source = list_source("webdataset", tmp_path / "{b/x-10,a/x-09}.tar", "val")
+    assert [source.read(item) for item in source.items] == [b"b/x-10.tar", b"a/x-09.tar"]
+    source = list_source("webdataset", tmp_path / "a/x-{08..09}.tar", "train")
+    assert list(labels(source)) == ["x-08.tar/1.jpg", "x-09.tar/1.jpg"]
+
+
+def test_braces_are_expanded_as_a_shell_does() -> None:
+    assert braces("x-{008..011}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar", "x-011.tar"]
+    assert braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+    assert braces("plain") == ["plain"]
+    for pattern in ("{0..99999999999}", "{2..1}", "{0..999999}{0..9}"):
+        with pytest.raises(ValueError, match="stands for"):
+            braces(pattern)
+
+
+def test_files_of_a_split_are_told_by_their_names() -> None:
+    of_imagenet = ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar"]
+    assert of_split(of_imagenet, "train", "x") == of_imagenet[:2]
+    assert of_split(of_imagenet, "val", "x") == of_imagenet[2:]
+    assert of_split(["train/0.tar", "test/0.tar"], "val", "x") == ["test/0.tar"]
+    assert of_split(["dev/0.tar", "test/0.tar", "TRAINING_0.tar"], "val", "x") == ["dev/0.tar"]
+    assert of_split(["b.tar", "restrained.tar", "a.tar"], "val", "x") == ["a.tar", "b.tar", "restrained.tar"]
+    assert of_split(["train.tar", "extra.tar"], "train", "x") == ["train.tar"]
+    with pytest.raises(ValueError, match="has no files of --split train, only of test, val"):
+        of_split(["valid.tar", "eval.tar"], "train", "x")
+    assert of_split([], "train", "x") == []
+
+
+@given(st.lists(st.sampled_from(["train-0", "val_1", "x/test2", "y"]), unique=True), st.sampled_from(["train", "val"]))
+def test_no_file_is_in_two_splits(files: list[str], split: str) -> None:
+    try:
+        found = of_split(files, split, "x")
+    except ValueError:
+        return
+    assert set(found) <= set(files)
+    assert not found or found == ["y"] or all(("train" in name) == (split == "train") for name in found)

@@ -60,6 +60,33 @@ def test_bench_loader_reports_rates_and_ratios(class_folder: Path, stores: dict[
     assert all(np.isfinite(rate) for rate in rates.values())
 
 
+def test_bench_preprocess_reports_steps_and_ratios(class_folder: Path, tmp_path: Path) -> None:
+    given = ["bench", "preprocess", "--source", str(class_folder), "--detectors", "fast,orb", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*given, "--json", str(tmp_path / "r.json")])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "r.json").read_text())
+    rates, ratios = made["images_per_second"], made["ratios"]
+    steps = {"read", "jpeg_decode", "decode", "resize", "encode", "fast", "orb", "whole_fast", "write"}
+    assert set(rates) == steps | {"workers_1", "workers_2"}
+    assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
+    assert all(rates["whole_fast"] < rates[part] for part in ("decode", "encode", "fast", "write"))
+    assert ratios["whole_fast_over_jpeg_decode"] == pytest.approx(rates["whole_fast"] / rates["jpeg_decode"])
+    assert ratios["two_workers_over_one"] == pytest.approx(rates["workers_2"] / rates["workers_1"])
+    assert made["images"] == 16
+    assert made["machine"]["cores"] >= 1
+    assert f"whole_fast_over_jpeg_decode {ratios['whole_fast_over_jpeg_decode']:6.2f}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--detectors", "fast,surf"], "'surf': must be one of fast"), ([], "the benchmark needs 16")],
+)
+def test_bench_preprocess_says_what_it_needs(arguments: list[str], said: str, folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "preprocess", "--source", str(folder), *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr
+
+
 def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:
     store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
     runs = [loader.reference(source, 8, 1), loader.decode_only(store, 2), loader.ours(store, "fast", 8, 2)]

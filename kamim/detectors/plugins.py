@@ -8,7 +8,6 @@ The contract, all that such a package needs to know of kamim (docs/detectors.md)
     snap: bool = False                  it reports whole pixels
 """
 
-import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -31,8 +30,6 @@ def load(name: str) -> "PlugIn":
     what = f"detector {name!r} of {' and of '.join(map(_distribution, entries))}"
     if len(entries) > 1:
         raise ValueError(f"{what}: one name for two; uninstall one")
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "frame":  # it names arrays of a store, beside `frame`
-        raise ValueError(f"{what}: its name must be of a-z, 0-9 and _, begin with a letter, and not be 'frame'")
     try:
         found = entries[0].load()
     except Exception as error:  # whatever a module may do when it is imported

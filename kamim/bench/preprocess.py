@@ -1,0 +1,138 @@
+"""Images per second of preprocessing, step by step and as a whole, beside plain JPEG decoding of the same files.
+
+Every step is done to every image by one thread. A rate is images over that thread's processor time, which other
+programs on a shared machine disturb least, so it is a rate per core. The whole is the job's own shard task: once in
+this thread, and once in 1 and in 2 worker processes, whose rates are of wall time. All of it is interleaved, after one
+unmeasured round; the table holds the median of the rounds.
+"""
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+import simplejpeg
+
+from kamim.store import Job
+from preprocess.build import make_job, run_shard
+from preprocess.decode import decode
+from preprocess.record import canonical, encoded, keypoints, stored_pixels
+from preprocess.sources import Item, Source
+
+PARTS = 16  # equal shards, which 1 and 2 workers share evenly
+LIBRARIES = ("numba", "numpy", "opencv-python", "simplejpeg")
+WORKERS = (1, 2)
+Seconds = dict[str, float]
+
+
+def bench(
+    source: Source, detectors: Sequence[str], rounds: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Rates (images per second, medians) and the ratios that matter. Raises ValueError for a source of few JPEGs."""
+    cv2.setNumThreads(1)
+    items = [item for item in source.items if _is_plain_jpeg(source.read(item))]
+    size = len(items) // PARTS
+    if not size:
+        raise ValueError(f"--source {source.location}: has {len(items)} RGB or grey JPEGs, the benchmark needs {PARTS}")
+    shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]
+    job = make_job(
+        "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
+        resolution=192, crop_scale=(0.67, 1.0),
+    )  # fmt: skip
+    made: list[Seconds] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        spawn = get_context("spawn")
+        pools = {n: stack.enter_context(ProcessPoolExecutor(n, mp_context=spawn)) for n in WORKERS}
+        for turn in range(rounds + 1):  # the first compiles and warms, and is not counted
+            seconds = _steps(job, source, list(chain(*shards)), detectors)
+            for shard in shards:
+                _shard(job, source, shard, folder, seconds)
+            seconds |= {f"workers_{n}": _wall(pool, job, source, shards, folder) for n, pool in pools.items()}
+            made += [seconds] if turn else []
+            progress(turn + 1, rounds + 1)
+    return _report(made, PARTS * size)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff" and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB")
+
+
+def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[str]) -> Seconds:
+    """Processor time of each step over all items; a step is handed what the one before it made."""
+    spent: Seconds = {}
+
+    def timed(name: str, step: Callable[..., Any], *given: Any) -> Any:
+        start = time.thread_time()
+        made = step(*given)
+        spent[name] = spent.get(name, 0) + time.thread_time() - start
+        return made
+
+    for item in items:
+        data = timed("read", source.read, item)
+        timed("jpeg_decode", simplejpeg.decode_jpeg, data)
+        rgb = timed("decode", decode, data)
+        stored = timed("resize", stored_pixels, job, rgb)
+        frame = timed("resize", canonical, job, rgb)
+        timed("encode", encoded, job, stored)
+        for name in detectors:
+            timed(name, keypoints, job, name, frame)
+    return spent
+
+
+def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent: Seconds) -> None:
+    """Adds processor time of the job's task for these items: `whole_fast`, of which `write` comes after the last image.
+
+    Waiting for the disk is not processor time.
+    """
+    last = Item("", -1, 0)  # cannot be read, so the task goes on to write
+    written_from = 0.0
+
+    def read(item: Item) -> bytes:
+        nonlocal written_from
+        if item is last:
+            written_from = time.thread_time()
+            raise FileNotFoundError
+        return source.read(item)
+
+    start = time.thread_time()
+    run_shard(job, read, [*items, last], 0, folder, False)
+    end = time.thread_time()
+    for name, begun in (("whole_fast", start), ("write", written_from)):
+        spent[name] = spent.get(name, 0) + end - begun
+
+
+def _wall(pool: Executor, job: Job, source: Source, shards: Sequence[Sequence[Item]], folder: Path) -> float:
+    """Wall time of the shards, one after another from a pool of workers."""
+    start = time.perf_counter()
+    tasks = [pool.submit(run_shard, job, source.read, shard, n, folder, True) for n, shard in enumerate(shards)]
+    for task in tasks:
+        task.result()
+    return time.perf_counter() - start
+
+
+def _report(made: Sequence[Seconds], images: int) -> dict[str, Any]:
+    rounds = {name: [images / seconds[name] for seconds in made] for name in made[0]}
+    medians = {name: statistics.median(rates) for name, rates in rounds.items()}
+    ratios = {
+        "whole_fast_over_jpeg_decode": medians["whole_fast"] / medians["jpeg_decode"],
+        "two_workers_over_one": medians["workers_2"] / medians["workers_1"],
+    }
+    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    machine |= {name: version(name) for name in LIBRARIES}
+    return {"images_per_second": medians, "ratios": ratios, "rounds": rounds, "images": images, "machine": machine}
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

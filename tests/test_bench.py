@@ -70,7 +70,8 @@ def test_bench_preprocess_reports_steps_and_ratios(
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
-    steps = {"read", "jpeg_decode", "decode", "resize", "encode", "fast", "orb", "whole_fast", "write"}
+    steps = {"read", "jpeg_decode", "decode", "resize", "encode", "fast", "orb", "write", "whole_fast"}
+    steps |= {"fast_found", "fast_found_by_opencv"}
     assert set(rates) == steps | {f"workers_{n}_{kind}" for n in (1, 2) for kind in ("wall", "busiest")}
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
     assert all(rates["whole_fast"] < rates[part] for part in ("decode", "encode", "fast", "write"))

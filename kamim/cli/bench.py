@@ -86,6 +86,6 @@ def bench_fidelity(
 
 def _show(result: dict[str, Any]) -> None:
     for name, rate in result["images_per_second"].items():
-        out_console.print(f"{name:17} {rate:8,.0f} images/s")
+        out_console.print(f"{name:20} {rate:8,.0f} images/s")
     for name, ratio in result["ratios"].items():
         out_console.print(f"{name:28} {ratio:6.2f}")

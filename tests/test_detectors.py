@@ -187,7 +187,13 @@ one_array = type("D", (), {"detect": lambda self, rgb: np.zeros((3, 2))})()
 flat = type("D", (), {"detect": lambda self, rgb: (np.zeros(6), np.zeros(3))})()
 unequal = type("D", (), {"detect": lambda self, rgb: (np.zeros((3, 2)), np.zeros(2))})()
 nowhere = type("D", (), {"detect": lambda self, rgb: (np.full((3, 2), np.nan), np.zeros(3))})()
-failing = type("D", (), {"detect": lambda self, rgb: 1 // 0})()
+scalar = type("D", (), {"detect": lambda self, rgb: (np.zeros((1, 2)), 1.0)})()
+wide = type("D", (), {"detect": lambda self, rgb: None, "border": "wide"})()
+
+def fail(self, rgb):
+    raise ArithmeticError("two\\nlines")
+
+failing = type("D", (), {"detect": fail})()
 kind = type("D", (), {"detect": lambda self, rgb: None})
 number = 3
 """
@@ -198,13 +204,15 @@ number = 3
     [
         ("broken:number", "broken:number is not an object with detect"),
         ("broken:kind", "broken:kind is not an object with detect"),
-        ("broken:absent", "cannot be loaded: AttributeError"),
-        ("absent_module:d", "cannot be loaded: ModuleNotFoundError"),
+        ("broken:absent", "cannot be used: AttributeError"),
+        ("absent_module:d", "cannot be used: ModuleNotFoundError"),
         ("broken:one_array", "failed: ValueError"),
         ("broken:flat", r"gave xy [6] and response [3]"),
         ("broken:unequal", r"gave xy [3, 2] and response [2]"),
         ("broken:nowhere", "needs finite xy"),
-        ("broken:failing", "failed: ZeroDivisionError: "),
+        ("broken:scalar", "response []"),
+        ("broken:wide", "cannot be used: ValueError: could not convert"),
+        ("broken:failing", "failed: ArithmeticError: two lines"),
     ],
 )
 def test_a_broken_one_is_told_in_a_line_with_its_distribution(site: Path, value: str, said: str) -> None:

@@ -32,15 +32,19 @@ def load(name: str) -> "PlugIn":
         raise ValueError(f"{what}: one name for two; uninstall one")
     try:
         found = entries[0].load()
+        if isinstance(found, type) or not callable(getattr(found, "detect", None)):
+            raise TypeError(f"{entries[0].value} is not an object with detect(array) -> xy, response")
+        return PlugIn(found, what)
     except Exception as error:  # whatever a module may do when it is imported
-        raise ValueError(f"{what}: cannot be loaded: {type(error).__name__}: {error}") from error
-    if isinstance(found, type) or not callable(getattr(found, "detect", None)):
-        raise ValueError(f"{what}: {entries[0].value} is not an object with detect(array) -> xy, response")
-    return PlugIn(found, what)
+        raise ValueError(f"{what}: cannot be used: {_line(error)}") from error
 
 
 def _distribution(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class PlugIn:
@@ -48,9 +52,8 @@ class PlugIn:
 
     def __init__(self, found: Any, what: str):
         """found: what keeps the contract. what: how errors name it."""
-        self.rules = Rules(
-            (Group(border=float(getattr(found, "border", 0))),), snap=bool(getattr(found, "snap", False))
-        )
+        group = Group(border=float(getattr(found, "border", 0)))
+        self.rules = Rules((group,), snap=bool(getattr(found, "snap", False)))
         self._detect = found.detect
         self._grey = bool(getattr(found, "grey", False))
         self._what = what
@@ -60,8 +63,8 @@ class PlugIn:
         try:
             xy, response = (np.asarray(part, np.float32) for part in self._detect(grey(rgb) if self._grey else rgb))
         except Exception as error:
-            raise ValueError(f"{self._what}: failed: {type(error).__name__}: {error}") from error
-        if xy.shape != (len(response), 2) or response.ndim != 1 or not np.isfinite(xy).all():
+            raise ValueError(f"{self._what}: failed: {_line(error)}") from error
+        if response.ndim != 1 or xy.shape != (len(response), 2) or not np.isfinite(xy).all():
             raise ValueError(
                 f"{self._what}: gave xy {list(xy.shape)} and response {list(response.shape)}; "
                 "needs finite xy [K, 2] and response [K]"

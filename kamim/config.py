@@ -15,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from kamim.detectors import DETECTORS
+from kamim.detectors import names as detector_names
 from kamim.evaluation.readout import Norm, Pooling
 from kamim.keypoints import FOOTPRINTS
 from kamim.models import ARCHITECTURES
@@ -96,7 +96,7 @@ class Weighting(Section):
     @pydantic.field_validator("detector")
     @classmethod
     def _known_detector(cls, value: str) -> str:
-        return _one_of(value, list(DETECTORS))
+        return _one_of(value, detector_names())
 
     @pydantic.field_validator("footprint")
     @classmethod

@@ -30,13 +30,22 @@ def record(job: Job, rgb: np.ndarray) -> Record:
 
 def stored_image(job: Job, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The image as stored, never enlarged: its bytes (uint8 [n], JPEG or raw) and its (height, width)."""
+    pixels = stored_pixels(job, rgb)
+    return encoded(job, pixels), (pixels.shape[0], pixels.shape[1])
+
+
+def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
+    """The image at its stored size: uint8 [h, w, 3]."""
     height, width = rgb.shape[:2]
-    size = geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale))
-    stored = _resize(rgb, size)
+    return _resize(rgb, geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale)))
+
+
+def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
+    """The bytes that stand for pixels in the store: uint8 [n], JPEG or raw."""
     if job.encoding == "raw":
-        return stored.reshape(-1), size
-    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(stored), job.quality, colorsubsampling="420")
-    return np.frombuffer(jpeg, np.uint8), size
+        return pixels.reshape(-1)
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), job.quality, colorsubsampling="420")
+    return np.frombuffer(jpeg, np.uint8)
 
 
 def canonical(job: Job, rgb: np.ndarray) -> np.ndarray:

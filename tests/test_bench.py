@@ -1,13 +1,14 @@
 """The measurements measure what they say; none asserts a time."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kamim.bench import fidelity, loader
+from kamim.bench import fidelity, loader, preprocess
 from kamim.cli import app
 from kamim.store import Store
 from preprocess.sources import list_source
@@ -58,6 +59,37 @@ def test_bench_loader_reports_rates_and_ratios(class_folder: Path, stores: dict[
     assert ratios["ratio_to_reference"] == pytest.approx(rates["fast"] / rates["reference"])
     assert ratios["sift_over_simmim"] == pytest.approx(rates["sift"] / rates["simmim"])
     assert all(np.isfinite(rate) for rate in rates.values())
+
+
+def test_bench_preprocess_reports_steps_and_ratios(
+    class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    given = ["bench", "preprocess", "--source", str(class_folder), "--detectors", "fast,orb", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*given, "--json", str(tmp_path / "r.json")])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "r.json").read_text())
+    rates, ratios = made["images_per_second"], made["ratios"]
+    steps = {"read", "jpeg_decode", "decode", "resize", "encode", "fast", "orb", "write", "whole_fast"}
+    steps |= {"fast_found", "fast_found_by_opencv"}
+    assert set(rates) == steps | {f"workers_{n}_{kind}" for n in (1, 2) for kind in ("wall", "busiest")}
+    assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())
+    assert all(rates["whole_fast"] < rates[part] for part in ("decode", "encode", "fast", "write"))
+    assert ratios["whole_fast_over_jpeg_decode"] == pytest.approx(rates["whole_fast"] / rates["jpeg_decode"])
+    assert ratios["two_workers_over_one"] == pytest.approx(rates["workers_2_wall"] / rates["workers_1_wall"])
+    assert made["images"] == 16
+    assert made["machine"]["cores"] >= 1
+    assert f"whole_fast_over_jpeg_decode {ratios['whole_fast_over_jpeg_decode']:7.2f}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--detectors", "fast,surf"], "'surf': must be one of fast"), ([], "the benchmark needs 16")],
+)
+def test_bench_preprocess_says_what_it_needs(arguments: list[str], said: str, folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "preprocess", "--source", str(folder), *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr
 
 
 def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:

@@ -522,7 +522,7 @@ def test_the_command_builds_stops_and_continues(folder: Path, tmp_path: Path, in
         (["--workers", "-1"], "--workers -1"),
         (["--crop-scale", "0.67"], "--crop-scale 0.67: must be two numbers"),
         (["--crop-scale", "a,b"], "--crop-scale a,b"),
-        (["--detectors", "harris"], "harris"),
+        (["--detectors", "surf"], "surf"),
         (["--split", "test"], "--split test"),
         (["--source", "/nowhere"], "/nowhere: no such folder"),
     ],

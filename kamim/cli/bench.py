@@ -1,11 +1,13 @@
 """kamim bench."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kamim.cli.console import bar, bench_app, check_folder, out_console, says_errors, weighting_of, write_json
+
+Detectors = Annotated[str, typer.Option(help="Comma-separated.")]
 
 
 @bench_app.command(name="loader")
@@ -25,10 +27,30 @@ def bench_loader(
     check_folder("--json", json_out)
     with bar("bench loader") as update:
         result = bench(Store(store), list_source("imagefolder", source, "train"), batch, rounds, update)
-    for name, rate in result["images_per_second"].items():
-        out_console.print(f"{name:12} {rate:8,.0f} images/s")
-    for name, ratio in result["ratios"].items():
-        out_console.print(f"{name:22} {ratio:6.2f}")
+    _show(result)
+    write_json(json_out, result)
+
+
+@bench_app.command(name="preprocess")
+@says_errors
+def bench_preprocess(
+    source: Annotated[Path, typer.Option(help="An image folder of JPEGs.")],
+    detectors: Detectors = "fast,sift,orb",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
+) -> None:
+    """Images per second and core of each step of preprocessing, of the whole, and of JPEG decoding alone."""
+    from kamim.bench.preprocess import bench
+    from kamim.detectors import detector
+    from preprocess.sources import list_source
+
+    check_folder("--json", json_out)
+    names = detectors.split(",")
+    for name in names:
+        detector(name)
+    with bar("bench preprocess") as update:
+        result = bench(list_source("imagefolder", source, "train"), names, rounds, update)
+    _show(result)
     write_json(json_out, result)
 
 
@@ -36,7 +58,7 @@ def bench_loader(
 @says_errors
 def bench_fidelity(
     source: Annotated[Path, typer.Option(help="An image folder.")],
-    detectors: Annotated[str, typer.Option(help="Comma-separated.")] = "fast,sift,orb",
+    detectors: Detectors = "fast,sift,orb",
     images: Annotated[int, typer.Option(min=1, help="How many, one random crop of each.")] = 400,
     patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
     temperature: Annotated[float, typer.Option(help="T")] = 0.25,
@@ -79,8 +101,12 @@ def bench_eval(
     check_folder("--json", json_out)
     with bar("bench eval") as update:
         result = bench(Store(store), model, resolution, batch, rounds, update)
-    for name, rate in result["images_per_second"].items():
-        out_console.print(f"{name:16} {rate:8,.1f} images/s")
-    for name, ratio in result["ratios"].items():
-        out_console.print(f"{name:26} {ratio:6.2f}")
+    _show(result)
     write_json(json_out, result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    for name, rate in result["images_per_second"].items():
+        out_console.print(f"{name:20} {rate:8,.1f} images/s")
+    for name, ratio in result["ratios"].items():
+        out_console.print(f"{name:28} {ratio:6.2f}")

@@ -1,0 +1,52 @@
+"""SIFT and ORB, OpenCV's, with its defaults."""
+
+import functools
+
+import cv2
+import numpy as np
+
+from kamim.detectors.contract import Found
+from kamim.keypoints import Group, Rules
+
+
+def _found(keypoints: tuple[cv2.KeyPoint, ...], group: np.ndarray) -> Found:
+    xy = np.array([k.pt for k in keypoints], np.float32).reshape(-1, 2)
+    return Found(xy, group, np.array([k.response for k in keypoints], np.float32))
+
+
+class Sift:
+    """SIFT (Lowe). A group is an octave; octave -1 is the doubled image; the border is 5 px of the octave."""
+
+    OCTAVES = range(-1, 6)
+    rules = Rules(tuple(Group(border=5.0 * 2.0**octave) for octave in OCTAVES))
+
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+        """See Detector; SIFT has no limit on the number."""
+        keypoints = cv2.SIFT_create().detect(rgb, None)  # type: ignore[attr-defined]
+        packed = np.array([k.octave for k in keypoints], np.int64).reshape(-1)
+        octave = ((packed & 255) ^ 128) - 128  # the low byte, signed
+        return _found(keypoints, np.clip(octave, self.OCTAVES[0], self.OCTAVES[-1]) - self.OCTAVES[0])
+
+
+class Orb:
+    """ORB (Rublee et al.), 500 features on 8 levels of scale 1.2. A group is a level.
+
+    Border: 31 px of the level. Cap: the level's share of the 500, as OpenCV divides them.
+    """
+
+    FEATURES, LEVELS, SCALE, EDGE = 500, 8, 1.2, 31
+
+    @functools.cached_property
+    def rules(self) -> Rules:
+        """One group per level, see the class."""
+        first = self.FEATURES * (1 - 1 / self.SCALE) / (1 - (1 / self.SCALE) ** self.LEVELS)
+        caps = [round(first / self.SCALE**level) for level in range(self.LEVELS - 1)]
+        caps.append(self.FEATURES - sum(caps))
+        return Rules(tuple(Group(self.EDGE * self.SCALE**level, cap) for level, cap in enumerate(caps)))
+
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+        """See Detector."""
+        orb = cv2.ORB_create(nfeatures=round(self.FEATURES * headroom))  # type: ignore[attr-defined]
+        sees = min(rgb.shape[:2]) > 2 * self.EDGE  # on an image of one row OpenCV would fail, not find nothing
+        keypoints = orb.detect(rgb, None) if sees else ()
+        return _found(keypoints, np.array([k.octave for k in keypoints], np.int64).reshape(-1))

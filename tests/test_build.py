@@ -22,7 +22,9 @@ from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.store import Job, Store
 from preprocess import build as building
-from preprocess.build import build, make_job
+from preprocess import executors
+from preprocess.build import Stopped, build
+from preprocess.plan import Plan, make_job
 from preprocess.record import record
 from preprocess.sources import Item, Source, list_source
 
@@ -32,7 +34,7 @@ runner = CliRunner()
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards run in this process."""
-    monkeypatch.setattr(building, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
 
 
 @pytest.fixture(autouse=True)
@@ -78,20 +80,28 @@ class Ran:
     """Which shards are computed, and which files they are joined from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.numbers: list[int] = []
+        self.made: list[tuple[int, tuple[str, ...]]] = []
         self.joined: dict[str, tuple[int, int]] = {}
-        run_shard, assemble = building.run_shard, building._assemble
+        run_shard, assemble = executors.run_shard, building.assemble
 
-        def counted(job: Job, read: Callable[[Item], bytes], items: Sequence[Item], number: int, *rest: Any) -> Path:
-            self.numbers.append(number)
-            return run_shard(job, read, items, number, *rest)
+        def counted(task: Task) -> dict[str, str]:
+            self.made.append((task.number, tuple(task.folders)))
+            return run_shard(task)
 
-        def marked(job: Job, source: Source, shards: Sequence[Path], folder: Path) -> None:
-            self.joined = marks(shards)
-            assemble(job, source, shards, folder)
+        def marked(plan: Plan, shards: Files, *rest: Any) -> store.Manifest:
+            self.joined = marks([file for files in shards.values() for file in files])
+            return assemble(plan, shards, *rest)
 
-        monkeypatch.setattr(building, "run_shard", counted)
-        monkeypatch.setattr(building, "_assemble", marked)
+        monkeypatch.setattr(executors, "run_shard", counted)
+        monkeypatch.setattr(building, "assemble", marked)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _ in self.made]
+
+
+def shard_files(out: Path) -> list[Path]:
+    return sorted((partial(out) / "shards").glob("*/*.safetensors"), key=lambda file: (file.name[:6], str(file)))
 
 
 # Equal bytes
@@ -250,7 +260,7 @@ def test_a_dead_worker_ends_the_job_which_then_continues(
     with pytest.raises(RuntimeError, match=r"worker process died.*the same command again continues"):
         run(job, deadly, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(building, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
     assert run(job, source, tmp_path / "out")
     assert content(tmp_path / "out") == whole["zarr"]
 

@@ -81,4 +81,4 @@ def _shared_classes(train: Store, val: Store) -> tuple[str, ...]:
 
 
 def _about(store: Store) -> dict[str, Any]:
-    return {"store": str(store.path), "images": len(store), "fingerprint": store.manifest.job.fingerprint}
+    return {"store": str(store.path), "images": len(store), "fingerprint": store.manifest.source}

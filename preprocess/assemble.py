@@ -122,7 +122,7 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
     """rejects.csv of a store, by shard."""
     with (path / REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows: list[Reject] = list(csv.reader(stream))[1:]
+        rows: list[Reject] = [*csv.reader(stream)][1:]
     size, items = manifest.job.shard_size, manifest.job.items
     sizes = [min(size, items - at) for at in range(0, items, size)]
     ends = np.cumsum([size - count for size, count in zip(sizes, manifest.shard_counts, strict=True)])
@@ -131,19 +131,23 @@ def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
 
 def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) -> Manifest:
     """What the store at `folder` is. Of what was kept, it says what the earlier manifest said."""
-    job, earlier = plan.job, plan.store
-    of_kept = {c: earlier.shards[c] for c in plan.keep} if earlier else {}
-    opencv_of_kept = {c: earlier.opencv[c] for c in plan.keep} if earlier else {}
-    kept = {n: s for n, s in earlier.checksums.items() if store.component_of(n) in plan.keep} if earlier else {}
+    job = plan.job
+    opencv = dict.fromkeys(plan.make, job.opencv)
+    hashes = {component: tuple(map(checksum_of, files)) for component, files in shards.items()}
+    checksums: dict[str, str] = {}
+    if plan.store is not None:
+        opencv |= {component: plan.store.opencv[component] for component in plan.keep}
+        hashes |= {component: plan.store.shards[component] for component in plan.keep}
+        checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
     return Manifest(
         schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=sum(counts),
         classes=plan.source.classes, rejects=job.items - sum(counts),
         stored_area=geometry.stored_area(job.resolution, job.crop_scale),
         canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
         rules={name: detector(name).rules for name in job.detectors},
-        opencv={c: opencv_of_kept.get(c, job.opencv) for c in job.components}, shard_counts=tuple(counts),
-        shards={c: of_kept[c] if c in of_kept else tuple(map(checksum_of, shards[c])) for c in job.components},
-        checksums=dict(sorted((kept | store.checksums(folder, besides=kept)).items())),
+        opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
+        shards={component: hashes[component] for component in job.components},
+        checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from kamim import store
 from kamim.store import Job
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
-from preprocess.estimate import disk_needed, estimate
+from preprocess.estimate import Estimate, disk_needed, estimate, sample
 from preprocess.plan import Plan, make_plan
 from preprocess.shards import Task, checksum_of, finished
 from preprocess.sources import Source
@@ -116,12 +116,13 @@ def make_shards(
     progress(done, total)
     if not missing:
         return found
-    _check_disk(plan, space, found, missing)
     tasks = (
         Task(plan.job, n, plan.items(n), plan.source.read, {c: folders[c] for c in components}, strict)
         for n, components in missing.items()
     )
     with executors.dask(cluster) if cluster else executors.local(workers) as (executor, ahead):
+        one = executor.submit(estimate, plan.job, plan.make, plan.source.read, sample(plan)).result()
+        _check_disk(plan, space, found, missing, one)
         for task, names in executors.results(executor, ahead, tasks):
             for component, name in names.items():
                 file = folders[component] / name
@@ -133,10 +134,10 @@ def make_shards(
     return found
 
 
-def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, list[str]]) -> None:
+def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
     """Raises ValueError where the disk is too small for what is missing."""
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
-    needed, free = disk_needed(found, images, estimate(plan)), shutil.disk_usage(space.partial).free
+    needed, free = disk_needed(found, images, one), shutil.disk_usage(space.partial).free
     if needed > free:
         raise ValueError(
             f"--out {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "

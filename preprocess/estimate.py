@@ -1,8 +1,7 @@
 """How much disk and time a job will take, from a few of its images made now."""
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +12,7 @@ from kamim.store import Job
 from preprocess.decode import Undecodable
 from preprocess.plan import Plan, make_plan
 from preprocess.record import record
-from preprocess.shards import finished, pixels
+from preprocess.shards import Read, finished, pixels
 from preprocess.sources import Item, Source
 from preprocess.workspace import Workspace
 
@@ -29,23 +28,27 @@ class Estimate:
     images: int
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Makes the components of some images spread over the source. An unreadable one counts, as empty."""
-    at = np.unique(np.linspace(0, plan.job.items - 1, SAMPLE).astype(int))
-    _made(plan, plan.source.items[at[0]])  # what only the first image costs
-    made, start = [], time.perf_counter()
-    for index in at:
-        made.append(_made(plan, plan.source.items[index]))
-    seconds = (time.perf_counter() - start) / len(at)
-    return Estimate({c: sum(sizes.get(c, 0) for sizes in made) / len(at) for c in plan.make}, seconds, len(at))
+def sample(plan: Plan) -> list[Item]:
+    """Items spread over the source."""
+    return [plan.source.items[at] for at in np.unique(np.linspace(0, plan.job.items - 1, SAMPLE).astype(int))]
 
 
-def _made(plan: Plan, item: Item) -> dict[str, int]:
+def estimate(job: Job, components: Sequence[str], read: Read, items: Sequence[Item]) -> Estimate:
+    """Makes the components of the items. An unreadable one counts, as empty."""
+    _made(job, components, read, items[0])  # what only the first image costs
+    start = time.perf_counter()
+    made = [_made(job, components, read, item) for item in items]
+    seconds = (time.perf_counter() - start) / len(items)
+    return Estimate({c: sum(sizes[c] for sizes in made) / len(items) for c in components}, seconds, len(items))
+
+
+def _made(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[str, int]:
     """Bytes of each component of one image."""
-    with suppress(OSError, Undecodable):
-        made = record(plan.job, pixels(plan.source.read, item), item.label, plan.make)
-        return {component: sum(array.nbytes for array in rows.values()) for component, rows in made.items()}
-    return {}
+    try:
+        made = record(job, pixels(read, item), item.label, components)
+    except (OSError, Undecodable):
+        return dict.fromkeys(components, 0)
+    return {component: sum(array.nbytes for array in rows.values()) for component, rows in made.items()}
 
 
 def disk_needed(found: Mapping[str, Mapping[int, Path]], images: Mapping[str, int], one: Estimate) -> int:
@@ -60,7 +63,8 @@ def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
     plan = make_plan(job, source, space)
     if plan.done:
         return [f"{out} is complete already"]
-    one, numbers = estimate(plan), range(plan.job.shards)
+    one = estimate(plan.job, plan.make, source.read, sample(plan))
+    numbers = range(plan.job.shards)
     found = {component: finished(folder, numbers) for component, folder in plan.folders(space).items()}
     lines = [f"{out}: {plan.summary()}", *(f"keep {component}: as it is" for component in plan.keep)]
     missing = set()

@@ -16,49 +16,53 @@ from preprocess.build import Found, Progress, Say, in_order, make_shards, stoppi
 from preprocess.plan import Plan
 from preprocess.shards import checksum_of, write_shard
 from preprocess.sources import Source
-from preprocess.verify import STRANGE, Problem
+from preprocess.verify import SEALED, STRANGE, Problem, problems
 from preprocess.workspace import Workspace
 
 
 def repair(
-    path: Path, found: list[Problem], source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
-) -> None:
-    """Puts right what preprocess.verify.problems has `found`. source: lists a job's source, if it is needed.
+    path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
+) -> list[Problem]:  # fmt: skip
+    """Puts right what is wrong with the files of a store; returns what was. source: lists a job's source, if needed.
 
     Raises ValueError where what is there, or the source, cannot give the store back; and Stopped.
     """
-    strange = [problem.where for problem in found if problem.what == STRANGE]
-    if strange:
-        raise ValueError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
     space = Workspace(path)
     with space.locked(), stopping():
+        found = problems(path)
+        strange = [problem.where for problem in found if problem.what == STRANGE]
+        if strange:
+            raise ValueError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
         content = store.agreed_manifest(path)
         if content is None:
             raise ValueError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
-        store.seal(path, content)
         manifest = store.parse_manifest(content, path)
+        job = manifest.job.model_copy(update={"opencv": cv2.__version__})
+        if space.begun() not in (None, job):
+            raise ValueError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
+        if {problem.where for problem in found} & set(SEALED):
+            store.seal(path, content)
         broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
         if broken:
-            _rebuild(_plan(manifest, source(manifest.job), broken, space), space, workers, progress, say)
+            _rebuild(_plan(job, manifest, source(job), broken, path), space, workers, progress, say)
             store.seal(space.store, content)
             space.publish()
+        space.clear()
+    return found
 
 
-def _plan(manifest: Manifest, source: Source, broken: set[str], space: Workspace) -> Plan:
-    """The finished store's own job again, but for the broken components."""
-    job = manifest.job.model_copy(update={"opencv": cv2.__version__})
-    begun = space.begun()
-    if begun not in (None, job):
-        raise ValueError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
+def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path) -> Plan:
+    """The finished store's own job again, for the broken components."""
     stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)))
-    stored = space.out / store.STAMPS
+    stored = path / store.STAMPS
     if stored.is_file() and store.checksum(stored) == manifest.source:
         before = np.load(stored)
         if len(before) != len(stamps):
-            fingerprint.refuse_change(before, stamps, source, space.out)
+            fingerprint.refuse_change(before, stamps, source, path)
         stamps = before  # a copied source will do, if the same bytes come of it
-    make = tuple(c for c in job.components if c in broken)
-    return Plan(job, source, stamps, manifest, "", tuple(c for c in job.components if c not in broken), make)
+    make = tuple(component for component in job.components if component in broken)
+    keep = tuple(component for component in job.components if component not in broken)
+    return Plan(job, source, stamps, manifest, "", keep, make)
 
 
 def _rebuild(plan: Plan, space: Workspace, workers: int, progress: Progress, say: Say) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,9 +17,6 @@ from kamim.cli.console import (
     terminable,
     weighting_of,
 )
-
-if TYPE_CHECKING:
-    from preprocess.verify import Problem
 
 
 @app.command()
@@ -118,33 +115,32 @@ def verify(
     from kamim.store import Store
     from preprocess.verify import problems
 
+    if repair:
+        _repair(path, source, workers)
     wrong = problems(path, deep)
     for problem in wrong:
         err_console.print(f"{path / problem.where}: {problem.what}")
-    if wrong and repair:
-        _repair(path, wrong, source, workers)
-        wrong = problems(path, deep)
-        for problem in wrong:
-            err_console.print(f"{path / problem.where}: {problem.what}, still")
     if wrong:
         raise typer.Exit(1)
     out_console.print(f"{path}: {len(Store(path).manifest.checksums)} files, all as written")
 
 
-def _repair(path: Path, wrong: "list[Problem]", source: Path | None, workers: int) -> None:
+def _repair(path: Path, source: Path | None, workers: int) -> None:
     from preprocess.build import Stopped
     from preprocess.repair import repair
     from preprocess.sources import list_source
 
     try:
         with terminable(), bar(f"repair {path}") as update:
-            repair(
-                path, wrong, lambda job: list_source(job.dataset, source, job.split),
+            repaired = repair(
+                path, lambda job: list_source(job.dataset, source, job.split),
                 workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,
             )  # fmt: skip
     except (KeyboardInterrupt, Stopped) as error:
         err_console.print(f"stopped: {error or 'the same command again continues where it was'}")
         raise typer.Exit(RESUMABLE) from None
+    for problem in repaired:
+        out_console.print(f"{path / problem.where}: was {problem.what}, put right")
 
 
 @store_app.command()

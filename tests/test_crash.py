@@ -7,6 +7,8 @@ a machine that goes down may leave it. Then the job is started on every copy. A 
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -29,7 +29,8 @@ from pipelines.augment import random_erasing, trivial_augment_wide
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
-from preprocess.build import build, make_job
+from preprocess.build import build
+from preprocess.plan import make_job
 from preprocess.sources import list_source
 
 CUDA = torch.device("cuda")

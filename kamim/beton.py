@@ -66,6 +66,10 @@ class Beton:
         """Encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
         return self._bytes[self._start[index] : self._start[index] + self._length[index]]
 
+    def in_range(self) -> np.ndarray:
+        """Whether each image's bytes lie within the file: bool [N]."""
+        return (self._length > 0) & (self._start >= 0) & (self._start <= len(self._bytes) - self._length)
+
 
 def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]]) -> None:
     """Writes `count` images, each (bytes uint8 [n], height, width, label, raw). Needs the ffcv package."""

@@ -17,7 +17,8 @@ from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, Pretrain, Weighting, load
 from kamim.loop import Progress
 from kamim.store import Store
-from preprocess.build import build, make_job
+from preprocess.build import build
+from preprocess.plan import make_job
 from preprocess.sources import list_source, photograph
 
 CONFIGS = Path(kamim.__file__).parent.parent / "configs"

@@ -91,3 +91,8 @@ class PagedReader:
             return self._empty
         page, at = divmod(start, self._page_rows)
         return self._pages[page][at : at + count]
+
+    def holds(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Whether each item of `count` rows at row `start` lies within a page: bool of their shape."""
+        rows, total = self._page_rows, self._page_rows * len(self._pages)
+        return (count == 0) | ((count > 0) & (start >= 0) & (start < total) & (start % rows <= rows - count))

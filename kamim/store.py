@@ -1,6 +1,8 @@
 """The store: one directory per data set split, self-describing, published whole.
 
     manifest.json                     what this is, every parameter that shaped the bytes, counts, checksums
+    manifest.backup                   its sha256 and a copy of it: any one damage of the two files is put right
+    stamps.npy                        uint64 [items], one stamp per item of the source, to notice changed ones
     images.beton | images.zarr/       images, FFCV or zarr (below)
     keypoints.zarr/
         frame                         uint16 [N, 2] (height, width) of the canonical frame
@@ -15,13 +17,15 @@
         size                          uint16 [N, 2] (height, width)
         label                         int64 [N], -1 without labels
 
-Sample i is the same image in every array. `paged` arrays map into memory (kamim/paged.py).
+Sample i is the same image in every array. `paged` arrays map into memory (kamim/paged.py). A store is made of
+components, its images and the keypoints of each detector; each was joined from shards and can be taken apart again.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import uuid
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,23 +37,25 @@ import zarr
 from kamim import beton, paged
 from kamim.keypoints import Rules
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MANIFEST, BACKUP, STAMPS = "manifest.json", "manifest.backup", "stamps.npy"
+IMAGES = "images"  # the component that is not a detector's
 IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
 KEYPOINT_PAGE_ROWS = 1 << 20
 
 Backend = Literal["ffcv", "zarr"]
 Encoding = Literal["jpeg", "raw"]
+Fingerprint = Literal["stat", "content"]  # an item is told by key, label, size and time, or by key, label and bytes
 
 
 class Job(pydantic.BaseModel):
-    """Everything that shapes the bytes of a store. Equal jobs give equal stores."""
+    """Everything that shapes the bytes of a store, but the source. Equal jobs on equal sources give equal stores."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     dataset: str
     split: str
-    source: str
-    fingerprint: str  # sha256 over the keys, labels and sizes of the source's items
+    fingerprint: Fingerprint
     items: int
     detectors: tuple[str, ...]
     images: Backend
@@ -58,6 +64,24 @@ class Job(pydantic.BaseModel):
     resolution: int
     crop_scale: tuple[float, float]
     shard_size: int
+    opencv: str  # version: its resize and its detectors shape the bytes
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What the store is made of."""
+        return (IMAGES, *self.detectors)
+
+    @property
+    def shards(self) -> int:
+        """How many shards every component has."""
+        return -(-self.items // self.shard_size)
+
+    def recipe(self, component: str) -> dict[str, Any]:
+        """The parameters that the component's bytes depend on."""
+        names = {"resolution", "crop_scale"}
+        if component == IMAGES:
+            names |= {"images", "encoding", "quality"} if self.encoding == "jpeg" else {"images", "encoding"}
+        return self.model_dump(include=names)
 
 
 class Manifest(pydantic.BaseModel):
@@ -74,8 +98,21 @@ class Manifest(pydantic.BaseModel):
     stored_area: float
     canonical_area: float
     rules: dict[str, Rules]
-    opencv_version: str
-    checksums: dict[str, str]  # sha256 of every other file, by its path within the store
+    opencv: dict[str, str]  # the version that made each component
+    shard_counts: tuple[int, ...]  # images of each shard that could be read
+    shards: dict[str, tuple[str, ...]]  # sha256 of every shard of every component
+    checksums: dict[str, str]  # sha256 of every other file but the backup, by its path within the store
+
+    @property
+    def source(self) -> str:
+        """What tells this store's source from another: the sha256 of its stamps."""
+        return self.checksums[STAMPS]
+
+
+def component_of(name: str) -> str:
+    """The component that a file of a store, by its path within it, belongs to."""
+    room, *rest = name.split("/")
+    return rest[0] if room == "keypoints.zarr" and len(rest) > 1 and rest[0] != "frame" else IMAGES
 
 
 class ImageReader(Protocol):
@@ -87,6 +124,10 @@ class ImageReader(Protocol):
 
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n]."""
+        ...
+
+    def in_range(self) -> np.ndarray:
+        """Whether each image's bytes lie within the files: bool [N]."""
         ...
 
 
@@ -105,6 +146,10 @@ class ZarrImages:
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
         return self._bytes.rows(int(self._start[index]), int(self._length[index]))
+
+    def in_range(self) -> np.ndarray:
+        """Whether each image's bytes lie within the files: bool [N]."""
+        return self._bytes.holds(self._start, self._length)
 
 
 def write_zarr_images(
@@ -138,6 +183,10 @@ class Keypoints:
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(positions uint16 [K, 2] as stored, counts uint32 [G] of each group among them, in order)."""
         return self._positions.rows(int(self._start[index]), int(self._total[index])), self._counts[index]
+
+    def in_range(self) -> np.ndarray:
+        """Whether each image's positions lie within the files: bool [N]."""
+        return self._positions.holds(self._start, self._total.astype(np.int64))
 
 
 def write_keypoints(
@@ -180,18 +229,24 @@ class Store:
         if detector not in self.manifest.rules:
             raise ValueError(
                 f"{self.path}: has no {detector!r} keypoints, only {', '.join(self.detectors) or 'images'}; "
-                f"preprocess again into a new store with --detectors {','.join((*self.detectors, detector))}"
+                f"the command that made it, with --detectors {detector}, adds them"
             )
         return Keypoints(self.path / "keypoints.zarr", detector, self.manifest.rules[detector])
 
 
 def read_manifest(path: Path) -> Manifest:
     """manifest.json of the store at `path`. Raises ValueError, naming what is wrong."""
-    file = path / "manifest.json"
+    file = path / MANIFEST
     if not file.is_file():
         raise ValueError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
+    return parse_manifest(file.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """The manifest of the store at `path` from the file's bytes. Raises ValueError, naming what is wrong."""
+    file = path / MANIFEST
     try:
-        fields: dict[str, Any] = json.loads(file.read_text())
+        fields: dict[str, Any] = json.loads(content)
         version = fields["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from error
@@ -201,10 +256,30 @@ def read_manifest(path: Path) -> Manifest:
             "preprocess it again, or use the kamim that wrote it"
         )
     try:
-        return Manifest.model_validate_json(file.read_text())
+        return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def seal(path: Path, content: bytes) -> None:
+    """Gives a store that is otherwise whole its manifest, and the manifest's backup."""
+    write_whole(path / BACKUP, backup_of(content))
+    write_whole(path / MANIFEST, content)
+
+
+def backup_of(manifest: bytes) -> bytes:
+    """What manifest.backup holds."""
+    return hashlib.sha256(manifest).hexdigest().encode() + b"\n" + manifest
+
+
+def agreed_manifest(path: Path) -> bytes | None:
+    """The manifest's bytes by the majority of the file, its copy and the sha256; None where no two agree."""
+    ours, backup = (file.read_bytes() if file.is_file() else b"" for file in (path / MANIFEST, path / BACKUP))
+    copy = backup.partition(b"\n")[2]
+    if backup == backup_of(copy):
+        return copy
+    return ours if ours and (ours == copy or backup.startswith(backup_of(ours)[:64])) else None
 
 
 def checksum(path: Path) -> str:
@@ -213,10 +288,10 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksums(path: Path) -> dict[str, str]:
-    """sha256 of every file below `path` but the manifest, by relative path, sorted."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
-    return {file.relative_to(path).as_posix(): checksum(file) for file in files}
+def checksums(path: Path, besides: Collection[str] = ()) -> dict[str, str]:
+    """sha256 of every file below `path`, by relative path, sorted; not of the manifest, its backup, and `besides`."""
+    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    return {name: checksum(path / name) for name in sorted(names - {MANIFEST, BACKUP, *besides})}
 
 
 def fsync(path: Path) -> None:
@@ -228,9 +303,26 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file durably so that it is never there in part; one that had its name is replaced."""
+    staged = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # other hosts may write the same file
+    try:
+        staged.write_bytes(content)
+        fsync(staged)
+        staged.replace(file)
+    finally:
+        staged.unlink(missing_ok=True)
+    fsync(file.parent)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Makes everything below `partial` durable, then gives it its final name in one rename."""
-    for entry in (*partial.rglob("*"), partial):
-        fsync(entry)
+    make_durable(partial)
     partial.rename(final)
     fsync(final.parent)
+
+
+def make_durable(path: Path) -> None:
+    """Makes a directory and everything below it durable."""
+    for entry in (*path.rglob("*"), path):
+        fsync(entry)

@@ -1,290 +1,165 @@
 """The preprocessing job: a listed source -> a published store.
 
-The source is cut into shards. Each shard is one idempotent task that reads its images, resizes and encodes
-them, finds keypoints, and leaves one file named by its own checksum in OUT.partial/shards. When all are
-there they are joined, in order, into OUT.partial/store, which is renamed to OUT. So the bytes do not depend
-on the number of workers or restarts, and OUT exists only when it is whole.
+The source is cut into shards. Each shard is one idempotent task (preprocess/shards.py) that leaves one file per
+component, named by its own checksum, in OUT.partial. When all are there they are joined, in order, with what a finished
+store has already (preprocess/assemble.py), and the result takes the name OUT in one rename. So the bytes do not depend
+on the number of workers, machines or restarts, and OUT exists only when it is whole.
 """
 
-import csv
-import ctypes
-import importlib.util
-import json
-import os
+import errno
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
-import numpy as np
-import zarr
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-
-import kamim
-from kamim import beton, geometry, paged, store
-from kamim.detectors import detector
+from kamim import store
 from kamim.store import Job
-from preprocess.decode import Undecodable, decode
-from preprocess.record import Record, record
-from preprocess.sources import Item, Read, Source, printable
+from preprocess import executors
+from preprocess.assemble import Disagreement, Files, assemble, check_agreement
+from preprocess.estimate import Estimate, disk_needed, estimate, sample
+from preprocess.plan import Plan, make_plan
+from preprocess.shards import Task, checksum_of, finished
+from preprocess.sources import Source
+from preprocess.workspace import Workspace
 
-SHARD_SIZE = 128
 Progress = Callable[[int, int], None]  # images done, images in all
+Say = Callable[[str], None]  # takes a line for the user
+Found = dict[str, dict[int, Path]]  # shard files by component and number
 
 
-def make_job(
-    dataset: str, split: str, source: Source, *, detectors: Sequence[str], images: str, encoding: store.Encoding,
-    quality: int, resolution: int, crop_scale: tuple[float, float], out: Path | None = None,
-) -> Job:  # fmt: skip
-    """Checks the parameters and resolves `images`: ffcv, zarr, or auto.
-
-    auto is what `out`, begun or finished, holds already, else ffcv where it imports.
-
-    Raises ValueError naming the parameter, its value and what is allowed.
-    """
-    for name in detectors:
-        detector(name)
-    if len(set(detectors)) != len(detectors):
-        raise ValueError(f"--detectors {','.join(detectors)}: names one twice")
-    if images not in ("auto", "ffcv", "zarr"):
-        raise ValueError(f"--images {images}: must be one of auto, ffcv, zarr")
-    has_ffcv = importlib.util.find_spec("ffcv") is not None
-    if images == "ffcv" and not has_ffcv:
-        raise ValueError(
-            "--images ffcv: the ffcv package is not installed; pip install 'kamim[ffcv]', or --images zarr"
-        )
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
-    if not 16 <= resolution <= 1024:
-        raise ValueError(f"--resolution {resolution}: must be 16 to 1024")
-    if not 1 <= quality <= 100:
-        raise ValueError(f"--quality {quality}: must be 1 to 100")
-    if encoding == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
-        raise ValueError(
-            f"--raw: images for --resolution {resolution} and --crop-scale {crop_scale[0]},{crop_scale[1]} "
-            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; store JPEGs, or smaller images"
-        )
-    return Job(
-        dataset=dataset, split=split, source=source.location, fingerprint=source.fingerprint(), items=len(source.items),
-        detectors=tuple(detectors), images=_backend(images, has_ffcv, out),
-        encoding=encoding, quality=quality, resolution=resolution, crop_scale=crop_scale, shard_size=SHARD_SIZE,
-    )  # fmt: skip
+class Stopped(RuntimeError):
+    """The job could not end, but what it did is kept; the message says how to go on."""
 
 
-def _backend(images: str, has_ffcv: bool, out: Path | None) -> store.Backend:
-    begun = None if out is None else _job_at(out) or _job_at(_partial(out))
-    if images == "auto" and begun is not None:
-        return begun.images
-    return "ffcv" if images == "ffcv" or (images == "auto" and has_ffcv) else "zarr"
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _job_at(path: Path) -> Job | None:
-    """The job of a store, or of a partial one, at `path`."""
-    if (path / "manifest.json").exists():
-        return store.read_manifest(path).job
-    file = path / "job.json"
-    return Job.model_validate_json(file.read_text()) if file.exists() else None
-
-
-def build(job: Job, source: Source, out: Path, *, workers: int, strict: bool, progress: Progress) -> bool:
+def build(
+    job: Job, source: Source, out: Path, *, workers: int, strict: bool, progress: Progress,
+    cluster: str | None = None, say: Say = lambda line: None,
+) -> bool:  # fmt: skip
     """Runs the job, or what is left of it. Returns False where `out` is this job's store already.
 
     Raises ValueError where `out` or its partial state belongs to something else, where no image is readable,
-    and, with strict, at the first unreadable image; RuntimeError where a worker process dies.
+    where the source or the disk will not do, and, with strict, at the first unreadable image; and Stopped.
     """
-    partial = _partial(out)
-    if out.exists():
-        if not (out / "manifest.json").exists():
-            raise ValueError(f"--out {out}: is there already and is not a kamim store; choose another --out")
-        _refuse_other_job(store.read_manifest(out).job, job, out)
-        shutil.rmtree(partial, ignore_errors=True)
-        return False
-    _claim(partial, job)
-    shards = _run_shards(job, source, partial / "shards", workers, strict, progress)
-    _assemble(job, source, shards, partial / "store")
-    store.publish(partial / "store", out)
-    shutil.rmtree(partial)
+    space = Workspace(out)
+    with space.locked(), stopping():
+        plan = make_plan(job, source, space)
+        if plan.done:
+            space.clear()
+            return False
+        say(plan.summary())
+        shards = make_shards(plan, space, range(plan.job.shards), workers, cluster, strict, progress)
+        _publish(plan, space, shards)
     return True
 
 
-def _claim(partial: Path, job: Job) -> None:
-    file = partial / "job.json"
-    if file.exists():
-        _refuse_other_job(Job.model_validate_json(file.read_text()), job, partial)
-        return
-    if partial.exists() and not {entry.name for entry in partial.iterdir()} <= {"shards", "job.json.tmp"}:
-        raise ValueError(f"{partial}: is not this job's; remove it or choose another --out")
-    shutil.rmtree(partial / "shards", ignore_errors=True)  # without job.json nobody knows whose they were
-    (partial / "shards").mkdir(parents=True)
-    staged = partial / "job.json.tmp"
-    staged.write_text(job.model_dump_json(indent=2))
-    store.fsync(staged)
-    staged.rename(file)
+def build_share(
+    job: Job, source: Source, out: Path, *, share: tuple[int, int], workers: int, strict: bool, progress: Progress,
+    cluster: str | None = None, say: Say = lambda line: None,
+) -> None:  # fmt: skip
+    """Makes the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, next to other processes that do theirs."""
+    space = Workspace(out)
+    with space.locked(shared=True), stopping():
+        plan = make_plan(job, source, space)
+        if plan.done:
+            return
+        say(f"share {share[0]} of {share[1]}: {plan.summary()}")
+        numbers = range(share[0] - 1, plan.job.shards, share[1])
+        make_shards(plan, space, numbers, workers, cluster, strict, progress, shared=True)
 
 
-def _refuse_other_job(there: Job, asked: Job, where: Path) -> None:
-    old, new = there.model_dump(), asked.model_dump()
-    differences = [f"{name} {old[name]!r}, asked for {new[name]!r}" for name in old if old[name] != new[name]]
-    if differences:
+def publish_shares(job: Job, source: Source, out: Path) -> bool:
+    """Joins the shards that shares have made. Returns False where `out` is the store already; may raise Stopped."""
+    space = Workspace(out)
+    with space.locked(), stopping():
+        plan = make_plan(job, source, space)
+        if plan.done:
+            space.clear()
+            return False
+        numbers = range(plan.job.shards)
+        found: Found = {name: finished(folder, numbers) for name, folder in plan.folders(space).items()}
+        missing = [str(n + 1) for n in numbers if any(n not in files for files in found.values())]
+        if missing:
+            raise Stopped(
+                f"{len(missing)} of {len(numbers)} shards are missing, number {', '.join(missing[:20])}"
+                f"{' ...' if len(missing) > 20 else ''}; of n shares, number k is made by share (k - 1) % n + 1"
+            )
+        _publish(plan, space, found)
+    return True
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """What ends a job that can go on later becomes Stopped."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise Stopped("a worker process died (out of memory?); the same command again continues") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Stopped("the disk is full; free some space, and the same command again continues") from error
+
+
+def make_shards(
+    plan: Plan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
+    progress: Progress, shared: bool = False,
+) -> Found:  # fmt: skip
+    """The shard files of `numbers`; makes those that are missing or damaged, and checks every one."""
+    folders = plan.folders(space)
+    space.claim(plan.job, plan.stamps, folders.values(), shared)
+    found: Found = {component: finished(folder, numbers) for component, folder in folders.items()}
+    missing = {n: [c for c in plan.make if n not in found[c]] for n in numbers}
+    missing = {n: components for n, components in missing.items() if components}
+    total = sum(len(plan.items(n)) for n in numbers)
+    done = total - sum(len(plan.items(n)) for n in missing)
+    progress(done, total)
+    if not missing:
+        return found
+    tasks = (
+        Task(plan.job, n, plan.items(n), plan.source.read, {c: folders[c] for c in components}, strict)
+        for n, components in missing.items()
+    )
+    with executors.dask(cluster) if cluster else executors.local(workers) as (executor, ahead):
+        one = executor.submit(estimate, plan.job, plan.make, plan.source.read, sample(plan)).result()
+        _check_disk(plan, space, found, missing, one)
+        for task, names in executors.results(executor, ahead, tasks):
+            for component, name in names.items():
+                file = folders[component] / name
+                if store.checksum(file) != checksum_of(file):
+                    raise Stopped(f"{file}: was damaged on its way; the same command again makes it anew")
+                found[component][task.number] = file
+            done += len(task.items)
+            progress(done, total)
+    return found
+
+
+def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
+    """Raises ValueError where the disk is too small for what is missing."""
+    images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
+    needed, free = disk_needed(found, images, one), shutil.disk_usage(space.partial).free
+    if needed > free:
         raise ValueError(
-            f"--out {where}: is there already, of another job ({'; '.join(differences)}); "
-            "remove it or choose another --out"
+            f"--out {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
+            f"{free / 1e9:,.2f} GB free; free some space, or choose another --out"
         )
 
 
-def _run_shards(job: Job, source: Source, folder: Path, workers: int, strict: bool, progress: Progress) -> list[Path]:
-    """Every shard's file, in order; runs those that are missing or damaged."""
-    parts = [source.items[at : at + job.shard_size] for at in range(0, len(source.items), job.shard_size)]
-    files: dict[int, Path] = {}
-    for number in range(len(parts)):
-        found = _finished_shard(folder, number)
-        if found is not None:
-            files[number] = found
-    done = sum(len(parts[number]) for number in files)
-    progress(done, len(source.items))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
-        tasks: dict[Future[Path], int] = {
-            executor.submit(run_shard, job, source.read, part, number, folder, strict): number
-            for number, part in enumerate(parts)
-            if number not in files
-        }
-        try:
-            for task in as_completed(tasks):
-                files[tasks[task]] = task.result()
-                done += len(parts[tasks[task]])
-                progress(done, len(source.items))
-        except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died (out of memory?); the same command again continues") from error
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
-    return [files[number] for number in range(len(parts))]
+def in_order(plan: Plan, found: Found) -> Files:
+    """The shard files of every component, as they are joined."""
+    return {component: [files[n] for n in range(plan.job.shards)] for component, files in found.items()}
 
 
-def _start_worker() -> None:
-    """A worker leaves SIGINT to its parent, and dies with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _finished_shard(folder: Path, number: int) -> Path | None:
-    for file in folder.glob(f"{number:06d}-*.safetensors"):
-        if store.checksum(file) == file.stem.partition("-")[2]:
-            return file
-        file.unlink()
-    return None
-
-
-def run_shard(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> Path:
-    """Processes the shard's items and leaves folder/<number>-<sha256>.safetensors."""
-    cv2.setNumThreads(1)
-    records: list[Record] = []
-    labels: list[int] = []
-    rejects: list[tuple[str, str]] = []
-    for item in items:
-        try:
-            records.append(record(job, decode(read(item))))
-            labels.append(item.label)
-        except (Undecodable, OSError) as error:
-            reason = str(error) if isinstance(error, Undecodable) else f"cannot be read: {error.strerror}"
-            if strict:
-                raise ValueError(f"{printable(item.key)}: {reason} (--strict)") from error
-            rejects.append((printable(item.key), reason))
-    tensors = {
-        "data": np.concatenate([np.empty(0, np.uint8), *(r.data for r in records)]),
-        "length": np.array([len(r.data) for r in records], np.int64),
-        "size": np.array([r.size for r in records], np.int64).reshape(-1, 2),
-        "frame": np.array([r.frame for r in records], np.uint16).reshape(-1, 2),
-        "label": np.array(labels, np.int64),
-    }
-    for d, name in enumerate(job.detectors):
-        groups = len(detector(name).rules.groups)
-        tensors[f"{name}.positions"] = np.concatenate(
-            [np.empty((0, 2), np.uint16), *(r.keypoints[d][0] for r in records)]
-        )
-        tensors[f"{name}.counts"] = np.array([r.keypoints[d][1] for r in records], np.int64).reshape(-1, groups)
-    staged = folder / f"{number:06d}.{os.getpid()}.tmp"
-    save_file(tensors, staged, metadata={"rejects": json.dumps(rejects)})
-    store.fsync(staged)
-    final = folder / f"{number:06d}-{store.checksum(staged)}.safetensors"
-    staged.rename(final)
-    store.fsync(folder)
-    return final
-
-
-def _column(shards: Sequence[Path], name: str) -> np.ndarray:
-    """One small tensor of every shard, joined."""
-    parts = []
-    for shard in shards:
-        with safe_open(shard, framework="numpy") as tensors:
-            parts.append(tensors.get_tensor(name))
-    return np.concatenate(parts)
-
-
-def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
-    for shard in shards:
-        tensors = load_file(shard)
-        end = np.cumsum(tensors["length"])
-        for i, (height, width) in enumerate(tensors["size"]):
-            data = tensors["data"][end[i] - tensors["length"][i] : end[i]]
-            yield data, int(height), int(width), int(tensors["label"][i]), raw
-
-
-def _keypoints(shards: Sequence[Path], name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for shard in shards:
-        tensors = load_file(shard)
-        counts = tensors[f"{name}.counts"]
-        end = np.cumsum(counts.sum(axis=1))
-        for i in range(len(counts)):
-            yield tensors[f"{name}.positions"][end[i] - counts[i].sum() : end[i]], counts[i]
-
-
-def _assemble(job: Job, source: Source, shards: Sequence[Path], folder: Path) -> None:
-    """Joins the shards into a store at `folder`, the manifest last."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    frame = _column(shards, "frame")
-    if len(frame) == 0:
-        raise ValueError(f"--source {source.location}: none of its {len(source.items)} files is a readable image")
-    if job.images == "ffcv":
-        beton.write(folder / "images.beton", len(frame), _images(shards, job.encoding == "raw"))
-    else:
-        total = int(_column(shards, "length").sum())
-        store.write_zarr_images(folder / "images.zarr", _images(shards, job.encoding == "raw"), total, job.encoding)
-    paged.create(zarr.create_group(folder / "keypoints.zarr"), "frame", frame)
-    for name in job.detectors:
-        total = int(_column(shards, f"{name}.counts").sum())
-        store.write_keypoints(folder / "keypoints.zarr", name, _keypoints(shards, name), total)
-    rejects = _write_rejects(folder / "rejects.csv", shards)
-    manifest = store.Manifest(
-        schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=len(frame),
-        classes=source.classes, rejects=rejects,
-        stored_area=geometry.stored_area(job.resolution, job.crop_scale),
-        canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
-        rules={name: detector(name).rules for name in job.detectors},
-        opencv_version=cv2.__version__, checksums=store.checksums(folder),
-    )  # fmt: skip
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=2))
-
-
-def _write_rejects(file: Path, shards: Sequence[Path]) -> int:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("file", "reason"))
-        count = 0
-        for shard in shards:
-            with safe_open(shard, framework="numpy") as tensors:
-                rows = json.loads(tensors.metadata()["rejects"])
-            writer.writerows(rows)
-            count += len(rows)
-    return count
+def _publish(plan: Plan, space: Workspace, found: Found) -> None:
+    """Joins all shards and gives the result its name."""
+    shards = in_order(plan, found)
+    try:
+        check_agreement(plan, shards, space.out)
+    except Disagreement as error:
+        for number in error.numbers:
+            for files in found.values():
+                files[number].unlink()
+        raise Stopped(f"{error}; the same command again makes its shard anew") from error
+    manifest = assemble(plan, shards, space.out, space.store)
+    store.seal(space.store, manifest.model_dump_json(indent=2).encode())
+    space.publish()

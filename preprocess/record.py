@@ -1,31 +1,58 @@
-"""What a store keeps of one image: the image made small, and its keypoints at the canonical scale."""
+"""What a store keeps of one image: the image made small, and its keypoints at the canonical scale.
 
-from dataclasses import dataclass
+A component's share of any number of images is its rows: named arrays, joined along their first axis.
+
+    images      data uint8 [bytes], length int64 [N], size int64 [N, 2] (height, width) as stored,
+                frame uint16 [N, 2] (height, width) of the canonical frame, label int64 [N]
+    detectors   positions uint16 [K, 2], counts int64 [N, groups], see kamim.detectors.detect_packed
+"""
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import simplejpeg
 
 from kamim import geometry
-from kamim.detectors import detect_packed
-from kamim.store import Job
+from kamim.detectors import detect_packed, detector
+from kamim.store import IMAGES, Job
+
+Rows = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One image of the store."""
-
-    data: np.ndarray  # uint8 [n]
-    size: tuple[int, int]  # (height, width) as stored
-    frame: tuple[int, int]  # (height, width) of the canonical frame
-    keypoints: list[tuple[np.ndarray, np.ndarray]]  # per detector: positions, counts
-
-
-def record(job: Job, rgb: np.ndarray) -> Record:
-    """The record of an image, RGB uint8 [H, W, 3]."""
-    data, size = stored_image(job, rgb)
+def record(job: Job, rgb: np.ndarray, label: int, components: Sequence[str]) -> dict[str, Rows]:
+    """The rows of one image (RGB uint8 [H, W, 3]), by component."""
+    made: dict[str, Rows] = {}
     frame = canonical(job, rgb)
-    return Record(data, size, (frame.shape[0], frame.shape[1]), [keypoints(job, name, frame) for name in job.detectors])
+    for component in components:
+        if component == IMAGES:
+            data, size = stored_image(job, rgb)
+            made[component] = image_rows(data, size, frame.shape[:2], label)
+        else:
+            made[component] = keypoint_rows(*keypoints(job, component, frame))
+    return made
+
+
+def image_rows(data: np.ndarray, size: Sequence[int], frame: Sequence[int], label: int) -> Rows:
+    """One image as rows of the component `images`."""
+    return {
+        "data": data, "length": np.array([len(data)], np.int64), "size": np.array([size], np.int64),
+        "frame": np.array([frame], np.uint16), "label": np.array([label], np.int64),
+    }  # fmt: skip
+
+
+def keypoint_rows(positions: np.ndarray, counts: np.ndarray) -> Rows:
+    """One image's keypoints as rows of a detector's component."""
+    return {"positions": positions, "counts": counts.reshape(1, -1).astype(np.int64)}
+
+
+def join(component: str, parts: Sequence[Rows]) -> Rows:
+    """The rows of any number of images, in order, from those of each."""
+    if component == IMAGES:
+        none = image_rows(np.empty(0, np.uint8), (0, 0), (0, 0), 0)
+    else:
+        none = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros(len(detector(component).rules.groups)))
+    return {name: np.concatenate([empty[:0], *(part[name] for part in parts)]) for name, empty in none.items()}
 
 
 def stored_image(job: Job, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -12,7 +12,8 @@ from PIL import Image
 from skimage import data
 
 from kamim.store import Encoding, Job
-from preprocess.build import build, make_job
+from preprocess.build import build
+from preprocess.plan import make_job
 from preprocess.sources import Source, list_source
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
@@ -73,7 +74,7 @@ has_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="the ffcv package is not inst
 
 
 class Inline(ThreadPoolExecutor):
-    """Stands in for the process pool of preprocess.build: shards run one by one in this process."""
+    """Stands in for the process pool of preprocess.executors: shards run one by one in this process."""
 
     def __init__(self, workers: int, mp_context: object, initializer: object):
         super().__init__(1)
@@ -86,7 +87,7 @@ def plan_job(
     """The job that makes a small store of an image folder, and its listed source."""
     listed = list_source("imagefolder", source, "train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.build.SHARD_SIZE", shard_size)
+        patch.setattr("preprocess.plan.SHARD_SIZE", shard_size)
         job = make_job(
             "imagefolder", "train", listed, detectors=detectors, images=backend, encoding=encoding, quality=quality,
             resolution=resolution, crop_scale=(0.67, 1.0),
@@ -98,7 +99,7 @@ def make_store(source: Path, out: Path, backend: str = "zarr", **options: Any) -
     """Builds the store of plan_job in this process, on small pages."""
     job, listed = plan_job(source, backend, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.build.ProcessPoolExecutor", Inline)
+        patch.setattr("preprocess.executors.ProcessPoolExecutor", Inline)
         small_pages(patch)
         build(job, listed, out, workers=1, strict=False, progress=lambda done, total: None)
     return out

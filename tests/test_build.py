@@ -4,9 +4,7 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,12 @@ from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.store import Job, Store
 from preprocess import build as building
-from preprocess.build import build, make_job
+from preprocess import executors
+from preprocess.assemble import Files
+from preprocess.build import Stopped, build
+from preprocess.plan import Plan, make_job
 from preprocess.record import record
+from preprocess.shards import Task
 from preprocess.sources import Item, Source, list_source
 
 runner = CliRunner()
@@ -32,7 +34,7 @@ runner = CliRunner()
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards run in this process."""
-    monkeypatch.setattr(building, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,8 @@ def run(job: Job, source: Source, out: Path, *, workers: int = 1, strict: bool =
 
 def content(out: Path) -> dict[str, str]:
     """Checksums of a whole store, its manifest among them."""
-    return {**store.checksums(out), "manifest.json": store.checksum(out / "manifest.json")}
+    files = (store.MANIFEST, store.BACKUP)
+    return {**store.checksums(out), **{name: store.checksum(out / name) for name in files}}
 
 
 def partial(out: Path) -> Path:
@@ -78,20 +81,28 @@ class Ran:
     """Which shards are computed, and which files they are joined from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.numbers: list[int] = []
+        self.made: list[tuple[int, tuple[str, ...]]] = []
         self.joined: dict[str, tuple[int, int]] = {}
-        run_shard, assemble = building.run_shard, building._assemble
+        run_shard, assemble = executors.run_shard, building.assemble
 
-        def counted(job: Job, read: Callable[[Item], bytes], items: Sequence[Item], number: int, *rest: Any) -> Path:
-            self.numbers.append(number)
-            return run_shard(job, read, items, number, *rest)
+        def counted(task: Task) -> dict[str, str]:
+            self.made.append((task.number, tuple(task.folders)))
+            return run_shard(task)
 
-        def marked(job: Job, source: Source, shards: Sequence[Path], folder: Path) -> None:
-            self.joined = marks(shards)
-            assemble(job, source, shards, folder)
+        def marked(plan: Plan, shards: Files, *rest: Any) -> store.Manifest:
+            self.joined = marks([file for files in shards.values() for file in files])
+            return assemble(plan, shards, *rest)
 
-        monkeypatch.setattr(building, "run_shard", counted)
-        monkeypatch.setattr(building, "_assemble", marked)
+        monkeypatch.setattr(executors, "run_shard", counted)
+        monkeypatch.setattr(building, "assemble", marked)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _ in self.made]
+
+
+def shard_files(out: Path) -> list[Path]:
+    return sorted((partial(out) / "shards").glob("*/*.safetensors"), key=lambda file: (file.name[:6], str(file)))
 
 
 # Equal bytes
@@ -121,12 +132,12 @@ def test_a_stopped_job_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         run(job, source, out, progress=stop_after_one)
     assert not out.exists()
-    kept = marks(list((partial(out) / "shards").glob("*.safetensors")))
+    kept = marks(shard_files(out))
     assert kept
-    (partial(out) / "shards/000002.tmp").write_bytes(b"half a shard")
+    (shard_files(out)[0].parent / ".000002-0.safetensors.5").write_bytes(b"half a shard")
     ran = Ran(monkeypatch)
     assert run(job, source, out)
-    assert sorted([*ran.numbers, *(int(name[:6]) for name in kept)]) == [0, 1, 2]
+    assert sorted([*ran.numbers, *{int(name[:6]) for name in kept}]) == [0, 1, 2]
     assert kept.items() <= ran.joined.items()
     assert content(out) == whole[backend]
     assert not partial(out).exists()
@@ -138,18 +149,19 @@ def test_a_damaged_shard_is_noticed_and_redone(
     job, source = plan_job(folder)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(building, "_assemble", lambda *arguments: 1 / 0)
+        patch.setattr(building, "assemble", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(job, source, out)
-    shards = sorted((partial(out) / "shards").glob("*.safetensors"))
-    assert len(shards) == 3
-    damaged = bytearray(shards[1].read_bytes())
+    _, _, fast, images, _, cut = shard_files(out)
+    damaged = bytearray(fast.read_bytes())
     damaged[len(damaged) // 2] ^= 4
-    shards[1].write_bytes(damaged)
-    shards[2].write_bytes(shards[2].read_bytes()[:100])
+    fast.write_bytes(damaged)
+    cut.write_bytes(cut.read_bytes()[:100])
+    before = marks([images])
     ran = Ran(monkeypatch)
     assert run(job, source, out)
-    assert sorted(ran.numbers) == [1, 2]
+    assert sorted(ran.made) == [(1, ("fast",)), (2, ("images",))]
+    assert before.items() <= ran.joined.items()
     assert content(out) == whole["zarr"]
 
 
@@ -175,69 +187,6 @@ def test_shards_of_an_unknown_job_are_not_used(
     assert content(out) == whole["zarr"]
 
 
-CUT_SHORT = """  # builds below sys.argv[2], each killed at the cut it is named by
-import os, signal, sys
-from pathlib import Path
-import pytest
-from conftest import Inline, plan_job, small_pages
-from preprocess import build as building
-
-source, base, backend, *cuts = sys.argv[1:]
-if backend == "ffcv":
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    IMAGE_MODES["jpg"]  # compiles, once for all children
-job, listed = plan_job(Path(source), backend)
-building.ProcessPoolExecutor = Inline
-small_pages(pytest.MonkeyPatch())
-for cut in cuts:
-    child = os.fork()
-    if child == 0:
-        step = 0
-        def watch(event, arguments):
-            global step
-            written = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-            if not (written or event in ("os.rename", "os.mkdir", "shutil.rmtree")):
-                return
-            if not str(arguments[0]).startswith(base):
-                return
-            step += 1
-            names = {str(step)}
-            if event == "os.rename":
-                names.add("rename to " + Path(arguments[1]).name.partition("-")[0])
-            if event == "shutil.rmtree":
-                names.add("clear " + Path(arguments[0]).name)
-            if cut in names:
-                os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(watch)
-        building.build(job, listed, Path(base, cut, "out"), workers=1, strict=False, progress=lambda done, total: None)
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-CUTS = ("1", "rename to job.json", "rename to 000001", "clear store", "12", "20", "rename to out", "clear out.partial")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_job_leaves_no_store_and_continues(
-    backend: str, folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path, inline: None
-) -> None:
-    for cut in CUTS:
-        (tmp_path / cut).mkdir()
-    killed = subprocess.run(
-        [sys.executable, "-c", CUT_SHORT, str(folder), str(tmp_path), backend, *CUTS],
-        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
-    signals = [int(status) for status in killed.stdout.split()]
-    assert signals == [signal.SIGKILL] * len(CUTS)
-    job, source = plan_job(folder, backend)
-    for cut in CUTS:
-        out = tmp_path / cut / "out"
-        published = cut == "clear out.partial"
-        assert out.exists() == published
-        assert run(job, source, out) == (not published)
-        assert content(out) == whole[backend]
-        assert list(out.parent.iterdir()) == [out]
-
-
 def die(item: Item) -> bytes:
     os._exit(9)
 
@@ -247,10 +196,10 @@ def test_a_dead_worker_ends_the_job_which_then_continues(
 ) -> None:
     job, source = plan_job(folder)
     deadly = Source(source.location, source.classes, source.items, die)
-    with pytest.raises(RuntimeError, match=r"worker process died.*the same command again continues"):
+    with pytest.raises(Stopped, match=r"worker process died.*the same command again continues"):
         run(job, deadly, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(building, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
     assert run(job, source, tmp_path / "out")
     assert content(tmp_path / "out") == whole["zarr"]
 
@@ -258,28 +207,21 @@ def test_a_dead_worker_ends_the_job_which_then_continues(
 # What is refused
 
 
-def test_another_job_is_refused_with_what_differs(folder: Path, tmp_path: Path, inline: None) -> None:
+def test_another_data_set_is_refused_with_what_differs(folder: Path, tmp_path: Path, inline: None) -> None:
     out = tmp_path / "out"
-    other, source = plan_job(folder, quality=50, resolution=48)
+    job, source = plan_job(folder)
+    other = job.model_copy(update={"dataset": "imagenet", "split": "val", "quality": 50})
     with pytest.raises(KeyboardInterrupt):
-        run(*plan_job(folder), out, progress=stop_after_one)
+        run(job, source, out, progress=stop_after_one)
     for _ in ("while it is partial", "when it is finished"):
-        with pytest.raises(ValueError, match="quality 90, asked for 50") as raised:
+        with pytest.raises(ValueError, match="dataset 'imagefolder', asked for 'imagenet'") as raised:
             run(other, source, out)
         said = str(raised.value)
-        assert "resolution 64, asked for 48" in said
+        assert "split 'train', asked for 'val'" in said
         assert str(out) in said
-        assert "detectors" not in said
+        assert "quality" not in said
         assert "\n" not in said
-        run(*plan_job(folder), out)
-
-
-def test_a_changed_source_is_another_job(folder: Path, tmp_path: Path, inline: None) -> None:
-    source = shutil.copytree(folder, tmp_path / "source")
-    run(*plan_job(source), tmp_path / "out")
-    (source / "a/0.jpg").unlink()
-    with pytest.raises(ValueError, match="items 12, asked for 11"):
-        run(*plan_job(source), tmp_path / "out")
+        run(job, source, out)
 
 
 @pytest.mark.parametrize("name", ["out", "out.partial"])
@@ -397,13 +339,13 @@ def test_nothing_has_the_final_name_after_a_failure(
 ) -> None:  # fmt: skip
     job, source = plan_job(folder, backend)
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("write_keypoints", "checksums", "publish"):
+    for place in ("write_whole", "write_keypoints", "checksums", "seal", "make_durable"):
         with monkeypatch.context() as patch:
             patch.setattr(store, place, full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(Stopped, match="disk is full; free some space, and the same command again continues"):
                 run(job, source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert run(job, source, tmp_path / "out")
@@ -464,11 +406,16 @@ SHAPES = [(1, 1), (3, 5), (1, 30_000), (30_000, 1), (2, 70_000), (70_000, 2), (4
 )
 def test_images_of_any_shape_are_stored(resolution: int, shape: tuple[int, int], folder: Path) -> None:
     job, _ = plan_job(folder, detectors=("fast", "sift", "orb"), resolution=resolution)
-    made = record(job, np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8))
-    assert all(1 <= stored <= min(side, 4095) for stored, side in zip(made.size, shape, strict=True))
-    assert all(1 <= side <= 4095 for side in made.frame)
-    for positions, counts in made.keypoints:
-        assert len(positions) == counts.sum()
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    made = record(job, pixels, 7, job.components)
+    images = made.pop("images")
+    assert images["label"].tolist() == [7]
+    assert images["length"].tolist() == [len(images["data"])]
+    assert all(1 <= stored <= min(side, 4095) for stored, side in zip(images["size"][0], shape, strict=True))
+    assert all(1 <= side <= 4095 for side in images["frame"][0])
+    assert list(made) == ["fast", "sift", "orb"]
+    for rows in made.values():
+        assert len(rows["positions"]) == rows["counts"].sum()
 
 
 def test_keypoints_of_capped_groups_are_strongest_first(photos: list[np.ndarray]) -> None:
@@ -504,7 +451,7 @@ def test_the_command_builds_stops_and_continues(folder: Path, tmp_path: Path, in
     out = tmp_path / "deep/er/out"
     command = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(out), "--resolution", "64"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_assemble", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patch.setattr(building, "assemble", lambda *arguments: signal.raise_signal(signal.SIGINT))
         stopped = runner.invoke(app, command)
     assert stopped.exit_code == RESUMABLE
     assert stopped.stderr.splitlines()[-1] == "stopped; the same command again continues where it was"

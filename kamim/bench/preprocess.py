@@ -27,10 +27,11 @@ import simplejpeg
 
 from kamim.detectors import detector
 from kamim.store import Job
-from preprocess.build import make_job, run_shard
 from preprocess.decode import decode
+from preprocess.plan import make_job
 from preprocess.record import canonical, encoded, keypoints, stored_pixels
-from preprocess.sources import Item, Source
+from preprocess.shards import Task, run_shard
+from preprocess.sources import Item, Read, Source
 
 PARTS = 16  # equal shards, which 1 and 2 workers share evenly
 LIBRARIES = ("numba", "numpy", "opencv-python", "simplejpeg")
@@ -55,6 +56,8 @@ def bench(
     made: list[Seconds] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for component in job.components:
+            (folder / component).mkdir()
         spawn = get_context("spawn")
         pools = {n: stack.enter_context(ProcessPoolExecutor(n, mp_context=spawn)) for n in WORKERS}
         for turn in range(rounds + 1):  # the first compiles and warms, and is not counted
@@ -69,7 +72,9 @@ def bench(
     return _report(made, PARTS * size)
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _is_plain_jpeg(data: bytes | np.ndarray) -> bool:
+    if isinstance(data, np.ndarray):
+        return False
     return data[:3] == b"\xff\xd8\xff" and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB")
 
 
@@ -111,7 +116,7 @@ def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent:
     last = Item("", -1, 0)  # cannot be read, so the task goes on to write
     written_from = 0.0
 
-    def read(item: Item) -> bytes:
+    def read(item: Item) -> bytes | np.ndarray:
         nonlocal written_from
         if item is last:
             written_from = time.thread_time()
@@ -119,7 +124,7 @@ def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent:
         return source.read(item)
 
     start = time.thread_time()
-    run_shard(job, read, [*items, last], 0, folder, False)
+    run_shard(_made(job, read, [*items, last], 0, folder, strict=False))
     end = time.thread_time()
     for name, begun in (("whole_fast", start), ("write", written_from)):
         spent[name] = spent.get(name, 0) + end - begun
@@ -136,11 +141,13 @@ def _pooled(pool: Executor, job: Job, source: Source, shards: Sequence[Sequence[
     return {"wall": time.perf_counter() - start, "busiest": max(busy.values())}
 
 
-def _task(
-    job: Job, read: Callable[[Item], bytes], items: Sequence[Item], number: int, folder: Path
-) -> tuple[str, float]:
+def _made(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> Task:
+    return Task(job, number, items, read, {component: folder / component for component in job.components}, strict)
+
+
+def _task(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path) -> tuple[str, float]:
     start = time.process_time()
-    run_shard(job, read, items, number, folder, True)
+    run_shard(_made(job, read, items, number, folder, strict=True))
     return str(os.getpid()), time.process_time() - start
 
 

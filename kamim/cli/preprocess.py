@@ -14,41 +14,80 @@ from kamim.cli.store import show_store
 @says_errors
 def preprocess(
     dataset: Annotated[str, typer.Argument(help="A data set: imagenet, cifar10, webdataset ...")],
-    out: Annotated[Path, typer.Option(help="The store to make.")],
+    out: Annotated[Path, typer.Option(help="The store to make, or to extend.")],
     source: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
     split: Annotated[str, typer.Option(help="train or val")] = "train",
     download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100 into --source.")] = False,
-    detectors: Annotated[str, typer.Option(help="Comma-separated, of fast, sift, orb.")] = "fast",
-    images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: ffcv where it is installed.")] = "auto",
-    raw: Annotated[bool, typer.Option(help="Store pixels, not JPEGs: 8 times the space, faster to read.")] = False,
-    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100.")] = 90,
-    resolution: Annotated[int, typer.Option(help="Side of the training crops in px.")] = 192,
-    crop_scale: Annotated[str, typer.Option(help="Smallest and largest area of a crop.")] = "0.67,1.0",
+    detectors: Annotated[str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to OUT's.")] = "fast",
+    images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: OUT's, else ffcv where installed.")] = "auto",
+    raw: Annotated[
+        bool | None, typer.Option("--raw/--jpeg", help="Store pixels: 8 times the space. [default: OUT's, or --jpeg]")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. [default: OUT's, or 90]")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the training crops in px. [default: OUT's, or 192]")
+    ] = None,
+    crop_scale: Annotated[
+        str | None, typer.Option(help="Smallest and largest area of a crop. [default: OUT's, or 0.67,1.0]")
+    ] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Changed sources are noticed by stat or content. [default: OUT's, or stat]")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
+    cluster: Annotated[str | None, typer.Option(help="Dask scheduler that runs it instead, tcp://HOST:PORT.")] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N shares, for a batch queue.")] = None,
+    publish: Annotated[bool, typer.Option(help="Only join what the shares of --shard have made.")] = False,
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Finds keypoints once and writes a store. Started again, it continues."""
     from preprocess import sources
-    from preprocess.build import build, make_job
+    from preprocess.build import Stopped, build, build_share, publish_shares
+    from preprocess.estimate import describe
+    from preprocess.plan import make_job
 
     if download:
         sources.download(dataset, source)
     if workers < 0:
         raise ValueError(f"--workers {workers}: must be 0 (one per core) or more")
+    if publish and shard is not None:
+        raise ValueError(f"--publish --shard {shard}: all shares have to be done before --publish; give one of them")
+    share = None if shard is None else _share(shard)
+    workers = workers or len(os.sched_getaffinity(0))
     listed = sources.list_source(dataset, source, split)
     job = make_job(
         dataset, split, listed, detectors=tuple(filter(None, detectors.split(","))), images=images,
-        encoding="raw" if raw else "jpeg", quality=quality, resolution=resolution, crop_scale=_pair(crop_scale),
-        out=out,
+        encoding=None if raw is None else "raw" if raw else "jpeg", quality=quality, resolution=resolution,
+        crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
     )  # fmt: skip
+    if dry_run:
+        for line in describe(job, listed, out, workers):
+            out_console.print(line)
+        return
+    say = err_console.print
+    fresh = True
     try:
         with terminable(), bar(f"preprocess {dataset} {split}") as update:
-            fresh = build(
-                job, listed, out, workers=workers or len(os.sched_getaffinity(0)), strict=strict, progress=update
-            )
+            if publish:
+                fresh = publish_shares(job, listed, out)
+            elif share is not None:
+                build_share(
+                    job, listed, out, share=share, workers=workers, strict=strict, progress=update, cluster=cluster,
+                    say=say,
+                )  # fmt: skip
+            else:
+                fresh = build(
+                    job, listed, out, workers=workers, strict=strict, progress=update, cluster=cluster, say=say
+                )
     except KeyboardInterrupt:
         err_console.print("stopped; the same command again continues where it was")
         raise typer.Exit(RESUMABLE) from None
+    except Stopped as error:
+        err_console.print(f"stopped: {error}")
+        raise typer.Exit(RESUMABLE) from None
+    if share is not None:
+        out_console.print(f"share {shard} is done; when all are, the same command with --publish instead of --shard")
+        return
     if not fresh:
         out_console.print(f"{out} is complete already")
     show_store(out)
@@ -60,3 +99,13 @@ def _pair(text: str) -> tuple[float, float]:
     except ValueError:
         raise ValueError(f"--crop-scale {text}: must be two numbers, such as 0.67,1.0") from None
     return low, high
+
+
+def _share(text: str) -> tuple[int, int]:
+    try:
+        number, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        number = count = 0
+    if not 1 <= number <= count:
+        raise ValueError(f"--shard {text}: must be I/N with 1 <= I <= N, such as 3/8")
+    return number, count

@@ -1,11 +1,22 @@
 """kamim store info, verify, preview; kamim weights."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kamim.cli.console import app, err_console, out_console, says_errors, store_app, weighting_of
+from kamim.cli.console import (
+    RESUMABLE,
+    app,
+    bar,
+    err_console,
+    out_console,
+    says_errors,
+    store_app,
+    terminable,
+    weighting_of,
+)
 
 
 @app.command()
@@ -49,7 +60,7 @@ def show_store(path: Path) -> None:
     from kamim.store import Store
 
     manifest = Store(path).manifest
-    size = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    size = sum(_sizes(path).values())
     out_console.print(
         f"{path}: {manifest.count} images of {len(manifest.classes) or 'no'} classes ({manifest.job.images}, "
         f"{manifest.job.encoding}), keypoints: {', '.join(manifest.rules) or 'none'}; {size / 1e6:,.1f} MB"
@@ -58,30 +69,78 @@ def show_store(path: Path) -> None:
         out_console.print(f"{manifest.rejects} files could not be read: {path / 'rejects.csv'}")
 
 
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes on disk of each component."""
+    from kamim.store import component_of
+
+    sizes: dict[str, int] = {}
+    for file in path.rglob("*"):
+        if file.is_file():
+            component = component_of(file.relative_to(path).as_posix())
+            sizes[component] = sizes.get(component, 0) + file.stat().st_blocks * 512
+    return sizes
+
+
 @store_app.command()
 @says_errors
-def info(path: Path) -> None:
+def info(
+    path: Path, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False
+) -> None:
     """What a store holds."""
     from kamim.store import Store
 
+    manifest, sizes = Store(path).manifest, _sizes(path)
+    if as_json:
+        said = manifest.model_dump(mode="json", exclude={"checksums", "classes", "shards", "shard_counts"})
+        said |= {"path": str(path), "classes": len(manifest.classes), "bytes": sizes, "source": manifest.source}
+        out_console.print_json(data=said)
+        return
     show_store(path)
-    out_console.print_json(Store(path).manifest.model_dump_json(exclude={"checksums", "classes"}))
+    for component, version in manifest.opencv.items():
+        out_console.print(f"{component}: {sizes[component] / 1e6:,.1f} MB, made with OpenCV {version}")
+    for name, value in manifest.job:
+        out_console.print(f"{name}: {', '.join(map(str, value)) if isinstance(value, tuple) else value}")
 
 
 @store_app.command()
 @says_errors
-def verify(path: Path) -> None:
-    """Compares every file with its checksum; exit code 1 where one differs."""
-    from kamim.store import Store, checksums
+def verify(
+    path: Path,
+    deep: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
+    repair: Annotated[bool, typer.Option(help="Make damaged shards anew from the source.")] = False,
+    source: Annotated[Path | None, typer.Option(help="For --repair: what the store was made from.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="For --repair: processes; 0: one per core.")] = 0,
+) -> None:
+    """Compares every file with its checksum; exit code 1 and a list where something is wrong."""
+    from kamim.store import Store
+    from preprocess.verify import problems
 
-    expected, found = Store(path).manifest.checksums, checksums(path)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    for name in wrong:
-        state = "missing" if name not in found else "not in the manifest" if name not in expected else "damaged"
-        err_console.print(f"{path / name}: {state}")
+    if repair:
+        _repair(path, source, workers)
+    wrong = problems(path, deep)
+    for problem in wrong:
+        err_console.print(f"{path / problem.where}: {problem.what}")
     if wrong:
         raise typer.Exit(1)
-    out_console.print(f"{path}: {len(expected)} files, all as written")
+    out_console.print(f"{path}: {len(Store(path).manifest.checksums)} files, all as written")
+
+
+def _repair(path: Path, source: Path | None, workers: int) -> None:
+    from preprocess.build import Stopped
+    from preprocess.repair import repair
+    from preprocess.sources import list_source
+
+    try:
+        with terminable(), bar(f"repair {path}") as update:
+            repaired = repair(
+                path, lambda job: list_source(job.dataset, source, job.split),
+                workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,
+            )  # fmt: skip
+    except (KeyboardInterrupt, Stopped) as error:
+        err_console.print(f"stopped: {error or 'the same command again continues where it was'}")
+        raise typer.Exit(RESUMABLE) from None
+    for problem in repaired:
+        out_console.print(f"{path / problem.where}: was {problem.what}, put right")
 
 
 @store_app.command()

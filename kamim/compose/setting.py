@@ -41,7 +41,7 @@ class Samples:
         job = self.store.manifest.job
         return {
             "store": str(self.store.path), "dataset": job.dataset, "images": len(self.numbers),
-            "fingerprint": job.fingerprint,
+            "fingerprint": self.store.manifest.source,
         }  # fmt: skip
 
 

@@ -1,0 +1,180 @@
+"""Shards -> a store, and a store -> its shards again, byte for byte."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+import kamim
+from kamim import beton, geometry, paged, store
+from kamim.detectors import detector
+from kamim.store import IMAGES, Manifest, Store
+from preprocess import fingerprint
+from preprocess.plan import Plan
+from preprocess.record import Rows, image_rows, join, keypoint_rows
+from preprocess.shards import Reject, checksum_of, column, encode, load, rejects_of
+
+Files = Mapping[str, Sequence[Path]]  # every shard's file, in order, by component
+REJECTS = "rejects.csv"
+
+
+class Disagreement(RuntimeError):
+    """Components differ on which images could be read; numbers: the shards where they do."""
+
+    def __init__(self, file: str, numbers: Sequence[int]):
+        super().__init__(f"{file}: could be read for one component and not for another")
+        self.numbers = numbers
+
+
+def assemble(plan: Plan, shards: Files, out: Path, folder: Path) -> Manifest:
+    """Joins the shards, and what is kept of the store `out`, into a store at `folder` that lacks only its manifest.
+
+    Raises ValueError where no image is readable.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rejects = [rejects_of(file) for file in shards[plan.make[0]]]
+    counts = [len(plan.items(number)) - len(listed) for number, listed in enumerate(rejects)]
+    if not sum(counts):
+        raise ValueError(
+            f"--source {plan.source.location}: none of its {plan.job.items} files is a readable image; "
+            f"{rejects[0][0][0]}: {rejects[0][0][1]}"
+        )
+    for component in plan.job.components:  # images first: it makes the groups that the others lie in
+        if component in plan.keep:
+            _take_over(plan, component, out, folder)
+        elif component == IMAGES:
+            _write_images(plan, shards[IMAGES], folder)
+            _write_rejects(folder / REJECTS, rejects)
+        else:
+            total = int(column(shards[component], "counts").sum())
+            store.write_keypoints(folder / "keypoints.zarr", component, _keypoints(shards[component]), total)
+    return _manifest(plan, shards, counts, folder)
+
+
+def check_agreement(plan: Plan, shards: Files, out: Path) -> None:
+    """Raises Disagreement unless of every component, made or kept of the store `out`, the same files were readable."""
+    told = [[rejects_of(file) for file in shards[component]] for component in plan.make]
+    if plan.keep:
+        assert plan.store is not None
+        told.insert(0, stored_rejects(out, plan.store))
+    for other in told[1:]:
+        pairs = enumerate(zip(told[0], other, strict=True))
+        differ = {number: {row[0] for row in a} ^ {row[0] for row in b} for number, (a, b) in pairs}
+        numbers = [number for number, names in differ.items() if names]
+        if numbers:
+            raise Disagreement(min(differ[numbers[0]]), numbers)
+
+
+def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
+    """Links a component's files from the store `out`; copies them where the file system has no links."""
+    assert plan.store is not None
+    for name in filter(lambda name: store.component_of(name) == component, plan.store.checksums):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(out / name, folder / name)
+        except PermissionError:
+            shutil.copyfile(out / name, folder / name)
+
+
+def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
+    """All files of the component `images` but the list of rejects."""
+    raw = plan.job.encoding == "raw"
+    if plan.job.images == "ffcv":
+        beton.write(folder / "images.beton", len(column(shards, "label")), _images(shards, raw))
+    else:
+        total = int(column(shards, "length").sum())
+        store.write_zarr_images(folder / "images.zarr", _images(shards, raw), total, plan.job.encoding)
+    paged.create(zarr.create_group(folder / "keypoints.zarr"), "frame", column(shards, "frame"))
+    (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
+
+
+def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
+    for shard in shards:
+        rows = load(shard)
+        end = np.cumsum(rows["length"])
+        for i, (height, width) in enumerate(rows["size"]):
+            data = rows["data"][end[i] - rows["length"][i] : end[i]]
+            yield data, int(height), int(width), int(rows["label"][i]), raw
+
+
+def _keypoints(shards: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for shard in shards:
+        rows = load(shard)
+        counts = rows["counts"]
+        end = np.cumsum(counts.sum(axis=1))
+        for i in range(len(counts)):
+            yield rows["positions"][end[i] - counts[i].sum() : end[i]], counts[i]
+
+
+def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("file", "reason"))
+        for listed in rejects:
+            writer.writerows(listed)
+
+
+def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
+    """rejects.csv of a store, by shard."""
+    with (path / REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
+        rows: list[Reject] = [*csv.reader(stream)][1:]
+    size, items = manifest.job.shard_size, manifest.job.items
+    sizes = [min(size, items - at) for at in range(0, items, size)]
+    ends = np.cumsum([size - count for size, count in zip(sizes, manifest.shard_counts, strict=True)])
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) -> Manifest:
+    """What the store at `folder` is. Of what was kept, it says what the earlier manifest said."""
+    job = plan.job
+    opencv = dict.fromkeys(plan.make, job.opencv)
+    hashes = {component: tuple(map(checksum_of, files)) for component, files in shards.items()}
+    checksums: dict[str, str] = {}
+    if plan.store is not None:
+        opencv |= {component: plan.store.opencv[component] for component in plan.keep}
+        hashes |= {component: plan.store.shards[component] for component in plan.keep}
+        checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
+    return Manifest(
+        schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=sum(counts),
+        classes=plan.source.classes, rejects=job.items - sum(counts),
+        stored_area=geometry.stored_area(job.resolution, job.crop_scale),
+        canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
+        rules={name: detector(name).rules for name in job.detectors},
+        opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
+        shards={component: hashes[component] for component in job.components},
+        checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),
+    )  # fmt: skip
+
+
+def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
+    """What gives the bytes of any of the component's shards, from the store. A damaged store may raise DAMAGE."""
+    manifest = opened.manifest
+    ends = np.cumsum(manifest.shard_counts)
+    rejects = stored_rejects(opened.path, manifest)
+    rows = _image_reader(opened) if component == IMAGES else _keypoint_reader(opened, component)
+
+    def shard(number: int) -> bytes:
+        indices = range(ends[number] - manifest.shard_counts[number], ends[number])
+        return encode(join(component, [rows(index) for index in indices]), rejects[number])
+
+    return shard
+
+
+# What reading a store raises where its files are not what was written.
+DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error)
+
+
+def _image_reader(opened: Store) -> Callable[[int], Rows]:
+    images = opened.images
+    frame = np.asarray(zarr.open_array(opened.path / "keypoints.zarr/frame", mode="r"))
+    return lambda i: image_rows(images.data(i), images.sizes[i], frame[i], int(images.labels[i]))
+
+
+def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
+    keypoints = opened.keypoints(name)
+    return lambda i: keypoint_rows(*keypoints.image(i))

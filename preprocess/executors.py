@@ -1,0 +1,62 @@
+"""Where shards are made: worker processes of this machine, or a Dask cluster. Both are concurrent.futures executors."""
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+from preprocess.shards import Task, run_shard
+
+RETRIES = 3  # of a shard whose machine of the cluster is lost
+AHEAD = 2  # tasks in flight per worker
+
+
+@contextmanager
+def local(workers: int) -> Iterator[tuple[Executor, int]]:
+    """Worker processes, and how many tasks to keep in flight."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
+        try:
+            yield executor, AHEAD * workers
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker leaves SIGINT to its parent, and dies with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def dask(address: str) -> Iterator[tuple[Executor, int]]:
+    """The cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("--cluster: Dask is not installed; pip install 'kamim[cluster]'") from None
+    with Client(address) as client:
+        threads: dict[str, Any] = client.nthreads()
+        if not threads:
+            raise ValueError(f"--cluster {address}: has no workers; start some with `dask worker {address}`")
+        yield client.get_executor(pure=False, retries=RETRIES), AHEAD * sum(threads.values())
+
+
+def results(executor: Executor, ahead: int, tasks: Iterator[Task]) -> Iterator[tuple[Task, dict[str, str]]]:
+    """Runs the tasks, `ahead` of them at a time; yields each as it finishes, with its files' names by component."""
+    running: dict[Future[dict[str, str]], Task] = {}
+    for task in tasks:
+        running[executor.submit(run_shard, task)] = task
+        if len(running) >= ahead:
+            yield from _some(running)
+    while running:
+        yield from _some(running)
+
+
+def _some(running: dict[Future[dict[str, str]], Task]) -> Iterator[tuple[Task, dict[str, str]]]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()

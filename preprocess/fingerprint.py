@@ -1,0 +1,67 @@
+"""What tells whether a source is still the one a store was made from: a stamp of 64 bits per item."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from kamim import store
+from preprocess.decode import Undecodable
+from preprocess.sources import Item, Read, Source, printable
+
+CHUNK = 256  # items per task of the pool
+
+
+def stamps(source: Source, kind: store.Fingerprint, threads: int) -> np.ndarray:
+    """uint64 [items]. `stat`: of each item's key, label, size and time; `content`: of its key, label and bytes."""
+    if kind == "stat":
+        made = b"".join(_digest(item, f"{item.size}\0{item.time}".encode()) for item in source.items)
+    else:
+        parts = [source.items[at : at + CHUNK] for at in range(0, len(source.items), CHUNK)]
+        with ThreadPoolExecutor(threads) as pool:
+            made = b"".join(pool.map(partial(_of_contents, source.read), parts))
+    return np.frombuffer(made, "<u8")
+
+
+def _of_contents(read: Read, items: Sequence[Item]) -> bytes:
+    return b"".join(_of_content(read, item) for item in items)
+
+
+def _of_content(read: Read, item: Item) -> bytes:
+    try:
+        found = read(item)
+    except (OSError, Undecodable):
+        return _digest(item, b"unreadable")
+    if isinstance(found, np.ndarray):
+        found = str(found.shape).encode() + found.tobytes()
+    return _digest(item, hashlib.sha256(found).digest())
+
+
+def _digest(item: Item, rest: bytes) -> bytes:
+    name = f"{item.key}\0{item.label}\0".encode(errors="surrogateescape")
+    return hashlib.blake2b(name + rest, digest_size=8).digest()
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    """stamps.npy."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Path) -> None:
+    """Raises ValueError where the source is not the one that `made` was made from, naming the first difference."""
+    common = min(len(before), len(now))
+    differs = np.flatnonzero(before[:common] != now[:common])
+    if len(before) == len(now) == common and not len(differs):
+        return
+    first = int(differs[0]) if len(differs) else common
+    what = printable(source.items[first].key) if first < len(now) else "which is gone"
+    raise ValueError(
+        f"--source {source.location}: changed since {made} was begun ({len(before)} items then, {len(now)} now); "
+        f"the first that differs is number {first}, {what}; restore the source, or choose another --out"
+    )

@@ -1,0 +1,182 @@
+"""What a job has to do: which components a finished store already has, and which have to be made of shards."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from kamim import beton, geometry, store
+from kamim.detectors import detector
+from kamim.store import Job, Manifest
+from preprocess import fingerprint
+from preprocess.sources import Item, Source
+from preprocess.workspace import Workspace
+
+SHARD_SIZE = 128
+DEFAULTS: dict[str, Any] = {
+    "fingerprint": "stat", "encoding": "jpeg", "quality": 90, "resolution": 192, "crop_scale": (0.67, 1.0)
+}  # fmt: skip
+IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # of these, a store never changes
+RESERVED = (store.IMAGES, "frame")  # names in a store that no detector can have
+
+
+def make_job(
+    dataset: str, split: str, source: Source, *, detectors: Sequence[str], out: Path | None = None,
+    images: str = "auto", fingerprint: str | None = None, encoding: store.Encoding | None = None,
+    quality: int | None = None, resolution: int | None = None, crop_scale: tuple[float, float] | None = None,
+) -> Job:  # fmt: skip
+    """Checks the parameters and fills in those not given: what `out`, begun or finished, has already, or DEFAULTS.
+
+    images: ffcv, zarr, or auto: as `out` has, else ffcv where it imports.
+    Raises ValueError naming the parameter, its value and what is allowed.
+    """
+    before = None if out is None else _job_at(Workspace(out))
+    given = {
+        "fingerprint": fingerprint, "encoding": encoding, "quality": quality, "resolution": resolution,
+        "crop_scale": crop_scale, "images": None if images == "auto" else images,
+    }  # fmt: skip
+    has_ffcv = importlib.util.find_spec("ffcv") is not None
+    defaults = DEFAULTS | {"images": "ffcv" if has_ffcv else "zarr", "shard_size": SHARD_SIZE}
+    fixed = before.model_dump(include=set(defaults)) if before else defaults
+    fixed |= {name: value for name, value in given.items() if value is not None}
+    _check(fixed, detectors, has_ffcv)
+    return Job(
+        dataset=dataset, split=split, items=len(source.items), detectors=tuple(detectors), opencv=cv2.__version__,
+        **fixed,
+    )  # fmt: skip
+
+
+def _job_at(space: Workspace) -> Job | None:
+    """The job that is begun there, or else the finished one."""
+    finished = space.finished()
+    return space.begun() or (finished.job if finished else None)
+
+
+def _check(fixed: dict[str, Any], detectors: Sequence[str], has_ffcv: bool) -> None:
+    """Raises ValueError for the first parameter that is not allowed."""
+    for name in detectors:
+        detector(name)
+        if name in RESERVED or not name.isidentifier():
+            raise ValueError(f"--detectors {name}: a store cannot hold a detector of that name")
+    if len(set(detectors)) != len(detectors):
+        raise ValueError(f"--detectors {','.join(detectors)}: names one twice")
+    if fixed["images"] not in ("ffcv", "zarr"):
+        raise ValueError(f"--images {fixed['images']}: must be one of auto, ffcv, zarr")
+    if fixed["images"] == "ffcv" and not has_ffcv:
+        raise ValueError(
+            "--images ffcv: the ffcv package is not installed; pip install 'kamim[ffcv]', or --images zarr"
+        )
+    if fixed["fingerprint"] not in ("stat", "content"):
+        raise ValueError(f"--fingerprint {fixed['fingerprint']}: must be stat or content")
+    resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
+    if not 16 <= resolution <= 1024:
+        raise ValueError(f"--resolution {resolution}: must be 16 to 1024")
+    if not 1 <= fixed["quality"] <= 100:
+        raise ValueError(f"--quality {fixed['quality']}: must be 1 to 100")
+    if fixed["encoding"] == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
+        raise ValueError(
+            f"--raw: images for --resolution {resolution} and --crop-scale {crop_scale[0]},{crop_scale[1]} "
+            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; store JPEGs, or smaller images"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job on its source, and how much of it a finished store has already."""
+
+    job: Job
+    source: Source
+    stamps: np.ndarray  # of the source, see preprocess.fingerprint
+    store: Manifest | None  # the finished store
+    changed: str  # parameters that are not the finished store's or the begun job's, in words
+    keep: tuple[str, ...]  # components taken over as they are
+    make: tuple[str, ...]  # components joined from shards
+
+    @property
+    def done(self) -> bool:
+        """Whether the finished store is the job's."""
+        return self.store is not None and not self.make
+
+    def items(self, number: int) -> Sequence[Item]:
+        """The items of a shard."""
+        return self.source.items[number * self.job.shard_size : (number + 1) * self.job.shard_size]
+
+    def folders(self, space: Workspace) -> dict[str, Path]:
+        """Where the shards lie of the components to make."""
+        return {component: space.shards / f"{component}-{self._key(component)}" for component in self.make}
+
+    def _key(self, component: str) -> str:
+        """Digest of all that shapes the component's shards."""
+        shaping = [*(getattr(self.job, name) for name in IDENTITY), self.job.opencv, self.job.recipe(component)]
+        return hashlib.sha256(json.dumps(shaping).encode() + self.stamps.tobytes()).hexdigest()[:16]
+
+    def summary(self) -> str:
+        """The plan in a line."""
+        changed = f"{self.changed}: " if self.changed else ""
+        keeps = f"; keeps {', '.join(self.keep)}" if self.keep else ""
+        return (
+            f"{changed}makes {', '.join(self.make) or 'nothing'} of {self.job.items:,} images "
+            f"in {self.job.shards:,} shards{keeps}"
+        )
+
+
+def make_plan(job: Job, source: Source, space: Workspace) -> Plan:
+    """Compares the job with what is there. Detectors that are there or begun already stay asked for.
+
+    Raises ValueError where `space` is another data set's, and where the source is not what it was.
+    """
+    finished, begun = space.finished(), space.begun()
+    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)))
+    before = [there for there in (finished.job if finished else None, begun) if there is not None]
+    for there in before:
+        _refuse_other(there, job, space.out)
+    if finished is not None:
+        file = space.out / store.STAMPS
+        if store.checksum(file) != finished.source:
+            raise ValueError(f"{file}: damaged; put it right with kamim store verify {space.out} --repair")
+        fingerprint.refuse_change(np.load(file), stamps, source, space.out)
+    if (earlier := space.begun_stamps()) is not None:
+        fingerprint.refuse_change(earlier, stamps, source, space.partial)
+    asked = [*(name for there in before for name in there.detectors), *job.detectors]
+    job = job.model_copy(update={"detectors": tuple(dict.fromkeys(asked))})
+    keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))
+    make = tuple(c for c in job.components if c not in keep)
+    return Plan(job, source, stamps, finished, _changes(before, job), keep, make)
+
+
+def _has(there: Job, component: str, job: Job) -> bool:
+    return component in there.components and there.recipe(component) == job.recipe(component)
+
+
+def _refuse_other(there: Job, job: Job, out: Path) -> None:
+    differences = [
+        f"{name} {getattr(there, name)!r}, asked for {getattr(job, name)!r}"
+        for name in IDENTITY
+        if getattr(there, name) != getattr(job, name)
+    ]
+    if differences:
+        raise ValueError(
+            f"--out {out}: is there already, of another job ({'; '.join(differences)}); "
+            "remove it or choose another --out"
+        )
+
+
+def _changes(before: Sequence[Job], job: Job) -> str:
+    """The parameters that components depend on and that were others, in words."""
+    now = {name: value for component in job.components for name, value in job.recipe(component).items()}
+    changes = [
+        f"{name} {getattr(there, name)} becomes {value}"
+        for there in before
+        for name, value in now.items()
+        if getattr(there, name) != value
+    ]
+    return ", ".join(dict.fromkeys(changes))

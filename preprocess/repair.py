@@ -1,0 +1,122 @@
+"""Makes anew just those shards of a store that are damaged, and publishes the store as it was, bit for bit."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kamim import store
+from kamim.store import Job, Manifest, Store
+from preprocess import fingerprint
+from preprocess.assemble import DAMAGE, assemble, take_apart
+from preprocess.build import Found, Progress, Say, in_order, make_shards, stopping
+from preprocess.plan import Plan
+from preprocess.shards import checksum_of, write_shard
+from preprocess.sources import Source
+from preprocess.verify import SEALED, STRANGE, Problem, problems
+from preprocess.workspace import Workspace
+
+
+def repair(
+    path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
+) -> list[Problem]:  # fmt: skip
+    """Puts right what is wrong with the files of a store; returns what was. source: lists a job's source, if needed.
+
+    Raises ValueError where what is there, or the source, cannot give the store back; and Stopped.
+    """
+    space = Workspace(path)
+    with space.locked(), stopping():
+        found = problems(path)
+        strange = [problem.where for problem in found if problem.what == STRANGE]
+        if strange:
+            raise ValueError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
+        content = store.agreed_manifest(path)
+        if content is None:
+            raise ValueError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
+        manifest = store.parse_manifest(content, path)
+        job = manifest.job.model_copy(update={"opencv": cv2.__version__})
+        if space.begun() not in (None, job):
+            raise ValueError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
+        if {problem.where for problem in found} & set(SEALED):
+            store.seal(path, content)
+        broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
+        if broken:
+            _rebuild(_plan(job, manifest, source(job), broken, path), space, workers, progress, say)
+            store.seal(space.store, content)
+            space.publish()
+        space.clear()
+    return found
+
+
+def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path) -> Plan:
+    """The finished store's own job again, for the broken components."""
+    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)))
+    stored = path / store.STAMPS
+    if stored.is_file() and store.checksum(stored) == manifest.source:
+        before = np.load(stored)
+        if len(before) != len(stamps):
+            fingerprint.refuse_change(before, stamps, source, path)
+        stamps = before  # a copied source will do, if the same bytes come of it
+    make = tuple(component for component in job.components if component in broken)
+    keep = tuple(component for component in job.components if component not in broken)
+    return Plan(job, source, stamps, manifest, "", keep, make)
+
+
+def _rebuild(plan: Plan, space: Workspace, workers: int, progress: Progress, say: Say) -> None:
+    """Leaves the whole store, but its manifest, in space.store."""
+    assert plan.store is not None
+    folders = plan.folders(space)
+    space.claim(plan.job, plan.stamps, folders.values(), shared=False)
+    for component, folder in folders.items():
+        kept = _salvage(Store(space.out), component, folder)
+        say(f"{component}: {kept:,} of {plan.job.shards:,} shards are whole; the others are made anew from the source")
+    found = make_shards(plan, space, range(plan.job.shards), workers, None, False, progress)
+    _check(plan, space, found)
+    made = assemble(plan, in_order(plan, found), space.out, space.store)
+    differ = [name for name in made.checksums if made.checksums[name] != plan.store.checksums.get(name)]
+    if differ:
+        raise ValueError(
+            f"{space.out / differ[0]}: comes out different with the packages of today; preprocess into another --out"
+        )
+
+
+def _salvage(opened: Store, component: str, folder: Path) -> int:
+    """Writes the whole ones of a damaged component's shards; returns how many they are."""
+    try:
+        shard = take_apart(opened, component)
+    except DAMAGE:
+        return 0
+    whole = 0
+    for number, expected in enumerate(opened.manifest.shards[component]):
+        try:
+            content = shard(number)
+        except DAMAGE:
+            continue
+        if hashlib.sha256(content).hexdigest() == expected:
+            write_shard(folder, number, content)
+            whole += 1
+    return whole
+
+
+def _check(plan: Plan, space: Workspace, found: Found) -> None:
+    """Raises ValueError where a shard is not what it was, which is removed."""
+    assert plan.store is not None
+    wrong = [
+        (number, component)
+        for component, files in found.items()
+        for number, file in files.items()
+        if checksum_of(file) != plan.store.shards[component][number]
+    ]
+    for number, component in wrong:
+        found[component][number].unlink()
+    if wrong:
+        now = fingerprint.stamps(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
+        fingerprint.refuse_change(plan.stamps, now, plan.source, space.out)
+        number, component = wrong[0]
+        raise ValueError(
+            f"--source {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "
+            f"tells that the source changed; made with OpenCV {plan.store.opencv[component]}, here is {cv2.__version__}"
+        )

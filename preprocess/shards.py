@@ -1,0 +1,118 @@
+"""One shard: an idempotent task that reads its images and leaves one file per component, named by its own checksum."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+
+from kamim import store
+from kamim.store import Job
+from preprocess.decode import Undecodable, decode
+from preprocess.record import Rows, join, record
+from preprocess.sources import Item, Read, printable
+
+Reject = Sequence[str]  # a file, and why it could not be read
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to make, anywhere: what travels to a worker process or another machine."""
+
+    job: Job
+    number: int
+    items: Sequence[Item]
+    read: Read
+    folders: Mapping[str, Path]  # of the components to make
+    strict: bool
+
+
+def run_shard(task: Task) -> dict[str, str]:
+    """Makes the shard; returns its files' names, by component.
+
+    Raises ValueError for another OpenCV than the job's and, with strict, for an unreadable image.
+    """
+    cv2.setNumThreads(1)
+    if cv2.__version__ != task.job.opencv:
+        raise ValueError(f"OpenCV {cv2.__version__} here, but the job is of OpenCV {task.job.opencv}; install the same")
+    parts: dict[str, list[Rows]] = {component: [] for component in task.folders}
+    rejects: list[Reject] = []
+    for item in task.items:
+        try:
+            rgb = pixels(task.read, item)
+        except (OSError, Undecodable) as error:
+            name, reason = printable(item.key), unreadable(error)
+            if task.strict:
+                raise ValueError(f"{name}: {reason} (--strict)") from error
+            rejects.append((name, reason))
+            continue
+        for component, rows in record(task.job, rgb, item.label, tuple(task.folders)).items():
+            parts[component].append(rows)
+    return {
+        component: write_shard(folder, task.number, encode(join(component, parts[component]), rejects))
+        for component, folder in task.folders.items()
+    }
+
+
+def pixels(read: Read, item: Item) -> np.ndarray:
+    """The item's image, RGB uint8 [H, W, 3]. Raises OSError, or Undecodable."""
+    found = read(item)
+    return found if isinstance(found, np.ndarray) else decode(found)
+
+
+def unreadable(error: OSError | Undecodable) -> str:
+    """Why an image could not be read, in one line."""
+    return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+
+
+def encode(rows: Rows, rejects: Sequence[Reject]) -> bytes:
+    """A shard file's bytes. Equal shards have equal bytes."""
+    return save(rows, metadata={"rejects": json.dumps(rejects)})
+
+
+def write_shard(folder: Path, number: int, content: bytes) -> str:
+    """Leaves folder/<number>-<sha256>.safetensors; returns its name."""
+    name = f"{number:06d}-{hashlib.sha256(content).hexdigest()}.safetensors"
+    store.write_whole(folder / name, content)
+    return name
+
+
+def checksum_of(file: Path) -> str:
+    """The sha256 that a shard file's name announces."""
+    return file.stem.partition("-")[2]
+
+
+def finished(folder: Path, numbers: Collection[int]) -> dict[int, Path]:
+    """The shard files of `numbers` that are there and whole."""
+    listed = {file: int(file.name.partition("-")[0]) for file in sorted(folder.glob("[0-9]*-*.safetensors"))}
+    asked = [file for file, number in listed.items() if number in numbers]
+    with ThreadPoolExecutor() as threads:
+        checksums = threads.map(store.checksum, asked)
+    return {listed[file]: file for file, found in zip(asked, checksums, strict=True) if found == checksum_of(file)}
+
+
+def rejects_of(file: Path) -> list[Reject]:
+    """What a shard could not read, in order."""
+    with safe_open(file, framework="numpy") as tensors:
+        rejects: list[Reject] = json.loads(tensors.metadata()["rejects"])
+        return rejects
+
+
+def column(files: Sequence[Path], name: str) -> np.ndarray:
+    """One small array of every shard, joined."""
+    parts = []
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            parts.append(tensors.get_tensor(name))
+    return np.concatenate(parts)
+
+
+def load(file: Path) -> Rows:
+    """A shard's rows."""
+    return load_file(file)

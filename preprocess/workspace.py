@@ -1,0 +1,131 @@
+"""Where a job works: OUT, the finished store; OUT.partial, all that is unfinished; OUT.lock, held while at work.
+
+    OUT.partial/job.json      the job
+    OUT.partial/stamps.npy    its source, see preprocess.fingerprint
+    OUT.partial/shards/       <component>-<key>/<number>-<sha256>.safetensors
+    OUT.partial/store/        the store as it is being assembled
+    OUT.partial/replaced/     the store that had OUT's name, for the moment between two renames
+
+A component's key is a digest of all that shapes its bytes, so shards of different jobs never mix.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kamim import store
+from kamim.store import Job, Manifest
+from preprocess import fingerprint
+
+
+class Workspace:
+    """The places of one --out."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.lock = out.with_name(out.name + ".lock")
+        self.job_file = self.partial / "job.json"
+        self.stamps_file = self.partial / store.STAMPS
+        self.shards = self.partial / "shards"
+        self.store = self.partial / "store"
+        self.replaced = self.partial / "replaced"
+
+    @contextmanager
+    def locked(self, shared: bool = False) -> Iterator[None]:
+        """Inside, nobody else is at work on `out`; with shared, only others that share.
+
+        A publication that was cut short is finished first. Raises ValueError where somebody is at work, and where
+        `out` or its partial state is somebody else's.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(self.lock, shared)
+        try:
+            self._refuse_strangers()
+            if not shared:
+                self._recover()
+            yield
+        finally:
+            if not shared:
+                self.lock.unlink()
+            os.close(descriptor)
+
+    def _refuse_strangers(self) -> None:
+        known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
+        if self.partial.exists() and not self.job_file.exists():  # ours where it is the rest of one being removed
+            strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
+            if strange:
+                raise ValueError(f"{self.partial}: is not this job's; remove it or choose another --out")
+        if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
+            raise ValueError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
+
+    def _recover(self) -> None:
+        if self.store.exists() and self.replaced.exists() and not self.out.exists():
+            self.store.rename(self.out)
+            store.fsync(self.out.parent)
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def finished(self) -> Manifest | None:
+        """The manifest of the store that has the final name."""
+        return store.read_manifest(self.out) if self.out.exists() else None
+
+    def begun(self) -> Job | None:
+        """The job of the partial state."""
+        return Job.model_validate_json(self.job_file.read_text()) if self.job_file.exists() else None
+
+    def begun_stamps(self) -> np.ndarray | None:
+        """The stamps of the source of the partial state."""
+        return np.load(self.stamps_file) if self.job_file.exists() and self.stamps_file.exists() else None
+
+    def claim(self, job: Job, stamps: np.ndarray, folders: Collection[Path], shared: bool) -> None:
+        """Says whose the partial state is from now on, and makes the folders of its shards.
+
+        Not shared, folders of another job are removed; shared, ValueError where there is another job's state.
+        """
+        begun = self.begun()
+        if shared and begun not in (None, job):
+            raise ValueError(
+                f"{self.partial}: holds a job of other parameters, which shares may be at work on; "
+                "finish it, or remove it when none is"
+            )
+        if begun != job:
+            self.partial.mkdir(exist_ok=True)
+            store.write_whole(self.stamps_file, fingerprint.to_bytes(stamps))
+            store.write_whole(self.job_file, job.model_dump_json(indent=2).encode())
+        if not shared and self.shards.exists():
+            for folder in set(self.shards.iterdir()) - set(folders):
+                shutil.rmtree(folder)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def publish(self) -> None:
+        """Gives the assembled store the final name, in place of the one that had it, and clears up."""
+        store.make_durable(self.store)
+        if self.out.exists():
+            self.out.rename(self.replaced)
+        self.store.rename(self.out)
+        store.fsync(self.out.parent)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the partial state."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _lock(file: Path, shared: bool) -> int:
+    """A descriptor of `file` that holds its lock: whoever holds it alone removes the file before letting go."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(f"{file}: another process is at work on this store; wait until it is done") from None
+        os.close(descriptor)

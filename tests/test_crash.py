@@ -1,0 +1,213 @@
+"""A job that is killed at any single change it makes to the file system, started again, gives the same bytes.
+
+In the manner of SQLite's crash tests, but all crashes come from one run: what a kill leaves is what is on the disk at
+that moment, so the tree is copied at every change. A file about to be fsynced is copied without its second half, as
+a machine that goes down may leave it. Then the job is started on every copy. A few real kills check the idea.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, Inline, plan_job, small_pages
+from PIL import Image
+
+from kamim import beton
+from preprocess import estimate, executors
+from preprocess.build import build
+from preprocess.repair import repair
+from preprocess.verify import problems
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+Work = Callable[[Path], object]
+_watchers: list[Callable[[], None]] = []
+
+
+def _hear(event: str, arguments: tuple[object, ...]) -> None:
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if _watchers and (writes or event in CHANGES):
+        _watchers[0]()
+
+
+sys.addaudithook(_hear)
+
+
+@contextmanager
+def watched(watcher: Callable[[], None]) -> Iterator[None]:
+    """Inside, `watcher` is called before every change of the file system."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.clear()
+
+
+class Camera:
+    """Copies a tree before every change that a job makes to it, once for every state."""
+
+    def __init__(self, world: Path, copies: Path, patch: pytest.MonkeyPatch):
+        self.world, self.copies, self.changes = world, copies, 0
+        self._seen: set[int] = set()
+        patch.setattr(os, "fsync", self._fsync)
+
+    def __call__(self) -> None:
+        _watchers.clear()
+        self.changes += 1
+        state = tree(self.world)
+        swapped = any("replaced" in path.parts for path in state)
+        told = {
+            p: c for p, c in state.items() if swapped or p.parts[:2] != ("out.partial", "store") or len(p.parts) < 4
+        }
+        key = hash(frozenset(told.items()))  # what is half assembled is thrown away, so one such state stands for all
+        if key not in self._seen:
+            self._seen.add(key)
+            shutil.copytree(self.world, self.copies / str(self.changes))
+        _watchers.append(self)
+
+    def _fsync(self, descriptor: int) -> None:
+        if not _watchers:
+            return
+        file = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if file.is_file() and self.world in file.parents and file.stat().st_nlink == 1:  # linked: durable before
+            whole = file.read_bytes()
+            _watchers.clear()
+            file.write_bytes(whole[: len(whole) // 2])
+            self()
+            _watchers.clear()
+            file.write_bytes(whole)
+            _watchers.append(self)
+
+
+def tree(path: Path) -> dict[Path, bytes]:
+    """Every file's content, by its path."""
+    return {file.relative_to(path): file.read_bytes() if file.is_file() else b"" for file in path.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def tiny(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small images, one of which cannot be read."""
+    root = tmp_path_factory.mktemp("tiny")
+    for name in "ab":
+        (root / name).mkdir()
+        for i in range(3):
+            Image.fromarray(photos[i][:40, : 50 + 4 * i]).save(root / name / f"{i}.jpg")
+    (root / "b/1.jpg").write_text("no image")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards run in this process, on small pages; the disk is large enough."""
+    monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 15)
+    monkeypatch.setattr(estimate, "SAMPLE", 1)
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
+    small_pages(monkeypatch)
+
+
+def make(source: Path, backend: str, out: Path, *detectors: str) -> None:
+    job, listed = plan_job(source, backend, shard_size=2, detectors=detectors)
+    build(job, listed, out, workers=1, strict=False, progress=lambda done, total: None)
+
+
+def mend(source: Path, backend: str, out: Path) -> None:
+    listed = plan_job(source, backend)[1]
+    repair(out, lambda job: listed, workers=1, progress=lambda done, total: None, say=lambda line: None)
+
+
+def harm(out: Path) -> None:
+    """Flips a bit of the images and one of the positions of keypoints."""
+    images = next(file for file in (out / "images.beton", out / "images.zarr/data/c/0") if file.exists())
+    for file in (images, out / "keypoints.zarr/fast/positions/c/0/0"):
+        content = bytearray(file.read_bytes())
+        content[np.flatnonzero(np.frombuffer(content, np.uint8))[-100]] ^= 1
+        file.write_bytes(content)
+
+
+def works(kind: str, source: Path, backend: str) -> tuple[Work, Work]:
+    """What is done before, undisturbed; and the work that is disturbed, after which the store has FAST's keypoints."""
+    if kind == "new":
+        return (lambda out: None), (lambda out: make(source, backend, out, "fast"))
+    if kind == "extended":
+        return (lambda out: make(source, backend, out)), (lambda out: make(source, backend, out, "fast"))
+    return (lambda out: (make(source, backend, out, "fast"), harm(out))), (lambda out: mend(source, backend, out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["new", "extended", "repaired"])
+def test_a_job_killed_anywhere_ends_with_the_same_bytes(
+    kind: str, backend: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny, backend, tmp_path / "whole/out", "fast")
+    assert problems(tmp_path / "whole/out", deep=True) == []
+    expected = tree(tmp_path / "whole")
+    before, work = works(kind, tiny, backend)
+    world, copies = tmp_path / "world", tmp_path / "copies"
+    world.mkdir()
+    before(world / "out")
+    camera = Camera(world, copies, monkeypatch)
+    with watched(camera):
+        work(world / "out")
+    assert tree(world) == expected
+    assert camera.changes > 60
+    killed = sorted(copies.iterdir(), key=lambda copy: int(copy.name))
+    assert len(killed) > 20
+    if backend == "ffcv":
+        killed = killed[::5]  # one file differs
+    for copy in killed:
+        out = copy / "out"
+        if out.exists():
+            assert (out / "manifest.json").exists(), copy.name
+        work(out)
+        assert tree(copy) == expected, copy.name
+
+
+KILLED = """  # builds sys.argv[2]/N/out in children, each killed at its N-th change
+import os, signal, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from preprocess import executors
+from preprocess.build import build
+from preprocess.plan import make_job
+from preprocess.sources import list_source
+
+executors.ProcessPoolExecutor = lambda workers, **options: ThreadPoolExecutor(workers)
+source, base, *numbers = sys.argv[1:]
+listed = list_source("imagefolder", Path(source), "train")
+job = make_job("imagefolder", "train", listed, detectors=("fast",), images="zarr", resolution=64)
+job = job.model_copy(update={"shard_size": 2})
+for number in numbers:
+    child = os.fork()
+    if child == 0:
+        left = int(number)
+        def watch(event, arguments):
+            global left
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            left -= bool(writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"))
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        build(job, listed, Path(base, number, "out"), workers=1, strict=False, progress=lambda done, total: None)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_what_is_left_by_real_kills_is_continued(tiny: Path, tmp_path: Path) -> None:
+    numbers = ("2", "9", "25", "60", "120")
+    for number in ("whole", *numbers):
+        (tmp_path / number).mkdir()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tiny), str(tmp_path), *numbers], capture_output=True, text=True, check=True
+    )
+    assert [int(status) for status in killed.stdout.split()] == [signal.SIGKILL] * len(numbers)
+    make(tiny, "zarr", tmp_path / "whole/out", "fast")
+    for number in numbers:
+        make(tiny, "zarr", tmp_path / number / "out", "fast")
+        assert tree(tmp_path / number) == tree(tmp_path / "whole"), number

@@ -23,6 +23,7 @@ bench: setup
 	$(BIN)/kamim preprocess imagefolder --source "$(SOURCE)" --out runs/bench/store --detectors fast,sift,orb
 	$(BIN)/kamim bench loader --store runs/bench/store --source "$(SOURCE)" --json runs/bench/loader.json
 	$(BIN)/kamim bench preprocess --source "$(SOURCE)" --json runs/bench/preprocess.json
+	$(BIN)/kamim bench eval --store runs/bench/store --source "$(SOURCE)" --json runs/bench/eval.json
 	$(BIN)/kamim bench fidelity --source "$(SOURCE)" --json runs/bench/fidelity.json
 	$(BIN)/python benchmarks/gpu_check.py --json runs/bench/gpu.json
 

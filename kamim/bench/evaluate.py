@@ -4,31 +4,40 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import simplejpeg
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from kamim.config import Compute, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.readout import Readout, resolve
 from kamim.evaluation.sweep import sweep
 from kamim.models import build_encoder
-from kamim.store import Store
+from kamim.store import ImageReader, Store
 from pipelines.augment import random_erasing, trivial_augment_wide
 from pipelines.loader import Loader
 from pipelines.plan import Plan
+from preprocess.sources import Source
 
 SWEEP = {"images": 50_000, "poolings": 3, "lrs": 10, "epochs": 10, "classes": 10}
 PROBE_EPOCHS = 100
 
 
-class TorchvisionDataset(torch.utils.data.Dataset[torch.Tensor]):
-    """Training samples of the evaluation as torchvision makes them, from the same stored JPEGs."""
+Decode = Callable[[int], Tensor]  # number -> uint8 [3, H, W]
 
-    def __init__(self, store: Store, resolution: int):
-        self._images = store.images
+
+class TorchvisionDataset(torch.utils.data.Dataset[torch.Tensor]):
+    """Training samples of the evaluation as torchvision makes them."""
+
+    def __init__(self, decode: Decode, count: int, resolution: int):
+        self._decode, self._count = decode, count
         self._transform = v2.Compose(
             [
                 v2.Resize((resolution, resolution), antialias=False), v2.TrivialAugmentWide(),
@@ -37,21 +46,28 @@ class TorchvisionDataset(torch.utils.data.Dataset[torch.Tensor]):
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._images.labels)
+        return self._count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        pixels = torch.from_numpy(simplejpeg.decode_jpeg(self._images.data(index))).permute(2, 0, 1)
-        return self._transform(pixels)
+        return self._transform(self._decode(index))
+
+
+def _stored(images: ImageReader, index: int) -> Tensor:
+    return torch.from_numpy(simplejpeg.decode_jpeg(images.data(index))).permute(2, 0, 1)
+
+
+def _original(source: Source, index: int) -> Tensor:
+    return pil_to_tensor(Image.open(Path(source.location, source.items[index].key)).convert("RGB"))
 
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def torchvision_rate(store: Store, resolution: int, batch: int, workers: int) -> Callable[[], int]:
+def torchvision_rate(decode: Decode, count: int, resolution: int, batch: int, workers: int) -> Callable[[], int]:
     """A DataLoader with a worker process per core."""
     loader = torch.utils.data.DataLoader(
-        TorchvisionDataset(store, resolution), batch, num_workers=workers, persistent_workers=True,
+        TorchvisionDataset(decode, count, resolution), batch, num_workers=workers, persistent_workers=True,
         worker_init_fn=_one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images in loader)
@@ -89,14 +105,19 @@ def forward_rate(model: str, resolution: int, batch: int, block: int | None) -> 
 
 
 def bench(
-    store: Store, model: str, resolution: int, batch: int, rounds: int, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Images per second (medians of the rounds), ratios, and what a sweep costs beside one probe, on the CPU."""
+    store: Store, source: Source, model: str, resolution: int, batch: int, rounds: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Images per second (medians of the rounds), ratios, and what a sweep costs beside one probe, on the CPU.
+
+    torchvision reads the originals, as the released code does; torchvision_stored the very JPEGs of the store.
+    """
     workers = len(os.sched_getaffinity(0))
     encoder = build_encoder(model, resolution)
     block = resolve(encoder, "paper")
     runs = {
-        "torchvision": torchvision_rate(store, resolution, batch, workers),
+        "torchvision": torchvision_rate(partial(_original, source), len(source.items), resolution, batch, workers),
+        "torchvision_stored": torchvision_rate(partial(_stored, store.images), len(store), resolution, batch, workers),
         "loader": our_rate(store, resolution, batch, augmented=False),
         "augmented": our_rate(store, resolution, batch, augmented=True),
         "forward": forward_rate(model, resolution, 8, None),
@@ -120,6 +141,7 @@ def bench(
         "images_per_second": rate,
         "ratios": {
             "augmented_over_torchvision": rate["augmented"] / rate["torchvision"],
+            "augmented_over_torchvision_stored": rate["augmented"] / rate["torchvision_stored"],
             "block_over_whole_pass": rate["forward"] / rate["forward_to_block"],
             "probe_over_sweep": probe_hours / sweep_hours,
         },

@@ -87,7 +87,8 @@ def bench_fidelity(
 @bench_app.command(name="eval")
 @says_errors
 def bench_eval(
-    store: Annotated[Path, typer.Option(help="A JPEG store.")],
+    store: Annotated[Path, typer.Option(help="A JPEG store of --source.")],
+    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
     model: Annotated[str, typer.Option(help="A key of kamim.models.ARCHITECTURES.")] = "vit_base",
     resolution: Annotated[int, typer.Option(help="Side of the images in px.")] = 192,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
@@ -97,10 +98,12 @@ def bench_eval(
     """Augmentation beside torchvision's, the frozen pass beside a whole one, the probe sweep beside one probe."""
     from kamim.bench.evaluate import bench
     from kamim.store import Store
+    from preprocess.sources import list_source
 
     check_folder("--json", json_out)
     with bar("bench eval") as update:
-        result = bench(Store(store), model, resolution, batch, rounds, update)
+        listed = list_source("imagefolder", source, "train")
+        result = bench(Store(store), listed, model, resolution, batch, rounds, update)
     _show(result)
     write_json(json_out, result)
 

@@ -274,12 +274,15 @@ def backup_of(manifest: bytes) -> bytes:
 
 
 def agreed_manifest(path: Path) -> bytes | None:
-    """The manifest's bytes by the majority of the file, its copy and the sha256; None where no two agree."""
+    """The manifest's bytes by the majority of the file, its copy and the sha256; None where no two agree.
+
+    Where one of the two files is missing, the other one's word counts.
+    """
     ours, backup = (file.read_bytes() if file.is_file() else b"" for file in (path / MANIFEST, path / BACKUP))
     copy = backup.partition(b"\n")[2]
     if backup == backup_of(copy):
         return copy
-    return ours if ours and (ours == copy or backup.startswith(backup_of(ours)[:64])) else None
+    return ours if ours and (not backup or ours == copy or backup.startswith(backup_of(ours)[:64])) else None
 
 
 def checksum(path: Path) -> str:

@@ -9,7 +9,7 @@ on the number of workers, machines or restarts, and OUT exists only when it is w
 import errno
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def stopping() -> Iterator[None]:
     """What ends a job that can go on later becomes Stopped."""
     try:
         yield
-    except BrokenProcessPool as error:
+    except (BrokenExecutor, CancelledError) as error:
         raise Stopped("a worker process died (out of memory?); the same command again continues") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

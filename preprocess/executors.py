@@ -4,7 +4,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
@@ -34,16 +34,22 @@ def _start_worker() -> None:
 
 @contextmanager
 def dask(address: str) -> Iterator[tuple[Executor, int]]:
-    """The cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight."""
+    """The cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight.
+
+    Raises BrokenExecutor where a shard has cost too many workers their lives.
+    """
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError:
         raise ValueError("--cluster: Dask is not installed; pip install 'kamim[cluster]'") from None
     with Client(address) as client:
         threads: dict[str, Any] = client.nthreads()
         if not threads:
             raise ValueError(f"--cluster {address}: has no workers; start some with `dask worker {address}`")
-        yield client.get_executor(pure=False, retries=RETRIES), AHEAD * sum(threads.values())
+        try:
+            yield client.get_executor(pure=False, retries=RETRIES), AHEAD * sum(threads.values())
+        except KilledWorker as error:
+            raise BrokenExecutor(str(error)) from error
 
 
 def results(executor: Executor, ahead: int, tasks: Iterator[Task]) -> Iterator[tuple[Task, dict[str, str]]]:

@@ -12,6 +12,7 @@ import numpy as np
 from kamim import store
 from kamim.geometry import POSITION_UNIT
 from kamim.store import IMAGES, Keypoints, Manifest, Store
+from preprocess.assemble import DAMAGE
 from preprocess.decode import Undecodable, decode
 
 SEALED = (store.MANIFEST, store.BACKUP)
@@ -33,7 +34,8 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     """
     content = store.agreed_manifest(path)
     if content is None:
-        store.read_manifest(path)  # says so where there is no store
+        if not any((path / name).exists() for name in SEALED):
+            store.read_manifest(path)  # says that there is no store
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
     manifest = store.parse_manifest(content, path)
     found = [*_of_manifest(path, content), *_of_files(path, manifest)]
@@ -58,12 +60,18 @@ def _of_files(path: Path, manifest: Manifest) -> Iterator[Problem]:
 
 def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
     """What is wrong although every file is as written."""
-    images, keypoints = opened.images, {name: opened.keypoints(name) for name in opened.detectors}
-    ranges = {IMAGES: images.in_range(), **{name: reader.in_range() for name, reader in keypoints.items()}}
+    try:
+        images, keypoints = opened.images, {name: opened.keypoints(name) for name in opened.detectors}
+        ranges = {IMAGES: images.in_range(), **{name: reader.in_range() for name, reader in keypoints.items()}}
+    except DAMAGE as error:
+        yield Problem("", f"cannot be opened: {' '.join(str(error).split())}")
+        return
+    frames = [reader.frame for reader in keypoints.values()]
+    held = {len(array) for array in (images.labels, images.sizes, *frames, *ranges.values())}
+    if held != {len(opened)}:
+        yield Problem(store.MANIFEST, f"says {len(opened)} images, but the arrays hold {', '.join(map(str, held))}")
+        return
     for component, in_range in ranges.items():
-        if len(in_range) != len(opened):
-            yield Problem(component, f"holds {len(in_range)} images, the manifest says {len(opened)}")
-            return
         yield from (Problem(component, f"image {i} lies outside its file") for i in np.flatnonzero(~in_range))
         deep &= bool(in_range.all())
     wrong = (images.labels < -1) | (images.labels >= len(opened.manifest.classes))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, Inline, plan_job, small_pages
+from conftest import Inline, has_ffcv, plan_job, small_pages
 from PIL import Image
 
 from kamim import beton
@@ -61,11 +61,10 @@ class Camera:
         _watchers.clear()
         self.changes += 1
         state = tree(self.world)
-        swapped = any("replaced" in path.parts for path in state)
-        told = {
-            p: c for p, c in state.items() if swapped or p.parts[:2] != ("out.partial", "store") or len(p.parts) < 4
-        }
-        key = hash(frozenset(told.items()))  # what is half assembled is thrown away, so one such state stands for all
+        if (self.world / "out").exists() or not (self.world / "out.partial/replaced").exists():
+            # Not between the two renames: what lies in these is thrown away, so one such state stands for all.
+            state = {path: what for path, what in state.items() if path.parts[1:2] not in (("store",), ("replaced",))}
+        key = hash(frozenset(state.items()))
         if key not in self._seen:
             self._seen.add(key)
             shutil.copytree(self.world, self.copies / str(self.changes))
@@ -139,8 +138,10 @@ def works(kind: str, source: Path, backend: str) -> tuple[Work, Work]:
     return (lambda out: (make(source, backend, out, "fast"), harm(out))), (lambda out: mend(source, backend, out))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["new", "extended", "repaired"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("new", "zarr"), ("extended", "zarr"), ("repaired", "zarr"), pytest.param("repaired", "ffcv", marks=has_ffcv)],
+)
 def test_a_job_killed_anywhere_ends_with_the_same_bytes(
     kind: str, backend: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,9 +190,10 @@ for number in numbers:
         def watch(event, arguments):
             global left
             writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            left -= bool(writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"))
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
         build(job, listed, Path(base, number, "out"), workers=1, strict=False, progress=lambda done, total: None)
         os._exit(0)

@@ -166,7 +166,7 @@ def test_keypoints_of_another_resolution_are_refused(store: Path, tmp_path: Path
 
 
 def test_a_detector_the_store_lacks_is_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no 'orb' keypoints, only fast, sift; .*--detectors fast,sift,orb"):
+    with pytest.raises(ValueError, match=r"has no 'orb' keypoints, only fast, sift; .*--detectors orb, adds them"):
         run_pretrain(config(tmp_path / "run", store, "weighting.detector=orb"), quiet)
 
 

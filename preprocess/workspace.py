@@ -27,7 +27,7 @@ class Workspace:
     """The places of one --out."""
 
     def __init__(self, out: Path):
-        self.out = out
+        self.out = out = out.absolute()  # other machines have other working directories
         self.partial = out.with_name(out.name + ".partial")
         self.lock = out.with_name(out.name + ".lock")
         self.job_file = self.partial / "job.json"
@@ -47,8 +47,7 @@ class Workspace:
         descriptor = _lock(self.lock, shared)
         try:
             self._refuse_strangers()
-            if not shared:
-                self._recover()
+            self._recover(shared)
             yield
         finally:
             if not shared:
@@ -64,8 +63,13 @@ class Workspace:
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
             raise ValueError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
 
-    def _recover(self) -> None:
-        if self.store.exists() and self.replaced.exists() and not self.out.exists():
+    def _recover(self, shared: bool) -> None:
+        cut_short = self.store.exists() and self.replaced.exists() and not self.out.exists()
+        if shared:
+            if cut_short:
+                raise ValueError(f"{self.partial}: its publication was cut short; finish it with --publish first")
+            return
+        if cut_short:
             self.store.rename(self.out)
             store.fsync(self.out.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)

@@ -463,7 +463,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, tmp_pa
     assert first.exit_code == 0, first.stderr
     assert "makes images, fast of 12 images in 1 shards" in first.stdout
     assert "make images: 1 of 1 shards are still to be made; about 0." in first.stdout
-    assert "estimated from 12 images" in first.stdout
+    assert "estimate, from 12 images" in first.stdout
     assert not list(tmp_path.iterdir())
     make_store(folder, out)
     before = tree(tmp_path)

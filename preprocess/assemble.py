@@ -134,8 +134,10 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
     job = plan.job
     opencv = dict.fromkeys(plan.make, job.opencv)
     hashes = {component: tuple(map(checksum_of, files)) for component, files in shards.items()}
+    rules = {name: detector(name).rules for name in plan.make if name != IMAGES}
     checksums: dict[str, str] = {}
     if plan.store is not None:
+        rules |= {name: plan.store.rules[name] for name in plan.keep if name != IMAGES}
         opencv |= {component: plan.store.opencv[component] for component in plan.keep}
         hashes |= {component: plan.store.shards[component] for component in plan.keep}
         checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
@@ -144,7 +146,7 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
         classes=plan.source.classes, rejects=job.items - sum(counts),
         stored_area=geometry.stored_area(job.resolution, job.crop_scale),
         canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
-        rules={name: detector(name).rules for name in job.detectors},
+        rules={name: rules[name] for name in job.detectors},
         opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},
         checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),

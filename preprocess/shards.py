@@ -19,6 +19,7 @@ from preprocess.record import Rows, join, record
 from preprocess.sources import Item, printable
 
 Reject = Sequence[str]  # a file, and why it could not be read
+MAX_BYTES = 1 << 31  # of one image file, which is read whole; more than MAX_PIXELS of any format fill
 Read = Callable[[Item], bytes | np.ndarray]
 
 
@@ -63,6 +64,8 @@ def run_shard(task: Task) -> dict[str, str]:
 
 def pixels(read: Read, item: Item) -> np.ndarray:
     """The item's image, RGB uint8 [H, W, 3]. Raises OSError, or Undecodable."""
+    if item.size > MAX_BYTES:
+        raise Undecodable(f"{item.size} bytes is more than the limit of {MAX_BYTES}")
     found = read(item)
     return found if isinstance(found, np.ndarray) else decode(found)
 

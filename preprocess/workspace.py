@@ -51,7 +51,7 @@ class Workspace:
             yield
         finally:
             if not shared:
-                self.lock.unlink()
+                self.lock.unlink(missing_ok=True)
             os.close(descriptor)
 
     def _refuse_strangers(self) -> None:

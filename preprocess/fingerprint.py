@@ -11,7 +11,7 @@ import numpy as np
 
 from kamim import store
 from preprocess.decode import Undecodable
-from preprocess.shards import Read
+from preprocess.shards import Read, fetch
 from preprocess.sources import Item, Source, printable
 
 CHUNK = 256  # items per task of the pool
@@ -34,7 +34,7 @@ def _of_contents(read: Read, items: Sequence[Item]) -> bytes:
 
 def _of_content(read: Read, item: Item) -> bytes:
     try:
-        found = read(item)
+        found = fetch(read, item)
     except (OSError, Undecodable):
         return _digest(item, b"unreadable")
     if isinstance(found, np.ndarray):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pydantic
 
 from kamim import store
 from kamim.store import Job, Manifest
@@ -79,8 +80,13 @@ class Workspace:
         return store.read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
-        """The job of the partial state."""
-        return Job.model_validate_json(self.job_file.read_text()) if self.job_file.exists() else None
+        """The job of the partial state. Raises ValueError where it is no job that this kamim knows."""
+        if not self.job_file.exists():
+            return None
+        try:
+            return Job.model_validate_json(self.job_file.read_bytes())
+        except pydantic.ValidationError:
+            raise ValueError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_stamps(self) -> np.ndarray | None:
         """The stamps of the source of the partial state."""

@@ -146,6 +146,34 @@ def test_damage_of_what_is_kept_is_not_blessed(folder: Path, tmp_path: Path) -> 
     assert [problem.where for problem in problems(out)] == ["images.zarr/data/c/0"]
 
 
+@pytest.mark.parametrize("name", ["stamps.npy", "rejects.csv"])
+def test_a_store_whose_plan_cannot_be_trusted_is_not_extended(name: str, folder: Path, tmp_path: Path) -> None:
+    out = make_store(folder, tmp_path / "out")
+    (out / name).write_bytes((out / name).read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"damaged; put it right with kamim store verify .* --repair"):
+        make(folder, out, detectors=("sift",))
+
+
+def test_a_job_of_another_kamim_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/job.json").write_text('{"dataset": "cifar"}')
+    with pytest.raises(ValueError, match=r"^[^\n]*job\.json: damaged, or of another kamim; remove .*out\.partial$"):
+        make(folder, tmp_path / "out")
+
+
+def test_files_are_copied_where_there_are_no_links(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make_store(folder, tmp_path / "out")
+
+    def no_links(*given: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    make(folder, out, detectors=("sift",))
+    assert problems(out, deep=True) == []
+
+
 # Sources that change
 
 

@@ -161,15 +161,16 @@ def test_a_job_of_another_kamim_is_said_in_one_line(folder: Path, tmp_path: Path
         make(folder, tmp_path / "out")
 
 
-def test_files_are_copied_where_there_are_no_links(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_cannot_be_linked_are_copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = make_store(folder, tmp_path / "out")
+    link = os.link
 
-    def no_links(*given: object) -> None:
-        raise OSError(95, "Operation not supported")
+    def not_of_others(source: Path, target: Path) -> None:
+        if source.is_relative_to(out):
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target)
 
-    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "link", not_of_others)
     make(folder, out, detectors=("sift",))
     assert problems(out, deep=True) == []
 

@@ -38,7 +38,8 @@ from kamim import beton, paged
 from kamim.keypoints import Rules
 
 SCHEMA_VERSION = 2
-MANIFEST, BACKUP, STAMPS = "manifest.json", "manifest.backup", "stamps.npy"
+MANIFEST, BACKUP = "manifest.json", "manifest.backup"
+STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component that is not a detector's
 IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
 KEYPOINT_PAGE_ROWS = 1 << 20

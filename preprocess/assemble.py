@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from safetensors.numpy import load_file
 
 import kamim
 from kamim import beton, geometry, paged, store
@@ -16,10 +17,9 @@ from kamim.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
 from preprocess.plan import Plan
 from preprocess.record import Rows, image_rows, join, keypoint_rows
-from preprocess.shards import Reject, checksum_of, column, encode, load, rejects_of
+from preprocess.shards import Reject, checksum_of, column, encode, rejects_of
 
 Files = Mapping[str, Sequence[Path]]  # every shard's file, in order, by component
-REJECTS = "rejects.csv"
 
 
 class Disagreement(RuntimeError):
@@ -49,7 +49,7 @@ def assemble(plan: Plan, shards: Files, out: Path, folder: Path) -> Manifest:
             _take_over(plan, component, out, folder)
         elif component == IMAGES:
             _write_images(plan, shards[IMAGES], folder)
-            _write_rejects(folder / REJECTS, rejects)
+            _write_rejects(folder / store.REJECTS, rejects)
         else:
             total = int(column(shards[component], "counts").sum())
             store.write_keypoints(folder / "keypoints.zarr", component, _keypoints(shards[component]), total)
@@ -77,7 +77,7 @@ def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(out / name, folder / name)
-        except PermissionError:
+        except OSError:
             shutil.copyfile(out / name, folder / name)
 
 
@@ -95,7 +95,7 @@ def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
 
 def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
     for shard in shards:
-        rows = load(shard)
+        rows = load_file(shard)
         end = np.cumsum(rows["length"])
         for i, (height, width) in enumerate(rows["size"]):
             data = rows["data"][end[i] - rows["length"][i] : end[i]]
@@ -104,7 +104,7 @@ def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int
 
 def _keypoints(shards: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for shard in shards:
-        rows = load(shard)
+        rows = load_file(shard)
         counts = rows["counts"]
         end = np.cumsum(counts.sum(axis=1))
         for i in range(len(counts)):
@@ -121,7 +121,7 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
     """rejects.csv of a store, by shard."""
-    with (path / REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
+    with (path / store.REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
         rows: list[Reject] = [*csv.reader(stream)][1:]
     size, items = manifest.job.shard_size, manifest.job.items
     sizes = [min(size, items - at) for at in range(0, items, size)]
@@ -134,8 +134,10 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
     job = plan.job
     opencv = dict.fromkeys(plan.make, job.opencv)
     hashes = {component: tuple(map(checksum_of, files)) for component, files in shards.items()}
+    rules = {name: detector(name).rules for name in plan.make if name != IMAGES}
     checksums: dict[str, str] = {}
     if plan.store is not None:
+        rules |= {name: plan.store.rules[name] for name in plan.keep if name != IMAGES}
         opencv |= {component: plan.store.opencv[component] for component in plan.keep}
         hashes |= {component: plan.store.shards[component] for component in plan.keep}
         checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
@@ -144,7 +146,7 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
         classes=plan.source.classes, rejects=job.items - sum(counts),
         stored_area=geometry.stored_area(job.resolution, job.crop_scale),
         canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
-        rules={name: detector(name).rules for name in job.detectors},
+        rules={name: rules[name] for name in job.detectors},
         opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},
         checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),

@@ -16,7 +16,7 @@ from preprocess.shards import finished, pixels
 from preprocess.sources import Item, Read, Source
 from preprocess.workspace import Workspace
 
-SAMPLE = 16
+PLACES, RUN = 4, 8  # the sample: so many runs of neighbours, which may share the cost of reading
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Estimate:
 
 
 def sample(plan: Plan) -> list[Item]:
-    """Items spread over the source."""
-    return [plan.source.items[at] for at in np.unique(np.linspace(0, plan.job.items - 1, SAMPLE).astype(int))]
+    """A few items, spread over the source."""
+    starts = np.linspace(0, max(plan.job.items - RUN, 0), PLACES).astype(int)
+    return [plan.source.items[at] for at in np.unique(starts[:, None] + np.arange(RUN)) if at < plan.job.items]
 
 
 def estimate(job: Job, components: Sequence[str], read: Read, items: Sequence[Item]) -> Estimate:
@@ -80,7 +81,7 @@ def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
         )
     seconds = one.seconds * sum(len(plan.items(n)) for n in missing) / workers
     lines.append(
-        f"estimated from {one.images} images, made one after the other: {timedelta(seconds=round(seconds))} h:mm:ss "
-        f"with {workers} workers, and {disk_needed(found, images, one) / 1e6:,.1f} MB of disk while it is made"
+        f"estimate, from {one.images} images made just now: {timedelta(seconds=round(seconds))} (h:mm:ss) with "
+        f"{workers} workers, and {disk_needed(found, images, one) / 1e6:,.1f} MB of disk while it is made"
     )
     return lines

@@ -140,10 +140,10 @@ def make_plan(job: Job, source: Source, space: Workspace) -> Plan:
     for there in before:
         _refuse_other(there, job, space.out)
     if finished is not None:
-        file = space.out / store.STAMPS
-        if store.checksum(file) != finished.source:
-            raise ValueError(f"{file}: damaged; put it right with kamim store verify {space.out} --repair")
-        fingerprint.refuse_change(np.load(file), stamps, source, space.out)
+        for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
+            if store.checksum(file) != finished.checksums[file.name]:
+                raise ValueError(f"{file}: damaged; put it right with kamim store verify {space.out} --repair")
+        fingerprint.refuse_change(np.load(space.out / store.STAMPS), stamps, source, space.out)
     if (earlier := space.begun_stamps()) is not None:
         fingerprint.refuse_change(earlier, stamps, source, space.partial)
     asked = [*(name for there in before for name in there.detectors), *job.detectors]

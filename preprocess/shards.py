@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from kamim import store
 from kamim.store import Job
@@ -62,8 +62,7 @@ def run_shard(task: Task) -> dict[str, str]:
 
 def pixels(read: Read, item: Item) -> np.ndarray:
     """The item's image, RGB uint8 [H, W, 3]. Raises OSError, or Undecodable."""
-    found = read(item)
-    return found if isinstance(found, np.ndarray) else decode(found)
+    return decode(read(item))
 
 
 def unreadable(error: OSError | Undecodable) -> str:
@@ -111,8 +110,3 @@ def column(files: Sequence[Path], name: str) -> np.ndarray:
         with safe_open(file, framework="numpy") as tensors:
             parts.append(tensors.get_tensor(name))
     return np.concatenate(parts)
-
-
-def load(file: Path) -> Rows:
-    """A shard's rows."""
-    return load_file(file)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pydantic
 
 from kamim import store
 from kamim.store import Job, Manifest
@@ -27,7 +28,7 @@ class Workspace:
     """The places of one --out."""
 
     def __init__(self, out: Path):
-        self.out = out
+        self.out = out = out.absolute()  # other machines have other working directories
         self.partial = out.with_name(out.name + ".partial")
         self.lock = out.with_name(out.name + ".lock")
         self.job_file = self.partial / "job.json"
@@ -47,12 +48,11 @@ class Workspace:
         descriptor = _lock(self.lock, shared)
         try:
             self._refuse_strangers()
-            if not shared:
-                self._recover()
+            self._recover(shared)
             yield
         finally:
             if not shared:
-                self.lock.unlink()
+                self.lock.unlink(missing_ok=True)
             os.close(descriptor)
 
     def _refuse_strangers(self) -> None:
@@ -64,8 +64,13 @@ class Workspace:
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
             raise ValueError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
 
-    def _recover(self) -> None:
-        if self.store.exists() and self.replaced.exists() and not self.out.exists():
+    def _recover(self, shared: bool) -> None:
+        cut_short = self.store.exists() and self.replaced.exists() and not self.out.exists()
+        if shared:
+            if cut_short:
+                raise ValueError(f"{self.partial}: its publication was cut short; finish it with --publish first")
+            return
+        if cut_short:
             self.store.rename(self.out)
             store.fsync(self.out.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
@@ -75,8 +80,13 @@ class Workspace:
         return store.read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
-        """The job of the partial state."""
-        return Job.model_validate_json(self.job_file.read_text()) if self.job_file.exists() else None
+        """The job of the partial state. Raises ValueError where it is no job that this kamim knows."""
+        if not self.job_file.exists():
+            return None
+        try:
+            return Job.model_validate_json(self.job_file.read_bytes())
+        except pydantic.ValidationError:
+            raise ValueError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_stamps(self) -> np.ndarray | None:
         """The stamps of the source of the partial state."""

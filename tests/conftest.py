@@ -129,3 +129,8 @@ def folder(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -
             top, left = int(random.integers(photo.shape[0] - h)), int(random.integers(photo.shape[1] - w))
             Image.fromarray(photo[top : top + h, left : left + w]).save(root / name / f"{i}{suffix}")
     return root
+
+
+def listing(source: Source) -> tuple[tuple[str, int, int], ...]:
+    """What tells two listed sources apart: key, label and size of every item."""
+    return tuple((item.key, item.label, item.size) for item in source.items)

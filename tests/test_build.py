@@ -332,6 +332,15 @@ def test_an_image_that_vanishes_after_listing_is_rejected(folder: Path, tmp_path
     assert Store(tmp_path / "out").images.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
 
+def test_a_file_too_large_to_be_an_image_is_not_read(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    with (source / "a/huge.png").open("wb") as file:
+        file.truncate(1 << 40)  # a sparse file, of no bytes on the disk
+    assert rejects(make_store(source, tmp_path / "out")) == {
+        "a/huge.png": "1099511627776 bytes is more than the limit of 2147483648"
+    }
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_has_the_final_name_after_a_failure(
     backend: str, folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path,

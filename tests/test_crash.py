@@ -105,7 +105,7 @@ def tiny(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> 
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards run in this process, on small pages; the disk is large enough."""
     monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 15)
-    monkeypatch.setattr(estimate, "SAMPLE", 1)
+    monkeypatch.setattr(estimate, "RUN", 1)
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
     small_pages(monkeypatch)
 
@@ -167,6 +167,33 @@ def test_a_job_killed_anywhere_ends_with_the_same_bytes(
             assert (out / "manifest.json").exists(), copy.name
         work(out)
         assert tree(copy) == expected, copy.name
+
+
+def test_nothing_takes_the_final_name_before_it_is_durable(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill cannot show: a machine that goes down after the rename loses nothing."""
+    durable: dict[int, int] = {}
+    renamed: list[str] = []
+    rename, fsync = Path.rename, os.fsync
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        durable[found.st_ino] = found.st_mtime_ns
+
+    def checked(self: Path, target: Path) -> Path:
+        for entry in (self, *self.rglob("*")) if self.name == "store" else ():
+            assert durable.get(entry.stat().st_ino) == entry.stat().st_mtime_ns, entry
+        renamed.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", checked)
+    make(tiny, "zarr", tmp_path / "out")
+    make(tiny, "zarr", tmp_path / "out", "fast")
+    assert renamed == ["store", "out", "store"]
+    assert tmp_path.stat().st_ino in durable
 
 
 KILLED = """  # builds sys.argv[2]/N/out in children, each killed at its N-th change

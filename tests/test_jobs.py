@@ -146,6 +146,35 @@ def test_damage_of_what_is_kept_is_not_blessed(folder: Path, tmp_path: Path) -> 
     assert [problem.where for problem in problems(out)] == ["images.zarr/data/c/0"]
 
 
+@pytest.mark.parametrize("name", ["stamps.npy", "rejects.csv"])
+def test_a_store_whose_plan_cannot_be_trusted_is_not_extended(name: str, folder: Path, tmp_path: Path) -> None:
+    out = make_store(folder, tmp_path / "out")
+    (out / name).write_bytes((out / name).read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"damaged; put it right with kamim store verify .* --repair"):
+        make(folder, out, detectors=("sift",))
+
+
+def test_a_job_of_another_kamim_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/job.json").write_text('{"dataset": "cifar"}')
+    with pytest.raises(ValueError, match=r"^[^\n]*job\.json: damaged, or of another kamim; remove .*out\.partial$"):
+        make(folder, tmp_path / "out")
+
+
+def test_files_that_cannot_be_linked_are_copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make_store(folder, tmp_path / "out")
+    link = os.link
+
+    def not_of_others(source: Path, target: Path) -> None:
+        if source.is_relative_to(out):
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", not_of_others)
+    make(folder, out, detectors=("sift",))
+    assert problems(out, deep=True) == []
+
+
 # Sources that change
 
 
@@ -463,7 +492,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, tmp_pa
     assert first.exit_code == 0, first.stderr
     assert "makes images, fast of 12 images in 1 shards" in first.stdout
     assert "make images: 1 of 1 shards are still to be made; about 0." in first.stdout
-    assert "estimated from 12 images" in first.stdout
+    assert "estimate, from 12 images" in first.stdout
     assert not list(tmp_path.iterdir())
     make_store(folder, out)
     before = tree(tmp_path)

@@ -1,7 +1,6 @@
 """What a source of images is, and the checks that all of them share."""
 
 import errno
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,13 +48,6 @@ class Source:
     classes: tuple[str, ...]
     items: Sequence[Item]
     read: Read
-
-    def fingerprint(self) -> str:
-        """sha256 over every item's key, label and size, in order."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            digest.update(f"{item.key}\0{item.label}\0{item.size}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
 
 
 def printable(name: str) -> str:

@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
+SOME = Field(min_length=1)
 
 
 def _one_of(value: str, allowed: Sequence[str]) -> str:
@@ -134,7 +135,9 @@ class Optim(Section):
 
 
 class ClassifierOptim(Optim):
-    """Optim, with the evaluation's defaults. algorithm: sgd and lars have momentum 0.9."""
+    """Optim, with the evaluation's defaults. algorithm: sgd and lars have momentum 0.9; lars is MAE's, which neither
+    adapts the rate of vectors (biases, norms) nor decays them.
+    """
 
     algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: Positive = 5e-3
@@ -201,7 +204,7 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     "paper": {},
     # He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A.1 and main_linprobe.py.
     "mae": {
-        "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop",
+        "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop", "init_std": 0.01,
         "optim": {
             "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "batch_size": 16384, "micro_batch": 2048,
             "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
@@ -209,7 +212,7 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     },
     # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
     "dinov2": {
-        "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop",
+        "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop", "init_std": 0.01,
         "optim": {
             "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "batch_size": 1024, "micro_batch": 1024,
             "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
@@ -224,6 +227,7 @@ class Linprobe(Section):
     block: whose output is read, from 1 (of a Swin: its stage), last, or paper: a ViT's 8th, a Swin's last.
     pooling, norm: see kamim.evaluation.readout and kamim.evaluation.probe. augment: paper is TrivialAugmentWide,
     RandomErasing and MixUp or CutMix, mixed within a micro-batch; crop is a random resized crop and a flip.
+    init_std: of the layer's weights before training, its biases being 0; null for torch's own of both.
     """
 
     protocol: Literal["paper", "mae", "dinov2"] = "paper"
@@ -231,6 +235,7 @@ class Linprobe(Section):
     pooling: Pooling = "mean"
     norm: Norm = "none"
     augment: Literal["paper", "crop"] = "paper"
+    init_std: Positive | None = None
     optim: ClassifierOptim = ClassifierOptim()
     checkpoint_epochs: Count = 10
 
@@ -263,7 +268,7 @@ class Finetune(Section):
 class Knn(Section):
     """Weighted nearest neighbours by cosine, as DINO's. block, pooling, norm: as in Linprobe."""
 
-    k: tuple[Count, ...] = (5, 10, 20, 100)
+    k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
     temperature: Positive = 0.07
     block: Count | Literal["paper", "last"] = "paper"
     pooling: Pooling = "mean"
@@ -276,9 +281,9 @@ class ProbeSweep(Section):
     Poolings that the encoder does not have (a Swin has no class token) are left out.
     """
 
-    poolings: tuple[Literal["mean", "cls", "max"], ...] = ("mean", "cls", "max")
-    norms: tuple[Literal["none", "token"], ...] = ("none", "token")
-    lrs: tuple[Positive, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
+    poolings: Annotated[tuple[Literal["mean", "cls", "max"], ...], SOME] = ("mean", "cls", "max")
+    norms: Annotated[tuple[Literal["none", "token"], ...], SOME] = ("none", "token")
+    lrs: Annotated[tuple[Positive, ...], SOME] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
     optim: SweepOptim = SweepOptim()
 
 
@@ -288,7 +293,7 @@ class Reconstruct(Section):
     mask_ratio: as trained where null; the released code's notebook has 0.4.
     """
 
-    conventions: tuple[Literal["paper", "honest"], ...] = ("paper", "honest")
+    conventions: Annotated[tuple[Literal["paper", "honest"], ...], SOME] = ("paper", "honest")
     mask_ratio: Fraction | None = None
     shown: Count = 6
 
@@ -302,7 +307,7 @@ class Evaluation(Section):
     results stay, so that a stopped evaluation goes on; null for nowhere.
     """
 
-    checkpoint: tuple[str, ...]
+    checkpoint: Annotated[tuple[str, ...], SOME]
     train: Path | None = None
     val: Path
     per_class: Count | None = None
@@ -378,7 +383,7 @@ def _number(value: Any) -> Any:
 
 
 def _line(kind: type[Section], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if part != "float" and not str(part).startswith("literal"))
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("float", "constrained", "literal")))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):
         return f"{key.rpartition('.')[0]}: has too few values"

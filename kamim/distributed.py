@@ -33,6 +33,11 @@ class World:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
+    def share(self, value: Tensor) -> None:
+        """Makes `value` the first process's, on each of them."""
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process; all get the same answer."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))

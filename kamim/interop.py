@@ -7,6 +7,7 @@ and timm state dicts. Files are safetensors, or pickles read with weights_only a
 
 import pickle
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def read_file(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except (
+        SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a checkpoint of tensors alone ({reason})") from error
     for key in ("model_state_dict", "state_dict", "model"):

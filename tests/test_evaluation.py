@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from kamim import checkpoint
 from kamim.batch import Batch, normalise
 from kamim.cli import app
+from kamim.compose.checkpoints import load_subject
 from kamim.compose.evaluation import run_evaluation
+from kamim.compose.modes import make_optimizer
 from kamim.compose.training import run_pretrain
 from kamim.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
 from kamim.distributed import World
@@ -70,7 +72,7 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
     assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
-    return classify.accuracy(head, frozen, val, CLASSES, Compute(), WORLD)
+    return classify.accuracy(head, frozen, val, Compute(), WORLD)
 
 
 @pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])
@@ -126,9 +128,42 @@ def test_layer_decay_gives_early_blocks_smaller_rates() -> None:
     scales = {id(p): g.get("lr_scale", 1.0) for g in groups for p in g["params"]}  # type: ignore[attr-defined]
     assert len(scales) == sum(1 for _ in model.parameters())
     blocks = [scales[id(block.attn.qkv.weight)] for block in model.encoder.blocks]
-    assert blocks == pytest.approx([0.5 ** (5 - i) for i in range(6)])
-    assert scales[id(model.head.weight)] == 1
-    assert scales[id(model.encoder.patch_embed.proj.weight)] == pytest.approx(0.5**6)
+    assert blocks == pytest.approx([0.5 ** (6 - i) for i in range(6)])
+    assert scales[id(model.head.weight)] == scales[id(model.head.bias)] == 1
+    assert scales[id(model.encoder.patch_embed.proj.weight)] == pytest.approx(0.5**7)
+    decayed = {id(p): g["weight_decay"] > 0 for g in groups for p in g["params"]}  # type: ignore[attr-defined,operator]
+    for name, parameter in model.named_parameters():
+        assert decayed[id(parameter)] == (parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))
+
+
+def test_lars_adapts_matrices_alone() -> None:
+    torch.manual_seed(0)
+    layer, data = nn.Linear(5, 3), torch.randn(4, 7, 5)
+    weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
+    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    groups = [{"params": list(layer.parameters()), "weight_decay": 0.0}]
+    optimizer = make_optimizer(groups, ClassifierOptim(algorithm="lars", lr=2.0))
+    for images in data:
+        optimizer.zero_grad()
+        layer(images).square().sum().backward()
+        optimizer.step()
+        of_weight, of_bias = torch.autograd.grad((images @ weight.T + bias).square().sum(), (weight, bias))
+        speed[0] = 0.9 * speed[0] + 0.001 * weight.norm() / of_weight.norm() * of_weight
+        speed[1] = 0.9 * speed[1] + of_bias
+        weight, bias = weight - 2.0 * speed[0], bias - 2.0 * speed[1]
+    torch.testing.assert_close((layer.weight, layer.bias), (weight, bias))
+
+
+def test_the_protocol_of_mae_norms_twice_and_begins_small() -> None:
+    options = load(Evaluation, None, ["linprobe.protocol=mae"], {"checkpoint": ("x",), "val": "y"}).linprobe
+    encoder, images = build_encoder("vit_demo", 32).eval(), torch.randn(16, 3, 32, 32)
+    readout = Readout(resolve(encoder, options.block), options.pooling, options.norm)
+    frozen = probe.Frozen(encoder, readout, Compute(), CPU)
+    head = probe.build_head(frozen, readout, 32, 100, CPU, options.init_std)
+    features = encoder.forward_features(images)[:, 0]  # behind the encoder's own norm
+    normed = (features - features.mean(0)) / (features.var(0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(head(frozen(images)), normed @ head.linear.weight.T, rtol=1e-4, atol=1e-4)
+    assert float(head.linear.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
 
 
 def test_the_moving_average_is_that_of_the_steps() -> None:
@@ -190,7 +225,7 @@ def test_the_nearest_neighbour_of_an_image_is_itself(stores: dict[str, Path], pr
     assert result["k"]["1"]["top1"] == 100
 
 
-def test_the_sweeps_best_is_what_a_probe_of_its_own_reaches(stores: dict[str, Path], pretrained: Path) -> None:
+def test_the_sweep_has_a_row_for_every_readout_and_rate(stores: dict[str, Path], pretrained: Path) -> None:
     (result,) = run(evaluation(pretrained, stores["zarr"]), "probe-sweep")
     assert len(result["rows"]) == 6 * 3 * 2 * 10
     assert result["best"] in result["rows"]
@@ -217,11 +252,18 @@ def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:
     assert (pixels["architecture"], pixels["name"], pixels["block"]) == ("pixels", "pixels run", 1)
 
 
-@pytest.mark.parametrize("mode", ["linprobe", "finetune"])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("linprobe", ()), ("linprobe", ("linprobe.protocol=mae",)), ("linprobe", ("linprobe.protocol=dinov2",)),
+        ("finetune", ("finetune.ema=0.9", "finetune.layer_decay=0.7")),
+    ],
+)  # fmt: skip
 def test_a_stopped_evaluation_goes_on_to_the_same_result(
-    mode: str, stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = (f"{mode}.checkpoint_epochs=1", *(("finetune.ema=0.9",) if mode == "finetune" else ()))
+    mode: str, options: tuple[str, ...], stores: dict[str, Path], pretrained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    more = (f"{mode}.checkpoint_epochs=1", *options)
     (undisturbed,) = run(evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "a"), mode)
     steps = classify.gradients
 
@@ -274,6 +316,12 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
     assert run(config, "knn") == first
     with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 asked for\)"):
         run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
+    monkeypatch.setattr("kamim.compose.evaluation._run", None)  # the second is looked at before the first begins
+    two = {"checkpoint": (f"new={pretrained}", str(pretrained)), "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"holds another evaluation \(batch_size 10 there, 9 asked for\)"):
+        run(evaluation("", stores["zarr"], "batch_size=9", **two), "knn")
+    with pytest.raises(ValueError, match=r"\(options.temperature 0.07 there, 0.1 asked for\)"):
+        run(evaluation("", stores["zarr"], "knn.temperature=0.1", **two), "knn")
 
 
 def test_a_few_samples_of_each_class(stores: dict[str, Path], pretrained: Path) -> None:
@@ -287,17 +335,32 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
 ) -> None:
     train = stores["zarr"]
     flat = build_store(class_folder / "coffee", tmp_path / "flat", detectors=())
+    (tmp_path / "broken.pth").write_bytes(b"junk")
+    torch.save({}, tmp_path / "some.pth")
     for mode, given, message in (
         ("linprobe", evaluation(pretrained, train, val=flat), "has no labels"),
+        ("knn", evaluation(pretrained, flat, "per_class=2"), "has no labels"),
+        ("linprobe", evaluation(tmp_path / "broken.pth", train), "not a checkpoint of tensors alone"),
+        ("linprobe", evaluation(f"random:{tmp_path}/some.pth", train), "neither a checkpoint"),
         ("knn", evaluation(pretrained, train, val=marked_store), "its 1 classes are not the 3 of"),
         ("linprobe", evaluation(pretrained, train, train=None), "--train: is missing"),
         ("linprobe", evaluation(pretrained, train, "linprobe.block=7"), "block = 7: the encoder has blocks 1 to 6"),
         ("linprobe", evaluation(tmp_path / "nothing", train), "neither a checkpoint"),
         ("linprobe", evaluation(pretrained, tmp_path / "nothing"), "not a kamim store"),
-        ("linprobe", evaluation(pretrained, train, "linprobe.optim.batch_size=100"), "more than the store's 24"),
-        ("linprobe", evaluation(pretrained, train, "linprobe.norm=final", "linprobe.block=2"), "of its last block"),
+        (
+            "linprobe",
+            evaluation(pretrained, train, "linprobe.optim.batch_size=100"),
+            r"linprobe\.optim.batch_size = 100: more than the 24",
+        ),
+        (
+            "finetune",
+            evaluation(pretrained, train, "finetune.optim.batch_size=100"),
+            r"finetune\.optim.batch_size = 100",
+        ),
+        ("linprobe", evaluation(pretrained, train, "linprobe.norm=final", "linprobe.block=2"), "block = 2 has none"),
+        ("linprobe", evaluation(f"pixels:{pretrained}", train, "linprobe.norm=batch"), "block = 1 has none"),
         ("linprobe", evaluation(pretrained, train, "linprobe.norm=joint", "linprobe.pooling=cls"), "over patch tokens"),
-        ("knn", evaluation(pretrained, train, "knn.k=[25]"), r"knn.k = \[25\]: more than the 24 training samples"),
+        ("knn", evaluation(pretrained, train, "knn.k=[25]"), r"knn.k = 25: more than the 24 training samples"),
         ("knn", evaluation(f"pixels:{pretrained}", train, "knn.pooling=cls"), "has no class token"),
         ("knn", evaluation(pretrained, train, "per_class=9"), "class 0 has 8 samples"),
         ("finetune", evaluation(f"pixels:{pretrained}", train), "nothing to fine-tune"),
@@ -307,6 +370,21 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
     ):
         with pytest.raises(ValueError, match=message):
             run(given, mode)
+
+
+@pytest.mark.parametrize("key", ["knn.k", "sweep.lrs", "sweep.poolings", "reconstruct.conventions", "checkpoint"])
+def test_nothing_is_not_a_choice(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} = \(?\[?\]?\)?: tuple should have at least 1 item"):
+        load(Evaluation, None, ["val=x", "checkpoint=[x]", f"{key}=[]"])
+
+
+def test_names_of_checkpoints(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "lr=0.1:b"
+    odd.symlink_to(pretrained)
+    assert load_subject(f"KAMIM={odd}").name == "KAMIM"
+    assert load_subject(f"random:{pretrained}").name == "random run"
+    monkeypatch.chdir(pretrained)
+    assert load_subject(".").name == "run"
 
 
 def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
@@ -324,7 +402,8 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
 
 
 def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
-    given = [*SHORT, f"checkpoint=[KAMIM={pretrained},'pixels:{pretrained}']", f"train={stores['zarr']}"]
+    last = "batch_size=23"  # the last step has one sample: a process has none
+    given = [*SHORT, last, f"checkpoint=[KAMIM={pretrained},'pixels:{pretrained}']", f"train={stores['zarr']}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "kamim", "eval", "--mode", "all", "--out", str(tmp_path / "two"), f"val={stores['zarr']}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -332,7 +411,9 @@ def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path,
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linprobe KAMIM") == 1  # one process talks
     kamim, pixels = f"KAMIM={pretrained}", f"pixels:{pretrained}"
-    one = run_evaluation(evaluation("", stores["zarr"], checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent)
+    one = run_evaluation(
+        evaluation("", stores["zarr"], last, checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent
+    )
     made = {(result["name"], result["mode"]): result for result in one}
     assert made.keys() == {
         *(("KAMIM", mode) for mode in ("linprobe", "knn", "finetune", "reconstruct", "probe-sweep")),

@@ -44,7 +44,7 @@ def linprobe(**changes: Any) -> dict[str, Any]:
 
 
 def finetune(**changes: Any) -> dict[str, Any]:
-    options = {"layer_decay": None, "ema": None, "optim": OPTIM}
+    options = {"drop_path": 0.1, "layer_decay": None, "ema": None, "optim": OPTIM}
     return about(**{"mode": "finetune", "epochs": 100, "options": options, "top1": 76.1, "top5": 93.2, **changes})
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from kamim.config import Compute, SweepOptim
 from kamim.evaluation.probe import Frozen
-from kamim.evaluation.readout import Readout, resolve
+from kamim.evaluation.readout import Readout, depth, resolve
 from kamim.evaluation.sweep import sweep
 from kamim.models import build_encoder
 from kamim.store import ImageReader, Store
@@ -134,7 +134,7 @@ def bench(
             progress(turn * len(runs) + number + 1, total)
     rate = {name: statistics.median(made) for name, made in rates.items()}
     seconds = _sweep_seconds(encoder.num_features)
-    readouts = len(encoder.blocks if hasattr(encoder, "blocks") else encoder.layers) * SWEEP["poolings"]
+    readouts = depth(encoder) * SWEEP["poolings"]
     sweep_hours = (SWEEP["images"] / rate["forward"] + seconds * readouts) / 3600
     probe_hours = SWEEP["images"] * PROBE_EPOCHS * (1 / rate["augmented"] + 1 / rate["forward_to_block"]) / 3600
     return {

@@ -13,6 +13,7 @@ from kamim.cli.console import (
     bar,
     check_folder,
     err_console,
+    is_main,
     out_console,
     says_errors,
     terminable,
@@ -70,9 +71,10 @@ def evaluate(
         raise typer.Exit(RESUMABLE) from None
     for result in results:
         out_console.print(_line(result))
-    if out is not None:
-        out_console.print(f"{out / 'index.html'}")
-    write_json(json_out, results)
+    if resolved.out is not None:
+        out_console.print(f"{resolved.out / 'index.html'}")
+    if is_main():
+        write_json(json_out, results)
 
 
 def _line(result: dict[str, Any]) -> str:

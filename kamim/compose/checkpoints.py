@@ -29,13 +29,14 @@ def load_subject(spec: str) -> Subject:
 
     Raises ValueError where there is nothing of the kind.
     """
-    name, equals, source = spec.rpartition("=")
+    name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
     if not source or (equals and not name):
         raise ValueError(f"--checkpoint {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
-    kind, colon, path = source.rpartition(":")
-    name = name or f"{kind}{' ' if colon else ''}{Path(path).name}"
-    if source.startswith("pixels:"):
-        config = checkpoint.read(Path(path)).config
+    kind = next((kind for kind in ("random", "pixels") if source.startswith(f"{kind}:")), "")
+    path = Path(source.removeprefix(f"{kind}:"))
+    name = name or f"{kind} {path.resolve().name}".strip()
+    if kind == "pixels":
+        config = checkpoint.read(path).config
         about = {"checkpoint": source, "architecture": "pixels", "step": 0, "weights": None, "pretraining": None}
         return Subject(name, Pixels(), None, config.data.resolution, config.mask, about)
     found = load_model(source)
@@ -58,7 +59,7 @@ class Loaded:
 def load_model(source: str) -> Loaded:
     """A checkpoint, a file of foreign weights, or random:CHECKPOINT for its architecture and seed untrained."""
     random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
-    if path.is_file():
+    if path.is_file() and not random:
         return _foreign(path)
     found = checkpoint.read(path)
     about = {"checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step}

@@ -20,7 +20,7 @@ from kamim.evaluation import report
 from kamim.evaluation.subset import n_per_class
 from kamim.loop import Progress
 from kamim.plots import reconstruction_sheet
-from kamim.store import Store
+from kamim.store import Store, write_whole
 
 
 def run_evaluation(
@@ -44,7 +44,11 @@ def run_evaluation(
             if modes is not None or applies(mode, subject)
         ]  # fmt: skip
         with TemporaryDirectory() if config.out is None else nullcontext(str(config.out)) as root:
-            results = [_run(task, Path(root), world, progress) for task in tasks]
+            folders = [Path(root) / task.subject.name / task.mode for task in tasks]
+            for task, folder in zip(tasks, folders, strict=True):
+                _check_free(folder, task.settings)
+            world.barrier()  # everyone has looked
+            results = [_run(task, folder, world, progress) for task, folder in zip(tasks, folders, strict=True)]
         if config.out is not None and world.is_main:
             _report(config.out)
         return results
@@ -71,18 +75,20 @@ def _setting(config: Evaluation, world: World, subjects: Sequence[Subject]) -> S
         None if store is None else Samples(store, np.arange(len(store)), store.manifest.classes)
         for store in (train, val)
     ]
-    if config.per_class is not None and train is not None:
+    if config.per_class is not None and train is not None and (train.images.labels >= 0).all():
         chosen = n_per_class(train.images.labels, config.per_class, config.seed)
         samples[0] = Samples(train, chosen, train.manifest.classes)
     assert samples[1] is not None
     return Setting(config, world, samples[0], samples[1])
 
 
-def _run(task: Task, root: Path, world: World, progress: Callable[[str], Progress]) -> dict[str, Any]:
+def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progress]) -> dict[str, Any]:
     """A task's result: from its folder where it is there already, else made, and left there."""
-    folder = root / task.subject.name / task.mode
-    _claim(folder, task.settings, world)
     file = folder / "result.json"
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "settings.json", task.settings)
+    world.barrier()
     if not file.exists():
         made = {**task.settings, **task.run(folder, progress(f"{task.mode} {task.subject.name}"))}
         world.barrier()
@@ -93,28 +99,21 @@ def _run(task: Task, root: Path, world: World, progress: Callable[[str], Progres
     return result
 
 
-def _claim(folder: Path, settings: dict[str, Any], world: World) -> None:
+def _check_free(folder: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where another evaluation lives in the folder."""
     file = folder / "settings.json"
-    asked = json.loads(json.dumps(settings))
-    there = json.loads(file.read_text()) if file.exists() else asked
-    for key in asked.keys() | there.keys():
+    asked = dict(report.flat(settings))
+    there = dict(report.flat(json.loads(file.read_text()))) if file.exists() else asked
+    for key in {**there, **asked}:
         if asked.get(key) != there.get(key):
             raise ValueError(
-                f"--out {folder}: holds another evaluation ({key} {there.get(key)!r} there, {asked.get(key)!r} asked "
-                "for); choose another --out, or remove it"
+                f"--out {folder}: holds another evaluation ({key} {there.get(key, 'nothing')} there, "
+                f"{asked.get(key, 'nothing')} asked for); choose another --out, or remove it"
             )
-    world.barrier()  # everyone has looked
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(file, settings)
-    world.barrier()
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    staged = file.with_suffix(".tmp")
-    staged.write_text(json.dumps(content, indent=2) + "\n")
-    staged.rename(file)
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _report(out: Path) -> None:

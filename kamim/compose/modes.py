@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kamim.batch import Batch, denormalise, normalise
 from kamim.compose.checkpoints import Subject
-from kamim.compose.setting import Setting, Task, features_of, labelled, task
+from kamim.compose.setting import Samples, Setting, Task, features_of, labelled, task
 from kamim.config import ClassifierOptim
 from kamim.distributed import World
 from kamim.evaluation import classify, finetune, probe
@@ -37,13 +37,14 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
     config, options, samples = setting.config, setting.config.linprobe, labelled(setting)
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
+    _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
     plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         device = setting.world.device
         frozen = probe.Frozen(subject.encoder, readout, config.compute, device)
         torch.manual_seed(config.seed)
-        head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device)
+        head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
         run = Run(
             folder, "linprobe", {}, options.optim, plan.steps_per_epoch,
             every=options.checkpoint_epochs * plan.steps_per_epoch, keep=1,
@@ -53,7 +54,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
         network = _parallel(head, setting.world)
         made = classify.gradients(network, frozen, batches, augment, config.compute, config.seed, setting.world)
         groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
-        _train(run, head, _optimizer(groups, options.optim), made, setting.world, progress)
+        _train(run, head, make_optimizer(groups, options.optim), made, setting.world, progress)
         return _accuracy(setting, subject, head, frozen)
 
     about = {
@@ -68,6 +69,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
     config, options, samples = setting.config, setting.config.finetune, labelled(setting)
     if isinstance(subject.encoder, Pixels):
         raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
+    _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
     plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         batches = setting.batches(samples, subject.resolution, plan)
         augment = _augment("paper", len(samples.classes), config.seed)
         made = classify.gradients(network, _as_it_is, batches, augment, config.compute, config.seed, setting.world)
-        optimizer = _optimizer(groups, options.optim)
+        optimizer = make_optimizer(groups, options.optim)
         _train(run, averaged, optimizer, made, setting.world, progress, averaged.update)
         return _accuracy(setting, subject, averaged.best, _as_it_is)
 
@@ -100,8 +102,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
     options, samples = setting.config.knn, labelled(setting)
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
-    if max(options.k) > len(samples.numbers):
-        raise ValueError(f"knn.k = {list(options.k)}: more than the {len(samples.numbers)} training samples")
+    _check_size("knn.k", max(options.k), samples)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         features = features_of(setting, subject, [readout], folder, progress)
@@ -121,9 +122,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
 def sweep_task(setting: Setting, subject: Subject) -> Task:
     """Linear probes of every block, pooling, norm and learning rate at once."""
     options, samples, encoder = setting.config.sweep, labelled(setting), subject.encoder
-    size = options.optim.batch_size
-    if size > len(samples.numbers):
-        raise ValueError(f"sweep.optim.batch_size = {size}: more than the {len(samples.numbers)} training samples")
+    _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
     readouts = [
         Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
         for norm in options.norms if pooling != "cls" or prefix(encoder)
@@ -161,21 +160,22 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         shown: list[np.ndarray] = []
         for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
             mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(world.device)
-            with torch.no_grad(), autocast(setting.config.compute, world.device):
-                made = model(normalise(batch.images), mask)
-            pixels = expand_mask(mask, subject.resolution)
-            for metric in metrics.values():
-                metric.update(batch.images, made, pixels)
-            if batch.step == 0 and world.is_main:
-                triple = (batch.images, pixels, denormalise(made.float()))
-                shown = [part[: options.shown].cpu().numpy() for part in triple]
+            if len(batch):  # a rank may have none of a short last step
+                with torch.no_grad(), autocast(setting.config.compute, world.device):
+                    made = model(normalise(batch.images), mask)
+                pixels = expand_mask(mask, subject.resolution)
+                for metric in metrics.values():
+                    metric.update(batch.images, made, pixels)
+                if not shown:
+                    triple = (batch.images, pixels, denormalise(made.float()))
+                    shown = [part[: options.shown].cpu().numpy() for part in triple]
             progress(batch.step + 1, plan.steps_per_epoch, {})
         found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
         if world.is_main:
             np.savez(folder / SHOWN, originals=shown[0], masks=shown[1], made=shown[2])
         return found
 
-    about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json")}
+    about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json"), "train": None}
     return task("reconstruct", setting, subject, about, run)
 
 
@@ -195,6 +195,12 @@ def _augment(kind: str, classes: int, seed: int) -> classify.Augment:
     return hard
 
 
+def _check_size(key: str, size: int, samples: Samples) -> None:
+    """Raises ValueError where so many training samples are not there."""
+    if size > len(samples.numbers):
+        raise ValueError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+
+
 def _as_it_is(images: Tensor) -> Tensor:
     return images
 
@@ -203,12 +209,23 @@ def _parallel(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(model) if world.size > 1 else model
 
 
-def _optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    """With the rates of before the first step."""
     if optim.algorithm == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-    kind = Lars if optim.algorithm == "lars" else torch.optim.SGD
-    made: torch.optim.Optimizer = kind(groups, lr=optim.lr, momentum=0.9)
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
+    parts = [part for group in groups for part in _lars_parts(group)]
+    made: torch.optim.Optimizer = Lars(parts, lr=optim.lr, momentum=0.9)
     return made
+
+
+def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Matrices, whose rate adapts even where they have no weight decay, and vectors, which have neither: as MAE's."""
+    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
+    return [
+        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
+    ]  # fmt: skip
 
 
 def _train(
@@ -222,7 +239,7 @@ def _train(
 def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: classify.Read) -> dict[str, float]:
     plan = setting.in_order(setting.val)
     batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
-    return classify.accuracy(network, read, batches, len(setting.val.classes), setting.config.compute, setting.world)
+    return classify.accuracy(network, read, batches, setting.config.compute, setting.world)
 
 
 def applies(mode: str, subject: Subject) -> bool:

@@ -88,8 +88,10 @@ def labelled(setting: Setting) -> Samples:
     if setting.train is None:
         raise ValueError("--train: is missing; this mode needs a store to train on")
     for option, samples in (("--train", setting.train), ("--val", setting.val)):
-        if not samples.classes:
-            raise ValueError(f"{option} {samples.store.path}: has no labels; this mode needs class folders")
+        unlabelled = int((samples.labels < 0).sum())
+        if unlabelled or not samples.classes:
+            which = "no labels" if unlabelled == len(samples.numbers) else f"{unlabelled} images without a label"
+            raise ValueError(f"{option} {samples.store.path}: has {which}; this mode needs the class of every image")
     ours, theirs = setting.train.classes, setting.val.classes
     if len(ours) < 2:
         raise ValueError(f"--train {setting.train.store.path}: has one class; a classifier needs two or more")
@@ -106,11 +108,12 @@ def labelled(setting: Setting) -> Samples:
 def task(
     mode: str, setting: Setting, subject: Subject, about: dict[str, Any], run: Work,
 ) -> Task:  # fmt: skip
-    """Settings: the checkpoint, the stores, the seed and `about`, what the mode adds."""
+    """Settings: the checkpoint, the stores, the seed and `about`, what the mode adds, or has another of."""
     settings = {
-        "mode": mode, "name": subject.name, **subject.about, **about, "seed": setting.config.seed,
+        "mode": mode, "name": subject.name, **subject.about, "resolution": subject.resolution,
+        "seed": setting.config.seed, "batch_size": setting.config.batch_size,
         "train": None if setting.train is None else setting.train.about, "val": setting.val.about,
-        "classes": len(setting.val.classes),
+        "classes": len(setting.val.classes), **about,
     }  # fmt: skip
     return Task(mode, subject, settings, run)
 

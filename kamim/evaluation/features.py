@@ -13,6 +13,7 @@ from kamim.config import Compute
 from kamim.distributed import World
 from kamim.evaluation.readout import Encoder, Readout, blocks, fixed
 from kamim.loop import Batches, Progress, autocast
+from kamim.store import write_whole
 
 SAVE_EVERY = 100  # steps between two marks of how far it is
 
@@ -24,7 +25,7 @@ def extract(
     """Every readout's features bfloat16 [N, D] of the N samples (their numbers, ascending), mapped from `folder`.
 
     batches covers the samples in `steps` steps. Each rank writes its own rows. Interrupted, it goes on where it
-    was; done, it only maps.
+    was, in steps of the same size; done, it only maps.
     """
     encoder = encoder.to(world.device).eval().requires_grad_(False)
     mark = folder / "done.json"
@@ -66,9 +67,7 @@ def _mark(mark: Path, steps: int, files: dict[Readout, np.memmap], world: World)
         file.flush()
     world.barrier()
     if world.is_main:
-        staged = mark.with_suffix(".tmp")
-        staged.write_text(json.dumps({"steps": steps}))
-        staged.rename(mark)
+        write_whole(mark, json.dumps({"steps": steps}).encode())
     world.barrier()
 
 

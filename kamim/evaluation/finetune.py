@@ -46,11 +46,15 @@ class Averaged(nn.Module):
 
 
 def parameter_groups(model: Classifier, weight_decay: float, layer_decay: float | None) -> list[dict[str, object]]:
-    """One group of everything, or timm's groups by depth, each with lr_scale = layer_decay^(blocks from the end).
+    """One group of everything, or groups by depth, lr_scale = layer_decay^i: i is 0 for the head, 1 for the last block.
 
-    With a decay, biases, norms and other vectors have no weight decay, as timm and MAE have it.
+    With a decay, vectors (biases, norms), positions and tokens have no weight decay, as timm, BEiT and MAE have it.
     """
     if layer_decay is None:
         return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    groups = param_groups_layer_decay(model.encoder, weight_decay, layer_decay=layer_decay)
-    return [*groups, {"params": list(model.head.parameters()), "weight_decay": weight_decay}]
+    fixed = model.encoder.no_weight_decay()
+    groups = param_groups_layer_decay(model.encoder, weight_decay, fixed, layer_decay=layer_decay)
+    for group in groups:
+        group["lr_scale"] *= layer_decay
+    head = [([model.head.bias], 0.0), ([model.head.weight], weight_decay)]
+    return [*groups, *({"params": parameters, "weight_decay": decay} for parameters, decay in head)]

@@ -55,10 +55,11 @@ PRETRAINING = {
 }  # fmt: skip
 OPTIM = {
     "algorithm": "adamw", "lr": 5e-3, "weight_decay": 0.05, "batch_size": 2048, "epochs": 100, "warmup_epochs": 10,
+    "cosine_epochs": None, "clip_grad": None,
 }  # fmt: skip
 EVALUATION: Mapping[str, Mapping[str, Any]] = {
     "linprobe": {"protocol": "paper", "pooling": "mean", "options": {"augment": "paper", "optim": OPTIM}},
-    "finetune": {"protocol": "paper", "options": {"layer_decay": None, "ema": None, "optim": OPTIM}},
+    "finetune": {"protocol": "paper", "options": {"drop_path": 0.1, "layer_decay": None, "ema": None, "optim": OPTIM}},
     "reconstruct": {"mask_ratio": 0.4},
 }
 IMAGES = {  # of whole training and validation splits

@@ -35,15 +35,18 @@ class Head(nn.Module):
     """One linear layer on what Frozen gives, behind the norm that needs training data, if any.
 
     joint: the released code's LayerNorm over N and D together, affine, before the mean (Table 5). batch: a
-    BatchNorm without affine on the pooled features, as MAE's probe has it.
+    BatchNorm without affine on what has been normed by the encoder and pooled, as MAE's probe has it.
     """
 
-    def __init__(self, readout: Readout, shape: torch.Size, classes: int):
-        """shape: of one image's features, [F] or [N, D]."""
+    def __init__(self, readout: Readout, shape: torch.Size, classes: int, init_std: float | None = None):
+        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.config.Linprobe."""
         super().__init__()
         self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
-        self.batch = nn.BatchNorm1d(shape[-1], affine=False) if readout.norm == "batch" else nn.Identity()
+        self.batch = nn.BatchNorm1d(shape[-1], 1e-6, affine=False) if readout.norm == "batch" else nn.Identity()
         self.linear = nn.Linear(shape[-1], classes)
+        if init_std is not None:
+            nn.init.normal_(self.linear.weight, std=init_std)
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits float32 [B, classes]: a head costs next to nothing, so it does not take part in autocast."""
@@ -54,7 +57,10 @@ class Head(nn.Module):
         return logits
 
 
-def build_head(frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device) -> Head:
+def build_head(
+    frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device,
+    init_std: float | None = None,
+) -> Head:  # fmt: skip
     """A head for what `frozen` gives of images of side `resolution`."""
     shape = frozen(torch.zeros(1, 3, resolution, resolution, device=device)).shape[1:]
-    return Head(readout, shape, classes).to(device)
+    return Head(readout, shape, classes, init_std).to(device)

@@ -31,7 +31,10 @@ Encoder: TypeAlias = VisionTransformer | SwinTransformer | Pixels
 
 @dataclass(frozen=True, order=True)
 class Readout:
-    """block: whose output, from 1 (of a Swin: its stage). norm: what happens to it before or after pooling."""
+    """block: whose output, from 1 (of a Swin: its stage). norm: what happens to it before or after pooling.
+
+    none; token: a LayerNorm without affine; final: the encoder's own; joint, batch: see kamim.evaluation.probe.Head.
+    """
 
     block: int
     pooling: Pooling
@@ -67,8 +70,11 @@ def check(encoder: Encoder, readout: Readout) -> None:
     """Raises ValueError where the encoder has no such tokens."""
     if "cls" in readout.pooling and prefix(encoder) == 0:
         raise ValueError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
-    if readout.norm == "final" and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):
-        raise ValueError(f"norm = final: is the encoder's own, of its last block, not of block {readout.block}")
+    if readout.norm in ("final", "batch") and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):
+        raise ValueError(
+            f"norm = {readout.norm}: begins with the encoder's own norm, which is of its last block alone; block = "
+            f"{readout.block} has none"
+        )
     if readout.norm == "joint" and readout.pooling not in ("mean", "max"):
         raise ValueError(f"norm = joint: is over patch tokens; pooling = {readout.pooling} reads another one")
 
@@ -115,10 +121,10 @@ def pool(tokens: Tensor, pooling: Pooling, prefix: int) -> Tensor:
 
 
 def fixed(encoder: Encoder, tokens: Tensor, readout: Readout) -> Tensor:
-    """Features [B, D] of a readout whose norm learns nothing: none, token (no affine), final."""
+    """Features [B, D] of a readout, as far as its norm learns nothing."""
     if readout.norm == "token":
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
-    elif readout.norm == "final":
+    elif readout.norm in ("final", "batch"):
         assert not isinstance(encoder, Pixels)
         tokens = encoder.norm(tokens)
     return pool(tokens, readout.pooling, prefix(encoder))

@@ -140,16 +140,16 @@ def _quote(result: Result, name: str, digits: int = 2) -> str:
 
 def _settings(result: Result) -> str:
     """All that led to a result: every key but what was found, nested keys joined by dots."""
-    rows = [row for key, value in result.items() if key not in FOUND for row in _flat(key, value)]
-    return page.table(("key", "value"), rows)
+    return page.table(("key", "value"), list(flat({key: result[key] for key in result if key not in FOUND})))
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for inner, below in value.items():
-            yield from _flat(f"{key}.{inner}", below)
-    else:
-        yield key, "none" if value is None else str(value)
+def flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, value) of every leaf, nested keys joined by dots."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", below) for inner, below in flat(value))
+        else:
+            yield key, "none" if value is None else str(value)
 
 
 HEADLINES: Mapping[str, tuple[str, Callable[[Result], str]]] = {

@@ -103,7 +103,7 @@ def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, i
     with path.open("r+b") as file:
         table = file.seek(0, 2)
         header[0] = (CURRENT_VERSION, len(fields), PAGE_SIZE, count, table)
-        np.array(allocator.allocations, ALLOC_TABLE_TYPE).tofile(file)
+        file.write(np.array(allocator.allocations, ALLOC_TABLE_TYPE).tobytes())  # tofile hides a full disk's errno
         file.seek(0)
         for block in (header, descriptors, metadata):
-            block.tofile(file)
+            file.write(block.tobytes())

@@ -238,6 +238,8 @@ class Store:
 def read_manifest(path: Path) -> Manifest:
     """manifest.json of the store at `path`. Raises ValueError, naming what is wrong."""
     file = path / MANIFEST
+    if not file.is_file() and (path / BACKUP).is_file():
+        raise ValueError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
         raise ValueError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
     return parse_manifest(file.read_bytes(), path)

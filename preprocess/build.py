@@ -18,12 +18,12 @@ from kamim.store import Job
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
 from preprocess.estimate import Estimate, disk_needed, estimate, sample
+from preprocess.fingerprint import Progress
 from preprocess.plan import Plan, make_plan
 from preprocess.shards import Task, checksum_of, finished
 from preprocess.sources import Source
 from preprocess.workspace import Workspace
 
-Progress = Callable[[int, int], None]  # images done, images in all
 Say = Callable[[str], None]  # takes a line for the user
 Found = dict[str, dict[int, Path]]  # shard files by component and number
 
@@ -43,7 +43,7 @@ def build(
     """
     space = Workspace(out)
     with space.locked(), stopping():
-        plan = make_plan(job, source, space)
+        plan = make_plan(job, source, space, progress)
         if plan.done:
             space.clear()
             return False
@@ -60,7 +60,7 @@ def build_share(
     """Makes the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, next to other processes that do theirs."""
     space = Workspace(out)
     with space.locked(shared=True), stopping():
-        plan = make_plan(job, source, space)
+        plan = make_plan(job, source, space, progress)
         if plan.done:
             return
         say(f"share {share[0]} of {share[1]}: {plan.summary()}")

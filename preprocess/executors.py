@@ -42,7 +42,11 @@ def dask(address: str) -> Iterator[tuple[Executor, int]]:
         from distributed import Client, KilledWorker
     except ImportError:
         raise ValueError("--cluster: Dask is not installed; pip install 'kamim[cluster]'") from None
-    with Client(address) as client:
+    try:
+        connected = Client(address)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cluster {address}: cannot be reached: {error}; must be tcp://HOST:PORT") from error
+    with connected as client:
         threads: dict[str, Any] = client.nthreads()
         if not threads:
             raise ValueError(f"--cluster {address}: has no workers; start some with `dask worker {address}`")

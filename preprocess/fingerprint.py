@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,23 @@ from preprocess.decode import Undecodable
 from preprocess.sources import Item, Read, Source, printable
 
 CHUNK = 256  # items per task of the pool
+Progress = Callable[[int, int], None]  # images done, images in all
 
 
-def stamps(source: Source, kind: store.Fingerprint, threads: int) -> np.ndarray:
+def stamps(
+    source: Source, kind: store.Fingerprint, threads: int, progress: Progress = lambda done, total: None
+) -> np.ndarray:
     """uint64 [items]. `stat`: of each item's key, label, size and time; `content`: of its key, label and bytes."""
     if kind == "stat":
         made = b"".join(_digest(item, f"{item.size}\0{item.time}".encode()) for item in source.items)
     else:
         parts = [source.items[at : at + CHUNK] for at in range(0, len(source.items), CHUNK)]
         with ThreadPoolExecutor(threads) as pool:
-            made = b"".join(pool.map(partial(_of_contents, source.read), parts))
+            digests = []
+            for digest in pool.map(partial(_of_contents, source.read), parts):
+                digests.append(digest)
+                progress(min(len(digests) * CHUNK, len(source.items)), len(source.items))
+        made = b"".join(digests)
     return np.frombuffer(made, "<u8")
 
 

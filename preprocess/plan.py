@@ -12,8 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+import kamim
 from kamim import beton, geometry, store
-from kamim.detectors import detector
+from kamim.detectors import detector, origin
 from kamim.store import Job, Manifest
 from preprocess import fingerprint
 from preprocess.sources import Item, Source
@@ -55,6 +56,7 @@ def make_job(
 
 def _job_at(space: Workspace) -> Job | None:
     """The job that is begun there, or else the finished one."""
+    space.refuse_strangers()
     finished = space.finished()
     return space.begun() or (finished.job if finished else None)
 
@@ -116,7 +118,8 @@ class Plan:
 
     def _key(self, component: str) -> str:
         """Digest of all that shapes the component's shards."""
-        shaping = [*(getattr(self.job, name) for name in IDENTITY), self.job.opencv, self.job.recipe(component)]
+        code = [kamim.__version__, self.job.opencv, "" if component == store.IMAGES else origin(component)]
+        shaping = [*(getattr(self.job, name) for name in IDENTITY), *code, self.job.recipe(component)]
         return hashlib.sha256(json.dumps(shaping).encode() + self.stamps.tobytes()).hexdigest()[:16]
 
     def summary(self) -> str:
@@ -129,13 +132,14 @@ class Plan:
         )
 
 
-def make_plan(job: Job, source: Source, space: Workspace) -> Plan:
+def make_plan(
+    job: Job, source: Source, space: Workspace, progress: fingerprint.Progress = lambda done, total: None
+) -> Plan:
     """Compares the job with what is there. Detectors that are there or begun already stay asked for.
 
     Raises ValueError where `space` is another data set's, and where the source is not what it was.
     """
     finished, begun = space.finished(), space.begun()
-    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)))
     before = [there for there in (finished.job if finished else None, begun) if there is not None]
     for there in before:
         _refuse_other(there, job, space.out)
@@ -143,6 +147,8 @@ def make_plan(job: Job, source: Source, space: Workspace) -> Plan:
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
             if store.checksum(file) != finished.checksums[file.name]:
                 raise ValueError(f"{file}: damaged; put it right with kamim store verify {space.out} --repair")
+    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
+    if finished is not None:
         fingerprint.refuse_change(np.load(space.out / store.STAMPS), stamps, source, space.out)
     if (earlier := space.begun_stamps()) is not None:
         fingerprint.refuse_change(earlier, stamps, source, space.partial)

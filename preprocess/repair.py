@@ -12,7 +12,8 @@ from kamim import store
 from kamim.store import Job, Manifest, Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
-from preprocess.build import Found, Progress, Say, in_order, make_shards, stopping
+from preprocess.build import Found, Say, in_order, make_shards, stopping
+from preprocess.fingerprint import Progress
 from preprocess.plan import Plan
 from preprocess.shards import checksum_of, write_shard
 from preprocess.sources import Source
@@ -44,16 +45,16 @@ def repair(
             store.seal(path, content)
         broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
         if broken:
-            _rebuild(_plan(job, manifest, source(job), broken, path), space, workers, progress, say)
+            _rebuild(_plan(job, manifest, source(job), broken, path, progress), space, workers, progress, say)
             store.seal(space.store, content)
             space.publish()
         space.clear()
     return found
 
 
-def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path) -> Plan:
+def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path, progress: Progress) -> Plan:
     """The finished store's own job again, for the broken components."""
-    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)))
+    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     stored = path / store.STAMPS
     if stored.is_file() and store.checksum(stored) == manifest.source:
         before = np.load(stored)

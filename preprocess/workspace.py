@@ -28,7 +28,8 @@ class Workspace:
     """The places of one --out."""
 
     def __init__(self, out: Path):
-        self.out = out = out.absolute()  # other machines have other working directories
+        # Other machines have other working directories; a link to a store stays one.
+        self.out = out = out.resolve() if out.is_symlink() else out.absolute()
         self.partial = out.with_name(out.name + ".partial")
         self.lock = out.with_name(out.name + ".lock")
         self.job_file = self.partial / "job.json"
@@ -44,10 +45,13 @@ class Workspace:
         A publication that was cut short is finished first. Raises ValueError where somebody is at work, and where
         `out` or its partial state is somebody else's.
         """
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {self.out}: cannot be made: {error.strerror}") from error
         descriptor = _lock(self.lock, shared)
         try:
-            self._refuse_strangers()
+            self.refuse_strangers()
             self._recover(shared)
             yield
         finally:
@@ -55,7 +59,8 @@ class Workspace:
                 self.lock.unlink(missing_ok=True)
             os.close(descriptor)
 
-    def _refuse_strangers(self) -> None:
+    def refuse_strangers(self) -> None:
+        """Raises ValueError where `out` or its partial state is somebody else's."""
         known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
         if self.partial.exists() and not self.job_file.exists():  # ours where it is the rest of one being removed
             strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
@@ -89,8 +94,14 @@ class Workspace:
             raise ValueError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_stamps(self) -> np.ndarray | None:
-        """The stamps of the source of the partial state."""
-        return np.load(self.stamps_file) if self.job_file.exists() and self.stamps_file.exists() else None
+        """The stamps of the source of the partial state. Raises ValueError where they are damaged."""
+        if not (self.job_file.exists() and self.stamps_file.exists()):
+            return None
+        try:
+            stamps: np.ndarray = np.load(self.stamps_file)
+            return stamps
+        except (ValueError, EOFError):
+            raise ValueError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
     def claim(self, job: Job, stamps: np.ndarray, folders: Collection[Path], shared: bool) -> None:
         """Says whose the partial state is from now on, and makes the folders of its shards.

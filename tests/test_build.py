@@ -27,6 +27,7 @@ from preprocess.plan import Plan, make_job
 from preprocess.record import record
 from preprocess.shards import Task
 from preprocess.sources import Item, Source, list_source
+from preprocess.sources.base import MAX_FILE_BYTES
 
 runner = CliRunner()
 
@@ -337,7 +338,7 @@ def test_a_file_too_large_to_be_an_image_is_not_read(folder: Path, tmp_path: Pat
     with (source / "a/huge.png").open("wb") as file:
         file.truncate(1 << 40)  # a sparse file, of no bytes on the disk
     assert rejects(make_store(source, tmp_path / "out")) == {
-        "a/huge.png": "1099511627776 bytes is more than the limit of 2147483648"
+        "a/huge.png": f"cannot be read: {1 << 40} bytes are more than the limit of {MAX_FILE_BYTES}"
     }
 
 

@@ -56,7 +56,7 @@ def preprocess(
     workers = workers or len(os.sched_getaffinity(0))
     listed = sources.list_source(dataset, source, split)
     job = make_job(
-        dataset, split, listed, detectors=tuple(filter(None, detectors.split(","))), images=images,
+        dataset, split, listed, detectors=tuple(filter(None, map(str.strip, detectors.split(",")))), images=images,
         encoding=None if raw is None else "raw" if raw else "jpeg", quality=quality, resolution=resolution,
         crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
     )  # fmt: skip

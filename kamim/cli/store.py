@@ -10,6 +10,7 @@ from kamim.cli.console import (
     RESUMABLE,
     app,
     bar,
+    check_folder,
     err_console,
     out_console,
     says_errors,
@@ -23,7 +24,7 @@ from kamim.cli.console import (
 @says_errors
 def weights(
     image: Annotated[Path, typer.Argument(help="Any image file.")],
-    detector: Annotated[str, typer.Option(help="fast, sift or orb")] = "fast",
+    detector: Annotated[str, typer.Option(help="fast, sift, orb, akaze or another that is registered.")] = "fast",
     footprint: Annotated[str, typer.Option(help="ring (the released code) or point (the paper's text)")] = "ring",
     patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
     temperature: Annotated[float, typer.Option(help="T")] = 0.25,
@@ -97,7 +98,7 @@ def info(
         return
     show_store(path)
     for component, version in manifest.opencv.items():
-        out_console.print(f"{component}: {sizes[component] / 1e6:,.1f} MB, made with OpenCV {version}")
+        out_console.print(f"{component}: {sizes.get(component, 0) / 1e6:,.1f} MB, made with OpenCV {version}")
     for name, value in manifest.job:
         out_console.print(f"{name}: {', '.join(map(str, value)) if isinstance(value, tuple) else value}")
 
@@ -159,5 +160,6 @@ def preview(
     from kamim.compose import pictures
     from kamim.store import Store
 
+    check_folder("--out", out)
     pictures.preview(Store(path), weighting_of(detector, footprint, patch_size, temperature), images, seed, out)
     out_console.print(f"{out}")

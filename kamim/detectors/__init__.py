@@ -16,7 +16,7 @@ from kamim.detectors.fast import Fast
 from kamim.detectors.opencv import Orb, Sift
 from kamim.keypoints import quantise
 
-__all__ = ["DETECTORS", "Detector", "Found", "detect_packed", "detector", "names"]
+__all__ = ["DETECTORS", "Detector", "Found", "detect_packed", "detector", "names", "origin"]
 
 DETECTORS: Mapping[str, Detector] = MappingProxyType({"fast": Fast(), "sift": Sift(), "orb": Orb()})
 
@@ -34,6 +34,11 @@ def detector(name: str) -> Detector:
     if name not in names():
         raise ValueError(f"detector = {name!r}: must be one of {', '.join(names())}")
     return plugins.load(name)
+
+
+def origin(name: str) -> str:
+    """Which code a detector is: the distribution that registers it, and its version; kamim's own have none."""
+    return "" if name in DETECTORS else plugins.origin(name)
 
 
 def detect_packed(name: str, rgb: np.ndarray, headroom: float) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,12 @@ def load(name: str) -> "PlugIn":
         raise ValueError(f"{what}: cannot be used: {_line(error)}") from error
 
 
+def origin(name: str) -> str:
+    """The distributions that register a name, and their versions."""
+    found = (entry.dist for entry in entry_points(group=GROUP, name=name))
+    return ", ".join(f"{dist.name} {dist.version}" for dist in found if dist)
+
+
 def _distribution(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
 

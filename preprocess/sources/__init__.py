@@ -34,10 +34,13 @@ def list_source(dataset: str, source: Path | None, split: str) -> Source:
     if split not in SPLITS:
         raise ValueError(f"--split {split}: must be one of {', '.join(SPLITS)}")
     try:
-        return SOURCES[dataset](source, split)
+        listed = SOURCES[dataset](source, split)
     except OSError as error:
         where = printable(str(error.filename or source))
         raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
+    if not listed.items:
+        raise ValueError(f"--source {listed.location}: holds no images")
+    return listed
 
 
 def download(dataset: str, folder: Path | None) -> None:

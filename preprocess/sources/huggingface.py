@@ -2,12 +2,13 @@
 
 An image is a struct of its file's bytes and its name, or the bytes alone (https://huggingface.co/docs/datasets).
 Which columns hold images and labels is in the schema's metadata, if `datasets` wrote it, else told by names and types.
-A process that reads them keeps two row groups of images.
+A thread that reads them keeps two row groups of images.
 """
 
 import errno
 import json
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
@@ -82,14 +83,19 @@ class _Columns(NamedTuple):
     classes: tuple[str, ...] | None  # None: the schema names none
 
 
-@lru_cache(maxsize=8)
-def _table(file: str) -> _Table:
+class _Held(threading.local):
+    """What a thread has open: threads read in different places, and would close each other's row groups."""
+
+    def __init__(self) -> None:
+        self.table = lru_cache(maxsize=8)(_opened)
+        self.images = lru_cache(maxsize=2)(lambda file, group, column: self.table(file).column(group, column))
+
+
+def _opened(file: str) -> _Table:
     return _Parquet(file) if file.endswith(".parquet") else _Arrow(file)
 
 
-@lru_cache(maxsize=2)
-def _images(file: str, group: int, column: str) -> Any:
-    return _table(file).column(group, column)
+_held = _Held()
 
 
 def list_images(source: Path | None, split: str) -> Source:
@@ -112,7 +118,7 @@ def list_images(source: Path | None, split: str) -> Source:
     found: set[_Columns] = set()
     for name in files:
         try:
-            table = _table(str(root / name))
+            table = _held.table(str(root / name))
             columns = _columns(table.schema)
             found.add(columns)
             rows += _rows(root, name, table, columns.image)
@@ -201,10 +207,10 @@ def _read(column: str, item: Item) -> bytes:
 
     assert isinstance(item, Member)
     try:
-        ends = list(accumulate(_table(item.file).rows))
+        ends = list(accumulate(_held.table(item.file).rows))
         group = bisect_right(ends, item.at)
         row = item.at - (ends[group - 1] if group else 0)
-        image = _images(item.file, group, column)[row]
+        image = _held.images(item.file, group, column)[row]
     except pa.ArrowException as error:
         raise OSError(errno.EIO, " ".join(str(error).split())) from error
     if not image.is_valid:

@@ -40,7 +40,8 @@ def _opened(file: str) -> BinaryIO:
 
 
 def _read_at(file: str, size: int, at: int) -> bytes:
-    return os.pread(_opened(file).fileno(), size, at)
+    opened = _opened(file)  # held here, so that it stays open whatever other threads open
+    return os.pread(opened.fileno(), size, at)
 
 
 def read_member(item: Item) -> bytes:

@@ -5,7 +5,8 @@
 Builds a small store of the sample photographs, then: (1) trains a small ViT for 30 steps on the CPU in fp32 and on
 cuda in fp32 and bf16, and compares the losses; (2) times `kamim pretrain` of a ViT-B at 192 px, compiled, bf16,
 KAMIM and SimMIM, fed by the loader and fed one batch again and again (what the loader costs); (3) compares the
-evaluation augmentation on cuda with the CPU's, pixel for pixel. Without a GPU it says so and exits with 0.
+evaluation augmentation on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by
+number. Without a GPU it says so and exits with 0.
 """
 
 import argparse
@@ -21,8 +22,9 @@ import torch
 
 from kamim import store
 from kamim.batch import Batch
+from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
-from kamim.config import Pretrain, load
+from kamim.config import Evaluation, Pretrain, load
 from kamim.distributed import World
 from kamim.pretrain import pretrain
 from pipelines.augment import random_erasing, trivial_augment_wide
@@ -124,8 +126,28 @@ def same_augmentation() -> dict[str, Any]:
     return {"share_of_pixels_that_differ": float((made[0] != made[1]).float().mean())}
 
 
+def same_evaluation(folder: Path) -> dict[str, Any]:
+    """Every mode on the CPU and on cuda, on the run and the store of same_losses: its headline on each."""
+    shown = {
+        "linprobe": lambda r: r["top1"], "finetune": lambda r: r["top1"], "knn": lambda r: r["k"]["5"]["top1"],
+        "probe-sweep": lambda r: r["best"]["top1"], "reconstruct": lambda r: r["honest"]["psnr"],
+    }  # fmt: skip
+    made: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        config = load(Evaluation, None, [
+            f"checkpoint=[run={folder / 'cpu'}]", f"train={folder / 'small'}", f"val={folder / 'small'}",
+            f"compute.device={device}", "compute.precision=fp32", "compute.compile=false", "sweep.optim.batch_size=64",
+            *(f"{mode}.optim.{key}" for mode in ("linprobe", "finetune")
+              for key in ("batch_size=64", "epochs=2", "warmup_epochs=0")),
+        ])  # fmt: skip
+        start = time.perf_counter()
+        results = run_evaluation(config, None, lambda title: lambda *_: None)
+        made[device] = {r["mode"]: shown[r["mode"]](r) for r in results} | {"seconds": time.perf_counter() - start}
+    return made
+
+
 def main() -> None:
-    """Runs all three and prints one JSON object."""
+    """Runs all of it and prints one JSON object."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -136,6 +158,7 @@ def main() -> None:
         result = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__,
             "losses": same_losses(Path(folder)), "augmentation": same_augmentation(),
+            "evaluation": same_evaluation(Path(folder)),
             "training": training(Path(folder)),
         }  # fmt: skip
     print(json.dumps(result, indent=2))

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "fingerprint": "stat", "encoding": "jpeg", "quality": 90, "resolution": 192, "crop_scale": (0.67, 1.0)
 }  # fmt: skip
 IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # of these, a store never changes
+REMEDY = "put it right with `kamim store verify {} --repair`"
 RESERVED = (store.IMAGES, "frame")  # names in a store that no detector can have
 
 
@@ -144,9 +145,12 @@ def make_plan(
     for there in before:
         _refuse_other(there, job, space.out)
     if finished is not None:
+        for name in finished.checksums:
+            if not (space.out / name).is_file():
+                raise ValueError(f"{space.out / name}: missing; {REMEDY.format(space.out)}")
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
             if store.checksum(file) != finished.checksums[file.name]:
-                raise ValueError(f"{file}: damaged; put it right with kamim store verify {space.out} --repair")
+                raise ValueError(f"{file}: damaged; {REMEDY.format(space.out)}")
     stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
         fingerprint.refuse_change(np.load(space.out / store.STAMPS), stamps, source, space.out)

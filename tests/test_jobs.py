@@ -23,6 +23,7 @@ from preprocess import build as building
 from preprocess import executors
 from preprocess.build import Stopped, build, build_share, publish_shares
 from preprocess.fingerprint import stamps
+from preprocess.plan import make_plan
 from preprocess.shards import Task, run_shard
 from preprocess.sources import Item, Source
 from preprocess.verify import problems
@@ -150,8 +151,49 @@ def test_damage_of_what_is_kept_is_not_blessed(folder: Path, tmp_path: Path) -> 
 def test_a_store_whose_plan_cannot_be_trusted_is_not_extended(name: str, folder: Path, tmp_path: Path) -> None:
     out = make_store(folder, tmp_path / "out")
     (out / name).write_bytes((out / name).read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match=r"damaged; put it right with kamim store verify .* --repair"):
+    with pytest.raises(ValueError, match=r"damaged; put it right with `kamim store verify .* --repair`"):
         make(folder, out, detectors=("sift",))
+
+
+def test_a_store_that_lacks_a_file_is_not_extended(folder: Path, tmp_path: Path) -> None:
+    out = make_store(folder, tmp_path / "out")
+    (out / "keypoints.zarr/frame/zarr.json").unlink()
+    with pytest.raises(ValueError, match=r"frame/zarr.json: missing; put it right with `kamim store verify"):
+        make(folder, out, detectors=("sift",))
+    assert not out.with_name("out.partial").exists()
+
+
+def test_a_link_stays_one_and_its_target_is_the_store(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk/store")
+    for detectors in (("fast",), ("sift",)):
+        make(folder, link, detectors=detectors)
+    assert link.is_symlink()
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["store"]
+    assert Store(link).detectors == ("fast", "sift")
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "file/below"])
+def test_a_place_that_is_taken_is_said_in_one_line(place: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("somebody's")
+    (tmp_path / "folder").mkdir()
+    command = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(tmp_path / place)]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: --out {tmp_path / place}: ")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_shards_of_another_version_of_a_detector_are_not_taken_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, listed = plan_job(folder, detectors=("harris",))
+    space = Workspace(tmp_path / "out")
+    before = make_plan(job, listed, space).folders(space)
+    monkeypatch.setattr("preprocess.plan.origin", lambda name: f"{name} 2.0")
+    after = make_plan(job, listed, space).folders(space)
+    assert before["images"] == after["images"]
+    assert before["harris"] != after["harris"]
 
 
 def test_a_job_of_another_kamim_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:

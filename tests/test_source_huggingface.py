@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess.sources import Source, list_source
+from preprocess.sources import Source, huggingface, list_source
 
 FILES = [f"image {n}".encode() * 20 for n in range(7)]
 LABELS = [0, 2, 1, 1, 0, 2, 2]
@@ -163,3 +165,31 @@ def test_files_must_have_the_same_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", table())
     parquet(tmp_path / "b.parquet", pa.table({"img": [b"x"]}))
     assert "differ in their columns" in complaint(tmp_path)
+
+
+def test_threads_read_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path / "train.parquet", table())
+    source = list_source("huggingface", tmp_path, "train")
+    column, asked = huggingface._Parquet.column, []
+
+    def counted(self: Any, group: int, name: str) -> Any:
+        asked.append(group)
+        return column(self, group, name)
+
+    monkeypatch.setattr(huggingface._Parquet, "column", counted)
+    with ThreadPoolExecutor(3) as pool:
+        wait = Barrier(3)  # every thread has a row group of its own before any reads on
+
+        def both(first: int) -> list[Any]:
+            read = [source.read(source.items[first])]
+            wait.wait()
+            return [*read, source.read(source.items[first + 1])]
+
+        found = [*pool.map(both, (0, 2, 4))]
+    assert found == [FILES[0:2], FILES[2:4], FILES[4:6]]
+    assert sorted(asked) == [0, 1, 2]
+
+
+def test_a_table_without_rows_is_said_in_one_line(tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", table(slice(0, 0)))
+    assert "holds no images" in complaint(tmp_path)

@@ -299,6 +299,8 @@ def test_what_is_not_a_store_is_said_in_one_line(copy: Path, tmp_path: Path) -> 
     (copy / "manifest.json").write_bytes(b"\xff\xfe{}")
     assert "not a manifest" in said()
     (copy / "manifest.json").unlink()
+    assert "is missing; put it back with `kamim store verify" in said()
+    (copy / "manifest.backup").unlink()
     assert "no manifest.json" in said()
     assert "kamim preprocess" in complaint("store", "info", str(tmp_path / "nowhere"))
 

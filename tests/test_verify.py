@@ -84,6 +84,8 @@ def test_a_flipped_bit_in_any_file_is_found_and_repaired(path: Path, copy: Path,
     whole = tree(path)
     assert len(whole) > 12
     for number, (name, content) in enumerate(sorted(whole.items())):
+        if (copy / "images.beton").exists() and not name.startswith(("images", "manifest")):
+            continue  # as with zarr
         flip(copy / name, len(content) * (number + 1) // (len(whole) + 2), number % 8)
         assert [problem.where for problem in problems(copy)] == [name]
         mend(copy, source)
@@ -135,7 +137,7 @@ def test_whatever_is_damaged_can_be_looked_through_for_whole_shards(copy: Path, 
     random = np.random.default_rng(0)
     files = [file for file in sorted(copy.rglob("*")) if file.is_file() and "manifest" not in file.name]
     small = [file for file in files if file.stat().st_size < 20_000]
-    for _ in range(120):
+    for _ in range(60):
         file = small[random.integers(len(small))]
         content = file.read_bytes()
         flip(file, int(random.integers(len(content))), int(random.integers(8)))

@@ -60,6 +60,8 @@ def preprocess(
         encoding=None if raw is None else "raw" if raw else "jpeg", quality=quality, resolution=resolution,
         crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
     )  # fmt: skip
+    if job.fingerprint == "content":
+        err_console.print("reads the whole source first, to tell whether it changed (--fingerprint content)")
     if dry_run:
         for line in describe(job, listed, out, workers):
             out_console.print(line)

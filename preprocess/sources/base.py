@@ -83,7 +83,7 @@ def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[
     Raises ValueError where only some images have a label, or numbers and names are mixed.
     """
     kinds = {type(label) for label in labels}
-    if kinds == {type(None)}:
+    if kinds <= {type(None)}:
         return (), [-1] * len(labels)
     if kinds == {str}:
         number = {name: n for n, name in enumerate(sorted({str(label) for label in labels}))}

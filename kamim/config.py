@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from kamim.detectors import names as detector_names
 from kamim.evaluation.readout import Norm, Pooling
@@ -25,13 +25,21 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
-SOME = Field(min_length=1)
 
 
 def _one_of(value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"must be one of {', '.join(allowed)}")
     return value
+
+
+def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not value:
+        raise ValueError("must hold one at least")
+    return value
+
+
+SOME = AfterValidator(_some)
 
 
 class Section(pydantic.BaseModel):

@@ -374,7 +374,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
 
 @pytest.mark.parametrize("key", ["knn.k", "sweep.lrs", "sweep.poolings", "reconstruct.conventions", "checkpoint"])
 def test_nothing_is_not_a_choice(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"{key} = \(?\[?\]?\)?: tuple should have at least 1 item"):
+    with pytest.raises(ValueError, match=rf"{key} = \(?\[?\]?\)?: must hold one at least"):
         load(Evaluation, None, ["val=x", "checkpoint=[x]", f"{key}=[]"])
 
 

@@ -126,5 +126,5 @@ def test_n_per_class_varies_with_the_seed_and_takes_every_sample() -> None:
 
 
 def test_n_per_class_of_a_small_class() -> None:
-    with pytest.raises(ValueError, match=r"^n = 3 per class: class 1 has 2 samples; choose n <= 2$"):
+    with pytest.raises(ValueError, match=r"^per_class = 3: class 1 has 2 samples; choose at most 2$"):
         n_per_class(np.array([0, 0, 0, 1, 1]), 3, 0)

@@ -13,7 +13,7 @@ def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     counts = np.bincount(labels)
     for label, count in enumerate(counts.tolist()):
         if count < n:
-            raise ValueError(f"n = {n} per class: class {label} has {count} samples; choose n <= {counts.min()}")
+            raise ValueError(f"per_class = {n}: class {label} has {count} samples; choose at most {counts.min()}")
     order = rng.permutation(seed, 0, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     first = np.cumsum(counts) - counts

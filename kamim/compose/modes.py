@@ -27,6 +27,7 @@ from kamim.masking import block_masks
 from kamim.models import build_encoder, expand_mask
 from pipelines.augment import probe_augment
 from pipelines.loader import Crop
+from pipelines.plan import Plan
 
 SHOWN = "shown.npz"  # of a reconstruction: originals, masks, made, as plots.reconstruction_sheet takes them
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
@@ -46,7 +47,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
         torch.manual_seed(config.seed)
         head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
         run = Run(
-            folder, "linprobe", {}, options.optim, plan.steps_per_epoch,
+            folder, "linprobe", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
             every=options.checkpoint_epochs * plan.steps_per_epoch, keep=1,
         )  # fmt: skip
         batches = setting.batches(samples, subject.resolution, plan, CROP if options.augment == "crop" else None)
@@ -80,7 +81,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
         averaged = finetune.Averaged(model, options.ema)
         run = Run(
-            folder, "finetune", {}, options.optim, plan.steps_per_epoch,
+            folder, "finetune", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
             every=options.checkpoint_epochs * plan.steps_per_epoch, keep=options.keep_checkpoints,
         )  # fmt: skip
         network = _parallel(model, setting.world)
@@ -153,26 +154,33 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     ratio = options.mask_ratio or subject.mask.ratio
     grid = subject.resolution // subject.mask.patch_size
 
+    def made_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Reconstructions [B, 3, R, R], and which of their pixels are masked, bool [B, R, R]."""
+        device = setting.world.device
+        mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(device)
+        with torch.no_grad(), autocast(setting.config.compute, device):
+            return model(normalise(batch.images), mask), expand_mask(mask, subject.resolution)
+
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         world, plan = setting.world, setting.in_order(setting.val)
         model.to(world.device).eval()
         metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
-        shown: list[np.ndarray] = []
         for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
-            mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(world.device)
             if len(batch):  # a rank may have none of a short last step
-                with torch.no_grad(), autocast(setting.config.compute, world.device):
-                    made = model(normalise(batch.images), mask)
-                pixels = expand_mask(mask, subject.resolution)
+                made, masked = made_of(batch)
                 for metric in metrics.values():
-                    metric.update(batch.images, made, pixels)
-                if not shown:
-                    triple = (batch.images, pixels, denormalise(made.float()))
-                    shown = [part[: options.shown].cpu().numpy() for part in triple]
+                    metric.update(batch.images, made, masked)
             progress(batch.step + 1, plan.steps_per_epoch, {})
         found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
         if world.is_main:
-            np.savez(folder / SHOWN, originals=shown[0], masks=shown[1], made=shown[2])
+            for batch in setting.batches(setting.val, subject.resolution, _spread(setting.val, options.shown))(0, 1):
+                made, masked = made_of(batch)
+                np.savez(
+                    folder / SHOWN,
+                    originals=batch.images.cpu(),
+                    masks=masked.cpu(),
+                    made=denormalise(made.float()).cpu(),
+                )
         return found
 
     about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json"), "train": None}
@@ -183,6 +191,13 @@ TASKS: Mapping[str, Callable[[Setting, Subject], Task]] = {
     "linprobe": linprobe_task, "knn": knn_task, "finetune": finetune_task, "reconstruct": reconstruct_task,
     "probe-sweep": sweep_task,
 }  # fmt: skip
+
+
+def _spread(samples: Samples, count: int) -> Plan:
+    """A batch of `count` samples from all over a store, which is often sorted by class; for one process."""
+    count = min(count, len(samples.numbers))
+    chosen = samples.numbers[np.linspace(0, len(samples.numbers) - 1, count).astype(np.int64)]
+    return Plan(count, count, count, seed=0, shuffle=False, listed=chosen)
 
 
 def _augment(kind: str, classes: int, seed: int) -> classify.Augment:

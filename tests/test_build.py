@@ -461,7 +461,7 @@ def test_the_command_builds_stops_and_continues(folder: Path, tmp_path: Path, in
     out = tmp_path / "deep/er/out"
     command = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(out), "--resolution", "64"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "assemble", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patch.setattr(building, "assemble", lambda *arguments: signal.raise_signal(signal.SIGTERM))
         stopped = runner.invoke(app, command)
     assert stopped.exit_code == RESUMABLE
     assert stopped.stderr.splitlines()[-1] == "stopped; the same command again continues where it was"

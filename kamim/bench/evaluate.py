@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from kamim.bench.rounds import interleaved
 from kamim.config import Compute, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.readout import Readout, depth, resolve
@@ -123,15 +124,7 @@ def bench(
         "forward": forward_rate(model, resolution, 8, None),
         "forward_to_block": forward_rate(model, resolution, 8, block),
     }
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    total = len(runs) * (rounds + 1)
-    for turn in range(rounds + 1):  # the first warms and is not counted
-        for number, (name, run) in enumerate(runs.items()):
-            start = time.perf_counter()
-            images = run()
-            if turn:
-                rates[name].append(images / (time.perf_counter() - start))
-            progress(turn * len(runs) + number + 1, total)
+    rates = interleaved(runs, rounds, progress)
     rate = {name: statistics.median(made) for name, made in rates.items()}
     seconds = _sweep_seconds(encoder.num_features)
     readouts = depth(encoder) * SWEEP["poolings"]

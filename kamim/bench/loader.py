@@ -6,7 +6,6 @@ median of the rounds. On a shared machine only the ratios mean anything.
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from kamim.bench.rounds import Run, interleaved
 from kamim.store import Store
 from kamim.weighting import counts_to_weights
 from pipelines.counts import CachedCounts
@@ -28,7 +28,6 @@ from pipelines.plan import Plan
 from preprocess.sources import Item, Source
 
 RESOLUTION, PATCH_SIZE, TEMPERATURE = 192, 8, 0.25
-Run = Callable[[], int]  # one measured pass; returns how many images it made
 EPOCHS = 6  # in a pass of everything but the reference, so that starting it does not weigh in
 
 
@@ -132,15 +131,7 @@ def bench(
         runs["stock_ffcv"] = stock_ffcv(store, batch, workers)
     runs["simmim"] = ours(store, None, batch, workers)
     runs |= {name: ours(store, name, batch, workers) for name in store.detectors}
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    total = len(runs) * (rounds + 1)
-    for turn in range(rounds + 1):  # the first compiles and warms, and is not counted
-        for number, (name, run) in enumerate(runs.items()):
-            start = time.perf_counter()
-            images = run()
-            if turn:
-                rates[name].append(images / (time.perf_counter() - start))
-            progress(turn * len(runs) + number + 1, total)
+    rates = interleaved(runs, rounds, progress)
     medians = {name: statistics.median(made) for name, made in rates.items()}
     best = medians.get("fast", medians["simmim"])
     ratios = {"ratio_to_reference": best / medians["reference"], "ratio_to_jpeg_decode": best / medians["jpeg_decode"]}

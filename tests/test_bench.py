@@ -18,7 +18,7 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
     """With the crop unmoved the floor is 1; cached keypoints lie between chance and it."""
     monkeypatch.setattr(fidelity, "_moved", lambda box, height, width: box)
     source = list_source("imagefolder", class_folder, "train")
-    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, lambda done, total: None)
+    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, 2, lambda done, total: None)
     assert {(row["detector"], row["footprint"]) for row in rows} == {("fast", "ring"), ("fast", "point")}
     for row in rows:
         assert row["weight_correlation_floor"] == pytest.approx(1)
@@ -36,8 +36,8 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
         ((0, 0, 8, 10), (0, 1, 8, 9)),
     ],
 )
-def test_a_box_is_moved_by_one_pixel_within_the_image(box: fidelity.Box, moved: fidelity.Box) -> None:
-    assert fidelity._moved(box, 8, 10) == moved
+def test_a_box_is_moved_by_one_pixel_within_the_image(box: tuple[int, ...], moved: tuple[int, ...]) -> None:
+    assert fidelity._moved(np.array([*box, 1, 0]), 8, 10).tolist() == [*moved, 1, 0]
 
 
 def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) -> None:

@@ -8,7 +8,7 @@ depend on the number of threads, and any step can be computed alone.
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,6 +25,9 @@ from pipelines.plan import Part, Plan
 
 PREFETCH = 3  # micro-batches under way beside the one in use
 CHUNK = 16  # samples a thread takes at a time
+
+
+Augment = Callable[[np.ndarray, int, int, int], None]  # (image, seed, epoch, index), in place
 
 
 class SampleError(RuntimeError):
@@ -53,7 +56,8 @@ class Loader:
     """Batches of resolution x resolution crops.
 
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: where the keypoint
-    counts come from, or None for none. pin: buffers in pinned memory, for copies to a GPU.
+    counts come from, or None for none. augment: what changes an image in the end; runs in the worker threads.
+    pin: buffers in pinned memory, for copies to a GPU.
 
         store = Store("stores/imagenet-train")
         plan = Plan(len(store), batch_size=256, micro_batch=256, seed=0)
@@ -65,7 +69,7 @@ class Loader:
 
     def __init__(
         self, store: Store, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
-        workers: int | None = None, pin: bool = False,
+        augment: Augment | None = None, workers: int | None = None, pin: bool = False,
     ):  # fmt: skip
         self.plan = plan
         self._store = store
@@ -73,6 +77,7 @@ class Loader:
         self._resolution = resolution
         self._crop = crop
         self._counter = counter
+        self._augment = augment
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pin = pin
         self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max())
@@ -139,6 +144,8 @@ class Loader:
         crop_resize(image, view.box, view.flip_v, view.flip_h, crop)
         if self._counter is not None and counts is not None:
             self._counter.count(index, view, crop, scratch, counts)
+        if self._augment is not None:
+            self._augment(crop, self.plan.seed, epoch, index)
 
     def _decode(self, index: int, height: int, width: int, scratch: "_ThreadScratch") -> np.ndarray:
         """Pixels of an image as crop_resize takes them: uint32 [H, W]."""

@@ -1,5 +1,6 @@
 """What evaluation costs: augmentation, the frozen forward pass, the probe sweep; ratios of one interleaved run."""
 
+import math
 import os
 import statistics
 import time
@@ -65,10 +66,11 @@ def _one_thread(_: int) -> None:
 def torchvision_rate(
     decode: Decode, count: int, resolution: int, batch: int, workers: int, augmented: bool
 ) -> Callable[[], int]:
-    """A DataLoader with a worker process per core."""
+    """A DataLoader with a worker process per core; batches of at most `batch`, so that all workers get as much."""
+    each = math.ceil(count / (workers * batch))
     loader = torch.utils.data.DataLoader(
-        TorchvisionDataset(decode, count, resolution, augmented), batch, num_workers=workers, persistent_workers=True,
-        worker_init_fn=_one_thread,
+        TorchvisionDataset(decode, count, resolution, augmented), math.ceil(count / (workers * each)),
+        num_workers=workers, persistent_workers=True, worker_init_fn=_one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images in loader)
 

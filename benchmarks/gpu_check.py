@@ -4,9 +4,9 @@
 
 Builds a small store of the sample photographs, then: (1) trains a small ViT for 30 steps on the CPU in fp32 and on
 cuda in fp32 and bf16, and compares the losses; (2) times `kamim pretrain` of a ViT-B at 192 px, compiled, bf16,
-KAMIM and SimMIM, fed by the loader and fed one batch again and again (what the loader costs); (3) compares the
-evaluation augmentation on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by
-number. Without a GPU it says so and exits with 0.
+KAMIM and SimMIM, fed by the loader and fed one batch again and again (what the loader costs); (3) compares MixUp and
+CutMix on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by number. Without a GPU
+it says so and exits with 0.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, Pretrain, load
 from kamim.distributed import World
 from kamim.pretrain import pretrain
-from pipelines.augment import random_erasing, trivial_augment_wide
+from pipelines.augment import mixed_batch
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
@@ -115,15 +115,15 @@ def again(batch: Batch, steps: int) -> Any:
     return (replace(given, step=step) for step, given in enumerate(repeat(batch, steps)))
 
 
-def same_augmentation() -> dict[str, Any]:
-    """Pixels of the augmentation on cuda that differ from the CPU's."""
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 3, 192, 192), np.uint8))
-    index = np.arange(len(images))
-    made = [
-        random_erasing(trivial_augment_wide(given, 0, 0, index), 0, 0, index).cpu()
-        for given in (images, images.to(CUDA))
-    ]
-    return {"share_of_pixels_that_differ": float((made[0] != made[1]).float().mean())}
+def same_mixing() -> dict[str, Any]:
+    """The largest difference of normalised and mixed batches on cuda from the CPU's, in standard deviations."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 192, 192, 3), np.uint8))
+    differences = []
+    for step in range(8):  # MixUp and CutMix are both among them
+        batch = Batch(images, None, torch.arange(256) % 10, np.arange(256), 0, step, last=True, share=1.0)
+        (ours, _), (theirs, _) = (mixed_batch(given, 10, 0) for given in (batch, batch.to(CUDA)))
+        differences.append((ours - theirs.cpu()).abs().max().item())
+    return {"largest_difference": max(differences)}
 
 
 def same_evaluation(folder: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "losses": same_losses(Path(folder)), "augmentation": same_augmentation(),
+            "losses": same_losses(Path(folder)), "mixing": same_mixing(),
             "evaluation": same_evaluation(Path(folder)),
             "training": training(Path(folder)),
         }  # fmt: skip

@@ -81,7 +81,9 @@ def test_bench_eval_reports_rates_and_ratios(
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
-    assert set(rates) == {"torchvision", "torchvision_stored", "loader", "augmented", "forward", "forward_to_block"}
+    theirs = {"torchvision_resized", "torchvision", "torchvision_stored"}
+    assert set(rates) == theirs | {"loader", "augmented", "mixed", "forward", "forward_to_block"}
+    assert ratios["loader_over_torchvision"] == pytest.approx(rates["loader"] / rates["torchvision_resized"])
     assert ratios["augmented_over_torchvision"] == pytest.approx(rates["augmented"] / rates["torchvision"])
     assert ratios["probe_over_sweep"] == pytest.approx(made["hours"]["probe"] / made["hours"]["sweep"])
     assert (made["block"], made["sweep"]["readouts"]) == (6, 18)

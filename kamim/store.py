@@ -186,13 +186,14 @@ class Keypoints:
         return positions, counts[0]
 
     def of(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of one frame each (int [n]) of several images (int [n]): positions, one's after the other's, counts [n, G]."""
+        """Of one frame each (int [n]) of several images (int [n]): positions, joined in order, and counts [n, G]."""
         starts, totals = self._start[indices, frames].tolist(), self._total[indices, frames].tolist()
         return np.concatenate(list(map(self._positions.rows, starts, totals))), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""
-        return self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
+        inside: np.ndarray = self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
+        return inside
 
 
 def write_keypoints(

@@ -173,7 +173,7 @@ class Loader:
                 crop_resize(self._decode(index, scratch), crops.views[i], crops.pixels[i])
                 if self._augment is not None:
                     self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
                 self._failed(slot, start + i, index, error)
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, start)
@@ -184,11 +184,11 @@ class Loader:
         counts = slot.counts.numpy()[start : start + len(crops.indices)]
         try:
             counter.count(crops, scratch, counts)
-        except Exception:
+        except Exception:  # noqa: BLE001 - it comes again below
             for i, index in enumerate(crops.indices.tolist()):
                 try:
                     counter.count(crops.only(i), scratch, counts[i : i + 1])
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
                     self._failed(slot, start + i, index, error)
 
     def _failed(self, slot: _Slot, row: int, index: int, error: Exception) -> None:

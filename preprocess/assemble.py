@@ -11,7 +11,7 @@ import zarr
 from safetensors.numpy import load_file
 
 import kamim
-from kamim import beton, geometry, paged, store
+from kamim import beton, geometry, store
 from kamim.detectors import detector
 from kamim.store import IMAGES, Manifest, Store
 from preprocess import fingerprint

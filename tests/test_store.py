@@ -103,7 +103,7 @@ def test_the_manifest_holds_what_shaped_the_store(path: Path) -> None:
 
 
 def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None:
-    group = zarr.create_group(tmp_path / "keypoints.zarr")
+    zarr.create_group(tmp_path / "keypoints.zarr")
     positions = np.random.default_rng(0).integers(0, 1200, (70_000, 2)).astype(np.uint16)
     frames = np.full((2, 2), 1200)
     images = [

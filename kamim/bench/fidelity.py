@@ -25,7 +25,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Setting:
-    """resolution, crop_scale, w_ps and T of the comparison. frames: canonical frames, or None for the detector's own."""
+    """resolution, crop_scale, w_ps and T of the comparison.
+
+    frames: how many canonical frames an image has, or None for as many as the detector's.
+    """
 
     resolution: int = 192
     crop_scale: tuple[float, float] = (0.67, 1.0)

@@ -131,6 +131,20 @@ class ImageReader(Protocol):
         ...
 
 
+class Images(Protocol):
+    """What a loader needs of a store."""
+
+    @property
+    def path(self) -> Path:
+        """What errors name."""
+        ...
+
+    @property
+    def images(self) -> ImageReader:
+        """The images, whichever backend holds them."""
+        ...
+
+
 class ZarrImages:
     """images.zarr, read-only."""
 
@@ -192,8 +206,8 @@ class Keypoints:
 
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""
-        inside: np.ndarray = self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
-        return inside
+        inside = self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
+        return np.asarray(inside)
 
 
 def write_keypoints(

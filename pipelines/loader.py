@@ -20,7 +20,7 @@ import torch
 
 from kamim import geometry
 from kamim.batch import Batch
-from kamim.store import Store
+from kamim.store import Images
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
 from pipelines.plan import Part, Plan
@@ -77,7 +77,7 @@ class Loader:
     """
 
     def __init__(
-        self, store: Store, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
+        self, store: Images, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
         augment: Augment | None = None, workers: int | None = None, pin: bool = False, on_error: OnError = "stop",
     ):  # fmt: skip
         self.plan = plan

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HAS_FFCV
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, preprocess
+from kamim.bench import evaluate, fidelity, loader, preprocess, startup
 from kamim.cli import app
 from kamim.store import Store
 from preprocess.sources import list_source
@@ -49,13 +50,18 @@ def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) ->
     assert float(weights.max()) > 1
 
 
-def test_bench_loader_reports_rates_and_ratios(class_folder: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+def test_bench_loader_reports_rates_and_ratios(
+    class_folder: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "EPOCHS", 2)
+    monkeypatch.setattr(startup, "measure", lambda store: {"first_batch_seconds": 1.0})
     given = ["bench", "loader", "--source", str(class_folder), "--store", str(stores["zarr"]), "--batch", "8"]
     result = CliRunner().invoke(app, [*given, "--rounds", "1", "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
-    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"}
+    with_ffcv = {"short_side", "short_side_stock_ffcv", "raw"} if HAS_FFCV else set()
+    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"} | with_ffcv
     assert ratios["ratio_to_reference"] == pytest.approx(rates["fast"] / rates["reference"])
     assert ratios["sift_over_simmim"] == pytest.approx(rates["sift"] / rates["simmim"])
     assert all(np.isfinite(rate) for rate in rates.values())
@@ -119,7 +125,23 @@ def test_bench_preprocess_says_what_it_needs(arguments: list[str], said: str, fo
     assert said in result.stderr
 
 
+def test_what_a_loader_costs_at_the_start_is_measured(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(startup, "MILLION", 20_000)
+    store = str(stores["zarr"])
+    startup.first_batch(store)
+    few = startup.resident_mb(store)
+    monkeypatch.setattr(startup, "MILLION", 400_000)
+    per_image = 8 * 3 + 4 + 2 * (8 + 4 + 4) + 4 * 2  # start, length, label; size; of each frame; ...
+    assert startup.resident_mb(store) - few > 380_000 * per_image / 2e6
+
+
 def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:
     store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
-    runs = [loader.reference(source, 8, 1), loader.decode_only(store, 2), loader.ours(store, "fast", 8, 2)]
+    runs = [
+        loader.reference(source, 8, 1),
+        loader.decode_only(store, 2),
+        loader.ours(store, store.keypoints("fast"), 8, 2),
+    ]
     assert [run() for run in runs] == [24, loader.EPOCHS * 24, loader.EPOCHS * 24]

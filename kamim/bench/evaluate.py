@@ -1,6 +1,5 @@
 """What evaluation costs: augmentation, the frozen forward pass, the probe sweep; ratios of one interleaved run."""
 
-import math
 import os
 import statistics
 import time
@@ -16,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from kamim.bench.rounds import interleaved
+from kamim.bench.rounds import even_batch, interleaved
 from kamim.config import Compute, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.readout import Readout, depth, resolve
@@ -66,10 +65,9 @@ def _one_thread(_: int) -> None:
 def torchvision_rate(
     decode: Decode, count: int, resolution: int, batch: int, workers: int, augmented: bool
 ) -> Callable[[], int]:
-    """A DataLoader with a worker process per core; batches of at most `batch`, so that all workers get as much."""
-    each = math.ceil(count / (workers * batch))
+    """A DataLoader with a worker process per core."""
     loader = torch.utils.data.DataLoader(
-        TorchvisionDataset(decode, count, resolution, augmented), math.ceil(count / (workers * each)),
+        TorchvisionDataset(decode, count, resolution, augmented), even_batch(count, batch, workers),
         num_workers=workers, persistent_workers=True, worker_init_fn=_one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images in loader)

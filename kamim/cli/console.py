@@ -4,8 +4,9 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,8 +106,22 @@ class Update:
         """Moves it to `done` of `total`."""
         self._progress.update(self._task, completed=done, total=total, note=note)
         if self._progress.disable and is_main() and done * 10 // total > self._tenths:
-            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}")
+            err_console.print(self._line(done, total, note))
         self._tenths = done * 10 // total
+
+    def _line(self, done: int, total: int, note: str) -> str:
+        task = self._progress.tasks[self._task]
+        left = timedelta(seconds=round(task.time_remaining or 0))
+        rate = _Rate().render(task).plain
+        return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, f"{left} left", note)))
+
+
+def note(metrics: Mapping[str, float]) -> str:
+    """What a bar says of a step of training."""
+    said = [f"loss {metrics['loss']:.4f}"] if metrics else []
+    if "data_wait_share" in metrics:
+        said.append(f"data-wait {metrics['data_wait_share']:.1%}")
+    return ", ".join(said)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]

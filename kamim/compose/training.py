@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kamim import distributed
+from kamim import distributed, metrics
 from kamim.batch import Batch
 from kamim.config import Pretrain
 from kamim.loop import Outcome, Progress
@@ -15,6 +15,7 @@ from pipelines.plan import Plan
 
 def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
     """`kamim pretrain`: checks the store against the configuration, then trains on it."""
+    metrics.check(config.log)
     world = distributed.start(config.compute.device)
     try:
         store = Store(config.data.store)

@@ -188,6 +188,18 @@ class Log(Section):
     wandb: bool | str = False
 
 
+class OnlineProbe(Section):
+    """Nearest neighbours by the features so far. train, val: labelled stores, of any classes.
+
+    per_class: so many training samples of each class, null for all. The first process alone does it.
+    """
+
+    train: Path
+    val: Path
+    every_epochs: Count = 10
+    per_class: Count | None = 100
+
+
 class Pretrain(Section):
     """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3).
 
@@ -206,6 +218,7 @@ class Pretrain(Section):
     keep_checkpoints: Count = 3
     log: Log = Log()
     panel_epochs: Count | None = 10
+    probe: OnlineProbe | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:

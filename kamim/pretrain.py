@@ -28,10 +28,12 @@ from kamim.models import MaskedImageModel
 from kamim.objective import masked_l1
 from kamim.weighting import counts_to_weights
 
+Observe = Callable[[MaskedImageModel], Sequence[Observer]]
+
 
 def pretrain(
     config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress,
-    observe: Callable[[MaskedImageModel], Sequence[Observer]] = lambda model: (),
+    observe: Observe = lambda model: (),
 ) -> Outcome:  # fmt: skip
     """Trains from the newest checkpoint in config.out, or from random weights, to the last epoch.
 

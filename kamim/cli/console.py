@@ -116,9 +116,11 @@ class Update:
         return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, f"{left} left", note)))
 
 
-def note(metrics: Mapping[str, float]) -> str:
-    """What a bar says of a step of training."""
-    said = [f"loss {metrics['loss']:.4f}"] if metrics else []
+def note(metrics: Mapping[str, float], title: str = "") -> str:
+    """What a bar says of a step of training: of what, its loss, how much of it was spent waiting for the batch."""
+    said = [title] if title else []
+    if metrics:
+        said.append(f"loss {metrics['loss']:.4f}")
     if "data_wait_share" in metrics:
         said.append(f"data-wait {metrics['data_wait_share']:.1%}")
     return ", ".join(said)

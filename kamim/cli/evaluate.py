@@ -62,7 +62,7 @@ def evaluate(
         with terminable(), bar("eval") as update:
             results = run_evaluation(
                 resolved, modes,
-                lambda title: lambda done, total, m: update(done, total, ", ".join(filter(None, (title, note(m))))),
+                lambda title: lambda done, total, m: update(done, total, note(m, title)),
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"

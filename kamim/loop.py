@@ -89,7 +89,7 @@ def train(
     with _stop_asked() as stopped, Metrics(said) as metrics:
         for step, values in gradients(first, total):
             scheduler.step_update(step)
-            norm = _update(model, optimizer, run.optim.clip_grad)
+            norm = update(model, optimizer, run.optim.clip_grad)
             after_step()
             rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
             metrics.add(step, rate, run.optim.batch_size, {**values, "grad_norm": norm})
@@ -132,7 +132,8 @@ def _observe(observers: Sequence[Observer], step: int, total: int, metrics: Metr
             metrics.restart()
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+    """An optimiser step with the gradients there are, clipped; drops them and returns their norm before that."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -12,17 +12,17 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kamim.batch import Batch
 from kamim.config import Log
 
 Values = Mapping[str, float]
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -235,14 +235,14 @@ class _Waiting:
         return {name: value if name == "lr" else round(value, 6) for name, value in numbers.items()}
 
 
-class Waits:
+class Waits(Generic[T]):
     """The same batches, and the seconds that their user has waited for them."""
 
-    def __init__(self, batches: Iterable[Batch]):
+    def __init__(self, batches: Iterable[T]):
         self._batches = batches
         self._seconds = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         batches = iter(self._batches)
         while True:
             start = time.perf_counter()

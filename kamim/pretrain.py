@@ -43,6 +43,19 @@ def pretrain(
     that is not finite.
     """
     _claim(config, world)
+    model, network, optimizer = prepare(config, world)
+    run = Run(
+        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
+        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
+        log=config.log, observers=observe(model),
+    )  # fmt: skip
+    return train(
+        run, model, optimizer, lambda first, stop: steps(config, network, batches(first, stop), world), world, progress
+    )
+
+
+def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
+    """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
     torch.manual_seed(config.seed)
     model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
     optimizer = torch.optim.AdamW(
@@ -52,17 +65,10 @@ def pretrain(
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(config.compute, world.device):
         network.compile()
-    run = Run(
-        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
-        log=config.log, observers=observe(model),
-    )  # fmt: skip
-    return train(
-        run, model, optimizer, lambda first, stop: _steps(config, network, batches(first, stop), world), world, progress
-    )
+    return model, network, optimizer
 
 
-def _steps(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World) -> Steps:
+def steps(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World) -> Steps:
     """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
     network.train()
     sums = torch.zeros(2, device=world.device)  # of loss and of mean W

@@ -83,7 +83,7 @@ def train(
     if first == total:
         return Outcome(first, True)
     if world.is_main:
-        machine.note_start(run.out, first, world)
+        machine.note_start(run.out, first, total, world)
     step = first
     said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
     with _stop_asked() as stopped, Metrics(said) as metrics:

@@ -26,12 +26,12 @@ def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def note_start(run: Path, step: int, world: World) -> None:
-    """Adds a line to RUN/starts.jsonl: when, from which step, and on what this part of the run was trained."""
+def note_start(run: Path, step: int, steps: int, world: World) -> None:
+    """Adds a line to RUN/starts.jsonl: when, from which step of how many, and on what the run goes on."""
     run.mkdir(parents=True, exist_ok=True)
     start = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "device": world.device.type,
-        "processes": world.size, **describe(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
+        "device": world.device.type, "processes": world.size, **describe(),
     }  # fmt: skip
     with (run / "starts.jsonl").open("a") as stream:
         stream.write(json.dumps(start) + "\n")

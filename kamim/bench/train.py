@@ -2,7 +2,7 @@
 
 All do whole steps: loading, forward, backward, clipping, AdamW, a line of metrics. The plain loop is a Hugging Face
 model, eager, fed from the original files by a DataLoader that finds FAST keypoints on every crop. A pass is so many
-steps from a standing start, so it holds a wait for its first batch; the data-wait share is of the steps after the first.
+steps from a standing start, so it holds a wait for its first batch; the data-wait share is of the steps after that.
 The peak of arithmetic is what this device reaches on large square matrices in the same dtype, in the same rounds.
 """
 

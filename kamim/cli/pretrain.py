@@ -29,4 +29,4 @@ def pretrain(
     if not outcome.finished:
         err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
         raise typer.Exit(RESUMABLE)
-    out_console.print(f"{resolved.out}: {outcome.step} steps done")
+    out_console.print(f"{resolved.out}: {outcome.step} steps done; {resolved.out / 'report.html'}")

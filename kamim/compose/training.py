@@ -15,6 +15,7 @@ from kamim.evaluation.subset import n_per_class
 from kamim.loop import Observer, Outcome, Progress
 from kamim.models import MaskedImageModel
 from kamim.pretrain import Observe, pretrain
+from kamim.report import save_report
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
@@ -42,7 +43,10 @@ def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
             return feed(loader.steps(first, stop), world.device)
 
         observe = _observers(config, store, plan.steps_per_epoch, world)
-        return pretrain(config, batches, plan.steps_per_epoch, world, progress, observe)
+        outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe)
+        if world.is_main:
+            save_report(config.out)
+        return outcome
     finally:
         distributed.stop()
 

@@ -25,7 +25,6 @@ from kamim.bench.train import Ours, bench
 from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, Pretrain, load
-from kamim.distributed import World
 from pipelines.augment import random_erasing, trivial_augment_wide
 from preprocess.build import build
 from preprocess.plan import make_job
@@ -75,7 +74,7 @@ def synchronisations(folder: Path) -> list[str]:
         f"data.store={folder / 'small'}", "data.resolution=96", "model.name=vit_demo", f"out={folder / 'waits'}",
         "optim.batch_size=64", "optim.micro_batch=32",
     ])  # fmt: skip
-    ours = Ours(config, 10, World(0, 1, CUDA))
+    ours = Ours(config, 10)
     list(ours())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

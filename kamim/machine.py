@@ -1,8 +1,10 @@
 """What a result was made on: processor, GPUs, versions."""
 
+import ctypes
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +16,7 @@ import torch
 import kamim
 from kamim.distributed import World
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 LIBRARIES = ("torch", "timm", "numpy", "numba", "opencv-python", "simplejpeg")
 
 
@@ -24,6 +27,15 @@ def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(), "kamim": kamim.__version__, **{name: _version(name) for name in libraries},
     }  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Of this process, for itself: glibc hands large tensors back to the system after every use, and the system clears
+    every page that it gives anew. Nothing happens without glibc, or on another system.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def note_start(run: Path, step: int, steps: int, world: World) -> None:

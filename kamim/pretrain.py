@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import rng
+from kamim import machine, rng
 from kamim.batch import Batch, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
@@ -56,6 +56,8 @@ def pretrain(
 
 def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
     """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
+    if world.device.type == "cpu":
+        machine.keep_memory()
     torch.manual_seed(config.seed)
     model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
     optimizer = torch.optim.AdamW(

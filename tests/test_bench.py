@@ -129,7 +129,7 @@ def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]
 def test_bench_train_reports_rates_ratios_and_use(
     class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "matmul", lambda device, dtype: lambda: 1000)
+    monkeypatch.setattr(train, "matmul", lambda: lambda: 1000)
     store = make_store(class_folder, tmp_path / "store", resolution=192)
     given = ["bench", "train", "--source", str(class_folder), "--store", str(store), "--model", "vit_demo"]
     options = ["--batch", "4", "--steps", "2", "--rounds", "1", "--json", str(tmp_path / "r.json")]

@@ -3,15 +3,20 @@
 All do whole steps: loading, forward, backward, clipping, AdamW, a line of metrics. The plain loop is a Hugging Face
 model, eager, fed from the original files by a DataLoader that finds FAST keypoints on every crop. A pass is so many
 steps from a standing start, so it holds a wait for its first batch; the data-wait share is of the steps after that.
-The peak of arithmetic is what this device reaches on large square matrices in the same dtype, in the same rounds.
+Each loop has a process of its own, so that they share neither memory nor settings. The peak of arithmetic is what this
+device reaches on large square matrices in the same dtype, in the same rounds.
 """
 
 import os
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +49,14 @@ Pass = Callable[[], Iterator[float]]  # does its steps; yields after each the se
 class Ours:
     """The steps of `kamim pretrain`, with all that belongs to them but checkpoints."""
 
-    def __init__(self, config: Pretrain, length: int, world: World):
-        self._config, self._length, self._world = config, length, world
+    def __init__(self, config: Pretrain, length: int):
+        self._config, self._length, self._world = config, length, World(0, 1, _device())
         store, optim, weighting = Store(config.data.store), config.optim, config.weighting
         counter = None
         if weighting is not None:
             counter = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, weighting.patch_size)
         plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed)
-        pin = world.device.type == "cuda"
+        pin = self._world.device.type == "cuda"
         self._loader = Loader(store, plan, config.data.resolution, crop=Crop(), counter=counter, pin=pin)
         self._done = 0
 
@@ -96,12 +101,12 @@ class OnlineDataset(ReferenceDataset):
 class Plain:
     """A loop as the released code's: transformers' model, eager, bf16 autocast on cuda, weights from online maps."""
 
-    def __init__(self, source: Source, config: Pretrain, length: int, device: torch.device):
-        self._config, self._device = config, device
+    def __init__(self, source: Source, config: Pretrain, length: int):
+        self._config, self._device = config, _device()
         dataset = OnlineDataset(source, length * config.optim.batch_size)
         self._loader: Any = torch.utils.data.DataLoader(
             dataset, config.optim.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
-            persistent_workers=True, pin_memory=device.type == "cuda", worker_init_fn=one_thread,
+            persistent_workers=True, pin_memory=self._device.type == "cuda", worker_init_fn=one_thread,
         )  # fmt: skip
 
     @cached_property
@@ -154,40 +159,52 @@ def flops(name: str) -> int:
     return counter.get_total_flops()
 
 
-def matmul(device: torch.device, dtype: torch.dtype) -> Run:
+def matmul() -> Run:
     """Multiplies large matrices; gives the operations that took, not images."""
-    side, times = (8192, 20) if device.type == "cuda" else (2048, 4)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    side, times, dtype = (8192, 20, torch.bfloat16) if torch.cuda.is_available() else (2048, 4, torch.float32)
+    a, b = (torch.randn(side, side, device=_device(), dtype=dtype) for _ in range(2))
 
     def run() -> int:
         for _ in range(times):
             torch.matmul(a, b)
-        _wait(device)
+        _finish()
         return 2 * side**3 * times
 
     return run
 
 
 class Measured:
-    """A pass as kamim.bench.rounds runs it, and what it saw. memory: bytes at its peak, of the first pass."""
+    """A pass as kamim.bench.rounds runs it, in a process of its own, and what it saw there."""
 
-    def __init__(self, steps: Pass, images: int, device: torch.device):
-        self._steps, self._images, self._device = steps, images, device
-        self.memory: int | None = None
+    def __init__(self, make: Callable[[], Pass], images: int, stack: ExitStack):
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(make,))
+        self._pool, self._images = stack.enter_context(pool), images
         self.shares: list[float] = []  # of time spent waiting for data, by pass
+        self.memory = 0  # bytes at its peak: on the GPU, or of the process
 
     def __call__(self) -> int:
         """One pass; the first makes model and optimiser."""
-        before = _memory(self._device, peak=False) if self.memory is None else 0
-        waits, stamps = [], []
-        for wait in self._steps():
-            waits.append(wait)
-            stamps.append(time.perf_counter())
-        _wait(self._device)
-        self.shares.append(sum(waits[1:]) / (time.perf_counter() - stamps[0]))
-        if self.memory is None:
-            self.memory = _memory(self._device, peak=True) - before
+        share, self.memory = self._pool.submit(_measure).result()
+        self.shares.append(share)
         return self._images
+
+
+_steps: Pass  # of this process, which does nothing else
+
+
+def _begin(make: Callable[[], Pass]) -> None:
+    global _steps
+    _steps = make()
+
+
+def _measure() -> tuple[float, int]:
+    """The share of time spent waiting for data, and the peak of memory so far."""
+    waits, stamps = [], []
+    for wait in _steps():
+        waits.append(wait)
+        stamps.append(time.perf_counter())
+    _finish()
+    return sum(waits[1:]) / (time.perf_counter() - stamps[0]), _peak_memory()
 
 
 def bench(
@@ -198,25 +215,22 @@ def bench(
     if length < 2:
         raise ValueError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
-    with tempfile.TemporaryDirectory() as folder:
-        given = [
-            f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",
-            f"optim.micro_batch={batch}", f"weighting.patch_size={PATCH_SIZE}",
-        ]  # fmt: skip
+    given = [
+        f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",
+        f"optim.micro_batch={batch}", f"weighting.patch_size={PATCH_SIZE}",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         kamim, simmim, plain = (
             load(Pretrain, None, [*given, f"out={folder}/{of}", *more])
             for of, more in (("kamim", overrides), ("simmim", ("weighting=null", *overrides)), ("plain", ()))
         )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = World(0, 1, device)
-        bf16 = device.type == "cuda"
         loops = {
-            "kamim": Measured(Ours(kamim, length, world), length * batch, device),
-            "simmim": Measured(Ours(simmim, length, world), length * batch, device),
-            "plain": Measured(Plain(source, plain, length, device), length * batch, device),
-        }
-        peak = matmul(device, torch.bfloat16 if bf16 else torch.float32)
-        rates = interleaved({**loops, "matmul": peak}, rounds, progress)
+            of: Measured(make, length * batch, stack) for of, make in (
+                ("kamim", partial(Ours, kamim, length)), ("simmim", partial(Ours, simmim, length)),
+                ("plain", partial(Plain, source, plain, length)),
+            )
+        }  # fmt: skip
+        rates = interleaved({**loops, "matmul": matmul()}, rounds, progress)
     medians = {of: statistics.median(made) for of, made in rates.items()}
     arithmetic, each = medians.pop("matmul"), flops(name)
     return {
@@ -227,24 +241,22 @@ def bench(
         },
         "flop_utilisation": {of: rate * each / arithmetic for of, rate in medians.items()},
         "data_wait_share": {of: statistics.median(made.shares[1:]) for of, made in loops.items()},
-        "peak_memory_gb": {of: (made.memory or 0) / 1e9 for of, made in loops.items()},
+        "peak_memory_gb": {of: made.memory / 1e9 for of, made in loops.items()},
         "matmul_flops_per_second": arithmetic, "flops_per_image": each, "rounds": rates, "model": name,
         "batch": batch, "steps": length, "machine": machine.describe(),
     }  # fmt: skip
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _memory(device: torch.device, peak: bool) -> int:
-    """Bytes in use now, after which a new peak counts, or at the peak. On a CPU, of this process, Linux alone."""
-    if device.type == "cuda":
-        if not peak:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if not peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is used now
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(status["VmHWM"].split()[0]) * 1024
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -70,9 +70,8 @@ class _Rate(ProgressColumn):
     """Images per second, over the recent past."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        factor = task.fields.get("factor", 1)
-        return Text("" if speed is None else f"{speed * factor:,.0f} images/s")
+        rate = (task.finished_speed or task.speed or 0) * task.fields.get("factor", 1)
+        return Text(f"{rate:,.0f} images/s" if rate >= 1 else "")
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,10 +128,31 @@ def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]
     assert [run() for run in runs] == [24, loader.EPOCHS * 24, loader.EPOCHS * 24]
 
 
+class InProcess:
+    """Stands in for a pool of one process: runs everything here, with its own state."""
+
+    def __init__(self, workers: int, mp_context: object, initializer: Callable[..., None], initargs: tuple[Any, ...]):
+        initializer(*initargs)
+        self._steps = train._steps
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[[], Any]) -> "Future[Any]":
+        train._steps = self._steps
+        future: Future[Any] = Future()
+        future.set_result(work())
+        return future
+
+
 def test_bench_train_reports_rates_ratios_and_use(
     class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "matmul", lambda: lambda: 1000)
+    monkeypatch.setattr(train, "ProcessPoolExecutor", InProcess)
     store = make_store(class_folder, tmp_path / "store", resolution=192)
     given = ["bench", "train", "--source", str(class_folder), "--store", str(store), "--model", "vit_demo"]
     options = ["--batch", "4", "--steps", "2", "--rounds", "1", "--json", str(tmp_path / "r.json")]

@@ -182,8 +182,29 @@ class Compute(Section):
     compile: bool | Literal["auto"] = "auto"
 
 
+class Log(Section):
+    """Beside metrics.jsonl and TensorBoard. wandb: Weights & Biases; true, or a project's name."""
+
+    wandb: bool | str = False
+
+
+class OnlineProbe(Section):
+    """Nearest neighbours by the features so far. train, val: labelled stores, of any classes.
+
+    per_class: so many training samples of each class, null for all. The first process alone does it.
+    """
+
+    train: Path
+    val: Path
+    every_epochs: Count = 10
+    per_class: Count | None = 100
+
+
 class Pretrain(Section):
-    """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3)."""
+    """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3).
+
+    panel_epochs: epochs between two pictures of what the model makes of a few samples; null for none.
+    """
 
     data: Data
     model: Model = Model()
@@ -195,6 +216,9 @@ class Pretrain(Section):
     seed: Seed = 0
     checkpoint_epochs: Count = 5
     keep_checkpoints: Count = 3
+    log: Log = Log()
+    panel_epochs: Count | None = 10
+    probe: OnlineProbe | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:

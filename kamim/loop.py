@@ -3,13 +3,11 @@
 A loop is a model, an optimiser and a generator of gradients; what a step's loss is, only the generator knows.
 """
 
-import json
 import math
 import signal
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,16 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kamim import checkpoint, schedule
+from kamim import checkpoint, machine, schedule
 from kamim.batch import Batch
-from kamim.config import Compute, Optim
+from kamim.config import Compute, Log, Optim
 from kamim.distributed import World
+from kamim.metrics import Metrics, sinks
 
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
 # Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
-Steps = Iterator[tuple[int, dict[str, Tensor]]]
+Steps = Iterator[tuple[int, dict[str, Tensor | float]]]
 Gradients = Callable[[int, int], Steps]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What looks at a run every so many steps, and at its last: look(steps done, where to say what it saw).
+
+    It runs in the first process alone, and must leave the model, its gradients and its mode as they were.
+    """
+
+    every: int
+    look: Callable[[int, Metrics], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Run:
     steps_per_epoch: int
     every: int
     keep: int
+    log: Log = field(default_factory=Log)
+    observers: Sequence[Observer] = ()
 
 
 @dataclass(frozen=True)
@@ -68,22 +80,30 @@ def train(
     world.barrier()  # everyone has looked
     first = 0 if found is None else found.step
     total = run.optim.epochs * run.steps_per_epoch
+    if first == total:
+        return Outcome(first, True)
+    if world.is_main:
+        machine.note_start(run.out, first, total, world)
     step = first
-    with _stop_asked() as stopped, _Metrics(run.out, first, world) as metrics:
+    said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
+    with _stop_asked() as stopped, Metrics(said) as metrics:
         for step, values in gradients(first, total):
             scheduler.step_update(step)
-            norm = _update(model, optimizer, run.optim.clip_grad)
+            norm = update(model, optimizer, run.optim.clip_grad)
             after_step()
             rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
             metrics.add(step, rate, run.optim.batch_size, {**values, "grad_norm": norm})
             step += 1
             progress(step, total, metrics.newest)
             stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+            if world.is_main:
+                _observe(run.observers, step, total, metrics)
             if step % run.every == 0 or step == total or stop:
                 metrics.flush()
                 if world.is_main:
                     checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
                 world.barrier()
+                metrics.restart()
             if stop:
                 break
     return Outcome(step, step == total)
@@ -105,7 +125,15 @@ def synchronised(network: nn.Module, batch: Batch, world: World) -> AbstractCont
     return nullcontext() if batch.last or world.size == 1 else network.no_sync()  # type: ignore[operator]
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+def _observe(observers: Sequence[Observer], step: int, total: int, metrics: Metrics) -> None:
+    for observer in observers:
+        if step % observer.every == 0 or step == total:
+            observer.look(step, metrics)
+            metrics.restart()
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+    """An optimiser step with the gradients there are, clipped; drops them and returns their norm before that."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -128,48 +156,3 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Metrics:
-    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued."""
-
-    def __init__(self, run: Path, first: int, world: World):
-        self.newest: dict[str, float] = {}
-        self._world = world
-        self._waiting: tuple[int, float, dict[str, Tensor]] | None = None
-        self._clock = time.perf_counter()
-        self._file = run / "metrics.jsonl"
-        if world.is_main:
-            lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-            self._file.write_text("".join(kept))
-
-    def __enter__(self) -> "_Metrics":
-        self._stream = self._file.open("a") if self._world.is_main else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def add(self, step: int, lr: float, samples: int, values: dict[str, Tensor]) -> None:
-        """Takes one step's numbers; writes those of the step before."""
-        self.flush()
-        now = time.perf_counter()
-        rate = samples / (now - self._clock)
-        self._clock = now
-        self._waiting = (step, lr, {**values, "images_per_second": torch.tensor(rate)})
-
-    def flush(self) -> None:
-        """Writes what is waiting. Raises FloatingPointError for a loss that is not finite."""
-        if self._waiting is None:
-            return
-        step, lr, tensors = self._waiting
-        self._waiting = None
-        self.newest = {"step": step, "lr": lr, **{name: round(float(v), 6) for name, v in tensors.items()}}
-        for name, value in (("loss", self.newest["loss"]), ("gradient's norm", self.newest["grad_norm"])):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
-        if self._stream is not None:
-            self._stream.write(json.dumps(self.newest) + "\n")
-            self._stream.flush()

@@ -1,29 +1,63 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import rng
-from kamim.batch import Batch, normalise
+from kamim import machine, rng
+from kamim.batch import Batch, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
-from kamim.loop import Batches, Outcome, Progress, Run, autocast, should_compile, synchronised, train
+from kamim.loop import (
+    Batches,
+    Observer,
+    Outcome,
+    Progress,
+    Run,
+    Steps,
+    autocast,
+    should_compile,
+    synchronised,
+    train,
+)
 from kamim.masking import block_masks
+from kamim.metrics import Waits
 from kamim.models import MaskedImageModel
 from kamim.objective import masked_l1
 from kamim.weighting import counts_to_weights
 
+Observe = Callable[[MaskedImageModel], Sequence[Observer]]
 
-def pretrain(config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress) -> Outcome:
+
+def pretrain(
+    config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress,
+    observe: Observe = lambda model: (),
+) -> Outcome:  # fmt: skip
     """Trains from the newest checkpoint in config.out, or from random weights, to the last epoch.
+
+    observe: what looks at the model meanwhile.
 
     Raises ValueError where config.out holds a run of another configuration, FloatingPointError for a loss
     that is not finite.
     """
     _claim(config, world)
+    model, network, optimizer = prepare(config, world)
+    run = Run(
+        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
+        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
+        log=config.log, observers=observe(model),
+    )  # fmt: skip
+    return train(
+        run, model, optimizer, lambda first, stop: steps(config, network, batches(first, stop), world), world, progress
+    )
+
+
+def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
+    """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
+    if world.device.type == "cpu":
+        machine.keep_memory()
     torch.manual_seed(config.seed)
     model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
     optimizer = torch.optim.AdamW(
@@ -33,24 +67,17 @@ def pretrain(config: Pretrain, batches: Batches, steps_per_epoch: int, world: Wo
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(config.compute, world.device):
         network.compile()
-    run = Run(
-        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
-    )  # fmt: skip
-    return train(
-        run, model, optimizer, lambda first, stop: _steps(config, network, batches(first, stop), world), world, progress
-    )
+    return model, network, optimizer
 
 
-def _steps(
-    config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def steps(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World) -> Steps:
     """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
     network.train()
     sums = torch.zeros(2, device=world.device)  # of loss and of mean W
     largest = torch.zeros((), device=world.device)
     step = -1
-    for batch in batches:
+    waits = Waits(batches)
+    for batch in waits:
         if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
             step = batch.step
             torch.manual_seed(rng.step_seed(config.seed, step, world.rank))
@@ -64,7 +91,7 @@ def _steps(
         if batch.last:
             total = world.sum(sums.clone())
             parts = {"weight_mean": total[1], "weight_max": world.largest(largest)} if weights is not None else {}
-            yield batch.step, {"loss": total[0], **parts}
+            yield batch.step, {"loss": total[0], **parts, "data_wait": waits.take()}
             sums.zero_()
             largest = torch.zeros_like(largest)
 
@@ -74,7 +101,7 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 or Eq. 3 of one batch, and the weights W [B, c, c] if there are any."""
     grid = config.data.resolution // config.mask.patch_size
-    mask = torch.from_numpy(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio)).to(device)
+    mask = upload(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio), device)
     weights = None
     if config.weighting is not None:
         assert batch.counts is not None, "KAMIM needs keypoint counts"
@@ -104,6 +131,7 @@ def _claim(config: Pretrain, world: World) -> None:
 
 # What a resumed run may change: none of it says which samples are trained on, or how.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "compute": True,
+         "log": True, "panel_epochs": True, "probe": True,
          "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 

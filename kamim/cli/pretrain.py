@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import RESUMABLE, ConfigFile, Overrides, app, bar, err_console, out_console, says_errors
+from kamim.cli.console import RESUMABLE, ConfigFile, Overrides, app, bar, err_console, note, out_console, says_errors
 
 
 @app.command()
@@ -25,10 +25,8 @@ def pretrain(
 
     method = "simmim" if resolved.weighting is None else "kamim"
     with bar(f"pretrain {method} {resolved.model.name}", factor=resolved.optim.batch_size) as update:
-        outcome = run_pretrain(
-            resolved, lambda done, total, m: update(done, total, f"loss {m['loss']:.4f}" if m else "")
-        )
+        outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)))
     if not outcome.finished:
         err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
         raise typer.Exit(RESUMABLE)
-    out_console.print(f"{resolved.out}: {outcome.step} steps done")
+    out_console.print(f"{resolved.out}: {outcome.step} steps done; {resolved.out / 'report.html'}")

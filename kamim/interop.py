@@ -84,11 +84,11 @@ def read_file(path: Path) -> State:
     return content
 
 
-def convert(state: State, resolution: int | None = None) -> Foreign:
+def convert(state: State, resolution: int | None = None, wanted: str | None = None) -> Foreign:
     """Any layout named above -> kamim's, for images of side `resolution` (None: as trained; a Swin's 192).
 
     Positions are interpolated for another resolution, relative position biases for another window. Raises
-    ValueError, naming what is odd, for weights that are none of kamim's architectures.
+    ValueError, naming what is odd, for weights that are none of kamim's architectures, or not of the one wanted.
     """
     renamed = _rename(state)
     renamed = _merge_qkv(renamed)
@@ -97,6 +97,8 @@ def convert(state: State, resolution: int | None = None) -> Foreign:
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
     architecture = _architecture(renamed)
+    if wanted not in (None, architecture):
+        raise ValueError(f"these are a {architecture}'s weights, the model asked for is a {wanted}")
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {name: value for name, value in renamed.items() if name.startswith("encoder.")}

@@ -4,12 +4,15 @@ A loop is a model, an optimiser and a generator of gradients; what a step's loss
 """
 
 import json
+import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +24,10 @@ from kamim import checkpoint, schedule
 from kamim.batch import Batch
 from kamim.config import Compute, Optim
 from kamim.distributed import World
+from kamim.nonfinite import Guard, NonFinite
+from kamim.store import write_whole
 
+log = logging.getLogger(__name__)
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
 # Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
@@ -42,7 +48,11 @@ class Run:
     optim: Optim
     steps_per_epoch: int
     every: int
-    keep: int
+    keep: checkpoint.Keep
+
+    def saves_at(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after so many steps."""
+        return step % self.every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
 
 
 @dataclass(frozen=True)
@@ -55,38 +65,69 @@ class Outcome:
 
 def train(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients, world: World,
-    progress: Progress, after_step: Callable[[], None] = lambda: None,
+    progress: Progress, after_step: Callable[[], None] = lambda: None, guard: Guard | None = None,
 ) -> Outcome:  # fmt: skip
     """Trains from the newest checkpoint in run.out, or from the model as it is, to the last epoch.
 
-    Raises FloatingPointError for a loss that is not finite.
+    A checkpoint that cannot be written (a full disk) is left out; only the last one's absence is an error, OSError.
+    Raises FloatingPointError for a loss that is not finite; with a guard NonFinite, the state of before it saved, or
+    the step is skipped.
     """
     scheduler = schedule.cosine(optimizer, run.optim, run.steps_per_epoch)
-    found = checkpoint.latest(run.out)
-    if found is not None:
-        checkpoint.restore(found, model, optimizer)
-    world.barrier()  # everyone has looked
-    first = 0 if found is None else found.step
-    total = run.optim.epochs * run.steps_per_epoch
+    first = resume(run.out, model, optimizer, world)
+    total, _, _ = run.optim.schedule(run.steps_per_epoch)
     step = first
-    with _stop_asked() as stopped, _Metrics(run.out, first, world) as metrics:
-        for step, values in gradients(first, total):
-            scheduler.step_update(step)
-            norm = _update(model, optimizer, run.optim.clip_grad)
-            after_step()
-            rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-            metrics.add(step, rate, run.optim.batch_size, {**values, "grad_norm": norm})
-            step += 1
-            progress(step, total, metrics.newest)
-            stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
-            if step % run.every == 0 or step == total or stop:
-                metrics.flush()
-                if world.is_main:
-                    checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
-                world.barrier()
-            if stop:
-                break
+
+    def save(step: int, last: bool) -> None:
+        try:
+            metrics.make_durable()  # a checkpoint stands on the lines before it
+            if world.is_main:
+                checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
+        except OSError as error:
+            if last:
+                raise
+            _note(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
+        world.barrier()
+
+    with (
+        _stop_asked() as stopped,
+        _Metrics(run.out, first, world, _refuse if guard is None else guard.check) as metrics,
+    ):
+        try:
+            for step, values in gradients(first, total):
+                scheduler.step_update(step)
+                values = {**values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
+                after_step()
+                rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
+                metrics.add(step, rate, run.optim.batch_size, values)
+                step += 1
+                progress(step, total, metrics.newest)
+                stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+                if run.saves_at(step) or step == total or stop:
+                    metrics.flush()
+                    save(step, last=step == total or stop)
+                if stop:
+                    break
+        except NonFinite as error:
+            if error.step not in checkpoint.saved(run.out):
+                save(error.step, last=False)
+            raise
     return Outcome(step, step == total)
+
+
+def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, most: int | None = None) -> int:
+    """Restores the newest whole checkpoint (of at most `most` steps), if there is one: how many steps are done.
+
+    The first process chooses for all, who may not see the same files.
+    """
+    found = checkpoint.latest(run, most) if world.is_main else None
+    step = torch.tensor(-1 if found is None else found.step, device=world.device)
+    world.share(step)
+    if step < 0:
+        return 0
+    checkpoint.restore(found or checkpoint.at(run, int(step)), model, optimizer)
+    world.barrier()  # before the first process drops any
+    return int(step)
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
@@ -105,11 +146,28 @@ def synchronised(network: nn.Module, batch: Batch, world: World) -> AbstractCont
     return nullcontext() if batch.last or world.size == 1 else network.no_sync()  # type: ignore[operator]
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None, loss: Tensor, guard: Guard | None
+) -> dict[str, Tensor]:
+    """One optimiser step with the gradients that are there; returns what to log of it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    skipped = {} if guard is None else {"skipped": guard.gate(loss, norm)}
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return {"grad_norm": norm, **skipped}
+
+
+def _refuse(step: int, values: dict[str, float]) -> None:
+    for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
+
+
+def _note(run: Path, line: str) -> None:
+    """A line on stderr, and in RUN/log.txt where there is room for it."""
+    log.warning(line)
+    with suppress(OSError), (run / "log.txt").open("a") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
 
 
 @contextmanager
@@ -131,21 +189,24 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
 
 class _Metrics:
-    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued."""
+    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued.
 
-    def __init__(self, run: Path, first: int, world: World):
+    check(step, numbers): raises for what must stop the run, or returns what there is to say. A line that finds no room
+    on the disk waits for the next.
+    """
+
+    def __init__(self, run: Path, first: int, world: World, check: Callable[[int, dict[str, float]], str | None]):
         self.newest: dict[str, float] = {}
-        self._world = world
+        self._run, self._world, self._check = run, world, check
         self._waiting: tuple[int, float, dict[str, Tensor]] | None = None
         self._clock = time.perf_counter()
         self._file = run / "metrics.jsonl"
+        self._unwritten = b""
         if world.is_main:
-            lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-            self._file.write_text("".join(kept))
+            write_whole(self._file, b"".join(_lines_before(self._file, first)))
 
     def __enter__(self) -> "_Metrics":
-        self._stream = self._file.open("a") if self._world.is_main else None
+        self._stream = self._file.open("ab", buffering=0) if self._world.is_main else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,15 +222,44 @@ class _Metrics:
         self._waiting = (step, lr, {**values, "images_per_second": torch.tensor(rate)})
 
     def flush(self) -> None:
-        """Writes what is waiting. Raises FloatingPointError for a loss that is not finite."""
+        """Writes what is waiting. Raises what check does."""
         if self._waiting is None:
             return
         step, lr, tensors = self._waiting
         self._waiting = None
         self.newest = {"step": step, "lr": lr, **{name: round(float(v), 6) for name, v in tensors.items()}}
-        for name, value in (("loss", self.newest["loss"]), ("gradient's norm", self.newest["grad_norm"])):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
+        said = self._check(step, self.newest)
+        if self._stream is None:
+            return
+        if said is not None:
+            _note(self._run, said)
+        line = {name: value if math.isfinite(value) else None for name, value in self.newest.items()}
+        late = bool(self._unwritten)
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not late:
+                _note(self._run, f"step {step}: {self._file.name} is behind, the run goes on: {error}")
+
+    def make_durable(self) -> None:
+        """Raises OSError where a line cannot be written."""
         if self._stream is not None:
-            self._stream.write(json.dumps(self.newest) + "\n")
-            self._stream.flush()
+            self._write()
+            os.fsync(self._stream.fileno())
+
+    def _write(self) -> None:
+        assert self._stream is not None
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+
+
+def _lines_before(file: Path, first: int) -> Iterator[bytes]:
+    """Lines of the steps before `first`; after them, a machine that went down may have left anything."""
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= first:
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line

@@ -1,50 +1,97 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import rng
+from kamim import checkpoint, interop, rng
 from kamim.batch import Batch, normalise
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
-from kamim.loop import Batches, Outcome, Progress, Run, autocast, should_compile, synchronised, train
+from kamim.loop import Batches, Outcome, Progress, Run, Steps, autocast, should_compile, synchronised, train
 from kamim.masking import block_masks
-from kamim.models import MaskedImageModel
-from kamim.objective import masked_l1
+from kamim.models import ARCHITECTURES, MaskedImageModel
+from kamim.nonfinite import Guard
+from kamim.objective import masked_l1, normalise_patches
+from kamim.store import write_whole
 from kamim.weighting import counts_to_weights
 
+CONFIG = "config.yaml"  # of a run
 
-def pretrain(config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress) -> Outcome:
-    """Trains from the newest checkpoint in config.out, or from random weights, to the last epoch.
 
-    Raises ValueError where config.out holds a run of another configuration, FloatingPointError for a loss
-    that is not finite.
+def pretrain(
+    config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress, fresh: bool = False
+) -> Outcome:
+    """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
+
+    fresh: there must be no run in config.out. Raises ValueError where there is, or one of another configuration, and
+    for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss that is not finite.
     """
+    config.optim.schedule(steps_per_epoch)  # durations that do not fit are told before anything is written
+    _check_place(config, fresh)
+    model = build_model(config, world.device)
+    if config.init_from is not None and not checkpoint.saved(config.out):
+        initialise(model, config)
     _claim(config, world)
-    torch.manual_seed(config.seed)
-    model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
-        fused=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(config, model)
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(config.compute, world.device):
         network.compile()
     run = Run(
         config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
+        every=config.checkpoint_epochs * steps_per_epoch,
+        keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
     )  # fmt: skip
-    return train(
-        run, model, optimizer, lambda first, stop: _steps(config, network, batches(first, stop), world), world, progress
-    )
+    guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
+
+    def made(first: int, stop: int) -> Steps:
+        return gradients(config, network, batches(first, stop), world, guard)
+
+    return train(run, model, optimizer, made, world, progress, guard=guard)
 
 
-def _steps(
-    config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def build_model(config: Pretrain, device: torch.device) -> MaskedImageModel:
+    """With the random weights that a run of this configuration begins with."""
+    torch.manual_seed(config.seed)
+    return MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(device)
+
+
+def initialise(model: MaskedImageModel, config: Pretrain) -> None:
+    """Loads config.init_from, positions interpolated for another resolution; what it lacks stays random.
+
+    Raises ValueError where it cannot be read or is of another architecture.
+    """
+    path = config.init_from
+    assert path is not None
+    try:
+        state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
+        made = interop.convert(state, config.data.resolution, config.model.name)
+    except ValueError as error:
+        raise ValueError(f"init_from = {path}: {error}") from error
+    model.load_state_dict(made.state, strict=made.has_head)
+
+
+def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Optimizer:
+    """Fused AdamW; with optim.decay_all false, vectors, positions and tokens have no weight decay."""
+    optim = config.optim
+    kept = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return optim.decay_all or not (parameter.ndim < 2 or name in kept or name.endswith("bias_table"))
+
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays(name, p) == decayed], "weight_decay": decayed * optim.weight_decay}
+        for decayed in (True, False)
+    ]  # fmt: skip
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
+    )  # fmt: skip
+
+
+def gradients(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard) -> Steps:
     """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
     network.train()
     sums = torch.zeros(2, device=world.device)  # of loss and of mean W
@@ -57,6 +104,7 @@ def _steps(
         with synchronised(network, batch, world):
             loss, weights = batch_loss(config, network, batch, world.device)
             (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
+        guard.see(batch, loss.detach())
         sums[0] += loss.detach() * batch.share
         if weights is not None:
             sums[1] += weights.mean() * batch.share
@@ -73,38 +121,54 @@ def batch_loss(
     config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 or Eq. 3 of one batch, and the weights W [B, c, c] if there are any."""
+    target, reconstruction, mask, weights = reconstruct(config, network, batch, device)
+    return masked_l1(target, reconstruction, mask, weights), weights
+
+
+def reconstruct(
+    config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What masked_l1 takes: target and reconstruction [B, 3, R, R], mask bool [B, g, g], W [B, c, c] or None."""
     grid = config.data.resolution // config.mask.patch_size
     mask = torch.from_numpy(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio)).to(device)
     weights = None
     if config.weighting is not None:
         assert batch.counts is not None, "KAMIM needs keypoint counts"
-        weights = counts_to_weights(batch.counts, config.weighting.patch_size, config.weighting.temperature)
+        w = config.weighting
+        weights = counts_to_weights(batch.counts, w.patch_size, w.temperature, w.normalize)
     images = normalise(batch.images)
     with autocast(config.compute, device):
         reconstruction = network(images, mask)
-    return masked_l1(images, reconstruction, mask, weights), weights
+    target = normalise_patches(images, ARCHITECTURES[config.model.name].stride) if config.norm_pix_loss else images
+    return target, reconstruction, mask, weights
 
 
-def _claim(config: Pretrain, world: World) -> None:
-    """Writes the configuration into config.out, or raises ValueError where another run lives there."""
-    file = config.out / "config.yaml"
-    if file.is_file() and (difference := _difference(load(Pretrain, file), config)):
+def _check_place(config: Pretrain, fresh: bool) -> None:
+    """Raises ValueError where another run lives in config.out, or any, if it must be fresh."""
+    file = config.out / CONFIG
+    if not file.is_file():
+        return
+    if fresh:
+        raise ValueError(f"out = {config.out}: holds a run already; choose another out=..., or --resume auto goes on")
+    if difference := _difference(load(Pretrain, file), config):
         raise ValueError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
         )
+
+
+def _claim(config: Pretrain, world: World) -> None:
+    """Writes the configuration into config.out."""
     world.barrier()  # everyone has looked
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
-        staged = file.with_suffix(".tmp")
-        staged.write_text(dump(config))
-        staged.rename(file)
+        write_whole(config.out / CONFIG, dump(config).encode())
     world.barrier()
 
 
 # What a resumed run may change: none of it says which samples are trained on, or how.
-_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "compute": True,
-         "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
+         "on_nonfinite": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 
 def _difference(there: Pretrain, asked: Pretrain) -> str:

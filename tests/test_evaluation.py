@@ -241,7 +241,7 @@ def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained:
     assert "data:image/png" in (tmp_path / "out/index.html").read_text()
     (more,) = run(evaluation(pretrained, stores["zarr"], "reconstruct.mask_ratio=0.1"), "reconstruct")
     assert more["paper"] != result["paper"]
-    with pytest.raises(ValueError, match="without a trained pixel head; it reconstructs nothing"):
+    with pytest.raises(ValueError, match="has no head trained to reconstruct pixels"):
         run(evaluation(f"pixels:{pretrained}", stores["zarr"]), "reconstruct")
 
 

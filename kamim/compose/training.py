@@ -1,11 +1,9 @@
 """Stores and loaders for the pretraining loop."""
 
-from collections.abc import Iterator
-
 from kamim import distributed
-from kamim.batch import Batch
 from kamim.config import Pretrain
-from kamim.loop import Outcome, Progress
+from kamim.distributed import World
+from kamim.loop import Batches, Outcome, Progress
 from kamim.pretrain import pretrain
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
@@ -13,26 +11,28 @@ from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
 
 
-def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
-    """`kamim pretrain`: checks the store against the configuration, then trains on it."""
+def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
+    """`kamim pretrain`: checks the store against the configuration, then trains on it. fresh: see pretrain."""
     world = distributed.start(config.compute.device)
     try:
         store = Store(config.data.store)
-        counter = _counter(config, store)
-        check_area(store, config.data.resolution, config.data.crop_scale[0])
-        optim, data = config.optim, config.data
-        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
-        loader = Loader(
-            store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
-            workers=data.workers, pin=world.device.type == "cuda",
-        )  # fmt: skip
-
-        def batches(first: int, stop: int) -> Iterator[Batch]:
-            return feed(loader.steps(first, stop), world.device)
-
-        return pretrain(config, batches, plan.steps_per_epoch, world, progress)
+        plan, batches = training_batches(config, store, world)
+        return pretrain(config, batches, plan.steps_per_epoch, world, progress, fresh)
     finally:
         distributed.stop()
+
+
+def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan, Batches]:
+    """What a process of a run trains on. Raises ValueError where the store cannot give it."""
+    optim, data = config.optim, config.data
+    counter = _counter(config, store)
+    check_area(store, data.resolution, data.crop_scale[0])
+    plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+    loader = Loader(
+        store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
+        workers=data.workers, pin=world.device.type == "cuda",
+    )  # fmt: skip
+    return plan, lambda first, stop: feed(loader.steps(first, stop), world.device)
 
 
 def check_area(store: Store, resolution: int, smallest_crop: float) -> None:

@@ -86,15 +86,21 @@ def save(
     Later ones than `step` are dropped, too: the run went back behind them, as they were damaged. Raises OSError
     where it cannot be written (a full disk); what was there before is there still.
     """
-    for left in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(left, ignore_errors=True)
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     files = {"model.safetensors": weights, "optimizer.safetensors": _optimizer_state(model, optimizer)}
     final = _write(_path(run, step), step, kind, config, files, has_head=True)
-    there = saved(run)
-    for old in [*keep.drops([other for other in there if other <= step]), *(other for other in there if other > step)]:
-        _remove(_path(run, old))
+    for later in [other for other in saved(run) if other > step]:
+        _remove(_path(run, later))
+    tidy(run, step, keep)
     return final
+
+
+def tidy(run: Path, step: int, keep: Keep) -> None:
+    """Drops checkpoints up to `step` that need not stay, and what is half-written or half-removed."""
+    for old in keep.drops([other for other in saved(run) if other <= step]):
+        _remove(_path(run, old))
+    for left in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:

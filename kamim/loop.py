@@ -75,6 +75,8 @@ def train(
     """
     scheduler = schedule.cosine(optimizer, run.optim, run.steps_per_epoch)
     first = resume(run.out, model, optimizer, world)
+    if world.is_main:
+        checkpoint.tidy(run.out, first, run.keep)
     total, _, _ = run.optim.schedule(run.steps_per_epoch)
     step = first
 

@@ -79,9 +79,10 @@ class Guard:
         return f"{said}; skipped, see {file}"
 
 
-def recorded(run: Path) -> list[int]:
-    """Steps of a run that were not finite, ascending."""
-    return sorted(int(file.stem.removeprefix("step-")) for file in (run / FOLDER).glob("step-*.json"))
+def recorded(run: Path) -> dict[int, int]:
+    """Steps of a run that were not finite, ascending, and how many ranks each had."""
+    files = sorted((run / FOLDER).glob("step-*.json"))
+    return {int(file.stem.removeprefix("step-")): len(json.loads(file.read_text())["ranks"]) for file in files}
 
 
 def _strict(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, or loses a checkpoint, ends as if nothing had happened: the same losses and weights."""
+"""A run that is killed anywhere, or loses a checkpoint, ends as if nothing had happened: same losses, same weights."""
 
 import json
 import os

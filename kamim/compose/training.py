@@ -1,10 +1,13 @@
 """Stores and loaders for the pretraining loop."""
 
-from kamim import distributed
-from kamim.config import Pretrain
+from pathlib import Path
+
+from kamim import distributed, nonfinite
+from kamim.config import Pretrain, load
 from kamim.distributed import World
 from kamim.loop import Batches, Outcome, Progress
-from kamim.pretrain import pretrain
+from kamim.pretrain import CONFIG, pretrain
+from kamim.replay import Replayed, replay
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
@@ -20,6 +23,26 @@ def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> O
         return pretrain(config, batches, plan.steps_per_epoch, world, progress, fresh)
     finally:
         distributed.stop()
+
+
+def run_replay(run: Path, step: int | None, device: str) -> Replayed:
+    """`kamim replay`: a step of a run again; None for the newest that was not finite. Raises ValueError for no such."""
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
+    config = load(Pretrain, run / CONFIG)
+    recorded = nonfinite.recorded(run)
+    if step is None and not recorded:
+        raise ValueError(f"{run}: had no step whose loss was not finite; name another with --step")
+    step = max(recorded) if step is None else step
+    one = distributed.start(device)
+    store = Store(config.data.store)
+    plan, batches = training_batches(config, store, one)
+    total, _, _ = config.optim.schedule(plan.steps_per_epoch)
+    if not 0 <= step < total:
+        raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
+    size = recorded.get(step, 1)
+    ranks = [training_batches(config, store, World(rank, size, one.device))[1] for rank in range(size)]
+    return replay(config, run, step, batches, ranks, plan.steps_per_epoch, one.device)
 
 
 def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan, Batches]:

@@ -184,7 +184,7 @@ def read(path: Path) -> Checkpoint:
     if not file.is_file():
         found = latest(path)
         if found is None:
-            raise ValueError(f"--checkpoint {path}: neither a checkpoint (state.json) nor a run that has one")
+            raise ValueError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
         return found
     try:
         state: dict[str, Any] = json.loads(file.read_text())

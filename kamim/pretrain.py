@@ -69,7 +69,7 @@ def initialise(model: MaskedImageModel, config: Pretrain) -> None:
         state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
         made = interop.convert(state, config.data.resolution, config.model.name)
     except ValueError as error:
-        raise ValueError(f"init_from = {path}: {error}") from error
+        raise ValueError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(made.state, strict=made.has_head)
 
 

@@ -92,9 +92,10 @@ def train(
         world.barrier()
 
     with (
-        _stop_asked() as stopped,
+        _stop_asked() as asked,
         _Metrics(run.out, first, world, _refuse if guard is None else guard.check) as metrics,
     ):
+        stopped = _agreed(asked, world)
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
@@ -104,7 +105,7 @@ def train(
                 metrics.add(step, rate, run.optim.batch_size, values)
                 step += 1
                 progress(step, total, metrics.newest)
-                stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+                stop = stopped()
                 if run.saves_at(step) or step == total or stop:
                     metrics.flush()
                     save(step, last=step == total or stop)
@@ -133,8 +134,12 @@ def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world:
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 autocast, or nothing."""
-    precision = ("bf16" if device.type == "cuda" else "fp32") if compute.precision == "auto" else compute.precision
+    """bf16 autocast, or nothing. Raises ValueError where bf16 is asked for on a GPU that has none."""
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if lacks and compute.precision == "bf16":
+        raise ValueError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
+    auto = "bf16" if device.type == "cuda" and not lacks else "fp32"
+    precision = auto if compute.precision == "auto" else compute.precision
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -188,6 +193,24 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _agreed(asked: Callable[[], bool], world: World) -> Callable[[], bool]:
+    """Called once a step by every rank: whether any was asked, or some would wait for the others for ever.
+
+    Several ranks hear of it one step later, so that none waits for its device.
+    """
+    if world.size == 1:
+        return asked
+    before = torch.zeros((), device=world.device)
+
+    def answer() -> bool:
+        nonlocal before
+        found = bool(before)
+        before = world.sum(torch.full((), float(asked()), device=world.device))
+        return found
+
+    return answer
 
 
 class _Metrics:

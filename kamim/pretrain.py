@@ -29,7 +29,8 @@ def pretrain(
     fresh: there must be no run in config.out. Raises ValueError where there is, or one of another configuration, and
     for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss that is not finite.
     """
-    config.optim.schedule(steps_per_epoch)  # durations that do not fit are told before anything is written
+    config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
+    autocast(config.compute, world.device)
     _check_place(config, fresh)
     model = build_model(config, world.device)
     if config.init_from is not None and not checkpoint.saved(config.out):

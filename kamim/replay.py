@@ -59,10 +59,10 @@ def replay(
     """
     world = World(0, 1, device)
     model = build_model(config, device)
-    if config.init_from is not None:
-        initialise(model, config)
     optimizer = build_optimizer(config, model)
     began = resume(run, model, optimizer, world, most=step)
+    if began == 0 and config.init_from is not None:
+        initialise(model, config)
     guard = Guard(optimizer, "skip", run, config.seed, world)
     scheduler = schedule.cosine(optimizer, config.optim, steps_per_epoch)
     for at, values in gradients(config, model, batches(began, step), world, guard):

@@ -13,7 +13,8 @@ from torch import Tensor
 from kamim import checkpoint, interop
 from kamim.compose.checkpoints import load_subject
 from kamim.compose.training import run_pretrain
-from kamim.config import Pretrain, load
+from kamim.config import Compute, Pretrain, load
+from kamim.loop import autocast
 from kamim.models import MaskedImageModel, build_encoder
 from kamim.objective import normalise_patches
 from kamim.pretrain import build_model, build_optimizer
@@ -166,3 +167,16 @@ def test_what_a_run_cannot_begin_with_is_told_before_any_work(
     with pytest.raises(ValueError, match=f"init_from = {tmp_path / what}: .*{re.escape(message)}"):
         run_pretrain(config(tmp_path / "run", store, f"init_from={tmp_path / what}"), quiet)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    gpu = torch.device("cuda")
+    assert not isinstance(autocast(Compute(), gpu), torch.autocast)
+    with pytest.raises(
+        ValueError, match=r"compute.precision = 'bf16': this GPU does not .* use compute.precision=fp32"
+    ):
+        autocast(Compute(precision="bf16"), gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    assert isinstance(autocast(Compute(), gpu), torch.autocast)
+    assert not isinstance(autocast(Compute(), CPU), torch.autocast)

@@ -98,6 +98,6 @@ def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
         dataset, complete = manifest.job.dataset, found.step == steps
     return {
         "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,
-        "epochs": config.optim.epochs, "resolution": config.data.resolution,
+        "epochs": config.optim.duration or config.optim.epochs, "resolution": config.data.resolution,
         **config.model_dump(mode="json", include={"weighting", "mask", "optim", "norm_pix_loss", "init_from"}),
     }  # fmt: skip

@@ -2,7 +2,8 @@
 
 Edge coordinates: x right, y down, pixel i spans [i, i + 1). A resize from width a to width b multiplies x
 by b / a; a flip of width w is w - x. Detectors report pixel centres: centre = edge - 0.5.
-Boxes are (top, left, height, width) in whole pixels.
+Boxes are (top, left, height, width) in whole pixels. A view says how a crop is taken: its box, then whether it is
+flipped vertically and horizontally, six whole numbers.
 """
 
 import math
@@ -67,6 +68,27 @@ def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, ep
 def flips(seed, epoch, index):
     """(vertical, horizontal), each true with probability 0.5 (stream FLIP, draws 0 and 1)."""
     return rng.unit(seed, epoch, index, rng.FLIP, 0) < 0.5, rng.unit(seed, epoch, index, rng.FLIP, 1) < 0.5
+
+
+@njit(cache=True, nogil=True)
+def crop_views(sizes, scale, ratio, flip_v, seed, epoch, indices):
+    """A random view of each image: int64 [n, 6]. sizes: int [n, 2] (height, width); flip_v: whether vertical flips are.
+
+    scale, ratio: (least, greatest) of crop_box. indices: the samples' numbers.
+    """
+    views = np.empty((len(indices), 6), np.int64)
+    for i in range(len(indices)):
+        height, width, index = int(sizes[i, 0]), int(sizes[i, 1]), indices[i]
+        box = crop_box(height, width, scale[0], scale[1], ratio[0], ratio[1], seed, epoch, index)
+        views[i, 0], views[i, 1], views[i, 2], views[i, 3] = box
+        flipped_v, flipped_h = flips(seed, epoch, index)
+        views[i, 4], views[i, 5] = flip_v and flipped_v, flipped_h
+    return views
+
+
+def whole_views(sizes: np.ndarray) -> np.ndarray:
+    """The views that show whole images as they are: int64 [n, 6]."""
+    return np.pad(sizes.astype(np.int64), ((0, 0), (2, 2)))
 
 
 @njit(cache=True, nogil=True)

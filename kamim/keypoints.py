@@ -95,18 +95,18 @@ def raster_scratch(height: int, width: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def remap(positions, counts, borders, caps, snap, frame_h, frame_w, image_h, image_w, box, flip_v, flip_h, side, out):
+def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
 
     positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
-    many belong to each group, in order; frame_*, image_*: sides of the canonical frame and of the image that
-    `box` refers to; out: int32 [>= K, 2] (x, y).
+    many belong to each group, in order; frame, size: (height, width) of the canonical frame and of the image that
+    `view` (see kamim.geometry) refers to; out: int32 [>= K, 2] (x, y).
     """
-    ax, bx = axis_map(box[1], box[3], side, flip_h)
-    ay, by = axis_map(box[0], box[2], side, flip_v)
+    ax, bx = axis_map(view[1], view[3], side, view[5])
+    ay, by = axis_map(view[0], view[2], side, view[4])
     # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
-    ax, bx = ax * image_w / frame_w / POSITION_UNIT, bx + ax * 0.5 * image_w / frame_w
-    ay, by = ay * image_h / frame_h / POSITION_UNIT, by + ay * 0.5 * image_h / frame_h
+    ax, bx = ax * size[1] / frame[1] / POSITION_UNIT, bx + ax * 0.5 * size[1] / frame[1]
+    ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
     kept, stop = 0, 0
     for group in range(len(borders)):
         start, stop = stop, stop + int(counts[group])
@@ -146,15 +146,48 @@ def raster(points, count, height, width, table, bitmap):
     """
     bitmap[:] = 0
     for k in range(count):
-        x, y = points[k, 0] >> 4, points[k, 1] >> 4
-        stamp = table[_border_class(y, height), _border_class(x, width), points[k, 1] & 15, points[k, 0] & 15]
-        left = x + WORD - REACH
-        word, shift = left >> 6, np.uint64(left & 63)
-        carry = np.uint64(63) - shift
-        for r in range(STAMP_ROWS):
-            bits = stamp[r]
-            bitmap[y + r, word] |= bits << shift
-            bitmap[y + r, word + 1] |= (bits >> carry) >> np.uint64(1)  # a shift by 64 is undefined
+        _stamp(points[k, 0], points[k, 1], height, width, table, bitmap)
+
+
+@njit(cache=True, nogil=True)
+def raster_whole(points, count, height, width, table, bitmap, dots):
+    """raster, for points on whole pixels: several times as fast where there are many.
+
+    Inside, their footprints are all alike: a bit map of the points alone is moved and OR-ed. dots: raster_scratch.
+    """
+    bitmap[:] = 0
+    dots[:] = 0
+    for k in range(count):
+        x, y = points[k, 0], points[k, 1]
+        column, row = x // POSITION_UNIT, y // POSITION_UNIT
+        if _border_class(column, width) == BORDER and _border_class(row, height) == BORDER:
+            left = column + WORD - REACH
+            dots[row, left >> 6] |= np.uint64(1) << np.uint64(left & 63)
+        else:
+            _stamp(x, y, height, width, table, bitmap)
+    words = bitmap.shape[1]
+    to, source = bitmap.reshape(bitmap.size), dots.reshape(dots.size)
+    for r in range(STAMP_ROWS):
+        for b in range(STAMP_ROWS):
+            if (table[BORDER, BORDER, 0, 0, r] >> np.uint64(b)) & np.uint64(1):
+                shift, carry = np.uint64(b), np.uint64(63 - b)
+                below = to[r * words + 1 :]
+                for i in range(height * words - 1):  # over the ends of rows, where the margins are empty
+                    below[i] |= (source[i + 1] << shift) | ((source[i] >> carry) >> np.uint64(1))
+
+
+@njit(cache=True, nogil=True)
+def _stamp(x, y, height, width, table, bitmap):
+    """Draws the footprint of one point."""
+    column, row = x >> 4, y >> 4
+    stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
+    left = column + WORD - REACH
+    word, shift = left >> 6, np.uint64(left & 63)
+    carry = np.uint64(63) - shift
+    for r in range(STAMP_ROWS):
+        bits = stamp[r]
+        bitmap[row + r, word] |= bits << shift
+        bitmap[row + r, word + 1] |= (bits >> carry) >> np.uint64(1)  # a shift by 64 is undefined
 
 
 @njit(cache=True, nogil=True)

@@ -185,6 +185,11 @@ class Keypoints:
         """(positions uint16 [K, 2] as stored, counts uint32 [G] of each group among them, in order)."""
         return self._positions.rows(int(self._start[index]), int(self._total[index])), self._counts[index]
 
+    def of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of several images: (positions uint16 [sum K, 2], one image's after the other's, counts uint32 [n, G])."""
+        starts, totals = self._start[indices].tolist(), self._total[indices].tolist()
+        return np.concatenate(list(map(self._positions.rows, starts, totals))), self._counts[indices]
+
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""
         return self._positions.holds(self._start, self._total.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Cell counts of one crop: from the store's keypoints, or from the crop's own pixels (the reference path)."""
+"""Cell counts of crops: from the store's keypoints, or from the crops' own pixels (the reference path)."""
 
 from typing import NamedTuple, Protocol
 
@@ -10,47 +10,59 @@ from kamim import keypoints as kp
 from kamim.detectors import detector
 from kamim.store import Keypoints
 
-MAX_POINTS = 1 << 16  # per image; scratch is grown beyond it where a store needs more
-
-
-class View(NamedTuple):
-    """How a crop was taken: box (top, left, height, width) in the stored image of size (height, width), flips."""
-
-    box: tuple[int, int, int, int]
-    image_size: tuple[int, int]
-    flip_v: bool
-    flip_h: bool
-
 
 class Scratch:
     """Working memory of one thread."""
 
     def __init__(self, resolution: int):
         self.bitmap = kp.raster_scratch(resolution, resolution)
-        self.points = np.empty((MAX_POINTS, 2), np.int32)
+        self.dots = kp.raster_scratch(resolution, resolution)
+        self.points = np.empty((0, 2), np.int32)
+
+
+class Crops(NamedTuple):
+    """Crops of n samples, and how they were taken.
+
+    indices: int64 [n], their numbers. sizes: int [n, 2], (height, width) of the stored images. views: int64 [n, 6],
+    see kamim.geometry. pixels: uint8 [n, R, R, 3].
+    """
+
+    indices: np.ndarray
+    sizes: np.ndarray
+    views: np.ndarray
+    pixels: np.ndarray
+
+    def only(self, i: int) -> "Crops":
+        """The i-th of them."""
+        return Crops(*(array[i : i + 1] for array in self))
 
 
 class Counter(Protocol):
-    """Fills a sample's cell counts."""
+    """Fills samples' cell counts."""
 
     patch_size: int
 
-    def count(self, index: int, view: View, crop: np.ndarray, scratch: Scratch, out: np.ndarray) -> None:
-        """Counts for sample `index`, whose crop (uint8 [R, R, 3]) was taken as `view`, into out (int16 [g, g])."""
+    def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
+        """Counts of every crop, into out (int16 [n, g, g])."""
         ...
 
 
 @njit(cache=True, nogil=True)
 def _remapped_counts(
-    positions, counts, borders, caps, snap, frame, image_size, box, flip_v, flip_h, side, table, patch_size,
-    points, bitmap, out,
+    positions, counts, borders, caps, snap, frames, sizes, views, side, table, patch_size, points, bitmap, dots, out
 ):  # fmt: skip
-    kept = kp.remap(
-        positions, counts, borders, caps, snap, frame[0], frame[1], image_size[0], image_size[1], box,
-        flip_v, flip_h, side, points,
-    )  # fmt: skip
-    kp.raster(points, kept, side, side, table, bitmap)
-    kp.cell_counts(bitmap, patch_size, out)
+    """positions: those of all images, one after the other; counts [n, G], frames, sizes [n, 2], views [n, 6]."""
+    stop = 0
+    for i in range(len(out)):
+        start, stop = stop, stop + int(counts[i].sum())
+        kept = kp.remap(
+            positions[start:stop], counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
+        )  # fmt: skip
+        if snap:
+            kp.raster_whole(points, kept, side, side, table, bitmap, dots)
+        else:
+            kp.raster(points, kept, side, side, table, bitmap)
+        kp.cell_counts(bitmap, patch_size, out[i])
 
 
 class CachedCounts:
@@ -62,14 +74,14 @@ class CachedCounts:
         self._table = kp.stamps(footprint)
         self._rules = keypoints.rules.arrays()
 
-    def count(self, index: int, view: View, crop: np.ndarray, scratch: Scratch, out: np.ndarray) -> None:
+    def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""
-        positions, counts = self._keypoints.image(index)
+        positions, counts = self._keypoints.of(crops.indices)
         if len(positions) > len(scratch.points):
             scratch.points = np.empty((len(positions), 2), np.int32)
         _remapped_counts(
-            positions, counts, *self._rules, self._keypoints.frame[index], view.image_size, view.box,
-            view.flip_v, view.flip_h, len(crop), self._table, self.patch_size, scratch.points, scratch.bitmap, out,
+            positions, counts, *self._rules, self._keypoints.frame[crops.indices], crops.sizes, crops.views,
+            crops.pixels.shape[1], self._table, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 
 
@@ -82,8 +94,9 @@ class OnlineCounts:
         self._detector = detector(name)
         self._footprint = footprint
 
-    def count(self, index: int, view: View, crop: np.ndarray, scratch: Scratch, out: np.ndarray) -> None:
+    def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""
-        side = len(crop)
-        found = self._detector.detect(crop)
-        out[:] = kp.map_counts(kp.keypoint_map(found.xy, side, side, self._footprint), self.patch_size)
+        side = crops.pixels.shape[1]
+        for crop, counts in zip(crops.pixels, out, strict=True):
+            found = self._detector.detect(crop)
+            counts[:] = kp.map_counts(kp.keypoint_map(found.xy, side, side, self._footprint), self.patch_size)

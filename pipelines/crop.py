@@ -1,76 +1,93 @@
 """Crop, bilinear resize and flips of one image, in one pass without the GIL.
 
-A pixel is one 64-bit word of three 21-bit lanes, so that a multiplication weighs its three channels at once.
-Vertical weights have 11 bits and leave 5 bits of fraction; horizontal weights have 8: 8 + 5 + 8 = 21.
+Each row of the source that is needed is resized once, to 16 bits a value; two of them blend into a row of the result.
+Both are short loops over flat arrays, which the compiler does 16 or 32 values at a time. What no vector instruction
+does, bringing neighbours to where they are wanted, moves two pixels at a time as one 8-byte word.
 """
 
 import numpy as np
 from numba import njit
 
-_LANE = 21
-_BYTE = (np.uint64(0xFF), np.uint64(0xFF00), np.uint64(0xFF0000))
-_SPREAD = (np.uint64(_LANE - 8), np.uint64(2 * (_LANE - 8)))
-_LOW_13 = np.uint64(0x1FFF * (1 + (1 << _LANE) + (1 << 2 * _LANE)))
-_HALF = np.uint64((1 << 12) * (1 + (1 << _LANE) + (1 << 2 * _LANE)))
-_OUT = (np.uint64(13), np.uint64(_LANE + 13), np.uint64(2 * _LANE + 13))
-_VERTICAL, _HORIZONTAL = 11, 8  # bits of the weights
+from pipelines.words import high16, load8, store8
+
+_PIXEL = np.uint64(24)  # bits
+_FIRST = np.uint64(0xFFFFFF)
+_OTHERS = np.uint64(0xFFFFFFFFFFFFFFFF ^ 0xFFFFFF)
+_BYTE = np.uint16(8)  # bits
+_HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two products that were cut off
+_SLACK = 8  # bytes that are read or written past the end of a row
 
 
 @njit(cache=True, nogil=True)
-def _taps(length, out_length, flip, bits, first, weight):
-    """For each output coordinate: the first of its two source samples, and the weight of the second.
+def _source(o, scale, length):
+    """Where output sample o lies among `length` source samples: half-pixel centres, torch's antialias=False."""
+    return min(max((o + 0.5) * scale - 0.5, 0.0), length - 1.0)
 
-    Half-pixel centres (o + 1/2) * length / out_length - 1/2, clamped to the crop: torch's antialias=False.
+
+@njit(cache=True, nogil=True)
+def _columns(width, flip, offset, weight):
+    """For each output column: the byte offset of the first of its two pixels; the second's weight, in 256ths, thrice."""
+    columns = len(weight) // 3
+    for o in range(columns):
+        source = _source(o, width / columns, width)
+        first = min(int(source), max(width - 2, 0))
+        to = columns - 1 - o if flip else o
+        offset[to] = 3 * first
+        weight[3 * to : 3 * to + 3] = int(np.rint((source - first) * 256))
+    offset[columns:] = offset[columns - 1]
+
+
+@njit(cache=True, nogil=True)
+def _resize_row(row, offset, weight, near, far, out):
+    """One row of the crop (uint8 [3 W], _SLACK readable behind it) -> out uint16 [3 R], in 256ths of a grey level.
+
+    near, far: uint8, room for both neighbours of every output pixel, and _SLACK.
     """
-    scale = length / out_length
-    for o in range(out_length):
-        source = min(max((o + 0.5) * scale - 0.5, 0.0), length - 1.0)
-        at = int(source)
-        to = out_length - 1 - o if flip else o
-        first[to] = at
-        weight[to] = int(np.rint((source - at) * (1 << bits)))
+    for k in range(len(offset) // 2):  # a word holds two neighbouring pixels, and a third in part
+        a, b = load8(row, offset[2 * k]), load8(row, offset[2 * k + 1])
+        store8(near, 6 * k, (a & _FIRST) | (b << _PIXEL))
+        store8(far, 6 * k, ((a >> _PIXEL) & _FIRST) | (b & _OTHERS))
+    for i in range(len(weight)):
+        value = np.uint16(near[i])
+        out[i] = np.uint16(value << _BYTE) + (np.uint16(far[i]) - value) * weight[i]  # exact modulo 2**16
 
 
 @njit(cache=True, nogil=True)
-def _spread(pixel):
-    """RGBX bytes of a uint32 -> R, G, B in lanes of a uint64."""
-    p = np.uint64(pixel)
-    return (p & _BYTE[0]) | ((p & _BYTE[1]) << _SPREAD[0]) | ((p & _BYTE[2]) << _SPREAD[1])
+def _blend_rows(upper, lower, weight, out):
+    """uint16 [3 R] in 256ths of a grey level, the lower one's weight in 65536ths -> out uint8 [3 R]."""
+    rest = np.uint16(0xFFFF - weight)
+    for i in range(len(out)):
+        out[i] = np.uint8(np.uint16(high16(upper[i], rest) + high16(lower[i], weight) + _HALF) >> _BYTE)
 
 
 @njit(cache=True, nogil=True)
-def crop_resize(pixels, box, flip_v, flip_h, out):
-    """Writes the crop `box` = (top, left, height, width) of an image, resized and flipped, to out.
+def crop_resize(pixels, view, out):
+    """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
-    pixels: uint32 [H, W], bytes R, G, B and one unused. out: uint8 [R, R, 3]. Equal to cropping, torchvision's
-    resize with antialias=False, then the flips, to within one grey level.
+    pixels: uint8 [H, W, 3]. out: uint8 [R, R, 3]. Both contiguous. Equal to cropping, torchvision's resize with
+    antialias=False, then the flips, to within one grey level.
     """
-    top, left, height, width = box
-    rows, columns = out.shape[0], out.shape[1]
-    y0, wy = np.empty(rows, np.int64), np.empty(rows, np.uint64)
-    x0, wx = np.empty(columns, np.uint64), np.empty(columns, np.uint64)  # unsigned: no test for negative indices
-    _taps(height, rows, flip_v, _VERTICAL, y0, wy)
-    _taps(width, columns, flip_h, _HORIZONTAL, x0, wx)
-    blend = np.empty(width + 1, np.uint64)
-    for y in range(rows):
-        upper = pixels[top + y0[y], left : left + width]
-        lower = pixels[top + min(y0[y] + 1, height - 1), left : left + width]
-        v = wy[y]
-        u = np.uint64(1 << _VERTICAL) - v
-        for i in range(width):  # contiguous, so the compiler vectorises it
-            blend[i] = ((_spread(upper[i]) * u + _spread(lower[i]) * v) >> np.uint64(6)) & _LOW_13
-        blend[width] = blend[width - 1]
-        for x in range(columns):
-            i, w = x0[x], wx[x]
-            pixel = blend[i] * (np.uint64(1 << _HORIZONTAL) - w) + blend[i + np.uint64(1)] * w + _HALF
-            out[y, x, 0] = pixel >> _OUT[0]
-            out[y, x, 1] = pixel >> _OUT[1]
-            out[y, x, 2] = pixel >> _OUT[2]
-
-
-@njit(cache=True, nogil=True)
-def pack(rgb, out):
-    """RGB uint8 [H, W, 3] -> out uint32 [H, W], as crop_resize takes it."""
-    for y in range(rgb.shape[0]):
-        for x in range(rgb.shape[1]):
-            out[y, x] = np.uint32(rgb[y, x, 0]) | np.uint32(rgb[y, x, 1]) << 8 | np.uint32(rgb[y, x, 2]) << 16
+    top, left, height, width, flip_v, flip_h = view
+    side, row_bytes = out.shape[0], 3 * out.shape[1]
+    offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
+    _columns(width, flip_h, offset, weight)
+    flat, results = pixels.reshape(pixels.size), out.reshape(side, row_bytes)
+    last = np.empty(3 * width + _SLACK, np.uint8)  # for rows behind which there is nothing to read
+    near, far = np.empty(row_bytes + _SLACK, np.uint8), np.empty(row_bytes + _SLACK, np.uint8)
+    resized = np.empty((2, row_bytes), np.uint16)  # of source row n, in place n % 2
+    held = np.full(2, -1)
+    for o in range(side):
+        source = _source(o, height / side, height)
+        upper = top + int(source)
+        lower = min(upper + 1, top + height - 1)
+        for n in (upper, lower):
+            if held[n % 2] != n:
+                held[n % 2] = n
+                start = 3 * (n * pixels.shape[1] + left)
+                row = flat[start : start + 3 * width]
+                if start + len(last) > len(flat):
+                    last[: 3 * width] = row
+                    row = last
+                _resize_row(row, offset, weight, near, far, resized[n % 2])
+        share = np.uint16(min((source - int(source)) * 65536, 65535.0))
+        _blend_rows(resized[upper % 2], resized[lower % 2], share, results[side - 1 - o if flip_v else o])

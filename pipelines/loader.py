@@ -5,12 +5,14 @@ batch's slot of a ring of buffers. Everything random is a function of (seed, epo
 depend on the number of threads, and any step can be computed alone.
 """
 
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -19,9 +21,11 @@ import torch
 from kamim import geometry
 from kamim.batch import Batch
 from kamim.store import Store
-from pipelines.counts import Counter, Scratch, View
-from pipelines.crop import crop_resize, pack
+from pipelines.counts import Counter, Crops, Scratch
+from pipelines.crop import crop_resize
 from pipelines.plan import Part, Plan
+
+_LOG = logging.getLogger(__name__)
 
 PREFETCH = 3  # micro-batches under way beside the one in use
 CHUNK = 16  # samples a thread takes at a time
@@ -43,21 +47,28 @@ class Crop:
     flip_v: bool = True
 
 
+OnError = Literal["stop", "skip"]
+
+
 @dataclass
 class _Slot:
     images: torch.Tensor
     counts: torch.Tensor | None
+    bad: dict[int, SampleError] = field(default_factory=dict)  # by row
 
 
 class Loader:
     """Batches of resolution x resolution crops.
 
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: where the keypoint
-    counts come from, or None for none. pin: buffers in pinned memory, for copies to a GPU.
+    counts come from, or None for none. pin: buffers in pinned memory, for copies to a GPU. on_error: whether a
+    sample that cannot be loaded stops the iteration, or is left out of its batch, counted and logged.
 
-        store = Store("stores/imagenet-train")
-        plan = Plan(len(store), batch_size=256, micro_batch=256, seed=0)
-        for batch in Loader(store, plan, 192, crop=Crop()).steps(0, plan.steps_per_epoch):
+    Iterating gives the batches of one epoch after the other, each from `step` to its end:
+
+        loader = Loader(store, Plan(len(store), batch_size=256, micro_batch=256, seed=0), 192, crop=Crop())
+        loader.step = 1234  # where a run goes on: the step after that of the last batch seen
+        for batch in loader:
             train_on(batch.images, batch.labels)
 
     A batch's memory is reused once the next one is asked for.
@@ -65,9 +76,11 @@ class Loader:
 
     def __init__(
         self, store: Store, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
-        workers: int | None = None, pin: bool = False,
+        workers: int | None = None, pin: bool = False, on_error: OnError = "stop",
     ):  # fmt: skip
         self.plan = plan
+        self.step = 0
+        self.skipped = 0
         self._store = store
         self._images = store.images
         self._resolution = resolution
@@ -75,13 +88,23 @@ class Loader:
         self._counter = counter
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pin = pin
+        self._on_error = on_error
         self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max())
         self._thread = threading.local()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches from self.step to the end of its epoch; self.step follows them."""
+        epoch_end = (self.step // self.plan.steps_per_epoch + 1) * self.plan.steps_per_epoch
+        for batch in self.steps(self.step, epoch_end):
+            if batch.last:
+                self.step = batch.step + 1
+            yield batch
 
     def steps(self, first: int, stop: int) -> Iterator[Batch]:
         """The micro-batches of optimiser steps first .. stop - 1.
 
-        Raises SampleError where a sample cannot be loaded. Leaving the iteration early stops the threads.
+        Raises SampleError where a sample cannot be loaded (with on_error skip, where a whole micro-batch cannot).
+        Leaving the iteration early stops the threads.
         """
         slots = deque(self._slot() for _ in range(PREFETCH + 1))
         pending: deque[tuple[Part, _Slot, list[Future[None]]]] = deque()
@@ -112,52 +135,81 @@ class Loader:
         return _Slot(images, torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._pin))
 
     def _batch(self, part: Part, slot: _Slot) -> Batch:
-        n = len(part.indices)
+        indices = part.indices
+        if slot.bad:
+            indices = self._without_bad(indices, slot)
+        n = len(indices)
         return Batch(
             images=slot.images[:n], counts=None if slot.counts is None else slot.counts[:n],
-            labels=torch.from_numpy(self._images.labels[part.indices]), indices=part.indices,
+            labels=torch.from_numpy(self._images.labels[indices]), indices=indices,
             epoch=part.epoch, step=part.step, last=part.last, share=part.share,
         )  # fmt: skip
 
+    def _without_bad(self, indices: np.ndarray, slot: _Slot) -> np.ndarray:
+        """Moves the rows of the samples that could be loaded to the front, and returns their numbers."""
+        good = [row for row in range(len(indices)) if row not in slot.bad]
+        for _, error in sorted(slot.bad.items()):
+            if not good:
+                raise error
+            _LOG.warning("%s; left out", error)
+        self.skipped += len(slot.bad)
+        slot.bad = {}
+        for tensor in (slot.images, slot.counts):
+            if tensor is not None:
+                tensor[: len(good)] = tensor[good]
+        return indices[good]
+
     def _fill(self, slot: _Slot, part: Part, start: int) -> None:
         """Samples start .. start + CHUNK - 1 of a part, into their rows of the slot."""
-        images = slot.images.numpy()
-        counts = None if slot.counts is None else slot.counts.numpy()
-        for row in range(start, min(start + CHUNK, len(part.indices))):
-            index = int(part.indices[row])
+        rows = slice(start, min(start + CHUNK, len(part.indices)))
+        indices, scratch = part.indices[rows], self._scratch()
+        sizes = self._images.sizes[indices]
+        crops = Crops(indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows])
+        for i, index in enumerate(indices.tolist()):
             try:
-                self._load(index, part.epoch, images[row], None if counts is None else counts[row])
+                crop_resize(self._decode(index, scratch), crops.views[i], crops.pixels[i])
             except Exception as error:
-                raise SampleError(f"{self._store.path}: sample {index}: {error}") from error
+                self._failed(slot, start + i, index, error)
+        if self._counter is not None and slot.counts is not None:
+            self._count(self._counter, crops, scratch, slot, start)
 
-    def _load(self, index: int, epoch: int, crop: np.ndarray, counts: np.ndarray | None) -> None:
-        """One sample, from its stored bytes to its row of the batch."""
-        scratch = self._scratch()
-        height, width = (int(side) for side in self._images.sizes[index])
-        image = self._decode(index, height, width, scratch)
-        view = self._view(index, epoch, height, width)
-        crop_resize(image, view.box, view.flip_v, view.flip_h, crop)
-        if self._counter is not None and counts is not None:
-            self._counter.count(index, view, crop, scratch, counts)
+    def _count(self, counter: Counter, crops: Crops, scratch: Scratch, slot: _Slot, start: int) -> None:
+        """All at once, which is fast; and one by one where one of them cannot be counted, to find out which."""
+        assert slot.counts is not None
+        counts = slot.counts.numpy()[start : start + len(crops.indices)]
+        try:
+            counter.count(crops, scratch, counts)
+        except Exception:
+            for i, index in enumerate(crops.indices.tolist()):
+                try:
+                    counter.count(crops.only(i), scratch, counts[i : i + 1])
+                except Exception as error:
+                    self._failed(slot, start + i, index, error)
 
-    def _decode(self, index: int, height: int, width: int, scratch: "_ThreadScratch") -> np.ndarray:
-        """Pixels of an image as crop_resize takes them: uint32 [H, W]."""
+    def _failed(self, slot: _Slot, row: int, index: int, error: Exception) -> None:
+        """Notes that a sample could not be loaded, or raises SampleError."""
+        named = SampleError(f"{self._store.path}: sample {index}: {error}")
+        if self._on_error == "stop":
+            raise named from error
+        named.__cause__ = error
+        slot.bad[row] = named
+
+    def _decode(self, index: int, scratch: "_ThreadScratch") -> np.ndarray:
+        """Pixels of an image: uint8 [H, W, 3]."""
         data = self._images.data(index)
+        height, width = self._images.sizes[index].tolist()
         if self._images.raw:
-            pixels = scratch.pixels.view(np.uint32)[: height * width].reshape(height, width)
-            pack(data.reshape(height, width, 3), pixels)
-            return pixels
-        image = simplejpeg.decode_jpeg(data, colorspace="RGBX", buffer=scratch.pixels)
-        if image.shape != (height, width, 4):
+            return data.reshape(height, width, 3)
+        image = simplejpeg.decode_jpeg(data, buffer=scratch.pixels)
+        if image.shape != (height, width, 3):
             raise ValueError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
-        return image.view(np.uint32)[..., 0]
+        return image
 
-    def _view(self, index: int, epoch: int, height: int, width: int) -> View:
+    def _views(self, indices: np.ndarray, epoch: int, sizes: np.ndarray) -> np.ndarray:
         if self._crop is None:
-            return View((0, 0, height, width), (height, width), False, False)
-        box = geometry.crop_box(height, width, *self._crop.scale, *self._crop.ratio, self.plan.seed, epoch, index)
-        flip_v, flip_h = geometry.flips(self.plan.seed, epoch, index)
-        return View(box, (height, width), flip_v and self._crop.flip_v, flip_h)
+            return geometry.whole_views(sizes)
+        crop = self._crop
+        return geometry.crop_views(sizes, crop.scale, crop.ratio, crop.flip_v, self.plan.seed, epoch, indices)
 
     def _scratch(self) -> "_ThreadScratch":
         if not hasattr(self._thread, "scratch"):
@@ -170,7 +222,7 @@ class _ThreadScratch(Scratch):
 
     def __init__(self, resolution: int, largest: int):
         super().__init__(resolution)
-        self.pixels = np.empty(4 * largest, np.uint8)
+        self.pixels = np.empty(3 * largest, np.uint8)
 
 
 def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -17,9 +17,10 @@ import kamim.detectors
 from kamim.cli import app
 from kamim.config import Weighting, load
 from kamim.detectors import DETECTORS, detect_packed, detector, names
+from kamim.geometry import whole_views
 from kamim.keypoints import Group, Rules, quantise
 from kamim.store import Store
-from pipelines.counts import OnlineCounts, Scratch, View
+from pipelines.counts import Crops, OnlineCounts, Scratch
 
 SHARED = Path(__file__).parents[2] / "shared/data/imagenet-sample/train"
 OWN = ("akaze", "harris", "shi_tomasi")
@@ -291,9 +292,11 @@ def test_a_plug_in_goes_wherever_a_name_goes(own: None, folder: Path, tmp_path: 
     store = Store(make_store(folder, tmp_path / "store", detectors=("akaze", "harris")))
     assert store.detectors == ("akaze", "harris")
     assert sum(len(store.keypoints("harris").image(i)[0]) for i in range(len(store))) > 0
-    counts = np.empty((12, 12), np.int16)
+    counts = np.empty((1, 12, 12), np.int16)
     crop = cv2.resize(cv2.imread(str(next(folder.glob("*/*.png")))), (96, 96))
-    OnlineCounts("akaze", "ring", 8).count(0, View((0, 0, 96, 96), (96, 96), False, False), crop, Scratch(96), counts)
+    size = np.array([[96, 96]])
+    crops = Crops(np.array([0]), size, whole_views(size), crop[None])
+    OnlineCounts("akaze", "ring", 8).count(crops, Scratch(96), counts)
     assert counts.sum() > 0
     image = str(next(folder.glob("*/*.png")))
     for command in (

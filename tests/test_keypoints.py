@@ -49,6 +49,18 @@ def test_an_unknown_footprint_is_refused() -> None:
         kp.stamps("disc")
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(kp.FOOTPRINTS), st.integers(9, 200), st.integers(9, 200))
+def test_points_on_whole_pixels_are_drawn_as_any_others(seed: int, footprint: str, height: int, width: int) -> None:
+    random = np.random.default_rng(seed)
+    points = (random.integers(0, (width, height), (random.integers(0, 300), 2)) * 16).astype(np.int32)
+    slow, fast, dots = (kp.raster_scratch(height, width) for _ in range(3))
+    for table in (kp.stamps(footprint),) * 2:  # twice: on scratch that is not empty
+        kp.raster(points, len(points), height, width, table, slow)
+        kp.raster_whole(points, len(points), height, width, table, fast, dots)
+    np.testing.assert_array_equal(slow[4 : 4 + height, 1:-1], fast[4 : 4 + height, 1:-1])
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96]))
 def test_cell_counts_are_sums_over_cells(seed: int, patch_size: int) -> None:
@@ -92,7 +104,7 @@ def test_remap_is_the_slow_one(seed: int, flip_v: bool, flip_h: bool, snap: bool
     box = (int(random.integers(0, 231 - h)), int(random.integers(0, 254 - w)), h, w)
     out = np.empty((300, 2), np.int32)
     counts = np.bincount(groups, minlength=3)
-    kept = kp.remap(positions, counts, *rules.arrays(), *frame, *image, box, flip_v, flip_h, 192, out)
+    kept = kp.remap(positions, counts, *rules.arrays(), frame, image, (*box, flip_v, flip_h), 192, out)
     expected = slow_remap(positions, groups, rules, frame, image, box, flip_v, flip_h, 192)
     assert kept == len(expected)
     if kept:

@@ -17,7 +17,7 @@ from kamim import geometry
 from kamim.keypoints import keypoint_map, map_counts
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
-from pipelines.crop import crop_resize, pack
+from pipelines.crop import crop_resize
 from pipelines.loader import Crop, Loader, SampleError, feed
 from pipelines.plan import Plan
 
@@ -62,9 +62,7 @@ def test_crop_resize_is_opencvs_and_torchvisions_within_a_grey_level(seed: int, 
     h, w = (int(random.integers(1, side + 1)) for side in image.shape[:2])
     top, left = int(random.integers(0, image.shape[0] - h + 1)), int(random.integers(0, image.shape[1] - w + 1))
     out = np.empty((64, 64, 3), np.uint8)
-    pixels = np.empty(image.shape[:2], np.uint32)
-    pack(image, pixels)
-    crop_resize(pixels, (top, left, h, w), flip_v, flip_h, out)
+    crop_resize(image, np.array([top, left, h, w, flip_v, flip_h]), out)
     cut = np.ascontiguousarray(image[top : top + h, left : left + w])
     opencv = cv2.resize(cut, (64, 64), interpolation=cv2.INTER_LINEAR)
     vision = F.resize(torch.from_numpy(cut).permute(2, 0, 1), [64, 64], antialias=False).permute(1, 2, 0).numpy()

@@ -73,7 +73,7 @@ def _counts(
         points = np.empty((len(positions), 2), np.int32)
         rules = detector(name).rules
         kept = kp.remap(
-            positions, groups, *rules.arrays(), *frame, height, width, box, *flips, setting.resolution, points
+            positions, groups, *rules.arrays(), frame, (height, width), (*box, *flips), setting.resolution, points
         )
         found, again = (detector(name).detect(image).xy for image in (crop, moved))
         for footprint in kp.FOOTPRINTS:

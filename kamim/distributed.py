@@ -46,6 +46,10 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all get the same answer."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:

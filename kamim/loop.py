@@ -92,10 +92,9 @@ def train(
         world.barrier()
 
     with (
-        _stop_asked() as asked,
+        _stop_asked() as stopped,
         _Metrics(run.out, first, world, _refuse if guard is None else guard.check) as metrics,
     ):
-        stopped = _agreed(asked, world)
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
@@ -105,7 +104,7 @@ def train(
                 metrics.add(step, rate, run.optim.batch_size, values)
                 step += 1
                 progress(step, total, metrics.newest)
-                stop = stopped()
+                stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
                 if run.saves_at(step) or step == total or stop:
                     metrics.flush()
                     save(step, last=step == total or stop)
@@ -158,7 +157,7 @@ def update(
 ) -> dict[str, Tensor]:
     """One optimiser step with the gradients that are there; returns what to log of it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
-    skipped = {} if guard is None else {"skipped": guard.gate(loss, norm)}
+    skipped = {} if guard is None else guard.gate(loss, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, **skipped}
@@ -193,24 +192,6 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _agreed(asked: Callable[[], bool], world: World) -> Callable[[], bool]:
-    """Called once a step by every rank: whether any was asked, or some would wait for the others for ever.
-
-    Several ranks hear of it one step later, so that none waits for its device.
-    """
-    if world.size == 1:
-        return asked
-    before = torch.zeros((), device=world.device)
-
-    def answer() -> bool:
-        nonlocal before
-        found = bool(before)
-        before = world.sum(torch.full((), float(asked()), device=world.device))
-        return found
-
-    return answer
 
 
 class _Metrics:

@@ -47,12 +47,12 @@ class Guard:
         while self._seen[0][0] < batch.step - 1:
             self._seen.popleft()
 
-    def gate(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Before an update: lets it through, or not. Returns 1 where not, else 0, on the device."""
+    def gate(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
+        """Before an update: lets it through, or not. What to log of it where the run goes on: 1 where not, else 0."""
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         self._held = torch.maximum(self._held, bad) if self._policy == "stop" else bad
         self._optimizer.found_inf = self._held
-        return self._held
+        return {"skipped": bad} if self._policy == "skip" else {}
 
     def check(self, step: int, values: dict[str, float]) -> str | None:
         """On all ranks: None for finite numbers; else records the step and returns what there is to say.
@@ -67,11 +67,14 @@ class Guard:
             {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
             for seen, epoch, indices, loss in self._seen if seen == step
         ])  # fmt: skip
-        if self._world.is_main:
-            file.parent.mkdir(exist_ok=True)
-            record = {"step": step, "seed": self._seed, **values, "ranks": parts}
-            write_whole(file, (json.dumps(_strict(record), indent=2) + "\n").encode())
         said = f"step {step}: {'the loss' if name == 'loss' else 'the norm of the gradient'} is {value}"
+        if self._world.is_main:
+            record = {"step": step, "seed": self._seed, **values, "ranks": parts}
+            try:
+                file.parent.mkdir(exist_ok=True)
+                write_whole(file, (json.dumps(_strict(record), indent=2) + "\n").encode())
+            except OSError as error:  # a full disk; the step can be replayed without
+                said += f" (unrecorded: {error})"
         if self._policy == "stop":
             raise NonFinite(
                 step, f"{said}; stopped before it, see {file}; `kamim replay {self._run}` shows its samples"

@@ -169,6 +169,7 @@ def test_what_a_run_cannot_begin_with_is_told_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     gpu = torch.device("cuda")

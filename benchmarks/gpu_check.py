@@ -3,9 +3,9 @@
     python benchmarks/gpu_check.py [--json OUT]
 
 Builds a small store of the sample photographs, then: (1) trains a small ViT for 30 steps on the CPU in fp32 and on
-cuda in fp32 and bf16, and compares the losses; (2) times `kamim pretrain` of a ViT-B at 192 px, compiled, bf16,
-KAMIM and SimMIM, fed by the loader and fed one batch again and again (what the loader costs); (3) compares the
-evaluation augmentation on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by
+cuda in fp32 and bf16, and compares the losses; (2) lists what waits for the device in ten steps of the loop; (3)
+runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and prints what it reaches beside each aim; (4) compares
+the evaluation augmentation on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by
 number. Without a GPU it says so and exits with 0.
 """
 
@@ -13,27 +13,22 @@ import argparse
 import json
 import tempfile
 import time
-from itertools import repeat
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from kamim import store
-from kamim.batch import Batch
+from kamim.bench.train import Ours, bench
 from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, Pretrain, load
-from kamim.distributed import World
-from kamim.pretrain import pretrain
 from pipelines.augment import random_erasing, trivial_augment_wide
-from pipelines.counts import CachedCounts
-from pipelines.loader import Crop, Loader, feed
-from pipelines.plan import Plan
 from preprocess.build import build
 from preprocess.plan import make_job
-from preprocess.sources import list_source
+from preprocess.sources import list_source, photograph
 
 CUDA = torch.device("cuda")
 
@@ -73,46 +68,48 @@ def same_losses(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def step_rate(config: Pretrain, batches: Any, steps: int) -> float:
-    """Images per second of the last half of `steps` optimiser steps."""
-    marks: list[float] = []
+def synchronisations(folder: Path) -> list[str]:
+    """What waits for the device in ten steps of a small ViT, after ten that compile; nothing should."""
+    config = load(Pretrain, None, [
+        f"data.store={folder / 'small'}", "data.resolution=96", "model.name=vit_demo", f"out={folder / 'waits'}",
+        "optim.batch_size=64", "optim.micro_batch=32",
+    ])  # fmt: skip
+    ours = Ours(config, 10)
+    list(ours())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        list(ours())
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in said]
 
-    def note(done: int, total: int, metrics: dict[str, float]) -> None:
-        torch.cuda.synchronize()
-        marks.append(time.perf_counter())
 
-    pretrain(config, batches, steps, World(0, 1, CUDA), note)
-    half = len(marks) // 2
-    return config.optim.batch_size * (len(marks) - half) / (marks[-1] - marks[half - 1])
+def photographs(folder: Path, count: int) -> Path:
+    """An image folder of `count` JPEGs, 500x375 px, cut from the sample photographs."""
+    random, photos = np.random.default_rng(0), [photograph(name) for name in ("astronaut.png", "coffee.png")]
+    (folder / "photographs").mkdir(parents=True)
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        top, left = (int(random.integers(side - size + 1)) for side, size in zip(photo.shape, (375, 500), strict=False))
+        Image.fromarray(photo[top : top + 375, left : left + 500]).save(folder / f"photographs/{i}.jpg", quality=90)
+    return folder
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """Images per second of a ViT-B, from the loader and from one batch on the device."""
-    data = store.Store(make_store(folder / "large", 192))
-    rates = {}
-    for method in ("kamim", "simmim"):
-        counter = CachedCounts(data.keypoints("fast"), "ring", 8) if method == "kamim" else None
-        plan = Plan(len(data), 512, 512, seed=0)
-        loader = Loader(data, plan, 192, crop=Crop(), counter=counter, pin=True)
-        fixed = next(iter(feed(loader.steps(0, 1), CUDA)))
-        for name, batches in (
-            ("loader", lambda first, stop, loader=loader: feed(loader.steps(first, stop), CUDA)),
-            ("one_batch", lambda first, stop, fixed=fixed: again(fixed, stop - first)),
-        ):
-            config = load(Pretrain, None, [
-                f"data.store={data.path}", f"out={folder / f'{method}_{name}'}", "optim.batch_size=512",
-                "optim.micro_batch=512", "optim.epochs=1", "optim.warmup_epochs=0", "compute.device=cuda",
-                *(["weighting=null"] if method == "simmim" else []),
-            ])  # fmt: skip
-            rates[f"{method}_{name}"] = step_rate(config, batches, 40)
-    return {**rates, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
-
-
-def again(batch: Batch, steps: int) -> Any:
-    """The same batch for every step."""
-    from dataclasses import replace
-
-    return (replace(given, step=step) for step, given in enumerate(repeat(batch, steps)))
+    """`kamim bench train` of a ViT-B at 192 px, compiled, bf16; each aim beside what was reached."""
+    source = list_source("imagefolder", photographs(folder / "photographs", 2048), "train")
+    job = make_job(
+        "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
+        resolution=192, crop_scale=(0.67, 1.0),
+    )  # fmt: skip
+    build(job, source, folder / "large", workers=8, strict=True, progress=lambda done, total: None)
+    made = bench(folder / "large", source, "vit_base", 512, 30, 3, lambda done, total: None)
+    return {**made, "aims": {
+        "FLOP utilisation, at least 0.45": made["flop_utilisation"]["kamim"],
+        "data-wait share, less than 0.02": made["data_wait_share"]["kamim"],
+        "over the plain loop, at least 2": made["ratios"]["kamim_over_plain"],
+        "KAMIM over SimMIM, at least 0.99": made["ratios"]["kamim_over_simmim"],
+    }}  # fmt: skip
 
 
 def same_augmentation() -> dict[str, Any]:
@@ -157,7 +154,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "losses": same_losses(Path(folder)), "augmentation": same_augmentation(),
+            "losses": same_losses(Path(folder)), "synchronisations": synchronisations(Path(folder)),
+            "augmentation": same_augmentation(),
             "evaluation": same_evaluation(Path(folder)),
             "training": training(Path(folder)),
         }  # fmt: skip

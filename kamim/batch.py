@@ -1,6 +1,7 @@
 """What the loader hands to a training loop."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,16 +47,26 @@ class Batch:
         )
 
 
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on `device`; on a GPU the copy is queued, and nothing waits for it or for work before it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], contiguous, ImageNet mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None] * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None] * 255
+    mean, std = (values[:, None, None] for values in _statistics(images.device))
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
     """The inverse of normalise, rounded and clipped: float [B, 3, H, W] -> uint8 [B, H, W, 3]."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    mean, std = _statistics(images.device)
     return (images.permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet mean and standard deviation of 0 .. 255, made once: a copy to a GPU waits for all that it does."""
+    return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255

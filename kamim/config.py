@@ -240,6 +240,24 @@ class Compute(Section):
     compile: bool | Literal["auto"] = "auto"
 
 
+class Log(Section):
+    """Beside metrics.jsonl and TensorBoard. wandb: Weights & Biases; true, or a project's name."""
+
+    wandb: bool | str = False
+
+
+class OnlineProbe(Section):
+    """Nearest neighbours by the features so far. train, val: labelled stores, of any classes.
+
+    per_class: so many training samples of each class, null for all. The first process alone does it.
+    """
+
+    train: Path
+    val: Path
+    every_epochs: Count = 10
+    per_class: Count | None = 100
+
+
 class Pretrain(Section):
     """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3).
 
@@ -248,6 +266,7 @@ class Pretrain(Section):
     `kamim import` reads, whose weights the run begins with; null for random ones. on_nonfinite: what happens where a
     loss or gradient is not finite. Checkpoints are made every checkpoint_epochs; the newest keep_checkpoints stay,
     and one every keep_every_epochs for good (null for none).
+    panel_epochs: epochs between two pictures of what the model makes of a few samples; null for none.
     """
 
     data: Data
@@ -264,6 +283,9 @@ class Pretrain(Section):
     keep_checkpoints: Count = 3
     keep_every_epochs: Count | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    log: Log = Log()
+    panel_epochs: Count | None = 10
+    probe: OnlineProbe | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:

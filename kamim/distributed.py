@@ -47,8 +47,8 @@ class World:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process; all get the same answer."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        """Whether `flag` is set in any process; all get the same answer. No device is waited for."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))))
 
     def barrier(self) -> None:
         """Waits for all processes."""
@@ -70,7 +70,7 @@ def start(device: str) -> World:
     if kind == "cuda":
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return World(rank, size, where)
 
 

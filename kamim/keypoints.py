@@ -109,23 +109,20 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
     kept, stop = 0, 0
     for group in range(len(borders)):
-        start, stop = stop, stop + int(counts[group])
+        start, stop, before = stop, stop + int(counts[group]), kept
         low, high = borders[group], side - borders[group]
-        room = caps[group] if caps[group] > 0 else len(positions)
-        for k in range(start, stop):
+        for k in range(start, stop):  # without a branch: every position is written, and the next one over a lost one
             x = positions[k, 0] * ax + bx
             y = positions[k, 1] * ay + by
-            if low <= x < high and low <= y < high:
-                if snap:  # the pixel that holds the edge coordinate is the rounded centre
-                    out[kept, 0] = int(x) * POSITION_UNIT
-                    out[kept, 1] = int(y) * POSITION_UNIT
-                else:
-                    out[kept, 0] = max(int(np.rint((x - 0.5) * POSITION_UNIT)), 0)
-                    out[kept, 1] = max(int(np.rint((y - 0.5) * POSITION_UNIT)), 0)
-                kept += 1
-                room -= 1
-                if room == 0:
-                    break
+            if snap:  # the pixel that holds the edge coordinate is the rounded centre
+                out[kept, 0] = int(x) * POSITION_UNIT
+                out[kept, 1] = int(y) * POSITION_UNIT
+            else:
+                out[kept, 0] = max(int(np.rint((x - 0.5) * POSITION_UNIT)), 0)
+                out[kept, 1] = max(int(np.rint((y - 0.5) * POSITION_UNIT)), 0)
+            kept += (low <= x) & (x < high) & (low <= y) & (y < high)
+        if caps[group] > 0:
+            kept = min(kept, before + caps[group])
     return kept
 
 
@@ -159,21 +156,36 @@ def raster_whole(points, count, height, width, table, bitmap, dots):
     dots[:] = 0
     for k in range(count):
         x, y = points[k, 0], points[k, 1]
-        column, row = x // POSITION_UNIT, y // POSITION_UNIT
+        column, row = x >> 4, y >> 4
         if _border_class(column, width) == BORDER and _border_class(row, height) == BORDER:
             left = column + WORD - REACH
             dots[row, left >> 6] |= np.uint64(1) << np.uint64(left & 63)
         else:
             _stamp(x, y, height, width, table, bitmap)
     words = bitmap.shape[1]
-    to, source = bitmap.reshape(bitmap.size), dots.reshape(dots.size)
+    drawn, source, moved = bitmap.reshape(bitmap.size), dots.reshape(dots.size), np.empty(height * words, np.uint64)
+    stamp = table[BORDER, BORDER, 0, 0]
     for r in range(STAMP_ROWS):
-        for b in range(STAMP_ROWS):
-            if (table[BORDER, BORDER, 0, 0, r] >> np.uint64(b)) & np.uint64(1):
-                shift, carry = np.uint64(b), np.uint64(63 - b)
-                below = to[r * words + 1 :]
-                for i in range(height * words - 1):  # over the ends of rows, where the margins are empty
-                    below[i] |= (source[i + 1] << shift) | ((source[i] >> carry) >> np.uint64(1))
+        if stamp[r] and not np.any(stamp[:r] == stamp[r]):  # rows of the footprint that are alike are made once
+            _move(source, stamp[r], moved)
+            for like in range(r, STAMP_ROWS):
+                if stamp[like] == stamp[r]:
+                    to = drawn[like * words :]
+                    for i in range(len(moved)):
+                        to[i] |= moved[i]
+
+
+@njit(cache=True, nogil=True)
+def _move(source, pattern, out):
+    """out = source moved right by b pixels for every bit b of pattern, OR-ed: over rows' ends, where margins are empty."""
+    for i in range(len(out)):
+        out[i] = source[i] * (pattern & np.uint64(1))
+    to, near = out[1:], source[1:]
+    for b in range(1, STAMP_ROWS):
+        if (pattern >> np.uint64(b)) & np.uint64(1):
+            shift, carry = np.uint64(b), np.uint64(WORD - b)
+            for i in range(len(to)):
+                to[i] |= (near[i] << shift) | (source[i] >> carry)
 
 
 @njit(cache=True, nogil=True)
@@ -183,11 +195,11 @@ def _stamp(x, y, height, width, table, bitmap):
     stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
     left = column + WORD - REACH
     word, shift = left >> 6, np.uint64(left & 63)
-    carry = np.uint64(63) - shift
     for r in range(STAMP_ROWS):
-        bits = stamp[r]
-        bitmap[row + r, word] |= bits << shift
-        bitmap[row + r, word + 1] |= (bits >> carry) >> np.uint64(1)  # a shift by 64 is undefined
+        bitmap[row + r, word] |= stamp[r] << shift
+    if left & 63 > WORD - STAMP_ROWS:  # it goes on in the next word
+        for r in range(STAMP_ROWS):
+            bitmap[row + r, word + 1] |= stamp[r] >> (np.uint64(WORD) - shift)
 
 
 @njit(cache=True, nogil=True)
@@ -206,16 +218,20 @@ def _popcount(v):
 @njit(cache=True, nogil=True)
 def _counts_of_bytes(bitmap, patch_size, counts):
     """cell_counts where cells are whole bytes wide: eight columns of eight pixels at a time."""
-    for word in range(bitmap.shape[1] - 2):
-        for band in range(counts.shape[0] * (patch_size // 8)):  # 8 rows of at most 8 bits fit a byte
-            sums = np.uint64(0)
+    bands, words = patch_size // 8, bitmap.shape[1] - 2
+    sums = np.empty(words, np.uint64)
+    in_bytes = sums.view(np.uint8)
+    for band in range(counts.shape[0] * bands):  # 8 rows of at most 8 bits fit a byte
+        for word in range(words):
+            total = np.uint64(0)
             for r in range(8):
-                sums += _byte_counts(bitmap[REACH + 8 * band + r, word + 1])
-            for byte in range(8):
-                column = (8 * word + byte) * 8 // patch_size
-                if column < counts.shape[1]:
-                    counts[8 * band // patch_size, column] += np.int16(sums & np.uint64(0xFF))
-                sums >>= np.uint64(8)
+                total += _byte_counts(bitmap[REACH + 8 * band + r, word + 1])
+            sums[word] = total
+        row, byte = counts[band // bands], 0
+        for column in range(len(row)):
+            for _ in range(bands):
+                row[column] += np.int16(in_bytes[byte])
+                byte += 1
 
 
 @njit(cache=True, nogil=True)

@@ -3,16 +3,11 @@
 A loop is a model, an optimiser and a generator of gradients; what a step's loss is, only the generator knows.
 """
 
-import json
-import logging
 import math
-import os
 import signal
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,19 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kamim import checkpoint, schedule
+from kamim import checkpoint, machine, schedule
 from kamim.batch import Batch
-from kamim.config import Compute, Optim
+from kamim.config import Compute, Log, Optim
 from kamim.distributed import World
+from kamim.metrics import Metrics, refuse, sinks, warn
 from kamim.nonfinite import Guard, NonFinite
-from kamim.store import write_whole
 
-log = logging.getLogger(__name__)
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
 # Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
-Steps = Iterator[tuple[int, dict[str, Tensor]]]
+Steps = Iterator[tuple[int, dict[str, Tensor | float]]]
 Gradients = Callable[[int, int], Steps]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What looks at a run every so many steps, and at its last: look(steps done, where to say what it saw).
+
+    It runs in the first process alone, and must leave the model, its gradients and its mode as they were.
+    """
+
+    every: int
+    look: Callable[[int, Metrics], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Run:
     steps_per_epoch: int
     every: int
     keep: checkpoint.Keep
+    log: Log = field(default_factory=Log)
+    observers: Sequence[Observer] = ()
 
     def saves_at(self, step: int) -> bool:
         """Whether there is to be a checkpoint after so many steps."""
@@ -78,23 +85,32 @@ def train(
     if world.is_main:
         checkpoint.tidy(run.out, first, run.keep)
     total, _, _ = run.optim.schedule(run.steps_per_epoch)
+    if first == total:
+        return Outcome(first, True)
+    if world.is_main:
+        machine.note_start(run.out, first, total, world)
     step = first
+
+    def check(step: int, values: Mapping[str, float]) -> None:
+        if guard is None:
+            refuse(step, values)
+        elif (said := guard.check(step, values)) and world.is_main:
+            warn(run.out, said)
 
     def save(step: int, last: bool) -> None:
         try:
-            metrics.make_durable()  # a checkpoint stands on the lines before it
+            metrics.flush()  # a checkpoint stands on the lines before it
             if world.is_main:
                 checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
         except OSError as error:
             if last:
                 raise
-            _note(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
+            warn(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
         world.barrier()
+        metrics.restart()
 
-    with (
-        _stop_asked() as stopped,
-        _Metrics(run.out, first, world, _refuse if guard is None else guard.check) as metrics,
-    ):
+    said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
+    with _stop_asked() as stopped, Metrics(said, check) as metrics:
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
@@ -105,8 +121,9 @@ def train(
                 step += 1
                 progress(step, total, metrics.newest)
                 stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+                if world.is_main:
+                    _observe(run.observers, step, total, metrics)
                 if run.saves_at(step) or step == total or stop:
-                    metrics.flush()
                     save(step, last=step == total or stop)
                 if stop:
                     break
@@ -152,28 +169,23 @@ def synchronised(network: nn.Module, batch: Batch, world: World) -> AbstractCont
     return nullcontext() if batch.last or world.size == 1 else network.no_sync()  # type: ignore[operator]
 
 
+def _observe(observers: Sequence[Observer], step: int, total: int, metrics: Metrics) -> None:
+    for observer in observers:
+        if step % observer.every == 0 or step == total:
+            observer.look(step, metrics)
+            metrics.restart()
+
+
 def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None, loss: Tensor, guard: Guard | None
-) -> dict[str, Tensor]:
-    """One optimiser step with the gradients that are there; returns what to log of it."""
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None, loss: Tensor | float,
+    guard: Guard | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """An optimiser step with the gradients there are, clipped; drops them and returns what to log of it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
-    skipped = {} if guard is None else guard.gate(loss, norm)
+    skipped = {} if guard is None else guard.gate(torch.as_tensor(loss), norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, **skipped}
-
-
-def _refuse(step: int, values: dict[str, float]) -> None:
-    for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
-
-
-def _note(run: Path, line: str) -> None:
-    """A line on stderr, and in RUN/log.txt where there is room for it."""
-    log.warning(line)
-    with suppress(OSError), (run / "log.txt").open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
 
 
 @contextmanager
@@ -192,80 +204,3 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Metrics:
-    """metrics.jsonl, one line per step. Reads a step's numbers when the next one has been queued.
-
-    check(step, numbers): raises for what must stop the run, or returns what there is to say. A line that finds no room
-    on the disk waits for the next.
-    """
-
-    def __init__(self, run: Path, first: int, world: World, check: Callable[[int, dict[str, float]], str | None]):
-        self.newest: dict[str, float] = {}
-        self._run, self._world, self._check = run, world, check
-        self._waiting: tuple[int, float, dict[str, Tensor]] | None = None
-        self._clock = time.perf_counter()
-        self._file = run / "metrics.jsonl"
-        self._unwritten = b""
-        if world.is_main:
-            write_whole(self._file, b"".join(_lines_before(self._file, first)))
-
-    def __enter__(self) -> "_Metrics":
-        self._stream = self._file.open("ab", buffering=0) if self._world.is_main else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def add(self, step: int, lr: float, samples: int, values: dict[str, Tensor]) -> None:
-        """Takes one step's numbers; writes those of the step before."""
-        self.flush()
-        now = time.perf_counter()
-        rate = samples / (now - self._clock)
-        self._clock = now
-        self._waiting = (step, lr, {**values, "images_per_second": torch.tensor(rate)})
-
-    def flush(self) -> None:
-        """Writes what is waiting. Raises what check does."""
-        if self._waiting is None:
-            return
-        step, lr, tensors = self._waiting
-        self._waiting = None
-        self.newest = {"step": step, "lr": lr, **{name: round(float(v), 6) for name, v in tensors.items()}}
-        said = self._check(step, self.newest)
-        if self._stream is None:
-            return
-        if said is not None:
-            _note(self._run, said)
-        line = {name: value if math.isfinite(value) else None for name, value in self.newest.items()}
-        late = bool(self._unwritten)
-        self._unwritten += json.dumps(line).encode() + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            if not late:
-                _note(self._run, f"step {step}: {self._file.name} is behind, the run goes on: {error}")
-
-    def make_durable(self) -> None:
-        """Raises OSError where a line cannot be written."""
-        if self._stream is not None:
-            self._write()
-            os.fsync(self._stream.fileno())
-
-    def _write(self) -> None:
-        assert self._stream is not None
-        while self._unwritten:
-            self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
-
-
-def _lines_before(file: Path, first: int) -> Iterator[bytes]:
-    """Lines of the steps before `first`; after them, a machine that went down may have left anything."""
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] >= first:
-                return
-        except (ValueError, KeyError, TypeError):
-            return
-        yield line

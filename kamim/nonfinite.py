@@ -8,6 +8,7 @@ the host hears of it, weights and optimiser are still what they were before it.
 import json
 import math
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class Guard:
         self._optimizer.found_inf = self._held
         return {"skipped": bad} if self._policy == "skip" else {}
 
-    def check(self, step: int, values: dict[str, float]) -> str | None:
+    def check(self, step: int, values: Mapping[str, float]) -> str | None:
         """On all ranks: None for finite numbers; else records the step and returns what there is to say.
 
         Raises NonFinite where the run is to stop.

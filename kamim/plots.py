@@ -7,7 +7,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cycler import cycler
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -97,10 +99,40 @@ def reconstruction_sheet(
     originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True where masked. Visible patches
     are shown as they are.
     """
+    return _sheet(_reconstructions(originals, masks, reconstructions), caption)
+
+
+def panel_sheet(
+    originals: np.ndarray, masks: np.ndarray, made: np.ndarray, bitmaps: np.ndarray | None, weights: np.ndarray | None,
+    caption: str,
+) -> Figure:  # fmt: skip
+    """As reconstruction_sheet, of one model; and, where there are any, maps F (bool [N, R, R]) and W ([N, g, g])."""
+    rows = _reconstructions(originals, masks, [("reconstructed", made)])
+    if bitmaps is not None and weights is not None:
+        painted = [_with_map(image, bitmap) for image, bitmap in zip(originals, bitmaps, strict=True)]
+        shades = colormaps["viridis"](np.log(weights) / np.log(max(float(weights.max()), 2.0)))[..., :3]
+        rows += [("keypoints", np.stack(painted)), (f"W, 1 to {weights.max():.1f}", (shades * 255).astype(np.uint8))]
+    return _sheet(rows, caption)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGB, uint8 [H, W, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _reconstructions(
+    originals: np.ndarray, masks: np.ndarray, made: Sequence[tuple[str, np.ndarray]]
+) -> list[tuple[str, np.ndarray]]:
     hidden = masks[..., None]
     rows = [("original", originals), ("masked", np.where(hidden, np.uint8(MASK_GREY), originals))]
-    rows += [(name, np.where(hidden, made, originals)) for name, made in reconstructions]
-    count = len(originals)
+    return rows + [(name, np.where(hidden, images, originals)) for name, images in made]
+
+
+def _sheet(rows: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
+    """A named row of images [N, H, W, 3] below another."""
+    count = len(rows[0][1])
     figure = Figure(figsize=(1.25 * count + 0.5, 1.3 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(caption, fontsize=10)
     for line, (name, images) in zip(figure.subplots(len(rows), count, squeeze=False), rows, strict=True):

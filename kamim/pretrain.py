@@ -1,17 +1,29 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import checkpoint, interop, rng
-from kamim.batch import Batch, normalise
+from kamim import checkpoint, interop, machine, rng
+from kamim.batch import Batch, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
-from kamim.loop import Batches, Outcome, Progress, Run, Steps, autocast, should_compile, synchronised, train
+from kamim.loop import (
+    Batches,
+    Observer,
+    Outcome,
+    Progress,
+    Run,
+    Steps,
+    autocast,
+    should_compile,
+    synchronised,
+    train,
+)
 from kamim.masking import block_masks
+from kamim.metrics import Waits
 from kamim.models import ARCHITECTURES, MaskedImageModel
 from kamim.nonfinite import Guard
 from kamim.objective import masked_l1, normalise_patches
@@ -19,44 +31,50 @@ from kamim.store import write_whole
 from kamim.weighting import counts_to_weights
 
 CONFIG = "config.yaml"  # of a run
+Observe = Callable[[MaskedImageModel], Sequence[Observer]]
 
 
 def pretrain(
-    config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress, fresh: bool = False
-) -> Outcome:
+    config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress,
+    observe: Observe = lambda model: (), fresh: bool = False,
+) -> Outcome:  # fmt: skip
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
 
-    fresh: there must be no run in config.out. Raises ValueError where there is, or one of another configuration, and
-    for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss that is not finite.
+    observe: what looks at the model meanwhile. fresh: there must be no run in config.out. Raises ValueError where there
+    is, or one of another configuration, and for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss
+    that is not finite.
     """
     config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
     autocast(config.compute, world.device)
     _check_place(config, fresh)
-    model = build_model(config, world.device)
+    model, network, optimizer = prepare(config, world)
     if config.init_from is not None and not checkpoint.saved(config.out):
         initialise(model, config)
     _claim(config, world)
-    optimizer = build_optimizer(config, model)
-    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
-    if should_compile(config.compute, world.device):
-        network.compile()
     run = Run(
         config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
         every=config.checkpoint_epochs * steps_per_epoch,
         keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
+        log=config.log, observers=observe(model),
     )  # fmt: skip
     guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
 
     def made(first: int, stop: int) -> Steps:
-        return gradients(config, network, batches(first, stop), world, guard)
+        return steps(config, network, batches(first, stop), world, guard)
 
     return train(run, model, optimizer, made, world, progress, guard=guard)
 
 
-def build_model(config: Pretrain, device: torch.device) -> MaskedImageModel:
-    """With the random weights that a run of this configuration begins with."""
+def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
+    """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
+    if world.device.type == "cpu":
+        machine.keep_memory()
     torch.manual_seed(config.seed)
-    return MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(device)
+    model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
+    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
+    if should_compile(config.compute, world.device):
+        network.compile()
+    return model, network, build_optimizer(config, model)
 
 
 def initialise(model: MaskedImageModel, config: Pretrain) -> None:
@@ -92,20 +110,24 @@ def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Op
     )  # fmt: skip
 
 
-def gradients(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard) -> Steps:
+def steps(
+    config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
+) -> Steps:
     """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
     network.train()
     sums = torch.zeros(2, device=world.device)  # of loss and of mean W
     largest = torch.zeros((), device=world.device)
     step = -1
-    for batch in batches:
+    waits = Waits(batches)
+    for batch in waits:
         if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
             step = batch.step
             torch.manual_seed(rng.step_seed(config.seed, step, world.rank))
         with synchronised(network, batch, world):
             loss, weights = batch_loss(config, network, batch, world.device)
             (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
-        guard.see(batch, loss.detach())
+        if guard is not None:
+            guard.see(batch, loss.detach())
         sums[0] += loss.detach() * batch.share
         if weights is not None:
             sums[1] += weights.mean() * batch.share
@@ -113,7 +135,7 @@ def gradients(config: Pretrain, network: nn.Module, batches: Iterable[Batch], wo
         if batch.last:
             total = world.sum(sums.clone())
             parts = {"weight_mean": total[1], "weight_max": world.largest(largest)} if weights is not None else {}
-            yield batch.step, {"loss": total[0], **parts}
+            yield batch.step, {"loss": total[0], **parts, "data_wait": waits.take()}
             sums.zero_()
             largest = torch.zeros_like(largest)
 
@@ -131,7 +153,7 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What masked_l1 takes: target and reconstruction [B, 3, R, R], mask bool [B, g, g], W [B, c, c] or None."""
     grid = config.data.resolution // config.mask.patch_size
-    mask = torch.from_numpy(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio)).to(device)
+    mask = upload(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio), device)
     weights = None
     if config.weighting is not None:
         assert batch.counts is not None, "KAMIM needs keypoint counts"
@@ -169,7 +191,8 @@ def _claim(config: Pretrain, world: World) -> None:
 
 # What a resumed run may change: none of it says which samples are trained on, or how.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
-         "on_nonfinite": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+         "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
+         "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 
 def _difference(there: Pretrain, asked: Pretrain) -> str:

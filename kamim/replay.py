@@ -16,7 +16,7 @@ from kamim.loop import Batches, resume, update
 from kamim.models import MaskedImageModel, expand_mask
 from kamim.nonfinite import Guard
 from kamim.objective import masked_l1
-from kamim.pretrain import build_model, build_optimizer, gradients, initialise, reconstruct
+from kamim.pretrain import initialise, prepare, reconstruct, steps
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,19 @@ def replay(
     On a CPU the numbers are the run's, bit by bit, if the steps in between were computed by one process.
     """
     world = World(0, 1, device)
-    model = build_model(config, device)
-    optimizer = build_optimizer(config, model)
+    model, _, optimizer = prepare(config, world)
     began = resume(run, model, optimizer, world, most=step)
     if began == 0 and config.init_from is not None:
         initialise(model, config)
     guard = Guard(optimizer, "skip", run, config.seed, world)
     scheduler = schedule.cosine(optimizer, config.optim, steps_per_epoch)
-    for at, values in gradients(config, model, batches(began, step), world, guard):
+    for at, values in steps(config, model, batches(began, step), world):
         scheduler.step_update(at)
         update(model, optimizer, config.optim.clip_grad, values["loss"], guard)
     model.train()
     loss, samples = torch.zeros((), device=device), []
     for rank, its in enumerate(ranks):
-        torch.manual_seed(rng.step_seed(config.seed, step, rank))  # as gradients does
+        torch.manual_seed(rng.step_seed(config.seed, step, rank))  # as steps does
         for batch in its(step, step + 1):
             whole, parts = _samples(config, model, batch, device)
             loss += whole * batch.share

@@ -1,15 +1,20 @@
 """The measurements measure what they say; none asserts a time."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_store
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, preprocess
+from kamim.bench import evaluate, fidelity, loader, preprocess, train
 from kamim.cli import app
+from kamim.models import MaskedImageModel
 from kamim.store import Store
 from preprocess.sources import list_source
 
@@ -121,3 +126,71 @@ def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]
     store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
     runs = [loader.reference(source, 8, 1), loader.decode_only(store, 2), loader.ours(store, "fast", 8, 2)]
     assert [run() for run in runs] == [24, loader.EPOCHS * 24, loader.EPOCHS * 24]
+
+
+class InProcess:
+    """Stands in for a pool of one process: runs everything here, with its own state."""
+
+    def __init__(self, workers: int, mp_context: object, initializer: Callable[..., None], initargs: tuple[Any, ...]):
+        initializer(*initargs)
+        self._steps = train._steps
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[[], Any]) -> "Future[Any]":
+        train._steps = self._steps
+        future: Future[Any] = Future()
+        future.set_result(work())
+        return future
+
+
+def test_bench_train_reports_rates_ratios_and_use(
+    class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "matmul", lambda: lambda: 1000)
+    monkeypatch.setattr(train, "ProcessPoolExecutor", InProcess)
+    store = make_store(class_folder, tmp_path / "store", resolution=192)
+    given = ["bench", "train", "--source", str(class_folder), "--store", str(store), "--model", "vit_demo"]
+    options = ["--batch", "4", "--steps", "2", "--rounds", "1", "--json", str(tmp_path / "r.json")]
+    result = CliRunner().invoke(app, [*given, *options, "compute.compile=false"])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "r.json").read_text())
+    rates = made["images_per_second"]
+    assert set(rates) == {"kamim", "simmim", "plain"}
+    assert made["ratios"]["kamim_over_plain"] == pytest.approx(rates["kamim"] / rates["plain"])
+    for name, rate in rates.items():
+        use = rate * made["flops_per_image"] / made["matmul_flops_per_second"]
+        assert made["flop_utilisation"][name] == pytest.approx(use)
+        assert 0 <= made["data_wait_share"][name] <= 1
+    assert "of the matmul rate, data-wait" in result.output
+
+
+def test_flops_are_those_counted_by_hand() -> None:
+    """ViT-Ti at 192 px: products of matrices alone; backward costs twice, but for the images' gradient."""
+    tokens, width, hidden, patch = 145, 192, 768, 768
+    block = 2 * tokens * width * (3 * width + width + 2 * hidden) + 2 * 2 * tokens * tokens * width
+    embed, head = 2 * 144 * patch * width, 2 * 144 * width * patch
+    assert train.flops("vit_tiny") == pytest.approx(3 * (12 * block + head) + 2 * embed, rel=0.01)
+
+
+def test_the_plain_loop_sees_what_the_released_code_does(class_folder: Path) -> None:
+    source = list_source("imagefolder", class_folder, "train")
+    dataset = train.OnlineDataset(source, 30)
+    image, weights, mask = dataset[29]
+    assert (len(dataset), image.shape, weights.shape, mask.shape) == (30, (3, 192, 192), (24, 24), (6, 6))
+    assert int(mask.sum()) == 22
+    assert float(weights.min()) == 1
+    ours, theirs = MaskedImageModel("vit_demo", 192), train.hugging_face("vit_demo")
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_the_plain_loop_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--model swin_tiny: must be a ViT"):
+        train.hugging_face("swin_tiny")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="needs the transformers package: pip install transformers"):
+        train.hugging_face("vit_demo")

@@ -168,5 +168,5 @@ def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
 
 def test_every_yaml_file_is_a_known_kind() -> None:
     for file in CONFIGS.rglob("*.yaml"):
-        assert file.parent.name in ("pretrain", "eval")
+        assert file.parent.name in ("pretrain", "eval", "sweeps")
         assert isinstance(yaml.safe_load(file.read_text()), dict)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_pretrain import config, losses, quiet, weights
+from test_pretrain import WORLD, config, losses, quiet, weights
 from torch import Tensor
 
 from kamim import checkpoint, interop
@@ -17,7 +17,7 @@ from kamim.config import Compute, Pretrain, load
 from kamim.loop import autocast
 from kamim.models import MaskedImageModel, build_encoder
 from kamim.objective import normalise_patches
-from kamim.pretrain import build_model, build_optimizer
+from kamim.pretrain import build_optimizer, prepare
 from kamim.weighting import counts_to_weights
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_what_has_no_weight_decay(name: str) -> None:
     """MAE's rule, by the names: biases, norms, tokens and positions."""
     given = (f"model.name={name}", "data.store=s", "out=o", "optim.decay_all=false")
     made = load(Pretrain, None, given)
-    model = build_model(made, CPU)
+    model = prepare(made, WORLD)[0]
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     decayed, spared = build_optimizer(made, model).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
@@ -145,7 +145,7 @@ def test_a_run_begins_with_weights_from_elsewhere_at_another_resolution(store: P
     made = weights(tmp_path / "run")
     assert made["encoder.pos_embed"].shape == (1, 17, 128)
     fitted = interop.convert(elsewhere, 64).state
-    random = build_model(given, CPU).state_dict()
+    random = prepare(given, WORLD)[0].state_dict()
     assert not torch.allclose(fitted["encoder.pos_embed"], random["encoder.pos_embed"])
     for name, value in made.items():
         torch.testing.assert_close(value, fitted.get(name, random[name]), atol=1e-9, rtol=0)

@@ -59,7 +59,8 @@ class ReferenceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor
         return crop, counts_to_weights(counts, PATCH_SIZE, TEMPERATURE)
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """For the worker processes of a DataLoader."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
@@ -68,7 +69,7 @@ def reference(source: Source, batch: int, workers: int) -> Run:
     """The released code's way, from the original files, one worker process per core."""
     loader = torch.utils.data.DataLoader(
         ReferenceDataset(source), batch, shuffle=True, num_workers=workers, persistent_workers=True,
-        worker_init_fn=_one_thread,
+        worker_init_fn=one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images, _ in loader)
 

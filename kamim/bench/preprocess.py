@@ -8,14 +8,12 @@ holds the medians of the rounds.
 """
 
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
-from importlib.metadata import version
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +23,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from kamim import machine
 from kamim.detectors import detector
 from kamim.store import Job
 from preprocess.decode import decode
@@ -164,11 +163,7 @@ def _report(made: Sequence[Seconds], images: int) -> dict[str, Any]:
         "two_workers_over_one": ratio("workers_2_wall", "workers_1_wall"),
         "two_workers_over_one_busiest": ratio("workers_2_busiest", "workers_1_busiest"),
     }
-    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    machine |= {name: version(name) for name in LIBRARIES}
-    return {"images_per_second": medians, "ratios": ratios, "rounds": rounds, "images": images, "machine": machine}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "images_per_second": medians, "ratios": ratios, "rounds": rounds, "images": images,
+        "machine": machine.describe(LIBRARIES),
+    }  # fmt: skip

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from kamim.cli.console import bar, bench_app, check_folder, out_console, says_errors, weighting_of, write_json
+from kamim.cli.console import (
+    Overrides,
+    bar,
+    bench_app,
+    check_folder,
+    out_console,
+    says_errors,
+    weighting_of,
+    write_json,
+)
 
 Detectors = Annotated[str, typer.Option(help="Comma-separated.")]
 
@@ -105,6 +114,35 @@ def bench_eval(
         listed = list_source("imagefolder", source, "train")
         result = bench(Store(store), listed, model, resolution, batch, rounds, update)
     _show(result)
+    write_json(json_out, result)
+
+
+@bench_app.command(name="train")
+@says_errors
+def bench_train(
+    store: Annotated[Path, typer.Option(help="A store of --source, with FAST keypoints.")],
+    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="A ViT of kamim.models.ARCHITECTURES.")] = "vit_base",
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
+    steps: Annotated[int, typer.Option(min=2, help="Steps per pass.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
+) -> None:
+    """Training: images per second, FLOP utilisation, data-wait, memory; of KAMIM, SimMIM and a loop as the authors'."""
+    from kamim.bench.train import bench
+    from preprocess.sources import list_source
+
+    check_folder("--json", json_out)
+    with bar("bench train") as update:
+        listed = list_source("imagefolder", source, "train")
+        result = bench(store, listed, model, batch, steps, rounds, update, tuple(overrides or ()))
+    _show(result)
+    for name in result["images_per_second"]:
+        out_console.print(
+            f"{name:20} {result['flop_utilisation'][name]:6.1%} of the matmul rate, data-wait "
+            f"{result['data_wait_share'][name]:.1%}, peak memory {result['peak_memory_gb'][name]:.2f} GB"
+        )
     write_json(json_out, result)
 
 

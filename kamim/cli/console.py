@@ -4,8 +4,9 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,9 +70,8 @@ class _Rate(ProgressColumn):
     """Images per second, over the recent past."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        factor = task.fields.get("factor", 1)
-        return Text("" if speed is None else f"{speed * factor:,.0f} images/s")
+        rate = (task.finished_speed or task.speed or 0) * task.fields.get("factor", 1)
+        return Text(f"{rate:,.0f} images/s" if rate >= 1 else "")
 
 
 @contextmanager
@@ -105,8 +105,24 @@ class Update:
         """Moves it to `done` of `total`."""
         self._progress.update(self._task, completed=done, total=total, note=note)
         if self._progress.disable and is_main() and done * 10 // total > self._tenths:
-            err_console.print(f"{self._progress.tasks[0].description}: {done}/{total} {note}")
+            err_console.print(self._line(done, total, note))
         self._tenths = done * 10 // total
+
+    def _line(self, done: int, total: int, note: str) -> str:
+        task = self._progress.tasks[self._task]
+        left = timedelta(seconds=round(task.time_remaining or 0))
+        rate = _Rate().render(task).plain
+        return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, f"{left} left", note)))
+
+
+def note(metrics: Mapping[str, float], title: str = "") -> str:
+    """What a bar says of a step of training: of what, its loss, how much of it was spent waiting for the batch."""
+    said = [title] if title else []
+    if metrics:
+        said.append(f"loss {metrics['loss']:.4f}")
+    if "data_wait_share" in metrics:
+        said.append(f"data-wait {metrics['data_wait_share']:.1%}")
+    return ", ".join(said)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]

@@ -14,6 +14,7 @@ from kamim.cli.console import (
     check_folder,
     err_console,
     is_main,
+    note,
     out_console,
     says_errors,
     terminable,
@@ -61,9 +62,7 @@ def evaluate(
         with terminable(), bar("eval") as update:
             results = run_evaluation(
                 resolved, modes,
-                lambda title: lambda done, total, m: update(
-                    done, total, title + (f", loss {m['loss']:.4f}" if m else "")
-                ),
+                lambda title: lambda done, total, m: update(done, total, note(m, title)),
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"

@@ -13,6 +13,7 @@ from kamim.cli.console import (
     bar,
     check_folder,
     err_console,
+    note,
     out_console,
     says_errors,
     write_json,
@@ -45,14 +46,11 @@ def pretrain(
 
     method = "simmim" if resolved.weighting is None else "kamim"
     with bar(f"pretrain {method} {resolved.model.name}", factor=resolved.optim.batch_size) as update:
-        outcome = run_pretrain(
-            resolved, lambda done, total, m: update(done, total, f"loss {m['loss']:.4f}" if m else ""),
-            fresh=resume == "never",
-        )  # fmt: skip
+        outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), fresh=resume == "never")
     if not outcome.finished:
         err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
         raise typer.Exit(RESUMABLE)
-    out_console.print(f"{resolved.out}: {outcome.step} steps done")
+    out_console.print(f"{resolved.out}: {outcome.step} steps done; {resolved.out / 'report.html'}")
 
 
 @app.command()

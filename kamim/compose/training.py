@@ -1,26 +1,43 @@
 """Stores and loaders for the pretraining loop."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from kamim import distributed, nonfinite
-from kamim.config import Pretrain, load
+import numpy as np
+import torch
+
+from kamim import distributed, metrics, nonfinite, observers
+from kamim.batch import Batch
+from kamim.compose.setting import Samples, Setting, labelled
+from kamim.config import Evaluation, OnlineProbe, Pretrain, load
 from kamim.distributed import World
-from kamim.loop import Batches, Outcome, Progress
-from kamim.pretrain import CONFIG, pretrain
+from kamim.evaluation.subset import n_per_class
+from kamim.loop import Batches, Observer, Outcome, Progress
+from kamim.models import MaskedImageModel
+from kamim.pretrain import CONFIG, Observe, pretrain
 from kamim.replay import Replayed, replay
+from kamim.report import save_report
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
 from pipelines.plan import Plan
 
+SHOWN = 8  # samples in a panel
+
 
 def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """`kamim pretrain`: checks the store against the configuration, then trains on it. fresh: see pretrain."""
+    metrics.check(config.log)
     world = distributed.start(config.compute.device)
     try:
         store = Store(config.data.store)
         plan, batches = training_batches(config, store, world)
-        return pretrain(config, batches, plan.steps_per_epoch, world, progress, fresh)
+        observe = _observers(config, store, plan.steps_per_epoch, world)
+        outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe, fresh)
+        if world.is_main:
+            save_report(config.out)
+        return outcome
     finally:
         distributed.stop()
 
@@ -48,7 +65,7 @@ def run_replay(run: Path, step: int | None, device: str) -> Replayed:
 def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan, Batches]:
     """What a process of a run trains on. Raises ValueError where the store cannot give it."""
     optim, data = config.optim, config.data
-    counter = _counter(config, store)
+    counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
     plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
     loader = Loader(
@@ -56,6 +73,61 @@ def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan
         workers=data.workers, pin=world.device.type == "cuda",
     )  # fmt: skip
     return plan, lambda first, stop: feed(loader.steps(first, stop), world.device)
+
+
+def _observers(config: Pretrain, store: Store, steps_per_epoch: int, world: World) -> Observe:
+    """The panels and the probe that a run asks for. Raises ValueError for stores that cannot be probed on."""
+    probe = None if config.probe is None else _probe(config, config.probe, steps_per_epoch, world.device)
+
+    def made(model: MaskedImageModel) -> list[Observer]:
+        watching = [] if probe is None else [probe(model)]
+        if config.panel_epochs is not None:
+            samples = partial(_samples, config, store, world.device)
+            watching.append(observers.panel(config, model, config.panel_epochs * steps_per_epoch, samples))
+        return watching
+
+    return made
+
+
+def _samples(config: Pretrain, store: Store, device: torch.device) -> Batch:
+    """A few samples from all over the store, cropped as in the first epoch; counts in cells of one pixel."""
+    count = min(SHOWN, len(store))
+    chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
+    plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
+    crop = Crop(config.data.crop_scale, config.data.crop_ratio)
+    loader = Loader(store, plan, config.data.resolution, crop=crop, counter=_counter(config, store, 1), workers=1)
+    return next(iter(loader.steps(0, 1))).to(device)
+
+
+def _probe(
+    config: Pretrain, asked: OnlineProbe, steps_per_epoch: int, device: torch.device
+) -> Callable[[MaskedImageModel], Observer]:
+    """Of features of whole images, in one process. Raises ValueError for stores that cannot be probed on."""
+    train, val = Store(asked.train), Store(asked.val)
+    for store in (train, val):
+        check_area(store, config.data.resolution, smallest_crop=1.0)
+    known = np.arange(len(train))
+    if asked.per_class is not None and (train.images.labels >= 0).all():
+        smallest = int(np.bincount(train.images.labels).min())
+        known = n_per_class(train.images.labels, min(asked.per_class, smallest), config.seed)
+    evaluation = Evaluation(checkpoint=(str(config.out),), val=asked.val, workers=config.data.workers)
+    setting = Setting(
+        evaluation, World(0, 1, device), Samples(train, known, train.manifest.classes),
+        Samples(val, np.arange(len(val)), val.manifest.classes),
+    )  # fmt: skip
+    try:
+        samples = labelled(setting)
+    except ValueError as error:
+        raise ValueError(f"probe: {error}") from None
+
+    def whole(samples: Samples) -> Iterable[Batch]:
+        plan = setting.in_order(samples)
+        return setting.batches(samples, config.data.resolution, plan)(0, plan.steps_per_epoch)
+
+    return lambda model: observers.knn_probe(
+        config.compute, model, asked.every_epochs * steps_per_epoch, len(samples.classes),
+        partial(whole, samples), partial(whole, setting.val),
+    )  # fmt: skip
 
 
 def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
@@ -67,13 +139,13 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
         )
 
 
-def _counter(config: Pretrain, store: Store) -> Counter | None:
-    """Where the counts of a run come from. Raises ValueError where the store cannot give them."""
+def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:
+    """Where the counts of a run come from, in cells of patch_size px. Raises ValueError where the store has none."""
     weighting = config.weighting
     if weighting is None:
         return None
     if weighting.keypoints == "online":
-        return OnlineCounts(weighting.detector, weighting.footprint, weighting.patch_size)
+        return OnlineCounts(weighting.detector, weighting.footprint, patch_size)
     job, data = store.manifest.job, config.data
     keypoints = store.keypoints(weighting.detector)
     if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
@@ -82,4 +154,4 @@ def _counter(config: Pretrain, store: Store) -> Counter | None:
             f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
             "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
         )
-    return CachedCounts(keypoints, weighting.footprint, weighting.patch_size)
+    return CachedCounts(keypoints, weighting.footprint, patch_size)

@@ -1,0 +1,262 @@
+"""Images per second of training: ours, KAMIM and SimMIM, beside a plain loop as the released code's, interleaved.
+
+All do whole steps: loading, forward, backward, clipping, AdamW, a line of metrics. The plain loop is a Hugging Face
+model, eager, fed from the original files by a DataLoader that finds FAST keypoints on every crop. A pass is so many
+steps from a standing start, so it holds a wait for its first batch; the data-wait share is of the steps after that.
+Each loop has a process of its own, so that they share neither memory nor settings. The peak of arithmetic is what this
+device reaches on large square matrices in the same dtype, in the same rounds.
+"""
+
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kamim import loop, machine
+from kamim.batch import IMAGENET_MEAN, IMAGENET_STD
+from kamim.bench.loader import PATCH_SIZE, RESOLUTION, ReferenceDataset, one_thread
+from kamim.bench.rounds import Run, interleaved
+from kamim.config import Pretrain, load
+from kamim.distributed import World
+from kamim.masking import masked_count
+from kamim.metrics import Metrics, Waits, sinks
+from kamim.models import MaskedImageModel, build_encoder
+from kamim.objective import masked_l1
+from kamim.pretrain import prepare, steps
+from kamim.store import Store
+from pipelines.counts import CachedCounts
+from pipelines.loader import Crop, Loader, feed
+from pipelines.plan import Plan
+from preprocess.sources import Source
+
+Pass = Callable[[], Iterator[float]]  # does its steps; yields after each the seconds it waited for data
+
+
+class Ours:
+    """The steps of `kamim pretrain`, with all that belongs to them but checkpoints."""
+
+    def __init__(self, config: Pretrain, length: int):
+        self._config, self._length, self._world = config, length, World(0, 1, _device())
+        store, optim, weighting = Store(config.data.store), config.optim, config.weighting
+        counter = None
+        if weighting is not None:
+            counter = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, weighting.patch_size)
+        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed)
+        pin = self._world.device.type == "cuda"
+        self._loader = Loader(store, plan, config.data.resolution, crop=Crop(), counter=counter, pin=pin)
+        self._done = 0
+
+    @cached_property
+    def _made(self) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer, Metrics]:
+        self._config.out.mkdir()
+        said = Metrics(sinks(self._config.out, 0, self._config.log, {}))
+        return (*prepare(self._config, self._world), said)
+
+    def __call__(self) -> Iterator[float]:
+        """One pass."""
+        model, network, optimizer, metrics = self._made
+        optim, first = self._config.optim, self._done
+        self._done += self._length
+        batches = feed(self._loader.steps(first, self._done), self._world.device)
+        for step, values in steps(self._config, network, batches, self._world):
+            norm = loop.update(model, optimizer, optim.clip_grad, values["loss"])
+            metrics.add(step, optim.lr, optim.batch_size, {**values, **norm})
+            yield float(values["data_wait"])
+
+
+class OnlineDataset(ReferenceDataset):
+    """Normalised crops, weights W and a mask of patches, as the released code's data loader makes them."""
+
+    def __init__(self, source: Source, images: int):
+        super().__init__(source)
+        self._images = images
+
+    def __len__(self) -> int:
+        return self._images
+
+    def __getitem__(self, index: int) -> Any:
+        """float [3, R, R], float [R / 8, R / 8], bool [R / 32, R / 32]."""
+        crop, weights = super().__getitem__(index % len(self._source.items))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        blocks = (RESOLUTION // 32) ** 2
+        mask = torch.zeros(blocks, dtype=torch.bool)
+        mask[torch.randperm(blocks)[: masked_count(RESOLUTION // 32, 0.6)]] = True
+        return (crop.float() / 255 - mean) / std, weights, mask.view(RESOLUTION // 32, -1)
+
+
+class Plain:
+    """A loop as the released code's: transformers' model, eager, bf16 autocast on cuda, weights from online maps."""
+
+    def __init__(self, source: Source, config: Pretrain, length: int):
+        self._config, self._device = config, _device()
+        dataset = OnlineDataset(source, length * config.optim.batch_size)
+        self._loader: Any = torch.utils.data.DataLoader(
+            dataset, config.optim.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
+            persistent_workers=True, pin_memory=self._device.type == "cuda", worker_init_fn=one_thread,
+        )  # fmt: skip
+
+    @cached_property
+    def _made(self) -> tuple[Any, torch.optim.Optimizer]:
+        model = hugging_face(self._config.model.name).to(self._device).train()
+        optim = self._config.optim
+        return model, torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+
+    def __call__(self) -> Iterator[float]:
+        """One pass."""
+        model, optimizer = self._made
+        waits = Waits(self._loader)
+        for batch in waits:
+            images, weights, mask = (tensor.to(self._device) for tensor in batch)
+            patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # of 16 px
+            with loop.autocast(self._config.compute, self._device):
+                made = model(images, bool_masked_pos=patches).reconstruction
+            loss = masked_l1(images, made, mask, weights)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # for its log
+            yield waits.take()
+
+
+def hugging_face(name: str) -> Any:
+    """A ViT of ours as transformers has it, new. Raises ValueError for a Swin, or without transformers."""
+    try:
+        from transformers import ViTConfig, ViTForMaskedImageModeling
+    except ImportError:
+        raise ValueError("the plain loop needs the transformers package: pip install transformers") from None
+    encoder = build_encoder(name, RESOLUTION)
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(f"--model {name}: must be a ViT")
+    width, heads = encoder.embed_dim, encoder.blocks[0].attn.num_heads
+    return ViTForMaskedImageModeling(ViTConfig(
+        hidden_size=width, num_hidden_layers=len(encoder.blocks), num_attention_heads=heads,
+        intermediate_size=4 * width, image_size=RESOLUTION, patch_size=16, encoder_stride=16,
+    ))  # fmt: skip
+
+
+def flops(name: str) -> int:
+    """Floating-point operations of matrix products and convolutions, forward and backward, for one image."""
+    model = MaskedImageModel(name, RESOLUTION)
+    images = torch.zeros(1, 3, RESOLUTION, RESOLUTION)
+    mask = torch.ones(1, RESOLUTION // 32, RESOLUTION // 32, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        masked_l1(images, model(images, mask), mask).backward()
+    return counter.get_total_flops()
+
+
+def matmul() -> Run:
+    """Multiplies large matrices; gives the operations that took, not images."""
+    side, times, dtype = (8192, 20, torch.bfloat16) if torch.cuda.is_available() else (2048, 4, torch.float32)
+    a, b = (torch.randn(side, side, device=_device(), dtype=dtype) for _ in range(2))
+
+    def run() -> int:
+        for _ in range(times):
+            torch.matmul(a, b)
+        _finish()
+        return 2 * side**3 * times
+
+    return run
+
+
+class Measured:
+    """A pass as kamim.bench.rounds runs it, in a process of its own, and what it saw there."""
+
+    def __init__(self, make: Callable[[], Pass], images: int, stack: ExitStack):
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(make,))
+        self._pool, self._images = stack.enter_context(pool), images
+        self.shares: list[float] = []  # of time spent waiting for data, by pass
+        self.memory = 0  # bytes at its peak: on the GPU, or of the process
+
+    def __call__(self) -> int:
+        """One pass; the first makes model and optimiser."""
+        share, self.memory = self._pool.submit(_measure).result()
+        self.shares.append(share)
+        return self._images
+
+
+_steps: Pass  # of this process, which does nothing else
+
+
+def _begin(make: Callable[[], Pass]) -> None:
+    global _steps
+    _steps = make()
+
+
+def _measure() -> tuple[float, int]:
+    """The share of time spent waiting for data, and the peak of memory so far."""
+    waits, stamps = [], []
+    for wait in _steps():
+        waits.append(wait)
+        stamps.append(time.perf_counter())
+    _finish()
+    return sum(waits[1:]) / (time.perf_counter() - stamps[0]), _peak_memory()
+
+
+def bench(
+    store: Path, source: Source, name: str, batch: int, length: int, rounds: int, progress: Callable[[int, int], None],
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Medians of the rounds. batch: images a step; length: steps a pass; overrides: of Pretrain, for ours alone."""
+    if length < 2:
+        raise ValueError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
+    hugging_face(name)
+    given = [
+        f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",
+        f"optim.micro_batch={batch}", f"weighting.patch_size={PATCH_SIZE}",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        kamim, simmim, plain = (
+            load(Pretrain, None, [*given, f"out={folder}/{of}", *more])
+            for of, more in (("kamim", overrides), ("simmim", ("weighting=null", *overrides)), ("plain", ()))
+        )
+        loops = {
+            of: Measured(make, length * batch, stack) for of, make in (
+                ("kamim", partial(Ours, kamim, length)), ("simmim", partial(Ours, simmim, length)),
+                ("plain", partial(Plain, source, plain, length)),
+            )
+        }  # fmt: skip
+        rates = interleaved({**loops, "matmul": matmul()}, rounds, progress)
+    medians = {of: statistics.median(made) for of, made in rates.items()}
+    arithmetic, each = medians.pop("matmul"), flops(name)
+    return {
+        "images_per_second": medians,
+        "ratios": {
+            "kamim_over_plain": medians["kamim"] / medians["plain"],
+            "kamim_over_simmim": medians["kamim"] / medians["simmim"],
+        },
+        "flop_utilisation": {of: rate * each / arithmetic for of, rate in medians.items()},
+        "data_wait_share": {of: statistics.median(made.shares[1:]) for of, made in loops.items()},
+        "peak_memory_gb": {of: made.memory / 1e9 for of, made in loops.items()},
+        "matmul_flops_per_second": arithmetic, "flops_per_image": each, "rounds": rates, "model": name,
+        "batch": batch, "steps": length, "machine": machine.describe(),
+    }  # fmt: skip
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

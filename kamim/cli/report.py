@@ -1,0 +1,17 @@
+"""kamim report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kamim.cli.console import app, out_console, says_errors
+
+
+@app.command()
+@says_errors
+def report(run: Annotated[Path, typer.Argument(help="A pretraining run's folder.")]) -> None:
+    """Makes RUN/report.html: configuration, machine, curves, panels; of a run that is done, stopped or going on."""
+    from kamim.report import save_report
+
+    out_console.print(f"{save_report(run)}")

@@ -1,0 +1,49 @@
+"""kamim sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from kamim.cli.console import (
+    RESUMABLE,
+    Overrides,
+    app,
+    bar,
+    err_console,
+    note,
+    out_console,
+    says_errors,
+    terminable,
+)
+
+
+@app.command()
+@says_errors
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file, such as configs/sweeps/table2.yaml")],
+    overrides: Overrides = None,
+) -> None:
+    """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
+    from kamim.compose.grid import run_grid
+    from kamim.config import load
+    from kamim.grid import Grid
+
+    grid = load(Grid, file, overrides or ())
+    try:
+        with terminable(), bar("sweep") as update:
+            made = run_grid(
+                grid,
+                lambda title: lambda done, total, m: update(done, total, ", ".join(filter(None, (title, note(m))))),
+            )
+    except KeyboardInterrupt:
+        err_console.print("stopped, saved; the same command again continues")
+        raise typer.Exit(RESUMABLE) from None
+    shown = Table(*made.header, box=box.SIMPLE_HEAD)
+    for row in made.rows:
+        shown.add_row(*row)
+    out_console.print(shown)
+    for name in ("table.json", "table.md", "index.html"):
+        out_console.print(f"{grid.out / name}")

@@ -1,0 +1,25 @@
+"""`kamim sweep`: run after run, then their evaluation, then the table. Started again, it goes on where it was."""
+
+from collections.abc import Callable
+
+from kamim import grid
+from kamim.compose.evaluation import run_evaluation
+from kamim.compose.training import run_pretrain
+from kamim.grid import Grid, Table
+from kamim.loop import Progress
+
+
+def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
+    """Every setting trained and evaluated; what is done already is left as it is. progress(title) shows one.
+
+    Raises ValueError for a setting that cannot be, before any work; KeyboardInterrupt where a signal stopped it.
+    """
+    runs = [(setting.name, grid.pretraining(sweep, setting)) for setting in grid.settings(sweep)]
+    evaluation = grid.evaluation(sweep)
+    for number, (name, config) in enumerate(runs, 1):
+        if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
+            raise KeyboardInterrupt
+    results = run_evaluation(evaluation, sweep.modes, progress)
+    made = grid.table(sweep, results)
+    grid.save(sweep, made, results)
+    return made

@@ -1,0 +1,147 @@
+"""A sweep: settings from axes, runs that resume, and a table with the paper's numbers where they belong."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pretrain import losses
+from typer.testing import CliRunner
+
+from kamim import grid
+from kamim.cli import app
+from kamim.compose import grid as compose
+from kamim.config import load
+from kamim.evaluation.paper import TABLE_2
+from kamim.grid import Grid
+
+TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
+
+
+def small(out: Path, store: Path) -> dict[str, Any]:
+    """2 x 2 settings, 4 steps each."""
+    optim = {"batch_size": 12, "micro_batch": 12, "epochs": 2, "warmup_epochs": 0}
+    return {
+        "pretrain": {
+            "data": {"store": str(store), "resolution": 64, "workers": 1}, "model": {"name": "vit_demo"},
+            "compute": {"device": "cpu"}, "optim": optim, "panel_epochs": None, "checkpoint_epochs": 1,
+        },
+        "axes": [
+            {"key": "weighting.patch_size", "name": "ps", "values": [8, 16]},
+            {"key": "weighting.temperature", "name": "t", "values": [0.25, 1.0]},
+        ],
+        "evaluation": {
+            "train": str(store), "val": str(store), "compute": {"device": "cpu"}, "linprobe": {"optim": optim},
+        },
+        "out": str(out),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Path:
+    return stores["zarr"]
+
+
+def file_of(content: dict[str, Any], folder: Path) -> Path:
+    file = folder / "sweep.yaml"
+    file.write_text(json.dumps(content))  # JSON is YAML
+    return file
+
+
+def test_table_2_is_the_papers() -> None:
+    given = load(Grid, TABLE2)
+    made = {setting.name: grid.pretraining(given, setting) for setting in grid.settings(given)}
+    assert {(c.weighting.patch_size, c.weighting.temperature) for c in made.values() if c.weighting} == set(TABLE_2)
+    assert len({c.data.store for c in made.values()}) == 1
+    assert made["ps8_t0.25"].out == Path("runs/table2/ps8_t0.25")
+    assert made["ps32_t1"].model.name == "vit_base"
+    assert grid.evaluation(given).checkpoint[0] == "ps8_t0.1=runs/table2/ps8_t0.1"
+    assert grid.evaluation(given).linprobe.optim.epochs == 100
+
+
+def results_of(given: Grid) -> list[dict[str, Any]]:
+    """As `kamim eval` would give them of whole runs on the whole of ImageNet."""
+    evaluation = grid.evaluation(given)
+    made = []
+    for setting in grid.settings(given):
+        config = grid.pretraining(given, setting).model_dump(mode="json")
+        made.append({
+            "mode": "linprobe", "name": setting.name, "architecture": "vit_base", "block": 8, "norm": "none",
+            "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
+            "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
+            "pretraining": {"dataset": "imagenet", "complete": True, "resolution": 192,
+                            **{key: config[key] for key in ("weighting", "mask", "optim")}},
+            "top1": 1.5, "top5": 5.0,
+        })  # fmt: skip
+    return made
+
+
+def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
+    given = load(Grid, TABLE2)
+    made = grid.table(given, results_of(given))
+    assert made.header[:3] == ("weighting.patch_size", "weighting.temperature", "linear probe")
+    assert dict(zip(made.header, made.rows[1], strict=True)) == {
+        "weighting.patch_size": "8", "weighting.temperature": "0.25", "linear probe": "1.50",
+        "linear probe, paper's": "33.97 (Table 1)",
+    }  # fmt: skip
+    assert [row[3].split()[0] for row in made.rows] == [f"{linprobe:.2f}" for linprobe, _ in TABLE_2.values()]
+    assert made.markdown().splitlines()[3] == "| 8 | 0.25 | 1.50 | 33.97 (Table 1) |"
+    short = load(Grid, TABLE2, ["pretrain.optim.epochs=50"])
+    assert len(grid.table(short, results_of(short)).header) == 3  # no such run in the paper
+
+
+def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
+    """Stopped in the middle of its second run and typed again: as one that was not; then it only shows its table."""
+    given = {name: load(Grid, None, given=small(tmp_path / name, store)) for name in ("whole", "again")}
+    compose.run_grid(given["whole"], lambda title: lambda *_: None)
+
+    def stop(title: str) -> Any:
+        def progress(done: int, total: int, said: dict[str, float]) -> None:
+            if title.startswith("2/4") and done == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        compose.run_grid(given["again"], stop)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["ps8_t0.25", "ps8_t1"]
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "again/ps8_t0.25").rglob("*.safetensors")}
+    file = file_of(small(tmp_path / "again", store), tmp_path)
+    result = CliRunner().invoke(app, ["sweep", str(file)])
+    assert result.exit_code == 0, result.output
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    for setting in grid.settings(given["whole"]):
+        assert losses(tmp_path / "again" / setting.name) == losses(tmp_path / "whole" / setting.name)
+    assert (tmp_path / "again/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
+    assert "ps" in (tmp_path / "again/index.html").read_text()
+    assert len(json.loads((tmp_path / "again/table.json").read_text())["results"]) == 4
+
+    def untouched(*_: object) -> None:
+        raise AssertionError("a finished sweep trains nothing")
+
+    compose.run_grid(given["again"], lambda title: untouched)
+    other = CliRunner().invoke(app, ["sweep", str(file), "pretrain.optim.lr=0.5"])
+    assert other.exit_code == 1
+    assert "holds a run of another configuration" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("axes=[{key: weighting.patch_size, name: ps, values: [8, 7]}]", "must be a multiple of weighting.patch_size"),
+        ("axes=[{key: weighting.patch, name: ps, values: [8]}]", "weighting.patch: unknown key"),
+        ("axes=[{key: weighting.patch_size, name: ps, values: [8, 8]}]", "ps8: is the name of two runs"),
+        ("modes=[guess]", "modes"),
+        ("evaluation.knn.k=[]", "knn.k"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_any_work(
+    override: str, said: str, store: Path, tmp_path: Path
+) -> None:
+    file = file_of(small(tmp_path / "out", store), tmp_path)
+    result = CliRunner().invoke(app, ["sweep", str(file), override])
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,94 @@
+"""What looks at a run sees what is there, and leaves no trace in it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_metrics import board
+from test_pretrain import config, quiet, weights
+
+from kamim import metrics, plots
+from kamim.compose.evaluation import run_evaluation
+from kamim.compose.training import run_pretrain
+from kamim.config import Evaluation, load
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Path:
+    return stores["zarr"]
+
+
+@pytest.fixture(scope="module")
+def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 epochs of 2 steps, looked at after every second epoch."""
+    out = tmp_path_factory.mktemp("runs") / "watched"
+    probe = f"probe={{train: {store}, val: {store}, every_epochs: 2, per_class: 6}}"
+    assert run_pretrain(config(out, store, "panel_epochs=2", probe), quiet).finished
+    return out
+
+
+@pytest.fixture(scope="module")
+def unwatched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unwatched"
+    run_pretrain(config(out, store, "panel_epochs=null"), quiet)
+    return out
+
+
+def test_a_run_that_is_looked_at_is_the_run_that_is_not(watched: Path, unwatched: Path) -> None:
+    assert [line["loss"] for line in metrics.read(watched)] == [line["loss"] for line in metrics.read(unwatched)]
+    for name, value in weights(unwatched).items():
+        assert torch.equal(value, weights(watched)[name])
+    assert not (unwatched / "panels").exists()
+
+
+def test_panels_come_every_so_many_epochs(watched: Path) -> None:
+    files = sorted((watched / "panels").iterdir())
+    assert [file.name for file in files] == ["step-00000004.png", "step-00000008.png"]
+    assert [event.step for event in board(watched).Images("panel")] == [4, 8]
+    first, last = (np.asarray(Image.open(file)).astype(int) for file in files)
+    assert first.shape == last.shape
+    changed = np.abs(first - last).max(axis=2) > 0  # the reconstructions, and the caption
+    assert 0 < changed.mean() < 0.4
+
+
+def test_a_resumed_run_shows_the_same_panel(watched: Path, store: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, said: dict[str, float]) -> None:
+        if done == 7:
+            raise Killed
+
+    given = config(tmp_path / "run", store, "panel_epochs=2")
+    with pytest.raises(Killed):
+        run_pretrain(given, kill)
+    run_pretrain(given, quiet)
+    for file in sorted((watched / "panels").iterdir()):
+        assert (tmp_path / "run/panels" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None:
+    made = {line["step"]: line["knn_top1"] for line in metrics.read(watched) if "knn_top1" in line}
+    assert list(made) == [3, 7]
+    given = [f"checkpoint=[{watched}]", f"train={store}", f"val={store}", "per_class=6", "knn.k=[18]", "seed=3"]
+    result, = run_evaluation(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
+    assert made[7] == pytest.approx(result["k"]["18"]["top1"], abs=100 / 24 + 1e-6)  # features are rounded there
+    assert {event.step: event.value for event in board(watched).Scalars("knn_top1")} == pytest.approx(made)
+
+
+def test_a_store_without_labels_is_refused_before_any_work(store: Path, tmp_path: Path) -> None:
+    given = config(tmp_path / "run", store, f"probe={{train: {store}, val: {tmp_path / 'none'}}}")
+    with pytest.raises(ValueError, match="none"):
+        run_pretrain(given, quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_panel_of_simmim_has_no_weights() -> None:
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    masks, weights = np.zeros((2, 8, 8), bool), np.ones((2, 2, 2), np.float32)
+    plain = plots.panel_sheet(images, masks, images, None, None, "")
+    full = plots.panel_sheet(images, masks, images, masks, weights, "")
+    assert [len(figure.axes) for figure in (plain, full)] == [6, 10]
+    assert plots.pixels(full).shape[2] == 3

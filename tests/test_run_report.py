@@ -1,0 +1,75 @@
+"""A run as one page, whatever state it is in."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_pretrain import config, quiet
+from typer.testing import CliRunner
+
+from kamim import metrics, report
+from kamim.cli import app
+from kamim.compose.training import run_pretrain
+
+
+@pytest.fixture(scope="module")
+def finished(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "<b>run"
+    store = stores["zarr"]
+    probe = f"probe={{train: {store}, val: {store}, every_epochs: 2}}"
+    run_pretrain(config(out, store, "panel_epochs=2", probe), quiet)
+    return out
+
+
+def titles(run: Path) -> list[str]:
+    return [axes.get_title() for axes in report.curves(metrics.read(run)).axes if axes.get_title()]
+
+
+def test_a_finished_run_leaves_its_report(finished: Path) -> None:
+    text = (finished / "report.html").read_text()
+    assert "KAMIM (Eq. 3; fast, ring, w_ps 8, T 0.25)" in text
+    assert ": done. Last loss" in text
+    assert "<b>run" not in text.replace("&lt;b&gt;run", "")  # escaped
+    assert text.count("data:image/png;base64,") == 3  # curves and two panels
+    assert not re.search(r'(src|href)="(?!data:)', text)  # self-contained
+    assert "optim.warmup_epochs" in text and "processor" in text and "torch" in text
+    assert titles(finished) == list(report.CURVES)
+
+
+def test_a_stopped_run_has_one_on_demand(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    run.mkdir()
+    (run / "config.yaml").write_text((finished / "config.yaml").read_text())
+    (run / "starts.jsonl").write_text((finished / "starts.jsonl").read_text())
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    (run / "metrics.jsonl").write_text("".join(lines) + lines[0][:9])  # killed while writing
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == str(run / "report.html")
+    text = (run / "report.html").read_text()
+    assert "at 3 of 8 steps" in text
+    assert text.count("data:image/png;base64,") == 1
+    assert titles(run) == [title for title in report.CURVES if not title.startswith("kNN")]
+
+
+def test_curves_of_many_steps_keep_their_extremes() -> None:
+    lines = [{"step": i, "loss": 1.0 if i != 777 else 50.0, "grad_norm": 1.0} for i in range(5000)]
+    axes = report.curves(lines).axes[0]
+    assert len(axes.lines[0].get_xdata()) == report.POINTS
+    assert axes.collections[0].get_datalim(axes.transData).ymax == 50
+
+
+@pytest.mark.parametrize("content", [None, "config"])
+def test_a_folder_without_a_run_is_refused(content: str | None, finished: Path, tmp_path: Path) -> None:
+    if content:
+        (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "holds no run with a step done" in " ".join(result.stderr.split())
+
+
+def test_a_simmim_run_has_no_weights(finished: Path) -> None:
+    lines = [{k: v for k, v in line.items() if not k.startswith("weight")} for line in metrics.read(finished)]
+    drawn = [axes.get_title() for axes in report.curves(json.loads(json.dumps(lines))).axes if axes.get_title()]
+    assert "weights W" not in drawn

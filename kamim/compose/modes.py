@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from kamim.batch import Batch, denormalise, normalise
+from kamim.checkpoint import Keep
 from kamim.compose.checkpoints import Subject
 from kamim.compose.setting import Samples, Setting, Task, features_of, labelled, task
 from kamim.config import ClassifierOptim
@@ -48,7 +49,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
         head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
         run = Run(
             folder, "linprobe", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=1,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(1),
         )  # fmt: skip
         batches, finish = _training(options.augment, setting, samples, subject.resolution, plan)
         network = _parallel(head, setting.world)
@@ -81,7 +82,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         averaged = finetune.Averaged(model, options.ema)
         run = Run(
             folder, "finetune", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=options.keep_checkpoints,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(options.keep_checkpoints),
         )  # fmt: skip
         network = _parallel(model, setting.world)
         if should_compile(config.compute, setting.world.device):
@@ -146,9 +147,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     """How well masked validation images are reconstructed, and a picture of some."""
     options, model = setting.config.reconstruct, subject.model
     if model is None:
-        raise ValueError(
-            f"--checkpoint {subject.name}: is an encoder without a trained pixel head; it reconstructs nothing"
-        )
+        raise ValueError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
     ratio = options.mask_ratio or subject.mask.ratio
     grid = subject.resolution // subject.mask.patch_size
 

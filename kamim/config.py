@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 
 from kamim.detectors import names as detector_names
 from kamim.evaluation.readout import Norm, Pooling
+from kamim.geometry import CROP_RATIO
 from kamim.keypoints import FOOTPRINTS
 from kamim.models import ARCHITECTURES
 
@@ -87,14 +88,16 @@ class Model(Section):
 class Data(Section):
     """store: a directory made by `kamim preprocess`. crop_scale, crop_ratio: RandomResizedCrop's.
 
-    workers: loader threads, null for one per core.
+    workers: loader threads, null for one per core. on_error: whether a sample that cannot be loaded stops the run, or
+    is left out of its batch, counted and logged.
     """
 
     store: Path
     resolution: Count = 192
     crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[Positive, Positive] = CROP_RATIO
     workers: Count | None = None
+    on_error: Literal["stop", "skip"] = "stop"
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -43,7 +43,7 @@ class Crop:
     """
 
     scale: tuple[float, float] = (0.67, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = geometry.CROP_RATIO
     flip_v: bool = True
 
 

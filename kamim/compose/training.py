@@ -70,7 +70,7 @@ def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan
     plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
     loader = Loader(
         store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
-        workers=data.workers, pin=world.device.type == "cuda",
+        workers=data.workers, on_error=data.on_error, pin=world.device.type == "cuda",
     )  # fmt: skip
     return plan, lambda first, stop: feed(loader.steps(first, stop), world.device)
 

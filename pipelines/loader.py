@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -230,7 +230,7 @@ class _ThreadScratch(Scratch):
         self.pixels = np.empty(3 * largest, np.uint8)
 
 
-def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches on `device`, each copied while the one before it is being used."""
     if device.type != "cuda":
         yield from batches

@@ -5,8 +5,8 @@
 Builds a small store of the sample photographs, then: (1) trains a small ViT for 30 steps on the CPU in fp32 and on
 cuda in fp32 and bf16, and compares the losses; (2) lists what waits for the device in ten steps of the loop; (3)
 runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and prints what it reaches beside each aim; (4) compares
-the evaluation augmentation on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by
-number. Without a GPU it says so and exits with 0.
+MixUp and CutMix on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by number.
+Without a GPU it says so and exits with 0.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kamim.batch import Batch
 from kamim.bench.train import Ours, bench
 from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, Pretrain, load
-from pipelines.augment import random_erasing, trivial_augment_wide
+from pipelines.augment import mixed_batch
 from preprocess.build import build
 from preprocess.plan import make_job
 from preprocess.sources import list_source, photograph
@@ -112,15 +113,15 @@ def training(folder: Path) -> dict[str, Any]:
     }}  # fmt: skip
 
 
-def same_augmentation() -> dict[str, Any]:
-    """Pixels of the augmentation on cuda that differ from the CPU's."""
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 3, 192, 192), np.uint8))
-    index = np.arange(len(images))
-    made = [
-        random_erasing(trivial_augment_wide(given, 0, 0, index), 0, 0, index).cpu()
-        for given in (images, images.to(CUDA))
-    ]
-    return {"share_of_pixels_that_differ": float((made[0] != made[1]).float().mean())}
+def same_mixing() -> dict[str, Any]:
+    """The largest difference of normalised and mixed batches on cuda from the CPU's, in standard deviations."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 192, 192, 3), np.uint8))
+    differences = []
+    for step in range(8):  # MixUp and CutMix are both among them
+        batch = Batch(images, None, torch.arange(256) % 10, np.arange(256), 0, step, last=True, share=1.0)
+        (ours, _), (theirs, _) = (mixed_batch(given, 10, 0) for given in (batch, batch.to(CUDA)))
+        differences.append((ours - theirs.cpu()).abs().max().item())
+    return {"largest_difference": max(differences)}
 
 
 def same_evaluation(folder: Path) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def main() -> None:
         result = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__,
             "losses": same_losses(Path(folder)), "synchronisations": synchronisations(Path(folder)),
-            "augmentation": same_augmentation(),
+            "mixing": same_mixing(),
             "evaluation": same_evaluation(Path(folder)),
             "training": training(Path(folder)),
         }  # fmt: skip

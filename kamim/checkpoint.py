@@ -3,9 +3,13 @@
 RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
                                      optimizer.safetensors  the optimiser's state, as <parameter>.<field>
                                      state.json          kind of run, step, configuration, versions, checksums
+
+What has a final name was whole and durable when it got it. A name that ends in .partial is of something half-written or
+half-removed, which the next save clears away.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +26,24 @@ from torch.optim import Optimizer
 import kamim
 from kamim.config import Pretrain
 from kamim.models import MaskedImageModel
-from kamim.store import checksum, publish
+from kamim.store import checksum, fsync, make_durable
 
 FORMAT = 1
+PARTIAL = ".partial"
 Kind = Literal["pretrain", "linprobe", "finetune"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `newest` so many, and those at multiples of `every` steps for good."""
+
+    newest: int
+    every: int | None = None
+
+    def drops(self, steps: list[int]) -> list[int]:
+        """Those of `steps`, ascending, that need not stay."""
+        return [step for step in steps[: -self.newest] if not self.every or step % self.every]
 
 
 @dataclass(frozen=True)
@@ -61,16 +79,28 @@ class Checkpoint:
 
 
 def save(
-    run: Path, step: int, kind: Kind, config: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, keep: int
+    run: Path, step: int, kind: Kind, config: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, keep: Keep
 ) -> Path:
-    """Writes RUN/checkpoints/step-*, durable and whole, and drops all but the newest `keep`."""
-    folder = run / "checkpoints"
+    """Writes RUN/checkpoints/step-*, durable and whole; once it stands, drops those that need not stay.
+
+    Later ones than `step` are dropped, too: the run went back behind them, as they were damaged. Raises OSError
+    where it cannot be written (a full disk); what was there before is there still.
+    """
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     files = {"model.safetensors": weights, "optimizer.safetensors": _optimizer_state(model, optimizer)}
-    final = _write(folder / f"step-{step:08d}", step, kind, config, files, has_head=True)
-    for old in _saved(folder)[:-keep]:
-        shutil.rmtree(old)
+    final = _write(_path(run, step), step, kind, config, files, has_head=True)
+    for later in [other for other in saved(run) if other > step]:
+        _remove(_path(run, later))
+    tidy(run, step, keep)
     return final
+
+
+def tidy(run: Path, step: int, keep: Keep) -> None:
+    """Drops checkpoints up to `step` that need not stay, and what is half-written or half-removed."""
+    for old in keep.drops([other for other in saved(run) if other <= step]):
+        _remove(_path(run, old))
+    for left in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
@@ -86,30 +116,66 @@ def save_imported(path: Path, architecture: str, resolution: int, weights: dict[
 def _write(
     final: Path, step: int, kind: Kind, config: Mapping[str, Any], files: dict[str, dict[str, Tensor]], has_head: bool
 ) -> Path:
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file(tensors, partial / name)
-    state = {
-        "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
-        "step": step, "config": config, "has_head": has_head,
-        "checksums": {name: checksum(partial / name) for name in files},
-    }  # fmt: skip
-    (partial / "state.json").write_text(json.dumps(state, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    publish(partial, final)
+    try:
+        partial.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file(tensors, partial / name)
+        state = {
+            "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
+            "step": step, "config": config, "has_head": has_head,
+            "checksums": {name: checksum(partial / name) for name in files},
+        }  # fmt: skip
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        make_durable(partial)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final}: cannot be written: {' '.join(str(error).split())}") from error
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    fsync(final.parent)
     return final
 
 
-def _saved(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+def _remove(path: Path) -> None:
+    """Its name goes first, so that what is half-removed is not taken for a checkpoint."""
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")), ignore_errors=True)
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run directory, or None where it has none."""
-    saved = _saved(run / "checkpoints")
-    return read(saved[-1]) if saved else None
+def _path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def saved(run: Path) -> list[int]:
+    """Steps of a run's checkpoints, ascending, whole or not."""
+    numbers = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def at(run: Path, step: int) -> Checkpoint:
+    """A run's checkpoint after `step` steps. Raises ValueError where it is missing or damaged."""
+    return read(_path(run, step))
+
+
+def latest(run: Path, most: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run directory (of at most `most` steps), or None where it has none.
+
+    Damaged ones are passed over with a warning. Raises ValueError where all are damaged.
+    """
+    problem = None
+    for step in reversed([step for step in saved(run) if most is None or step <= most]):
+        try:
+            found = at(run, step)
+        except (ValueError, OSError) as error:
+            problem = error
+            log.warning("%s; taking the checkpoint before", error)
+        else:
+            return found
+    if problem is not None:
+        raise ValueError(f"{run}: has no checkpoint that is whole; remove {run / 'checkpoints'} to start anew")
+    return None
 
 
 def read(path: Path) -> Checkpoint:
@@ -118,7 +184,7 @@ def read(path: Path) -> Checkpoint:
     if not file.is_file():
         found = latest(path)
         if found is None:
-            raise ValueError(f"--checkpoint {path}: neither a checkpoint (state.json) nor a run that has one")
+            raise ValueError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
         return found
     try:
         state: dict[str, Any] = json.loads(file.read_text())
@@ -131,7 +197,7 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{file}: not a checkpoint's state: {' '.join(str(error).split())}") from error
     for name, expected in state["checksums"].items():
         if not (path / name).is_file() or checksum(path / name) != expected:
-            raise ValueError(f"{path / name}: is missing or damaged; remove {path} to go on from the one before")
+            raise ValueError(f"{path / name}: is missing or damaged")
     return checkpoint
 
 

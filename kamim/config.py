@@ -5,6 +5,7 @@ configs/ says only what differs. A configuration is a YAML file plus key=value o
 wrong type or an impossible combination is a ValueError of one line that names key, value and what is allowed.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -40,6 +41,24 @@ def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 SOME = AfterValidator(_some)
+DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
+
+
+def _duration(value: str) -> str:
+    if DURATION.fullmatch(value) is None:
+        raise ValueError("must be a number and its unit, such as 5000 steps, 0.5 epochs or 1e6 examples")
+    return value
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+
+
+def in_steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
+    """A Duration in optimiser steps, rounded."""
+    found = DURATION.fullmatch(duration)
+    assert found is not None, duration
+    per_unit = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}[found[2]]
+    return round(float(found[1]) * per_unit)
 
 
 class Section(pydantic.BaseModel):
@@ -94,13 +113,17 @@ class Mask(Section):
 
 
 class Weighting(Section):
-    """Eq. 2. patch_size is w_ps in px, temperature is T; keypoints come from the store or are found online."""
+    """Eq. 2. patch_size is w_ps in px, temperature is T; keypoints come from the store or are found online.
+
+    normalize: W is divided by its mean over the image, so that T does not scale the loss; the paper does not.
+    """
 
     detector: str = "fast"
     footprint: str = "ring"
     patch_size: Annotated[int, Field(gt=0, le=128)] = 8
     temperature: Positive = 0.25
     keypoints: Literal["store", "online"] = "store"
+    normalize: bool = False
 
     @pydantic.field_validator("detector")
     @classmethod
@@ -140,6 +163,41 @@ class Optim(Section):
         if self.cosine_epochs is not None and self.cosine_epochs > self.epochs:
             raise ValueError(f"cosine_epochs = {self.cosine_epochs}: must not be more than epochs = {self.epochs}")
         return self
+
+    def schedule(self, steps_per_epoch: int) -> tuple[int, int, int]:
+        """Optimiser steps: of the run, of its warm-up, and to the cosine's end."""
+        end = self.epochs if self.cosine_epochs is None else self.cosine_epochs
+        return self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch, end * steps_per_epoch
+
+
+class PretrainOptim(Optim):
+    """Optim. duration, warmup, cosine: epochs, warmup_epochs and cosine_epochs in any unit, such as 5000 steps,
+    0.5 epochs or 1e6 examples; where set, they stand over those.
+
+    decay_all: false spares vectors (biases, norms), positions and tokens the weight decay; the released code does not.
+    """
+
+    duration: Duration | None = None
+    warmup: Duration | None = None
+    cosine: Duration | None = None
+    decay_all: bool = True
+
+    def schedule(self, steps_per_epoch: int) -> tuple[int, int, int]:
+        """As Optim's. Raises ValueError where the three do not fit together."""
+        total, warmup, end = super().schedule(steps_per_epoch)
+        if self.duration is not None:
+            total = in_steps(self.duration, self.batch_size, steps_per_epoch)
+            end = end if self.cosine_epochs is not None else total
+        if self.warmup is not None:
+            warmup = in_steps(self.warmup, self.batch_size, steps_per_epoch)
+        if self.cosine is not None:
+            end = in_steps(self.cosine, self.batch_size, steps_per_epoch)
+        if not warmup < end <= total:
+            raise ValueError(
+                f"optim: a warm-up of {warmup} steps, a cosine to step {end} and {total} steps in all do not fit "
+                "together; set duration, warmup and cosine so that warmup < cosine <= duration"
+            )
+        return total, warmup, end
 
 
 class ClassifierOptim(Optim):
@@ -203,6 +261,11 @@ class OnlineProbe(Section):
 class Pretrain(Section):
     """`kamim pretrain`. weighting: null is SimMIM (Eq. 1), else KAMIM (Eq. 3).
 
+    norm_pix_loss: the target of every patch is normalised by its own mean and deviation, as MAE's; a patch is what
+    one output token reconstructs (16 px of a ViT, 32 px of a Swin). init_from: a run, a checkpoint or a file that
+    `kamim import` reads, whose weights the run begins with; null for random ones. on_nonfinite: what happens where a
+    loss or gradient is not finite. Checkpoints are made every checkpoint_epochs; the newest keep_checkpoints stay,
+    and one every keep_every_epochs for good (null for none).
     panel_epochs: epochs between two pictures of what the model makes of a few samples; null for none.
     """
 
@@ -210,12 +273,16 @@ class Pretrain(Section):
     model: Model = Model()
     mask: Mask = Mask()
     weighting: Weighting | None = Weighting()
-    optim: Optim = Optim()
+    optim: PretrainOptim = PretrainOptim()
+    norm_pix_loss: bool = False
+    init_from: Path | None = None
     compute: Compute = Compute()
     out: Path
     seed: Seed = 0
     checkpoint_epochs: Count = 5
     keep_checkpoints: Count = 3
+    keep_every_epochs: Count | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log: Log = Log()
     panel_epochs: Count | None = 10
     probe: OnlineProbe | None = None

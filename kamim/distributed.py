@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,13 @@ class World:
         """Makes `value` the first process's, on each of them."""
         if self.size > 1:
             dist.broadcast(value, src=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank, on each of them; for what is small and rare."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process; all get the same answer. No device is waited for."""

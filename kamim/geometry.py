@@ -6,6 +6,7 @@ Boxes are (top, left, height, width) in whole pixels. A view says how a crop is 
 flipped vertically and horizontally, six whole numbers.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -13,15 +14,21 @@ from numba import njit
 
 from kamim import rng
 
+CROP_RATIO = (3 / 4, 4 / 3)  # width over height of a random resized crop, where nobody says otherwise
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 POSITION_UNIT = 16  # stored keypoint positions are whole sixteenths of a pixel, as cv2.drawKeypoints rounds
+CANONICAL_DRAWS = 512
 MAX_FRAME_SIDE = 65535 // POSITION_UNIT  # positions are uint16
 
 
 def size_for_area(height: int, width: int, area: float) -> tuple[int, int]:
     """The (height, width) of about `area` pixels that keeps the aspect ratio; sides in 1 .. MAX_FRAME_SIDE."""
     scale = math.sqrt(area / (height * width))
-    return tuple(min(max(round(side * scale), 1), MAX_FRAME_SIDE) for side in (height, width))  # type: ignore[return-value]
+    return _side(height * scale), _side(width * scale)
+
+
+def _side(length: float) -> int:
+    return min(max(round(length), 1), MAX_FRAME_SIDE)
 
 
 def stored_area(resolution: int, crop_scale: tuple[float, float]) -> float:
@@ -34,9 +41,34 @@ def stored_size(height: int, width: int, area: float) -> tuple[int, int]:
     return size_for_area(height, width, min(area, height * width))
 
 
-def canonical_area(resolution: int, crop_scale: tuple[float, float]) -> float:
-    """Area of the canonical frame: the whole image at the scale its average crop is seen at."""
-    return resolution**2 / (sum(crop_scale) / 2)
+@functools.lru_cache(maxsize=4096)  # data sets have many images of one size
+def canonical_frames(
+    height: int, width: int, resolution: int, crop_scale: tuple[float, float], count: int
+) -> tuple[tuple[int, int], ...]:
+    """Sizes (height, width) at which random crops see an image, `count` of them: where its keypoints are looked for.
+
+    A crop is resized to resolution x resolution px, so it shows the image at one scale down and another across. Of
+    CANONICAL_DRAWS crops those scales are divided into equal parts, along the direction in which they differ most;
+    a frame has the mean scales (of their logarithms) of its part. Aspect ratios are CROP_RATIO; sides in
+    1 .. MAX_FRAME_SIDE.
+    """
+    sizes = np.tile((height, width), (CANONICAL_DRAWS, 1))
+    views = crop_views(sizes, crop_scale, CROP_RATIO, False, 0, 0, np.arange(CANONICAL_DRAWS))
+    scales = np.log(resolution / views[:, 2:4])
+    (yy, yx), (_, xx) = np.cov(scales, rowvar=False)
+    angle = math.atan2(2 * yx, yy - xx) / 2  # of the principal axis
+    order = np.argsort(scales @ (math.cos(angle), math.sin(angle)), kind="stable")
+    means = [np.exp(scales[part].mean(axis=0)) for part in np.array_split(order, count)]
+    return tuple((_side(height * down), _side(width * across)) for down, across in means)
+
+
+def nearest_frames(frames: np.ndarray, sizes: np.ndarray, views: np.ndarray, resolution: int) -> np.ndarray:
+    """Which of an image's frames is nearest in scale to a view of it: int64 [n].
+
+    frames: int [n, V, 2] (height, width), of images stored at sizes (int [n, 2]); views: int64 [n, 6].
+    """
+    seen = np.log(resolution / views[:, 2:4])
+    return (np.square(np.log(frames / sizes[:, None]) - seen[:, None]).sum(axis=2)).argmin(axis=1)
 
 
 @njit(cache=True, nogil=True)

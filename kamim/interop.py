@@ -1,4 +1,4 @@
-"""Weights from elsewhere -> kamim's names, and back to timm's.
+"""Weights from elsewhere -> kamim's names, and back to timm's and Hugging Face's.
 
 Understood: the authors' released checkpoints (Hugging Face ViT and Swin ForMaskedImageModeling, bare or under
 `model_state_dict`; names of transformers 4 and 5), MoCo v3's released ViTs, microsoft/SimMIM's released Swins,
@@ -10,12 +10,14 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from kamim.models import ARCHITECTURES, MaskedImageModel
@@ -48,6 +50,27 @@ _RENAMES = tuple(
         (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    )
+)
+# kamim's names -> those of transformers 4, which 5 reads too; TYPE stands for vit or swin.
+_TO_HUGGING_FACE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^head\.", "decoder."),
+        (r"^mask_token$", "TYPE.embeddings.mask_token"),
+        (r"^encoder\.cls_token$", "TYPE.embeddings.cls_token"),
+        (r"^encoder\.pos_embed$", "TYPE.embeddings.position_embeddings"),
+        (r"^encoder\.patch_embed\.proj\.", "TYPE.embeddings.patch_embeddings.projection."),
+        (r"^encoder\.patch_embed\.norm\.", "TYPE.embeddings.norm."),
+        (r"^encoder\.norm\.", "TYPE.layernorm."),
+        (r"^encoder\.blocks\.", "TYPE.encoder.layer."),
+        (r"^encoder\.layers\.", "TYPE.encoder.layers."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.SELF."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
     )
 )
 _IGNORED = re.compile(r"relative_position_index|attn_mask|momentum_encoder|predictor|base_encoder\.head\.")
@@ -84,11 +107,11 @@ def read_file(path: Path) -> State:
     return content
 
 
-def convert(state: State, resolution: int | None = None) -> Foreign:
+def convert(state: State, resolution: int | None = None, wanted: str | None = None) -> Foreign:
     """Any layout named above -> kamim's, for images of side `resolution` (None: as trained; a Swin's 192).
 
     Positions are interpolated for another resolution, relative position biases for another window. Raises
-    ValueError, naming what is odd, for weights that are none of kamim's architectures.
+    ValueError, naming what is odd, for weights that are none of kamim's architectures, or not of the one wanted.
     """
     renamed = _rename(state)
     renamed = _merge_qkv(renamed)
@@ -97,6 +120,8 @@ def convert(state: State, resolution: int | None = None) -> Foreign:
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
     architecture = _architecture(renamed)
+    if wanted not in (None, architecture):
+        raise ValueError(f"these are a {architecture}'s weights, the model asked for is a {wanted}")
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {name: value for name, value in renamed.items() if name.startswith("encoder.")}
@@ -193,3 +218,44 @@ def _fit(state: State, model: MaskedImageModel) -> State:
 def to_timm(state: State) -> State:
     """The encoder alone, in timm's names: what timm.create_model(..., checkpoint_path=FILE) loads."""
     return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+
+
+def to_hugging_face(state: State, architecture: str, resolution: int, has_head: bool) -> tuple[dict[str, Any], State]:
+    """config.json and weights that Hugging Face's from_pretrained loads.
+
+    For ViTForMaskedImageModeling or SwinForMaskedImageModeling, and for ViTModel or SwinModel of an encoder alone.
+    """
+    with torch.device("meta"):
+        encoder = MaskedImageModel(architecture, resolution).encoder
+    known = ARCHITECTURES[architecture]
+    config: dict[str, Any] = {
+        "image_size": resolution, "patch_size": known.patch_size, "encoder_stride": known.stride,
+    }  # fmt: skip
+    if isinstance(encoder, VisionTransformer):
+        kind, name, inner = "vit", "ViT", "attention"
+        block = encoder.blocks[0]
+        config |= {
+            "hidden_size": encoder.embed_dim, "num_hidden_layers": len(encoder.blocks),
+            "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
+            "layer_norm_eps": encoder.norm.eps,
+        }  # fmt: skip
+    else:
+        kind, name, inner = "swin", "Swin", "self"
+        config |= {
+            "embed_dim": encoder.embed_dim, "depths": [len(layer.blocks) for layer in encoder.layers],
+            "num_heads": [layer.blocks[0].attn.num_heads for layer in encoder.layers],
+            "window_size": known.options["window_size"], "layer_norm_eps": encoder.norm.eps,
+        }  # fmt: skip
+    config |= {"model_type": kind, "architectures": [f"{name}{'ForMaskedImageModeling' if has_head else 'Model'}"]}
+    weights: State = {}
+    for ours, value in state.items():
+        theirs = re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", ours)
+        for pattern, replacement in _TO_HUGGING_FACE:
+            theirs = pattern.sub(replacement, theirs)
+        theirs = theirs.replace("TYPE", kind).replace("SELF", inner)
+        if ".qkv." in theirs:
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            weights |= {theirs.replace(".qkv.", f".{part}."): tensor.contiguous() for part, tensor in parts}
+        else:
+            weights[theirs] = value[None, None] if ours == "mask_token" else value
+    return config, weights

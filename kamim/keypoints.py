@@ -177,7 +177,7 @@ def raster_whole(points, count, height, width, table, bitmap, dots):
 
 @njit(cache=True, nogil=True)
 def _move(source, pattern, out):
-    """out = source moved right by b pixels for every bit b of pattern, OR-ed: over rows' ends, where margins are empty."""
+    """out = source moved right by b pixels for every bit b of pattern, OR-ed. Rows have empty margins to move into."""
     for i in range(len(out)):
         out[i] = source[i] * (pattern & np.uint64(1))
     to, near = out[1:], source[1:]

@@ -19,7 +19,8 @@ from kamim import checkpoint, machine, schedule
 from kamim.batch import Batch
 from kamim.config import Compute, Log, Optim
 from kamim.distributed import World
-from kamim.metrics import Metrics, sinks
+from kamim.metrics import Metrics, refuse, sinks, warn
+from kamim.nonfinite import Guard, NonFinite
 
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
@@ -52,9 +53,13 @@ class Run:
     optim: Optim
     steps_per_epoch: int
     every: int
-    keep: int
+    keep: checkpoint.Keep
     log: Log = field(default_factory=Log)
     observers: Sequence[Observer] = ()
+
+    def saves_at(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after so many steps."""
+        return step % self.every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
 
 
 @dataclass(frozen=True)
@@ -67,51 +72,90 @@ class Outcome:
 
 def train(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients, world: World,
-    progress: Progress, after_step: Callable[[], None] = lambda: None,
+    progress: Progress, after_step: Callable[[], None] = lambda: None, guard: Guard | None = None,
 ) -> Outcome:  # fmt: skip
     """Trains from the newest checkpoint in run.out, or from the model as it is, to the last epoch.
 
-    Raises FloatingPointError for a loss that is not finite.
+    A checkpoint that cannot be written (a full disk) is left out; only the last one's absence is an error, OSError.
+    Raises FloatingPointError for a loss that is not finite; with a guard NonFinite, the state of before it saved, or
+    the step is skipped.
     """
     scheduler = schedule.cosine(optimizer, run.optim, run.steps_per_epoch)
-    found = checkpoint.latest(run.out)
-    if found is not None:
-        checkpoint.restore(found, model, optimizer)
-    world.barrier()  # everyone has looked
-    first = 0 if found is None else found.step
-    total = run.optim.epochs * run.steps_per_epoch
+    first = resume(run.out, model, optimizer, world)
+    if world.is_main:
+        checkpoint.tidy(run.out, first, run.keep)
+    total, _, _ = run.optim.schedule(run.steps_per_epoch)
     if first == total:
         return Outcome(first, True)
     if world.is_main:
         machine.note_start(run.out, first, total, world)
     step = first
-    said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
-    with _stop_asked() as stopped, Metrics(said) as metrics:
-        for step, values in gradients(first, total):
-            scheduler.step_update(step)
-            norm = update(model, optimizer, run.optim.clip_grad)
-            after_step()
-            rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-            metrics.add(step, rate, run.optim.batch_size, {**values, "grad_norm": norm})
-            step += 1
-            progress(step, total, metrics.newest)
-            stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
+
+    def check(step: int, values: Mapping[str, float]) -> None:
+        if guard is None:
+            refuse(step, values)
+        elif (said := guard.check(step, values)) and world.is_main:
+            warn(run.out, said)
+
+    def save(step: int, last: bool) -> None:
+        try:
+            metrics.flush()  # a checkpoint stands on the lines before it
             if world.is_main:
-                _observe(run.observers, step, total, metrics)
-            if step % run.every == 0 or step == total or stop:
-                metrics.flush()
+                checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
+        except OSError as error:
+            if last:
+                raise
+            warn(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
+        world.barrier()
+        metrics.restart()
+
+    said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
+    with _stop_asked() as stopped, Metrics(said, check) as metrics:
+        try:
+            for step, values in gradients(first, total):
+                scheduler.step_update(step)
+                values = {**values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
+                after_step()
+                rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
+                metrics.add(step, rate, run.optim.batch_size, values)
+                step += 1
+                progress(step, total, metrics.newest)
+                stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
                 if world.is_main:
-                    checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
-                world.barrier()
-                metrics.restart()
-            if stop:
-                break
+                    _observe(run.observers, step, total, metrics)
+                if run.saves_at(step) or step == total or stop:
+                    save(step, last=step == total or stop)
+                if stop:
+                    break
+        except NonFinite as error:
+            if error.step not in checkpoint.saved(run.out):
+                save(error.step, last=False)
+            raise
     return Outcome(step, step == total)
 
 
+def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, most: int | None = None) -> int:
+    """Restores the newest whole checkpoint (of at most `most` steps), if there is one: how many steps are done.
+
+    The first process chooses for all, who may not see the same files.
+    """
+    found = checkpoint.latest(run, most) if world.is_main else None
+    step = torch.tensor(-1 if found is None else found.step, device=world.device)
+    world.share(step)
+    if step < 0:
+        return 0
+    checkpoint.restore(found or checkpoint.at(run, int(step)), model, optimizer)
+    world.barrier()  # before the first process drops any
+    return int(step)
+
+
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 autocast, or nothing."""
-    precision = ("bf16" if device.type == "cuda" else "fp32") if compute.precision == "auto" else compute.precision
+    """bf16 autocast, or nothing. Raises ValueError where bf16 is asked for on a GPU that has none."""
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if lacks and compute.precision == "bf16":
+        raise ValueError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
+    auto = "bf16" if device.type == "cuda" and not lacks else "fp32"
+    precision = auto if compute.precision == "auto" else compute.precision
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -132,12 +176,16 @@ def _observe(observers: Sequence[Observer], step: int, total: int, metrics: Metr
             metrics.restart()
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
-    """An optimiser step with the gradients there are, clipped; drops them and returns their norm before that."""
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None, loss: Tensor | float,
+    guard: Guard | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """An optimiser step with the gradients there are, clipped; drops them and returns what to log of it."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    skipped = {} if guard is None else guard.gate(torch.as_tensor(loss), norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return {"grad_norm": norm, **skipped}
 
 
 @contextmanager

@@ -7,10 +7,14 @@ RUN/tensorboard/    the same numbers and pictures
 
 import importlib.util
 import json
+import logging
 import math
+import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,9 +24,12 @@ from PIL import Image
 from torch import Tensor
 
 from kamim.config import Log
+from kamim.store import write_whole
 
 Values = Mapping[str, float]
 T = TypeVar("T")
+FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -42,34 +49,50 @@ class Sink(Protocol):
 
 
 class Files:
-    """metrics.jsonl and panels/. Lines of steps from `first` on, of a run that got further before, are dropped."""
+    """metrics.jsonl and panels/. Lines of steps from `first` on, of a run that got further before, are dropped.
+
+    What finds no room on the disk waits: lines for the next; a panel is left out.
+    """
 
     def __init__(self, run: Path, first: int):
+        self._run = run
         self._panels = run / "panels"
-        file = run / "metrics.jsonl"
-        kept = [json.dumps(line) + "\n" for line in read(run) if line["step"] < first]
-        staged = file.with_suffix(".tmp")
-        staged.write_text("".join(kept))
-        staged.rename(file)
-        self._stream = file.open("a")
+        file = run / FILE
+        write_whole(file, b"".join(line for line, values in _lines(file) if values["step"] < first))
+        self._stream = file.open("ab", buffering=0)
+        self._unwritten = b""
 
     def numbers(self, step: int, values: Values) -> None:
-        """See Sink."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
+        """See Sink. What is not finite is null."""
+        late = bool(self._unwritten)
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._unwritten += json.dumps({"step": step, **line}).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not late:
+                warn(self._run, f"step {step}: {FILE} is behind, the run goes on: {error}")
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
         """See Sink."""
-        self._panels.mkdir(exist_ok=True)
-        Image.fromarray(rgb).save(self._panels / f"step-{step:08d}.png")
+        try:
+            self._panels.mkdir(exist_ok=True)
+            Image.fromarray(rgb).save(self._panels / f"step-{step:08d}.png")
+        except OSError as error:
+            warn(self._run, f"step {step}: no panel, the run goes on: {error}")
 
     def flush(self) -> None:
-        """See Sink."""
-        self._stream.flush()
+        """See Sink. Raises OSError where a line finds no room."""
+        self._write()
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """See Sink."""
         self._stream.close()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
 
 
 class TensorBoard:
@@ -143,19 +166,48 @@ def sinks(run: Path, first: int, log: Log, config: Mapping[str, Any]) -> list[Si
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, less one that was cut short; none where there is no file."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl, as far as they are whole, nan for null; none where there is no file."""
+    return [
+        {name: math.nan if value is None else value for name, value in values.items()}
+        for _, values in _lines(run / FILE)
+    ]  # fmt: skip
+
+
+def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they say, up to the first that is not whole: a machine that went down may leave anything."""
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or not isinstance(values, dict) or "step" not in values:
+            return
+        yield line, values
+
+
+def warn(run: Path, line: str) -> None:
+    """Says a line on stderr, and in RUN/log.txt where there is room for it."""
+    log.warning(line)
+    with suppress(OSError), (run / "log.txt").open("a") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+
+
+def refuse(step: int, values: Values) -> None:
+    """Raises FloatingPointError for a loss or a gradient that is not finite."""
+    for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
 
 
 class Metrics:
     """Numbers of steps on their way to the sinks. Nothing here waits for a step before the next one is queued.
 
-    newest: what was written last.
+    newest: what was written last. check(step, numbers): raises for what must stop the run. A sink beside Files that
+    finds no room on the disk is left out from then on.
     """
 
-    def __init__(self, sinks: Iterable[Sink]):
+    def __init__(self, sinks: Iterable[Sink], check: Callable[[int, Values], None] = refuse):
+        self._check = check
         self.newest: dict[str, float] = {}
         self._sinks = list(sinks)
         self._waiting: _Waiting | None = None
@@ -165,8 +217,7 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._tell(lambda sink: sink.close())
 
     def restart(self) -> None:
         """What has passed since the last step is not the next one's."""
@@ -193,14 +244,22 @@ class Metrics:
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
         """Shows a picture, uint8 [H, W, 3]."""
-        for sink in self._sinks:
-            sink.panel(step, rgb)
+        self._tell(lambda sink: sink.panel(step, rgb))
 
     def flush(self) -> None:
-        """Writes all there is, to stay. Raises FloatingPointError for a loss that is not finite."""
+        """Writes all there is, to stay. Raises what check does, and OSError where metrics.jsonl finds no room."""
         self._write()
-        for sink in self._sinks:
-            sink.flush()
+        self._tell(lambda sink: sink.flush())
+
+    def _tell(self, tell: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except OSError as error:
+                if isinstance(sink, Files):
+                    raise
+                log.warning("%s is left out, the run goes on: %s", type(sink).__name__, error)
+                self._sinks.remove(sink)
 
     def _write(self) -> None:
         if self._waiting is None:
@@ -208,11 +267,8 @@ class Metrics:
         step, values = self._waiting.step, self._waiting.read()
         self._waiting = None
         self.newest = {"step": step, **values}
-        for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
-        for sink in self._sinks:
-            sink.numbers(step, values)
+        self._check(step, self.newest)
+        self._tell(lambda sink: sink.numbers(step, values))
 
 
 class _Waiting:

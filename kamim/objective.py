@@ -1,6 +1,7 @@
 """The training objective: Eq. 1 (SimMIM) and Eq. 3 (KAMIM), in fp32 whatever the model computes in."""
 
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from kamim.models import expand_mask
 
@@ -17,3 +18,13 @@ def masked_l1(images: Tensor, reconstruction: Tensor, mask: Tensor, weights: Ten
     error = (reconstruction.float() - images.float()).abs()
     scale = masked if weights is None else masked * expand_mask(weights, side).unsqueeze(1)
     return (error * scale).sum() / (masked.sum() + 1e-5) / images.shape[1]
+
+
+def normalise_patches(images: Tensor, patch_size: int) -> Tensor:
+    """The images with every patch of patch_size px at mean 0 and variance 1 over its pixels and channels (MAE's).
+
+    images: [B, 3, R, R]. Returns float32 of the same shape.
+    """
+    patches = pixel_unshuffle(images.float(), patch_size)  # [B, 3 * p * p, R / p, R / p]
+    mean, variance = patches.mean(dim=1, keepdim=True), patches.var(dim=1, keepdim=True)
+    return pixel_shuffle((patches - mean) / (variance + 1e-6).sqrt(), patch_size)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import machine, rng
+from kamim import checkpoint, interop, machine, rng
 from kamim.batch import Batch, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
@@ -24,34 +24,45 @@ from kamim.loop import (
 )
 from kamim.masking import block_masks
 from kamim.metrics import Waits
-from kamim.models import MaskedImageModel
-from kamim.objective import masked_l1
+from kamim.models import ARCHITECTURES, MaskedImageModel
+from kamim.nonfinite import Guard
+from kamim.objective import masked_l1, normalise_patches
+from kamim.store import write_whole
 from kamim.weighting import counts_to_weights
 
+CONFIG = "config.yaml"  # of a run
 Observe = Callable[[MaskedImageModel], Sequence[Observer]]
 
 
 def pretrain(
     config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress,
-    observe: Observe = lambda model: (),
+    observe: Observe = lambda model: (), fresh: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Trains from the newest checkpoint in config.out, or from random weights, to the last epoch.
+    """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
 
-    observe: what looks at the model meanwhile.
-
-    Raises ValueError where config.out holds a run of another configuration, FloatingPointError for a loss
+    observe: what looks at the model meanwhile. fresh: there must be no run in config.out. Raises ValueError where there
+    is, or one of another configuration, and for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss
     that is not finite.
     """
-    _claim(config, world)
+    config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
+    autocast(config.compute, world.device)
+    _check_place(config, fresh)
     model, network, optimizer = prepare(config, world)
+    if config.init_from is not None and not checkpoint.saved(config.out):
+        initialise(model, config)
+    _claim(config, world)
     run = Run(
         config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch, keep=config.keep_checkpoints,
+        every=config.checkpoint_epochs * steps_per_epoch,
+        keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
         log=config.log, observers=observe(model),
     )  # fmt: skip
-    return train(
-        run, model, optimizer, lambda first, stop: steps(config, network, batches(first, stop), world), world, progress
-    )
+    guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
+
+    def made(first: int, stop: int) -> Steps:
+        return steps(config, network, batches(first, stop), world, guard)
+
+    return train(run, model, optimizer, made, world, progress, guard=guard)
 
 
 def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
@@ -60,17 +71,48 @@ def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module
         machine.keep_memory()
     torch.manual_seed(config.seed)
     model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
-        fused=True,
-    )  # fmt: skip
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(config.compute, world.device):
         network.compile()
-    return model, network, optimizer
+    return model, network, build_optimizer(config, model)
 
 
-def steps(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World) -> Steps:
+def initialise(model: MaskedImageModel, config: Pretrain) -> None:
+    """Loads config.init_from, positions interpolated for another resolution; what it lacks stays random.
+
+    Raises ValueError where it cannot be read or is of another architecture.
+    """
+    path = config.init_from
+    assert path is not None
+    try:
+        state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
+        made = interop.convert(state, config.data.resolution, config.model.name)
+    except ValueError as error:
+        raise ValueError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
+    model.load_state_dict(made.state, strict=made.has_head)
+
+
+def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Optimizer:
+    """Fused AdamW; with optim.decay_all false, vectors, positions and tokens have no weight decay."""
+    optim = config.optim
+    kept = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return optim.decay_all or not (parameter.ndim < 2 or name in kept or name.endswith("bias_table"))
+
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays(name, p) == decayed], "weight_decay": decayed * optim.weight_decay}
+        for decayed in (True, False)
+    ]  # fmt: skip
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
+    )  # fmt: skip
+
+
+def steps(
+    config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
+) -> Steps:
     """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
     network.train()
     sums = torch.zeros(2, device=world.device)  # of loss and of mean W
@@ -84,6 +126,8 @@ def steps(config: Pretrain, network: nn.Module, batches: Iterable[Batch], world:
         with synchronised(network, batch, world):
             loss, weights = batch_loss(config, network, batch, world.device)
             (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
+        if guard is not None:
+            guard.see(batch, loss.detach())
         sums[0] += loss.detach() * batch.share
         if weights is not None:
             sums[1] += weights.mean() * batch.share
@@ -100,38 +144,54 @@ def batch_loss(
     config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 or Eq. 3 of one batch, and the weights W [B, c, c] if there are any."""
+    target, reconstruction, mask, weights = reconstruct(config, network, batch, device)
+    return masked_l1(target, reconstruction, mask, weights), weights
+
+
+def reconstruct(
+    config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What masked_l1 takes: target and reconstruction [B, 3, R, R], mask bool [B, g, g], W [B, c, c] or None."""
     grid = config.data.resolution // config.mask.patch_size
     mask = upload(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio), device)
     weights = None
     if config.weighting is not None:
         assert batch.counts is not None, "KAMIM needs keypoint counts"
-        weights = counts_to_weights(batch.counts, config.weighting.patch_size, config.weighting.temperature)
+        w = config.weighting
+        weights = counts_to_weights(batch.counts, w.patch_size, w.temperature, w.normalize)
     images = normalise(batch.images)
     with autocast(config.compute, device):
         reconstruction = network(images, mask)
-    return masked_l1(images, reconstruction, mask, weights), weights
+    target = normalise_patches(images, ARCHITECTURES[config.model.name].stride) if config.norm_pix_loss else images
+    return target, reconstruction, mask, weights
 
 
-def _claim(config: Pretrain, world: World) -> None:
-    """Writes the configuration into config.out, or raises ValueError where another run lives there."""
-    file = config.out / "config.yaml"
-    if file.is_file() and (difference := _difference(load(Pretrain, file), config)):
+def _check_place(config: Pretrain, fresh: bool) -> None:
+    """Raises ValueError where another run lives in config.out, or any, if it must be fresh."""
+    file = config.out / CONFIG
+    if not file.is_file():
+        return
+    if fresh:
+        raise ValueError(f"out = {config.out}: holds a run already; choose another out=..., or --resume auto goes on")
+    if difference := _difference(load(Pretrain, file), config):
         raise ValueError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
         )
+
+
+def _claim(config: Pretrain, world: World) -> None:
+    """Writes the configuration into config.out."""
     world.barrier()  # everyone has looked
     if world.is_main:
         config.out.mkdir(parents=True, exist_ok=True)
-        staged = file.with_suffix(".tmp")
-        staged.write_text(dump(config))
-        staged.rename(file)
+        write_whole(config.out / CONFIG, dump(config).encode())
     world.barrier()
 
 
 # What a resumed run may change: none of it says which samples are trained on, or how.
-_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "compute": True,
-         "log": True, "panel_epochs": True, "probe": True,
+_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
+         "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
          "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 

@@ -90,8 +90,9 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
     done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
     rate = np.median([line["images_per_second"] for line in lines])
+    length = config.optim.duration or f"{config.optim.epochs} epochs"
     return (
-        f"{method}, {config.model.name} at {config.data.resolution} px, {config.optim.epochs} epochs of "
+        f"{method}, {config.model.name} at {config.data.resolution} px, {length} of "
         f"{config.data.store}, {config.optim.batch_size} images a step: {state}. Last loss {last['loss']:.4f}; "
         f"{rate:,.0f} images per second, the median step's."
     )

@@ -11,7 +11,8 @@ def cosine(optimizer: Optimizer, optim: Optim, steps_per_epoch: int) -> CosineLR
 
     The cosine's clock runs from step 0 and the warm-up stands in for its beginning, as the released code has it.
     """
+    _, warmup, end = optim.schedule(steps_per_epoch)
     return CosineLRScheduler(
-        optimizer, t_initial=(optim.cosine_epochs or optim.epochs) * steps_per_epoch, lr_min=optim.min_lr,
-        warmup_t=optim.warmup_epochs * steps_per_epoch, warmup_lr_init=optim.warmup_lr, t_in_epochs=False,
+        optimizer, t_initial=end, lr_min=optim.min_lr, warmup_t=warmup, warmup_lr_init=optim.warmup_lr,
+        t_in_epochs=False,
     )  # fmt: skip

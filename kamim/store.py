@@ -5,10 +5,10 @@
     stamps.npy                        uint64 [items], one stamp per item of the source, to notice changed ones
     images.beton | images.zarr/       images, FFCV or zarr (below)
     keypoints.zarr/
-        frame                         uint16 [N, 2] (height, width) of the canonical frame
-        <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of the frame, paged
-        <detector>/start              int64 [N] first row of an image's positions
-        <detector>/counts             uint32 [N, G] how many in each of the detector's groups, in order
+        <detector>/frame              uint16 [N, V, 2] (height, width) of an image's canonical frames
+        <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of their frame, paged
+        <detector>/start              int64 [N, V] first row of a frame's positions
+        <detector>/counts             uint32 [N, V, G] how many in each of the detector's groups, in order
     rejects.csv                       source files that could not be read, and why
 
     images.zarr/
@@ -37,7 +37,7 @@ import zarr
 from kamim import beton, paged
 from kamim.keypoints import Rules
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST, BACKUP = "manifest.json", "manifest.backup"
 STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component that is not a detector's
@@ -97,7 +97,6 @@ class Manifest(pydantic.BaseModel):
     classes: tuple[str, ...]
     rejects: int
     stored_area: float
-    canonical_area: float
     rules: dict[str, Rules]
     opencv: dict[str, str]  # the version that made each component
     shard_counts: tuple[int, ...]  # images of each shard that could be read
@@ -113,7 +112,7 @@ class Manifest(pydantic.BaseModel):
 def component_of(name: str) -> str:
     """The component that a file of a store, by its path within it, belongs to."""
     room, *rest = name.split("/")
-    return rest[0] if room == "keypoints.zarr" and len(rest) > 1 and rest[0] != "frame" else IMAGES
+    return rest[0] if room == "keypoints.zarr" and len(rest) > 1 else IMAGES
 
 
 class ImageReader(Protocol):
@@ -129,6 +128,20 @@ class ImageReader(Protocol):
 
     def in_range(self) -> np.ndarray:
         """Whether each image's bytes lie within the files: bool [N]."""
+        ...
+
+
+class Images(Protocol):
+    """What a loader needs of a store."""
+
+    @property
+    def path(self) -> Path:
+        """What errors name."""
+        ...
+
+    @property
+    def images(self) -> ImageReader:
+        """The images, whichever backend holds them."""
         ...
 
 
@@ -175,36 +188,45 @@ class Keypoints:
 
     def __init__(self, path: Path, detector: str, rules: Rules):
         self.rules = rules
-        self.frame = np.asarray(zarr.open_array(path / "frame", mode="r"))
+        self.frame = np.asarray(zarr.open_array(path / detector / "frame", mode="r"))
         self._start = np.asarray(zarr.open_array(path / detector / "start", mode="r"))
         self._counts = np.asarray(zarr.open_array(path / detector / "counts", mode="r"))
-        self._total = self._counts.sum(axis=1)
+        self._total = self._counts.sum(axis=2)
         self._positions = paged.PagedReader(path / detector / "positions")
 
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(positions uint16 [K, 2] as stored, counts uint32 [G] of each group among them, in order)."""
-        return self._positions.rows(int(self._start[index]), int(self._total[index])), self._counts[index]
+    def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G] of each group, in order)."""
+        positions, counts = self.of(np.array([index]), np.array([frame]))
+        return positions, counts[0]
 
-    def of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of several images: (positions uint16 [sum K, 2], one image's after the other's, counts uint32 [n, G])."""
-        starts, totals = self._start[indices].tolist(), self._total[indices].tolist()
-        return np.concatenate(list(map(self._positions.rows, starts, totals))), self._counts[indices]
+    def of(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of one frame each (int [n]) of several images (int [n]): positions, joined in order, and counts [n, G]."""
+        starts, totals = self._start[indices, frames].tolist(), self._total[indices, frames].tolist()
+        return np.concatenate(list(map(self._positions.rows, starts, totals))), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""
-        return self._positions.holds(self._start, self._total.astype(np.int64))
+        inside = self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
+        return np.asarray(inside)
 
 
 def write_keypoints(
-    path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray]], total_rows: int
+    path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], total_rows: int
 ) -> None:
-    """Writes keypoints.zarr/<detector> from (positions uint16 [K, 2], counts int64 [G]) of every image."""
+    """Writes keypoints.zarr/<detector>. Of every image: positions uint16 [K, 2], its frames' one after the other;
+    counts int64 [V, G]; frames uint16 [V, 2]."""
     group = zarr.open_group(path, mode="a").create_group(detector)
     writer = paged.PagedWriter(group, "positions", (2,), np.uint16, paged.page_rows(total_rows, KEYPOINT_PAGE_ROWS))
-    rows = [(writer.append(positions), counts) for positions, counts in images]
+    starts, all_counts, all_frames = [], [], []
+    for positions, counts, frames in images:
+        ends = np.cumsum(counts.sum(axis=1))
+        starts.append([writer.append(part) for part in np.split(positions, ends[:-1])])
+        all_counts.append(counts)
+        all_frames.append(frames)
     writer.close()
-    paged.create(group, "start", np.array([start for start, _ in rows], np.int64))
-    paged.create(group, "counts", np.stack([counts for _, counts in rows]).astype(np.uint32))
+    paged.create(group, "start", np.array(starts, np.int64))
+    paged.create(group, "counts", np.stack(all_counts).astype(np.uint32))
+    paged.create(group, "frame", np.stack(all_frames).astype(np.uint16))
 
 
 class Store:

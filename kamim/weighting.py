@@ -22,6 +22,7 @@ def weights(omega: Tensor, temperature: float) -> Tensor:
     return torch.exp(exponent - exponent.amin(dim=(-2, -1), keepdim=True))
 
 
-def counts_to_weights(counts: Tensor, patch_size: int, temperature: float) -> Tensor:
-    """Cell counts [.., g, g] (any integer dtype) -> W [.., g, g] float32."""
-    return weights(density(counts, patch_size), temperature)
+def counts_to_weights(counts: Tensor, patch_size: int, temperature: float, normalize: bool = False) -> Tensor:
+    """Cell counts [.., g, g] (any integer dtype) -> W [.., g, g] float32; normalize: divided by the image's mean W."""
+    made = weights(density(counts, patch_size), temperature)
+    return made / made.mean(dim=(-2, -1), keepdim=True) if normalize else made

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from numba import njit
 
+from kamim import geometry
 from kamim import keypoints as kp
 from kamim.detectors import detector
 from kamim.store import Keypoints
@@ -66,7 +67,7 @@ def _remapped_counts(
 
 
 class CachedCounts:
-    """From keypoints found once on the canonical frame, remapped into the crop."""
+    """From keypoints found once, on the canonical frame nearest in scale to the crop, remapped into the crop."""
 
     def __init__(self, keypoints: Keypoints, footprint: str, patch_size: int):
         self.patch_size = patch_size
@@ -76,12 +77,15 @@ class CachedCounts:
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""
-        positions, counts = self._keypoints.of(crops.indices)
+        side = crops.pixels.shape[1]
+        offered = self._keypoints.frame[crops.indices]
+        chosen = geometry.nearest_frames(offered, crops.sizes, crops.views, side)
+        positions, counts = self._keypoints.of(crops.indices, chosen)
         if len(positions) > len(scratch.points):
             scratch.points = np.empty((len(positions), 2), np.int32)
         _remapped_counts(
-            positions, counts, *self._rules, self._keypoints.frame[crops.indices], crops.sizes, crops.views,
-            crops.pixels.shape[1], self._table, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
+            positions, counts, *self._rules, offered[np.arange(len(chosen)), chosen], crops.sizes, crops.views, side,
+            self._table, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def _source(o, scale, length):
 
 @njit(cache=True, nogil=True)
 def _columns(width, flip, offset, weight):
-    """For each output column: the byte offset of the first of its two pixels; the second's weight, in 256ths, thrice."""
+    """For each output column: the byte offset of the first of its two pixels; thrice the second's weight, in 256ths."""
     columns = len(weight) // 3
     for o in range(columns):
         source = _source(o, width / columns, width)

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +20,7 @@ import torch
 
 from kamim import geometry
 from kamim.batch import Batch
-from kamim.store import Store
+from kamim.store import Images
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
 from pipelines.plan import Part, Plan
@@ -48,6 +48,7 @@ class Crop:
 
 
 OnError = Literal["stop", "skip"]
+Augment = Callable[[np.ndarray, int, int, int], None]  # (image, uint8 [R, R, 3]; seed, epoch, index), in place
 
 
 @dataclass
@@ -61,8 +62,9 @@ class Loader:
     """Batches of resolution x resolution crops.
 
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: where the keypoint
-    counts come from, or None for none. pin: buffers in pinned memory, for copies to a GPU. on_error: whether a
-    sample that cannot be loaded stops the iteration, or is left out of its batch, counted and logged.
+    counts come from, or None for none. augment: what changes each image once it is cropped, in the worker threads.
+    pin: buffers in pinned memory, for copies to a GPU. on_error: whether a sample that cannot be loaded stops the
+    iteration, or is left out of its batch, counted and logged.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
@@ -75,8 +77,8 @@ class Loader:
     """
 
     def __init__(
-        self, store: Store, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
-        workers: int | None = None, pin: bool = False, on_error: OnError = "stop",
+        self, store: Images, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
+        augment: Augment | None = None, workers: int | None = None, pin: bool = False, on_error: OnError = "stop",
     ):  # fmt: skip
         self.plan = plan
         self.step = 0
@@ -86,6 +88,7 @@ class Loader:
         self._resolution = resolution
         self._crop = crop
         self._counter = counter
+        self._augment = augment
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pin = pin
         self._on_error = on_error
@@ -168,7 +171,9 @@ class Loader:
         for i, index in enumerate(indices.tolist()):
             try:
                 crop_resize(self._decode(index, scratch), crops.views[i], crops.pixels[i])
-            except Exception as error:
+                if self._augment is not None:
+                    self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
                 self._failed(slot, start + i, index, error)
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, start)
@@ -179,11 +184,11 @@ class Loader:
         counts = slot.counts.numpy()[start : start + len(crops.indices)]
         try:
             counter.count(crops, scratch, counts)
-        except Exception:
+        except Exception:  # noqa: BLE001 - it comes again below
             for i, index in enumerate(crops.indices.tolist()):
                 try:
                     counter.count(crops.only(i), scratch, counts[i : i + 1])
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
                     self._failed(slot, start + i, index, error)
 
     def _failed(self, slot: _Slot, row: int, index: int, error: Exception) -> None:

@@ -11,7 +11,7 @@ import zarr
 from safetensors.numpy import load_file
 
 import kamim
-from kamim import beton, geometry, paged, store
+from kamim import beton, geometry, store
 from kamim.detectors import detector
 from kamim.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
@@ -89,7 +89,7 @@ def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
     else:
         total = int(column(shards, "length").sum())
         store.write_zarr_images(folder / "images.zarr", _images(shards, raw), total, plan.job.encoding)
-    paged.create(zarr.create_group(folder / "keypoints.zarr"), "frame", column(shards, "frame"))
+    zarr.create_group(folder / "keypoints.zarr")
     (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
 
 
@@ -102,13 +102,11 @@ def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int
             yield data, int(height), int(width), int(rows["label"][i]), raw
 
 
-def _keypoints(shards: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _keypoints(shards: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     for shard in shards:
         rows = load_file(shard)
-        counts = rows["counts"]
-        end = np.cumsum(counts.sum(axis=1))
-        for i in range(len(counts)):
-            yield rows["positions"][end[i] - counts[i].sum() : end[i]], counts[i]
+        ends = np.cumsum(rows["counts"].sum(axis=(1, 2)))
+        yield from zip(np.split(rows["positions"], ends)[:-1], rows["counts"], rows["frame"], strict=True)
 
 
 def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
@@ -145,7 +143,6 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
         schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=sum(counts),
         classes=plan.source.classes, rejects=job.items - sum(counts),
         stored_area=geometry.stored_area(job.resolution, job.crop_scale),
-        canonical_area=geometry.canonical_area(job.resolution, job.crop_scale),
         rules={name: rules[name] for name in job.detectors},
         opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},
@@ -173,10 +170,10 @@ DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, Arithmeti
 
 def _image_reader(opened: Store) -> Callable[[int], Rows]:
     images = opened.images
-    frame = np.asarray(zarr.open_array(opened.path / "keypoints.zarr/frame", mode="r"))
-    return lambda i: image_rows(images.data(i), images.sizes[i], frame[i], int(images.labels[i]))
+    return lambda i: image_rows(images.data(i), images.sizes[i], int(images.labels[i]))
 
 
 def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
     keypoints = opened.keypoints(name)
-    return lambda i: keypoint_rows(*keypoints.image(i))
+    every = np.arange(keypoints.frame.shape[1])
+    return lambda i: keypoint_rows(*keypoints.of(np.full(len(every), i), every), keypoints.frame[i])

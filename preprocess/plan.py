@@ -26,7 +26,6 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # of these, a store never changes
 REMEDY = "put it right with `kamim store verify {} --repair`"
-RESERVED = (store.IMAGES, "frame")  # names in a store that no detector can have
 
 
 def make_job(
@@ -66,7 +65,7 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str], has_ffcv: bool) -> N
     """Raises ValueError for the first parameter that is not allowed."""
     for name in detectors:
         detector(name)
-        if name in RESERVED or not name.isidentifier():
+        if name == store.IMAGES or not name.isidentifier():
             raise ValueError(f"--detectors {name}: a store cannot hold a detector of that name")
     if len(set(detectors)) != len(detectors):
         raise ValueError(f"--detectors {','.join(detectors)}: names one twice")

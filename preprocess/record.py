@@ -1,12 +1,13 @@
-"""What a store keeps of one image: the image made small, and its keypoints at the canonical scale.
+"""What a store keeps of one image: the image made small, and its keypoints on its canonical frames.
 
 A component's share of any number of images is its rows: named arrays, joined along their first axis.
 
-    images      data uint8 [bytes], length int64 [N], size int64 [N, 2] (height, width) as stored,
-                frame uint16 [N, 2] (height, width) of the canonical frame, label int64 [N]
-    detectors   positions uint16 [K, 2], counts int64 [N, groups], see kamim.detectors.detect_packed
+    images      data uint8 [bytes], length int64 [N], size int64 [N, 2] (height, width) as stored, label int64 [N]
+    detectors   positions uint16 [K, 2], an image's frames' one after the other; counts int64 [N, V, groups], see
+                kamim.detectors.detect_packed; frame uint16 [N, V, 2] (height, width), see geometry.canonical_frames
 """
 
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -22,36 +23,39 @@ Rows = dict[str, np.ndarray]
 
 def record(job: Job, rgb: np.ndarray, label: int, components: Sequence[str]) -> dict[str, Rows]:
     """The rows of one image (RGB uint8 [H, W, 3]), by component."""
+    resized = functools.cache(lambda size: resize(rgb, size))  # detectors share frames
     made: dict[str, Rows] = {}
-    frame = canonical(job, rgb)
     for component in components:
         if component == IMAGES:
-            data, size = stored_image(job, rgb)
-            made[component] = image_rows(data, size, frame.shape[:2], label)
+            made[component] = image_rows(*stored_image(job, rgb), label)
         else:
-            made[component] = keypoint_rows(*keypoints(job, component, frame))
+            sizes = frame_sizes(job, component, rgb)
+            found = [keypoints(job, component, resized(size)) for size in sizes]
+            positions, counts = zip(*found, strict=True)
+            made[component] = keypoint_rows(np.concatenate(positions), np.stack(counts), np.array(sizes))
     return made
 
 
-def image_rows(data: np.ndarray, size: Sequence[int], frame: Sequence[int], label: int) -> Rows:
+def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
     """One image as rows of the component `images`."""
     return {
         "data": data, "length": np.array([len(data)], np.int64), "size": np.array([size], np.int64),
-        "frame": np.array([frame], np.uint16), "label": np.array([label], np.int64),
+        "label": np.array([label], np.int64),
     }  # fmt: skip
 
 
-def keypoint_rows(positions: np.ndarray, counts: np.ndarray) -> Rows:
-    """One image's keypoints as rows of a detector's component."""
-    return {"positions": positions, "counts": counts.reshape(1, -1).astype(np.int64)}
+def keypoint_rows(positions: np.ndarray, counts: np.ndarray, frames: np.ndarray) -> Rows:
+    """One image's keypoints as rows of a detector's component: [K, 2], [V, groups], [V, 2]."""
+    return {"positions": positions, "counts": counts[None].astype(np.int64), "frame": frames[None].astype(np.uint16)}
 
 
 def join(component: str, parts: Sequence[Rows]) -> Rows:
     """The rows of any number of images, in order, from those of each."""
     if component == IMAGES:
-        none = image_rows(np.empty(0, np.uint8), (0, 0), (0, 0), 0)
+        none = image_rows(np.empty(0, np.uint8), (0, 0), 0)
     else:
-        none = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros(len(detector(component).rules.groups)))
+        frames, groups = detector(component).frames, len(detector(component).rules.groups)
+        none = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros((frames, groups)), np.zeros((frames, 2)))
     return {name: np.concatenate([empty[:0], *(part[name] for part in parts)]) for name, empty in none.items()}
 
 
@@ -64,7 +68,7 @@ def stored_image(job: Job, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]
 def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
     """The image at its stored size: uint8 [h, w, 3]."""
     height, width = rgb.shape[:2]
-    return _resize(rgb, geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale)))
+    return resize(rgb, geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale)))
 
 
 def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
@@ -75,11 +79,9 @@ def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
     return np.frombuffer(jpeg, np.uint8)
 
 
-def canonical(job: Job, rgb: np.ndarray) -> np.ndarray:
-    """The image at the canonical scale, where its keypoints are found: uint8 [h, w, 3]."""
-    height, width = rgb.shape[:2]
-    area = geometry.canonical_area(job.resolution, job.crop_scale)
-    return _resize(rgb, geometry.size_for_area(height, width, area))
+def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the canonical frames on which a detector's keypoints are found."""
+    return geometry.canonical_frames(*rgb.shape[:2], job.resolution, job.crop_scale, detector(name).frames)
 
 
 def keypoints(job: Job, name: str, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +89,8 @@ def keypoints(job: Job, name: str, frame: np.ndarray) -> tuple[np.ndarray, np.nd
     return detect_packed(name, frame, 1 / job.crop_scale[0])
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, antialias off, as the released code resizes."""
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To size (height, width): bilinear, antialias off, as the released code resizes."""
     if pixels.shape[:2] == size:
         return pixels
     return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)

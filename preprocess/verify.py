@@ -93,7 +93,8 @@ def _of_image(opened: Store, keypoints: Mapping[str, Keypoints], index: int) -> 
     except Undecodable as error:
         found.append(Problem(IMAGES, f"image {index}: {error}"))
     for name, of_detector in keypoints.items():
-        positions, _ = of_detector.image(index)
-        if (positions > of_detector.frame[index][::-1].astype(np.int64) * POSITION_UNIT).any():
-            found.append(Problem(name, f"image {index} has a keypoint outside the frame"))
+        for number, frame in enumerate(of_detector.frame[index]):
+            positions, _ = of_detector.image(index, number)
+            if (positions > frame[::-1].astype(np.int64) * POSITION_UNIT).any():
+                found.append(Problem(name, f"image {index} has a keypoint outside frame {number}"))
     return found

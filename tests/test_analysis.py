@@ -382,7 +382,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, stores: dict[str, Path]) -> d
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         checkpoint.save(
-            out, 1, "pretrain", load(Pretrain, None, given).model_dump(mode="json"), model, optimizer, keep=1
+            out,
+            1,
+            "pretrain",
+            load(Pretrain, None, given).model_dump(mode="json"),
+            model,
+            optimizer,
+            checkpoint.Keep(1),
         )
         found[name] = out
     return found

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_store
+from conftest import HAS_FFCV, make_store
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, preprocess, train
+from kamim.bench import evaluate, fidelity, loader, preprocess, startup, train
 from kamim.cli import app
 from kamim.models import MaskedImageModel
 from kamim.store import Store
@@ -23,7 +23,7 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
     """With the crop unmoved the floor is 1; cached keypoints lie between chance and it."""
     monkeypatch.setattr(fidelity, "_moved", lambda box, height, width: box)
     source = list_source("imagefolder", class_folder, "train")
-    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, lambda done, total: None)
+    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, 2, lambda done, total: None)
     assert {(row["detector"], row["footprint"]) for row in rows} == {("fast", "ring"), ("fast", "point")}
     for row in rows:
         assert row["weight_correlation_floor"] == pytest.approx(1)
@@ -41,8 +41,8 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
         ((0, 0, 8, 10), (0, 1, 8, 9)),
     ],
 )
-def test_a_box_is_moved_by_one_pixel_within_the_image(box: fidelity.Box, moved: fidelity.Box) -> None:
-    assert fidelity._moved(box, 8, 10) == moved
+def test_a_box_is_moved_by_one_pixel_within_the_image(box: tuple[int, ...], moved: tuple[int, ...]) -> None:
+    assert fidelity._moved(np.array([*box, 1, 0]), 8, 10).tolist() == [*moved, 1, 0]
 
 
 def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) -> None:
@@ -54,13 +54,18 @@ def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) ->
     assert float(weights.max()) > 1
 
 
-def test_bench_loader_reports_rates_and_ratios(class_folder: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+def test_bench_loader_reports_rates_and_ratios(
+    class_folder: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "EPOCHS", 2)
+    monkeypatch.setattr(startup, "measure", lambda store: {"first_batch_seconds": 1.0})
     given = ["bench", "loader", "--source", str(class_folder), "--store", str(stores["zarr"]), "--batch", "8"]
     result = CliRunner().invoke(app, [*given, "--rounds", "1", "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
-    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"}
+    with_ffcv = {"short_side", "short_side_stock_ffcv", "raw"} if HAS_FFCV else set()
+    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"} | with_ffcv
     assert ratios["ratio_to_reference"] == pytest.approx(rates["fast"] / rates["reference"])
     assert ratios["sift_over_simmim"] == pytest.approx(rates["sift"] / rates["simmim"])
     assert all(np.isfinite(rate) for rate in rates.values())
@@ -86,7 +91,9 @@ def test_bench_eval_reports_rates_and_ratios(
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
-    assert set(rates) == {"torchvision", "torchvision_stored", "loader", "augmented", "forward", "forward_to_block"}
+    theirs = {"torchvision_resized", "torchvision", "torchvision_stored"}
+    assert set(rates) == theirs | {"loader", "augmented", "mixed", "forward", "forward_to_block"}
+    assert ratios["loader_over_torchvision"] == pytest.approx(rates["loader"] / rates["torchvision_resized"])
     assert ratios["augmented_over_torchvision"] == pytest.approx(rates["augmented"] / rates["torchvision"])
     assert ratios["probe_over_sweep"] == pytest.approx(made["hours"]["probe"] / made["hours"]["sweep"])
     assert (made["block"], made["sweep"]["readouts"]) == (6, 18)
@@ -122,9 +129,25 @@ def test_bench_preprocess_says_what_it_needs(arguments: list[str], said: str, fo
     assert said in result.stderr
 
 
+def test_what_a_loader_costs_at_the_start_is_measured(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(startup, "MILLION", 20_000)
+    store = str(stores["zarr"])
+    startup.first_batch(store)
+    few = startup.resident_mb(store)
+    monkeypatch.setattr(startup, "MILLION", 400_000)
+    per_image = 8 * 3 + 4 + 2 * (8 + 4 + 4) + 4 * 2  # start, length, label; size; of each frame; ...
+    assert startup.resident_mb(store) - few > 380_000 * per_image / 2e6
+
+
 def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:
     store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
-    runs = [loader.reference(source, 8, 1), loader.decode_only(store, 2), loader.ours(store, "fast", 8, 2)]
+    runs = [
+        loader.reference(source, 8, 1),
+        loader.decode_only(store, 2),
+        loader.ours(store, store.keypoints("fast"), 8, 2),
+    ]
     assert [run() for run in runs] == [24, loader.EPOCHS * 24, loader.EPOCHS * 24]
 
 

@@ -44,6 +44,10 @@ def refused(*overrides: str) -> str:
         ("optim.lr=.inf", "optim.lr = inf: input should be a finite number"),
         ("optim.betas=[0.9]", "optim.betas: has too few values"),
         ("seed=1e30", "seed = 1e+30: "),
+        ("optim.duration=100", "optim.duration = 100: input should be a valid string"),
+        ("optim.warmup=5 minutes", "optim.warmup = '5 minutes': must be a number and its unit, such as 5000 steps,"),
+        ("compute.precision=fp16", "compute.precision = 'fp16': input should be 'auto', 'bf16' or 'fp32'"),
+        ("on_nonfinite=ignore", "on_nonfinite = 'ignore': input should be 'stop' or 'skip'"),
         ("optim", "'optim': overrides are key=value"),
         ("optim.lr=[1", "'optim.lr=[1': the value is not YAML"),
     ],
@@ -91,7 +95,7 @@ def test_what_is_shown_reads_back_to_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda file: file.stem)
 def test_pretraining_presets(file: Path) -> None:
     made = load(Pretrain, file)
-    if file.stem in ("demo", "cifar10"):
+    if file.stem in ("demo", "cifar10", "vit_base_kamim_released_code"):
         return
     model, method = file.stem.rsplit("_", 1)
     assert made.model.name == model
@@ -102,6 +106,42 @@ def test_pretraining_presets(file: Path) -> None:
     optim = made.optim
     assert (optim.lr, optim.weight_decay, optim.batch_size, optim.epochs) == (8e-4, 0.05, 2048, 100)
     assert (made.data.resolution, made.mask.patch_size, made.mask.ratio) == (192, 32, 0.6)
+
+
+def test_the_released_codes_preset_is_the_papers_and_ten_epochs_at_the_floor() -> None:
+    paper, code = (load(Pretrain, CONFIGS / f"pretrain/vit_base_kamim{kind}.yaml") for kind in ("", "_released_code"))
+    assert code.optim.schedule(625) == (68750, 6250, 62500)
+    assert paper.optim.schedule(625) == (62500, 6250, 62500)
+    same = code.optim.model_copy(update={"epochs": 100, "cosine_epochs": None})
+    assert code.model_copy(update={"optim": same, "out": paper.out}) == paper
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), (1000, 100, 1000)),
+        (("duration=250 steps", "warmup=1e1 steps"), (250, 10, 250)),
+        (("duration=12.5epochs", "warmup=0.5 epochs"), (125, 5, 125)),
+        (("duration=20480 examples", "warmup=2.56e3 examples", "batch_size=256"), (80, 10, 80)),
+        (("duration=500 steps", "cosine=400 steps", "warmup_epochs=2"), (500, 20, 400)),
+        (("duration=500 steps", "cosine_epochs=40"), (500, 100, 400)),
+        (("epochs=30", "cosine=25 epochs"), (300, 100, 250)),
+    ],
+)
+def test_durations_in_any_unit_become_steps(given: tuple[str, ...], expected: tuple[int, int, int]) -> None:
+    made = load(Pretrain, None, [*NEEDED, *(f"optim.{key}" for key in given)])
+    assert made.optim.schedule(steps_per_epoch=10) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [("duration=50 steps",), ("cosine=2000 steps",), ("warmup=1e6 examples", "batch_size=1")]
+)
+def test_durations_that_do_not_fit_together(given: tuple[str, ...]) -> None:
+    made = load(Pretrain, None, [*NEEDED, *(f"optim.{key}" for key in given)])
+    with pytest.raises(
+        ValueError, match=r"optim: a warm-up of \d+ steps, a cosine to step \d+ and \d+ steps in all do not"
+    ):
+        made.optim.schedule(steps_per_epoch=10)
 
 
 NEEDED_TO_EVALUATE = ("checkpoint=[c]", "val=v")

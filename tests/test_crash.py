@@ -1,21 +1,18 @@
 """A job that is killed at any single change it makes to the file system, started again, gives the same bytes.
 
-In the manner of SQLite's crash tests, but all crashes come from one run: what a kill leaves is what is on the disk at
-that moment, so the tree is copied at every change. A file about to be fsynced is copied without its second half, as
-a machine that goes down may leave it. Then the job is started on every copy. A few real kills check the idea.
+All crashes come from one run (tests/camera.py), and the job is started on every copy. A few real kills check the idea.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from camera import Camera, tree, watched
 from conftest import Inline, has_ffcv, plan_job, small_pages
 from PIL import Image
 
@@ -25,68 +22,17 @@ from preprocess.build import build
 from preprocess.repair import repair
 from preprocess.verify import problems
 
-CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
 Work = Callable[[Path], object]
-_watchers: list[Callable[[], None]] = []
 
 
-def _hear(event: str, arguments: tuple[object, ...]) -> None:
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if _watchers and (writes or event in CHANGES):
-        _watchers[0]()
+class StoreCamera(Camera):
+    """Not between the two renames: what lies in these is thrown away, so one such state stands for all."""
 
-
-sys.addaudithook(_hear)
-
-
-@contextmanager
-def watched(watcher: Callable[[], None]) -> Iterator[None]:
-    """Inside, `watcher` is called before every change of the file system."""
-    _watchers.append(watcher)
-    try:
-        yield
-    finally:
-        _watchers.clear()
-
-
-class Camera:
-    """Copies a tree before every change that a job makes to it, once for every state."""
-
-    def __init__(self, world: Path, copies: Path, patch: pytest.MonkeyPatch):
-        self.world, self.copies, self.changes = world, copies, 0
-        self._seen: set[int] = set()
-        patch.setattr(os, "fsync", self._fsync)
-
-    def __call__(self) -> None:
-        _watchers.clear()
-        self.changes += 1
+    def state(self) -> dict[Path, bytes]:
         state = tree(self.world)
         if (self.world / "out").exists() or not (self.world / "out.partial/replaced").exists():
-            # Not between the two renames: what lies in these is thrown away, so one such state stands for all.
             state = {path: what for path, what in state.items() if path.parts[1:2] not in (("store",), ("replaced",))}
-        key = hash(frozenset(state.items()))
-        if key not in self._seen:
-            self._seen.add(key)
-            shutil.copytree(self.world, self.copies / str(self.changes))
-        _watchers.append(self)
-
-    def _fsync(self, descriptor: int) -> None:
-        if not _watchers:
-            return
-        file = Path(f"/proc/self/fd/{descriptor}").resolve()
-        if file.is_file() and self.world in file.parents and file.stat().st_nlink == 1:  # linked: durable before
-            whole = file.read_bytes()
-            _watchers.clear()
-            file.write_bytes(whole[: len(whole) // 2])
-            self()
-            _watchers.clear()
-            file.write_bytes(whole)
-            _watchers.append(self)
-
-
-def tree(path: Path) -> dict[Path, bytes]:
-    """Every file's content, by its path."""
-    return {file.relative_to(path): file.read_bytes() if file.is_file() else b"" for file in path.rglob("*")}
+        return state
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +98,12 @@ def test_a_job_killed_anywhere_ends_with_the_same_bytes(
     world, copies = tmp_path / "world", tmp_path / "copies"
     world.mkdir()
     before(world / "out")
-    camera = Camera(world, copies, monkeypatch)
+    camera = StoreCamera(world, copies, monkeypatch)
     with watched(camera):
         work(world / "out")
     assert tree(world) == expected
     assert camera.changes > 60
-    killed = sorted(copies.iterdir(), key=lambda copy: int(copy.name))
+    killed = camera.killed
     assert len(killed) > 20
     if kind == "repaired":  # it makes and publishes as the others do, and ffcv differs in one file
         killed = killed[:: 3 if backend == "zarr" else 6]

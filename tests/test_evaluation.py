@@ -68,7 +68,7 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
     folder.mkdir()
     made = classify.gradients(head, frozen, batches, plain, Compute(), 0, WORLD)
     optimizer = torch.optim.AdamW(head.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-    run = Run(folder, "linprobe", {}, optim, steps_per_epoch=4, every=100, keep=1)
+    run = Run(folder, "linprobe", {}, optim, steps_per_epoch=4, every=100, keep=checkpoint.Keep(1))
     assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
@@ -241,7 +241,7 @@ def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained:
     assert "data:image/png" in (tmp_path / "out/index.html").read_text()
     (more,) = run(evaluation(pretrained, stores["zarr"], "reconstruct.mask_ratio=0.1"), "reconstruct")
     assert more["paper"] != result["paper"]
-    with pytest.raises(ValueError, match="without a trained pixel head; it reconstructs nothing"):
+    with pytest.raises(ValueError, match="has no head trained to reconstruct pixels"):
         run(evaluation(f"pixels:{pretrained}", stores["zarr"]), "reconstruct")
 
 

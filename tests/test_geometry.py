@@ -54,8 +54,31 @@ def test_stored_images_are_never_enlarged_and_no_crop_of_them_is(height: int, wi
     if (h, w) != (height, width) and min(h, w) > 20:
         assert abs(h * w - area) < 0.03 * area
         assert abs(np.log(h / w) - np.log(height / width)) < 0.06
-    canonical = geometry.size_for_area(height, width, geometry.canonical_area(192, (0.67, 1.0)))
-    assert all(1 <= side <= geometry.MAX_FRAME_SIDE for side in canonical)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 4))
+def test_canonical_frames_are_where_crops_see_the_image(height: int, width: int, count: int) -> None:
+    frames = np.array(geometry.canonical_frames(height, width, 192, (0.67, 1.0), count))
+    assert frames.shape == (count, 2)
+    assert ((frames >= 1) & (frames <= geometry.MAX_FRAME_SIDE)).all()
+    draws = range(1000, 1200)  # not those that the frames were made of
+    boxes = np.array([geometry.crop_box(height, width, 0.67, 1.0, 3 / 4, 4 / 3, 5, 0, i) for i in draws])
+    seen = np.log(192 / boxes[:, 2:])
+    offered = np.log(frames / (height, width))
+    nearest = np.abs(seen[:, None] - offered).sum(axis=2).min(axis=1)
+    if frames.max() < geometry.MAX_FRAME_SIDE and min(height, width) > 20 and frames.min() > 100:
+        assert nearest.mean() < (0.25, 0.16, 0.14, 0.13)[count - 1]
+        np.testing.assert_allclose(offered.mean(axis=0), seen.mean(axis=0), atol=0.04)
+
+
+def test_a_view_takes_the_frame_nearest_in_scale() -> None:
+    frames = np.array([[[192, 192], [384, 192], [192, 384]]] * 3)  # twice the size, stretched down, stretched across
+    sizes = np.array([[96, 96]] * 3)
+    views = np.array([[0, 0, 90, 90, 0, 0], [5, 5, 50, 90, 1, 0], [1, 2, 96, 60, 0, 1]])
+    assert geometry.nearest_frames(frames, sizes, views, 192).tolist() == [0, 1, 2]
+    shrunk = geometry.nearest_frames(2 * frames[:, ::-1], sizes * 2, views * 2, 384)  # the same at twice the size
+    assert shrunk.tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
@@ -23,10 +24,13 @@ def hugging_face(name: str) -> torch.nn.Module:
     """transformers' own SimMIM model of this architecture, random weights."""
     torch.manual_seed(0)
     if name.startswith("vit"):
-        width, heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[name]
+        width, heads, depth = {
+            "vit_demo": (128, 4, 6), "vit_tiny": (192, 3, 12), "vit_small": (384, 6, 12), "vit_base": (768, 12, 12)
+        }[name]  # fmt: skip
         given = ViTConfig(
-            hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, image_size=192, encoder_stride=16
-        )
+            hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width,
+            image_size=192, encoder_stride=16,
+        )  # fmt: skip
         model = ViTForMaskedImageModeling(given)
     else:
         width, depths, heads = {
@@ -47,7 +51,7 @@ def loaded(made: interop.Foreign) -> MaskedImageModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "swin_tiny", "swin_base"])
+@pytest.mark.parametrize("name", ["vit_demo", "vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base"])
 def test_reconstructions_and_hidden_states_equal_hugging_faces(name: str) -> None:
     theirs = hugging_face(name)
     made = interop.convert(theirs.state_dict())
@@ -58,17 +62,20 @@ def test_reconstructions_and_hidden_states_equal_hugging_faces(name: str) -> Non
     patch = ARCHITECTURES[name].patch_size
     bools = mask.repeat_interleave(32 // patch, 1).repeat_interleave(32 // patch, 2).flatten(1)
     hidden: list[Tensor] = []
-    layers = ours.encoder.blocks if name.startswith("vit") else ours.encoder.layers
-    hooks = [layer.register_forward_hook(lambda module, given, out: hidden.append(out)) for layer in layers]
+    encoder = ours.encoder
+    if name.startswith("vit"):
+        first, layers = encoder.blocks[0], [*encoder.blocks]
+    else:  # timm merges patches at a stage's beginning, Hugging Face at the end of the one before
+        first, layers = encoder.layers[0], [*(layer.downsample for layer in encoder.layers[1:]), encoder.layers[-1]]
+    first.register_forward_pre_hook(lambda module, given: hidden.append(given[0]))
+    for layer in layers:
+        layer.register_forward_hook(lambda module, given, out: hidden.append(out))
     with torch.no_grad():
         reference = theirs(images, bool_masked_pos=bools, output_hidden_states=True)
         reconstruction = ours(images, mask)
-    for hook in hooks:
-        hook.remove()
     torch.testing.assert_close(reconstruction, reference.reconstruction, atol=1e-4, rtol=1e-4)
-    if name.startswith("vit"):
-        for k, (block, expected) in enumerate(zip(hidden, reference.hidden_states[1:], strict=True)):
-            torch.testing.assert_close(block, expected, atol=1e-4, rtol=1e-4, msg=f"block {k + 1}")
+    for k, (block, expected) in enumerate(zip(hidden, reference.hidden_states, strict=True)):
+        torch.testing.assert_close(block.reshape(expected.shape), expected, atol=1e-4, rtol=1e-4, msg=f"state {k}")
 
 
 def transformers_4(name: str, state: State) -> State:
@@ -122,18 +129,71 @@ def test_microsoft_simmims_swin_layout_and_another_window() -> None:
     torch.manual_seed(0)
     swin = MaskedImageModel("swin_tiny", 192)
     torch.nn.init.normal_(swin.mask_token)
+    for key, value in swin.state_dict().items():
+        if key.endswith("bias_table"):
+            value.copy_(biases(6, value.shape[1]))
     state: State = {}
     for key, value in swin.state_dict().items():
-        key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
-        key = key.replace("head.0.", "decoder.0.").replace("mask_token", "encoder.mask_token")
-        state[key] = value[None, None] if key == "encoder.mask_token" else value
+        state[unstaged(key)] = value[None, None] if key == "mask_token" else value
     state["encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(1)
     made = interop.convert(state)
     assert all(torch.equal(made.state[key], value) for key, value in swin.state_dict().items())
     table = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
     assert state[table].shape[0] == 11**2
-    wider = {k: v.repeat(2, 1)[: 13**2] if k.endswith("bias_table") else v for k, v in state.items()}
-    assert interop.convert(wider).state[table].shape[0] == 11**2
+    for window in (7, 12):  # their ImageNet models' at 224 px, and at 384 px
+        wider = {k: biases(window, v.shape[1]) if k.endswith("bias_table") else v for k, v in state.items()}
+        made = interop.convert(wider)
+        assert (made.architecture, made.resolution, made.has_head) == ("swin_tiny", 192, True)
+        for key, value in made.state.items():
+            torch.testing.assert_close(value, state[unstaged(key)].reshape(value.shape), atol=0.03, rtol=0)
+        loaded(made)
+
+
+def biases(window: int, heads: int) -> Tensor:
+    """A table in which every offset of (y, x) tokens has the same bias, whatever the window: [(2 w - 1)^2, heads]."""
+    offsets = torch.arange(1.0 - window, window)
+    y, x = torch.meshgrid(offsets, offsets, indexing="ij")
+    return (torch.sin(y / 3) + 0.2 * torch.cos(x / 2)).reshape(-1, 1) * torch.linspace(0.5, 1, heads)
+
+
+def unstaged(key: str) -> str:
+    """The name in microsoft/SimMIM's files of one of ours."""
+    key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+    return key.replace("head.0.", "decoder.0.").replace("mask_token", "encoder.mask_token")
+
+
+@pytest.mark.parametrize("name", ["vit_demo", "vit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("has_head", [True, False], ids=["whole", "encoder"])
+def test_what_is_exported_to_hugging_face_loads_there_and_comes_back(name: str, has_head: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MaskedImageModel(name, 192).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    state = {key: value for key, value in model.state_dict().items() if has_head or key.startswith("encoder.")}
+    checkpoint.save_imported(tmp_path / "ours", name, 192, state, has_head)
+    arguments = ["export", str(tmp_path / "ours"), "--layout", "huggingface", "--out", str(tmp_path / "theirs")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    kind = next(word for word in re.findall(r"transformers\.(\w+)\.from_pretrained", result.output))
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    unset = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
+    assert (unset, set(info["unexpected_keys"]), set(info["mismatched_keys"])) == (set(), set(), set())
+    images, mask = torch.randn(1, 3, 192, 192), torch.rand(1, 6, 6) < 0.6
+    repeat = 32 // ARCHITECTURES[name].patch_size
+    with torch.no_grad():
+        if has_head:
+            bools = mask.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2).flatten(1)
+            made = theirs.eval()(images, bool_masked_pos=bools).reconstruction
+            torch.testing.assert_close(made, model(images, mask), atol=1e-4, rtol=1e-4)
+        else:
+            made = theirs.eval()(images).last_hidden_state
+            tokens = model.encoder.forward_features(images)
+            torch.testing.assert_close(made, tokens.reshape(made.shape), atol=1e-4, rtol=1e-4)
+    back = interop.convert(interop.read_file(tmp_path / "theirs/model.safetensors"))
+    assert (back.architecture, back.has_head) == (name, has_head)
+    assert back.state.keys() == state.keys()
+    assert all(torch.equal(back.state[key], value) for key, value in state.items())
+    assert CliRunner().invoke(app, arguments).exit_code == 1  # it is there already
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])

@@ -185,8 +185,10 @@ def test_keypoint_map_of_an_uncropped_view_is_the_stored_one(store: Store) -> No
     keypoints = store.keypoints("sift")
     (batch,) = load(store, crop=None, counter=CachedCounts(keypoints, "point", 1), stop=1)
     for row, index in enumerate(batch["indices"]):
-        positions, _ = keypoints.image(int(index))
-        scale = 64 / keypoints.frame[index][::-1]
+        size = store.images.sizes[index : index + 1]
+        (nearest,) = geometry.nearest_frames(keypoints.frame[index][None], size, geometry.whole_views(size), 64)
+        positions, _ = keypoints.image(int(index), nearest)
+        scale = 64 / keypoints.frame[index, nearest][::-1]
         centres = (positions / 16 + 0.5) * scale - 0.5
         inside = ((centres > 12) & (centres < 51)).all(axis=1)  # within every blind border but the largest octaves'
         expected = keypoint_map(centres[inside].astype(np.float32), 64, 64, "point")[13:50, 13:50]

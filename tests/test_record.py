@@ -57,7 +57,7 @@ def test_a_record_is_whole_whatever_the_image(
     assert rgb.shape == (height, width, 3)
     made = record(job, rgb, 3, job.components)
     images = made["images"]
-    size, frame = images["size"][0], images["frame"][0]
+    size = images["size"][0]
     assert tuple(size) == geometry.stored_size(height, width, geometry.stored_area(32, (0.67, 1.0)))
     assert (size <= (height, width)).all()
     assert images["length"].tolist() == [len(images["data"])]
@@ -69,8 +69,14 @@ def test_a_record_is_whole_whatever_the_image(
         assert decode(images["data"].tobytes()).shape == (*size, 3)
     for name in job.detectors:
         rows = made[name]
-        assert rows["counts"].sum() == len(rows["positions"])
-        assert (rows["positions"] <= 16 * frame[::-1].astype(int)).all()
+        (frames,), (counts,) = rows["frame"], rows["counts"]
+        assert frames.tolist() == list(
+            map(list, geometry.canonical_frames(height, width, 32, (0.67, 1.0), len(frames)))
+        )
+        ends = np.cumsum(counts.sum(axis=1))
+        assert ends[-1] == len(rows["positions"])
+        for frame, positions in zip(frames, np.split(rows["positions"], ends[:-1]), strict=True):
+            assert (positions <= 16 * frame[::-1].astype(int)).all()
     again = record(job, rgb.copy(), 3, ("sift", "images"))  # in any company, in any order
     for component, rows in again.items():
         for name, array in rows.items():

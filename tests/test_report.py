@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kamim import page
+from kamim.config import PretrainOptim, Weighting
 from kamim.evaluation import paper
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import save_report
@@ -21,14 +22,14 @@ READ = {"block": 8, "pooling": "mean", "norm": "none"}
 
 def about(name: str = "KAMIM", **changes: Any) -> dict[str, Any]:
     """A checkpoint just as the paper's ViT-B, evaluated on ImageNet."""
-    weighting = {"detector": "fast", "footprint": "ring", "patch_size": 8, "temperature": 0.25, "keypoints": "store"}
+    weighting = Weighting().model_dump(mode="json")
     return {
         "name": name, "checkpoint": f"runs/{name}/checkpoints/step-62500", "architecture": "vit_base", "step": 62500,
         "weights": "ab" * 32, "reconstructs": True, "seed": 0, "classes": 1000, "protocol": "paper",
         "pretraining": {
             "method": "kamim", "dataset": "imagenet", "weighting": weighting, "epochs": 100, "resolution": 192,
-            "complete": True, "mask": {"patch_size": 32, "ratio": 0.6},
-            "optim": {"lr": 8e-4, "weight_decay": 0.05, "batch_size": 2048, "epochs": 100, "warmup_epochs": 10},
+            "complete": True, "mask": {"patch_size": 32, "ratio": 0.6}, "norm_pix_loss": False, "init_from": None,
+            "optim": PretrainOptim().model_dump(mode="json"),
         },
         "train": {"store": "stores/train", "dataset": "imagenet", "images": 1_281_167, "fingerprint": "cd" * 32},
         "val": {"store": "stores/val", "dataset": "imagenet", "images": 50_000, "fingerprint": "ef" * 32},
@@ -85,8 +86,11 @@ def test_the_paper_is_quoted_where_the_setting_is_the_same() -> None:
         ("block", 12), ("norm", "token"), ("pooling", "cls"), ("options.optim.epochs", 90), ("options.augment", "crop"),
         ("pretraining.optim.epochs", 300), ("pretraining.complete", False), ("pretraining.dataset", "imagefolder"),
         ("pretraining.resolution", 224), ("pretraining.mask.ratio", 0.75), ("pretraining.weighting.footprint", "point"),
-        ("pretraining.weighting.temperature", 0.3), ("train.images", 10_000), ("val.images", 1000),
-        ("val.dataset", "cifar10"), ("train.dataset", "cifar10"), ("mode", "knn"),
+        ("pretraining.weighting.temperature", 0.3), ("pretraining.weighting.normalize", True),
+        ("pretraining.optim.decay_all", False), ("pretraining.optim.duration", "90 epochs"),
+        ("pretraining.norm_pix_loss", True), ("pretraining.init_from", "x.pth"),
+        ("train.images", 10_000), ("val.images", 1000), ("val.dataset", "cifar10"), ("train.dataset", "cifar10"),
+        ("mode", "knn"),
     ],
 )  # fmt: skip
 def test_and_nowhere_else(path: str, value: Any) -> None:

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim import beton, paged, store
+from kamim import beton, geometry, paged, store
 from kamim.cli import app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.store import Store
 
 DETECTED = ("fast", "sift", "orb")
 STORED_AREA = 64**2 / 0.67
-CANONICAL_AREA = 64**2 / 0.835
 
 
 def source_pixels(folder: Path) -> list[np.ndarray]:
@@ -85,12 +84,14 @@ def test_keypoints_are_those_of_the_canonical_frame(path: Path, folder: Path, de
     keypoints = Store(path).keypoints(detector)
     assert keypoints.rules == DETECTORS[detector].rules
     for index, pixels in enumerate(source_pixels(folder)):
-        frame = resized(pixels, CANONICAL_AREA)
-        expected, counts = detect_packed(detector, frame, 1 / 0.67)
-        positions, found_counts = keypoints.image(index)
-        assert keypoints.frame[index].tolist() == list(frame.shape[:2])
-        np.testing.assert_array_equal(positions, expected)
-        np.testing.assert_array_equal(found_counts, counts)
+        sizes = geometry.canonical_frames(*pixels.shape[:2], 64, (0.67, 1.0), DETECTORS[detector].frames)
+        assert keypoints.frame[index].tolist() == list(map(list, sizes))
+        for number, (height, width) in enumerate(sizes):
+            frame = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+            expected, counts = detect_packed(detector, frame, 1 / 0.67)
+            positions, found_counts = keypoints.image(index, number)
+            np.testing.assert_array_equal(positions, expected)
+            np.testing.assert_array_equal(found_counts, counts)
 
 
 def test_the_manifest_holds_what_shaped_the_store(path: Path) -> None:
@@ -98,19 +99,21 @@ def test_the_manifest_holds_what_shaped_the_store(path: Path) -> None:
     assert (manifest.job.resolution, manifest.job.quality, manifest.job.encoding) == (64, 90, "jpeg")
     assert manifest.count == manifest.job.items == 12
     assert manifest.stored_area == pytest.approx(STORED_AREA)
-    assert manifest.canonical_area == pytest.approx(CANONICAL_AREA)
     assert manifest.checksums == store.checksums(path)
 
 
 def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None:
-    group = zarr.create_group(tmp_path / "keypoints.zarr")
-    paged.create(group, "frame", np.full((2, 2), 1200, np.uint16))
+    zarr.create_group(tmp_path / "keypoints.zarr")
     positions = np.random.default_rng(0).integers(0, 1200, (70_000, 2)).astype(np.uint16)
-    images = [(positions, np.array([70_000])), (positions[:3], np.array([3]))]
-    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images, sum(len(xy) for xy, _ in images))
+    frames = np.full((2, 2), 1200)
+    images = [
+        (positions, np.array([[69_000], [1_000]]), frames), (positions[:3], np.array([[0], [3]]), frames)
+    ]  # fmt: skip
+    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images, sum(len(xy) for xy, *_ in images))
     keypoints = store.Keypoints(tmp_path / "keypoints.zarr", "fast", DETECTORS["fast"].rules)
-    for index, (expected, _) in enumerate(images):
-        np.testing.assert_array_equal(keypoints.image(index)[0], expected)
+    for index, (expected, *_) in enumerate(images):
+        found = [keypoints.image(index, frame)[0] for frame in (0, 1)]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
 # Pages
@@ -286,7 +289,7 @@ def test_what_is_not_a_store_is_said_in_one_line(copy: Path, tmp_path: Path) -> 
 
     original = (copy / "manifest.json").read_text()
     manifest_edit(copy, lambda fields: fields.update(schema_version=99))
-    assert "schema version 99, this kamim reads 2; preprocess it again" in said()
+    assert "schema version 99, this kamim reads 3; preprocess it again" in said()
     manifest_edit(copy, lambda fields: fields.pop("schema_version"))
     assert "not a manifest" in said()
     (copy / "manifest.json").write_text(original.replace('"count": 12', '"count": "many"'))

@@ -106,7 +106,7 @@ def test_only_the_damaged_shards_are_made_anew(
     data = Store(copy).images.data(7).tobytes()  # of shard 2: item 5 of the source is no image
     images = next(file for file in (copy / "images.beton", copy / "images.zarr/data/c/0") if file.exists())
     flip(images, images.read_bytes().index(data) + 30)
-    flip(copy / "keypoints.zarr/fast/start/c/0", 8 * 11)  # of shard 3 or 4
+    flip(copy / "keypoints.zarr/fast/start/c/0/0", 8 * 2 * 11)  # of shard 3 or 4
     said = mend(copy, source)
     assert said[0] == "images: 4 of 5 shards are whole; the others are made anew from the source"
     assert [components for _, components in sorted(made)] == [("images",), ("fast",)]
@@ -184,14 +184,16 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
     assert wrong("images.zarr/start", to(3, 1 << 40)) == ["images: image 3 lies outside its file"]
     assert wrong("images.zarr/start", to(3, -5)) == ["images: image 3 lies outside its file"]
     assert wrong("images.zarr/length", to(2, 1 << 20)) == ["images: image 2 lies outside its file"]
-    assert wrong("keypoints.zarr/fast/counts", to((4, 0), 1 << 30)) == ["fast: image 4 lies outside its file"]
+    assert wrong("keypoints.zarr/fast/counts", to((4, 0, 0), 1 << 30)) == ["fast: image 4 lies outside its file"]
     assert wrong("images.zarr/label", to(5, 3)) == ["images: image 5 has a label without a class"]
     assert "cannot be opened" in wrong("images.zarr/start", to_length(11))[0]
     assert "says 12 images, but the arrays hold" in wrong("images.zarr/label", to_length(11))[0]
     assert "image 0 is of shape" in wrong("images.zarr/size", to((0, 0), 7), deep=True)[0]
     length = int(Store(path).images.data(6).size)
     assert "image 6" in wrong("images.zarr/length", to(6, length - 40), deep=True)[0]
-    assert wrong("keypoints.zarr/frame", to(1, 1), deep=True) == ["fast: image 1 has a keypoint outside the frame"]
+    assert wrong("keypoints.zarr/fast/frame", to((1, 1), 1), deep=True) == [
+        "fast: image 1 has a keypoint outside frame 1"
+    ]
 
 
 # What cannot be repaired
@@ -208,7 +210,7 @@ def test_a_file_that_is_not_the_stores_is_left_alone(copy: Path, source: Path) -
 def test_a_source_that_changed_is_named_and_nothing_is_replaced(copy: Path, source: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(source, tmp_path / "changed")
     shutil.copy(changed / "a/1.png", changed / "a/2.JPEG")
-    flip(copy / "keypoints.zarr/fast/counts/c/0/0", 0)
+    flip(copy / "keypoints.zarr/fast/counts/c/0/0/0", 0)
     before = tree(copy)
     with pytest.raises(ValueError, match=r"the first that differs is number 2, a/2\.JPEG"):
         mend(copy, changed)
@@ -221,7 +223,7 @@ def test_a_copied_source_will_do(path: Path, copy: Path, source: Path, tmp_path:
     for file in source.rglob("*.*"):
         (tmp_path / "copied" / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copied" / file.relative_to(source)).write_bytes(file.read_bytes())
-    flip(copy / "keypoints.zarr/fast/counts/c/0/0", 0)
+    flip(copy / "keypoints.zarr/fast/counts/c/0/0/0", 0)
     mend(copy, tmp_path / "copied")
     assert tree(copy) == tree(path)
 
@@ -245,17 +247,17 @@ def test_an_unfinished_job_is_not_thrown_away_for_a_repair(
 def test_the_command_lists_what_is_wrong_and_repairs_it(copy: Path, source: Path) -> None:
     command = ["store", "verify", str(copy)]
     assert runner.invoke(app, [*command, "--deep"]).exit_code == 0
-    flip(copy / "keypoints.zarr/fast/counts/c/0/0", 0)
+    flip(copy / "keypoints.zarr/fast/counts/c/0/0/0", 0)
     flip(copy / "manifest.json", 50)
     found = runner.invoke(app, command)
     assert found.exit_code == 1
     assert found.stderr.splitlines() == [
-        f"{copy / 'manifest.json'}: damaged", f"{copy / 'keypoints.zarr/fast/counts/c/0/0'}: damaged",
+        f"{copy / 'manifest.json'}: damaged", f"{copy / 'keypoints.zarr/fast/counts/c/0/0/0'}: damaged",
     ]  # fmt: skip
     needs = runner.invoke(app, [*command, "--repair"])
     assert needs.exit_code == 1
     assert "needs --source" in needs.stderr
     mended = runner.invoke(app, [*command, "--repair", "--source", str(source)])
     assert mended.exit_code == 0, mended.stderr
-    assert "counts/c/0/0: was damaged, put right" in mended.stdout
+    assert "counts/c/0/0/0: was damaged, put right" in mended.stdout
     assert "all as written" in mended.stdout

@@ -1,15 +1,14 @@
 """How well keypoints found once stand for keypoints found on every crop.
 
-For random crops of full-size photographs: W from the canonical frame's keypoints, remapped, against W from the
+For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from the
 keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop
 moved by one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
@@ -18,93 +17,119 @@ from kamim import keypoints as kp
 from kamim.detectors import detect_packed, detector
 from kamim.weighting import counts_to_weights
 from preprocess.decode import decode
-from preprocess.sources import Item, Source
+from preprocess.record import resize
+from preprocess.sources import Source
 
 SEED = 0
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """resolution, crop_scale, w_ps and T of the comparison."""
+    """resolution, crop_scale, w_ps and T of the comparison.
+
+    frames: how many canonical frames an image has, or None for as many as the detector's.
+    """
 
     resolution: int = 192
     crop_scale: tuple[float, float] = (0.67, 1.0)
     patch_size: int = 8
     temperature: float = 0.25
+    frames: int | None = None
 
 
 def fidelity(
-    source: Source, detectors: Sequence[str], setting: Setting, images: int, progress: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
+    source: Source, detectors: Sequence[str], setting: Setting, images: int, crops: int,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row per (detector, footprint): correlations of W and density, L1 of W / mean W, means of W.
 
-    Images are taken evenly through the source. Raises ValueError where it has fewer than `images`.
+    Images are taken evenly through the source, `crops` random crops of each. Raises ValueError where it has fewer
+    than `images`.
     """
     if images > len(source.items):
         raise ValueError(f"--images {images}: --source has {len(source.items)}")
     chosen = np.linspace(0, len(source.items) - 1, images).astype(int)
+    held: dict[str, list[int]] = {name: [] for name in detectors}
     maps: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for done, index in enumerate(chosen):
-        for key, counts in _counts(source, source.items[index], int(index), detectors, setting).items():
-            maps.setdefault(key, []).append(counts)
+        pixels = decode(source.read(source.items[index]))
+        frames = {name: _Found(pixels, name, setting) for name in detectors}
+        for name in detectors:
+            held[name].append(frames[name].bytes)
+        for crop in range(crops):
+            for key, counts in _counts(pixels, frames, crop, int(index), setting).items():
+                maps.setdefault(key, []).append(counts)
         progress(done + 1, images)
     return [
-        {"detector": name, "footprint": footprint, **_compare(maps[name, footprint], setting)}
+        {
+            "detector": name,
+            "footprint": footprint,
+            "bytes_per_image": float(np.mean(held[name])),
+            **_compare(maps[name, footprint], setting),
+        }
         for name, footprint in maps
     ]
 
 
+class _Found:
+    """A detector's keypoints on the canonical frames of an image, as a store would hold them."""
+
+    def __init__(self, pixels: np.ndarray, name: str, setting: Setting):
+        self.size = np.array([pixels.shape[:2]])
+        count = setting.frames or detector(name).frames
+        sizes = geometry.canonical_frames(*pixels.shape[:2], setting.resolution, setting.crop_scale, count)
+        self.frames = np.array(sizes)
+        headroom = 1 / setting.crop_scale[0]
+        self._packed = [detect_packed(name, resize(pixels, size), headroom) for size in sizes]
+        self.bytes = sum(positions.nbytes for positions, _ in self._packed)
+        self._rules = detector(name).rules.arrays()
+
+    def remapped(self, view: np.ndarray, side: int) -> np.ndarray:
+        """Centres in the crop taken as `view` says, in px: float [K, 2]."""
+        (nearest,) = geometry.nearest_frames(self.frames[None], self.size, view[None], side)
+        positions, groups = self._packed[nearest]
+        points = np.empty((len(positions), 2), np.int32)
+        kept = kp.remap(positions, groups, *self._rules, self.frames[nearest], self.size[0], view, side, points)
+        return points[:kept] / geometry.POSITION_UNIT
+
+
 def _counts(
-    source: Source, item: Item, index: int, detectors: Sequence[str], setting: Setting
+    pixels: np.ndarray, frames: Mapping[str, _Found], epoch: int, index: int, setting: Setting
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Cell counts of one random crop: cached, online, and online of the moved crop, by detector and footprint."""
-    pixels = decode(source.read(item))
     height, width = pixels.shape[:2]
-    frame = geometry.size_for_area(height, width, geometry.canonical_area(setting.resolution, setting.crop_scale))
-    canonical = cv2.resize(pixels, frame[::-1], interpolation=cv2.INTER_LINEAR)
-    box = geometry.crop_box(height, width, *setting.crop_scale, 3 / 4, 4 / 3, SEED, 0, index)
-    flips = geometry.flips(SEED, 0, index)
-    crop = _crop(pixels, box, flips, setting.resolution)
-    moved = _crop(pixels, _moved(box, height, width), flips, setting.resolution)
+    (view,) = geometry.crop_views(
+        np.array([[height, width]]), setting.crop_scale, geometry.CROP_RATIO, True, SEED, epoch, np.array([index])
+    )  # fmt: skip
+    crop = _crop(pixels, view, setting.resolution)
+    moved = _crop(pixels, _moved(view, height, width), setting.resolution)
     counts = {}
-    for name in detectors:
-        positions, groups = detect_packed(name, canonical, headroom=1 / setting.crop_scale[0])
-        points = np.empty((len(positions), 2), np.int32)
-        rules = detector(name).rules
-        kept = kp.remap(
-            positions, groups, *rules.arrays(), frame, (height, width), (*box, *flips), setting.resolution, points
-        )
-        found, again = (detector(name).detect(image).xy for image in (crop, moved))
+    for name, found in frames.items():
+        xy = (found.remapped(view, setting.resolution), *(detector(name).detect(image).xy for image in (crop, moved)))
         for footprint in kp.FOOTPRINTS:
-            counts[name, footprint] = (
-                _cells(points[:kept] / geometry.POSITION_UNIT, footprint, setting),
-                _cells(found, footprint, setting),
-                _cells(again, footprint, setting),
-            )
+            cached, online, again = (_cells(points, footprint, setting) for points in xy)
+            counts[name, footprint] = (cached, online, again)
     return counts
 
 
-def _crop(pixels: np.ndarray, box: Box, flips: tuple[bool, bool], side: int) -> np.ndarray:
+def _crop(pixels: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
     """As the released code crops: bilinear, antialias off, straight from the full-size image, then flips."""
-    top, left, height, width = box
-    crop = cv2.resize(pixels[top : top + height, left : left + width], (side, side), interpolation=cv2.INTER_LINEAR)
-    crop = crop[::-1] if flips[0] else crop
-    return np.ascontiguousarray(crop[:, ::-1] if flips[1] else crop)
+    top, left, height, width, flip_v, flip_h = view
+    crop = resize(pixels[top : top + height, left : left + width], (side, side))
+    crop = crop[::-1] if flip_v else crop
+    return np.ascontiguousarray(crop[:, ::-1] if flip_h else crop)
 
 
-def _moved(box: Box, height: int, width: int) -> Box:
-    """The box one pixel to the right, or else down, or else (it is the whole image) one pixel narrower."""
-    top, left, h, w = box
-    if left + w < width:
-        return top, left + 1, h, w
-    if left > 0:
-        return top, left - 1, h, w
-    if top + h < height:
-        return top + 1, left, h, w
-    if top > 0:
-        return top - 1, left, h, w
-    return top, left + 1, h, w - 1
+def _moved(view: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The crop one pixel to the right, or else down, or else (it is the whole image) one pixel narrower."""
+    top, left, h, w, *_ = view.tolist()
+    if w < width:
+        by = (0, 1 if left + w < width else -1, 0, 0, 0, 0)
+    elif h < height:
+        by = (1 if top + h < height else -1, 0, 0, 0, 0, 0)
+    else:
+        by = (0, 1, 0, -1, 0, 0)
+    return view + by
 
 
 def _cells(xy: np.ndarray, footprint: str, setting: Setting) -> np.ndarray:
@@ -128,7 +153,7 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], setting:
 
     of_w, floor = correlation(cached, online), correlation(moved, online)
     return {
-        "images": len(maps),
+        "crops": len(maps),
         "weight_correlation": of_w,
         "weight_correlation_floor": floor,
         "share_of_floor": of_w / floor,

@@ -28,7 +28,7 @@ from kamim.detectors import detector
 from kamim.store import Job
 from preprocess.decode import decode
 from preprocess.plan import make_job
-from preprocess.record import canonical, encoded, keypoints, stored_pixels
+from preprocess.record import encoded, frame_sizes, keypoints, resize, stored_pixels
 from preprocess.shards import Task, run_shard
 from preprocess.sources import Item, Read, Source
 
@@ -92,12 +92,14 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
         timed("jpeg_decode", simplejpeg.decode_jpeg, data)
         rgb = timed("decode", decode, data)
         stored = timed("resize", stored_pixels, job, rgb)
-        frame = timed("resize", canonical, job, rgb)
+        sizes = {name: frame_sizes(job, name, rgb) for name in ("fast", *detectors)}
+        frames = {size: timed("resize", resize, rgb, size) for size in {size for of in sizes.values() for size in of}}
         timed("encode", encoded, job, stored)
         for name in detectors:
-            timed(name, keypoints, job, name, frame)
-        timed("fast_found", detector("fast").detect, frame)
-        timed("fast_found_by_opencv", _opencv_fast, frame)
+            for size in sizes[name]:
+                timed(name, keypoints, job, name, frames[size])
+        timed("fast_found", detector("fast").detect, frames[sizes["fast"][0]])
+        timed("fast_found_by_opencv", _opencv_fast, frames[sizes["fast"][0]])
     return spent
 
 

@@ -1,5 +1,6 @@
 """Rates of several things, measured in turns, so that what disturbs the machine disturbs all of them."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,3 +24,8 @@ def interleaved(
                 rates[name].append(images / (time.perf_counter() - start))
             progress(turn * len(runs) + number + 1, total)
     return rates
+
+
+def even_batch(images: int, most: int, workers: int) -> int:
+    """The size of a DataLoader's batches, at most `most`, with which all its workers get as many images."""
+    return math.ceil(images / (workers * math.ceil(images / (workers * most))))

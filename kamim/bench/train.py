@@ -73,8 +73,8 @@ class Ours:
         self._done += self._length
         batches = feed(self._loader.steps(first, self._done), self._world.device)
         for step, values in steps(self._config, network, batches, self._world):
-            norm = loop.update(model, optimizer, optim.clip_grad)
-            metrics.add(step, optim.lr, optim.batch_size, {**values, "grad_norm": norm})
+            norm = loop.update(model, optimizer, optim.clip_grad, values["loss"])
+            metrics.add(step, optim.lr, optim.batch_size, {**values, **norm})
             yield float(values["data_wait"])
 
 

@@ -68,9 +68,13 @@ def bench_preprocess(
 def bench_fidelity(
     source: Annotated[Path, typer.Option(help="An image folder.")],
     detectors: Detectors = "fast,sift,orb",
-    images: Annotated[int, typer.Option(min=1, help="How many, one random crop of each.")] = 400,
+    images: Annotated[int, typer.Option(min=1, help="How many.")] = 400,
+    crops: Annotated[int, typer.Option(min=1, help="Random crops of each.")] = 4,
     patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
     temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Canonical frames of an image, if not as preprocess.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
 ) -> None:
     """How well stored keypoints stand for keypoints found on every crop."""
@@ -81,14 +85,14 @@ def bench_fidelity(
     names = tuple(detectors.split(","))
     for name in names:
         weighting_of(name, "ring", patch_size, temperature)
-    setting = Setting(patch_size=patch_size, temperature=temperature)
+    setting = Setting(patch_size=patch_size, temperature=temperature, frames=frames)
     with bar("bench fidelity") as update:
-        rows = fidelity(list_source("imagefolder", source, "train"), names, setting, images, update)
+        rows = fidelity(list_source("imagefolder", source, "train"), names, setting, images, crops, update)
     for row in rows:
         out_console.print(
             f"{row['detector']:5} {row['footprint']:5} correlation of W {row['weight_correlation']:.3f}, floor "
-            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.3f}); mean W "
-            f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}"
+            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.4f}); mean W "
+            f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}; {row['bytes_per_image']:,.0f} bytes"
         )
     write_json(json_out, rows)
 

@@ -1,11 +1,14 @@
 """kamim import, kamim export: weights from elsewhere, and to it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kamim.cli.console import app, check_folder, out_console, says_errors
+from kamim.cli.console import app, check_folder, out_console, says_errors, write_json
+
+if TYPE_CHECKING:
+    from kamim.checkpoint import Checkpoint
 
 
 @app.command(name="import")
@@ -28,19 +31,41 @@ def import_(
 @says_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Option(help="The file to make, .safetensors.")],
+    out: Annotated[Path, typer.Option(help="timm: the file to make, .safetensors; huggingface: the folder.")],
+    layout: Annotated[Literal["timm", "huggingface"], typer.Option(help="Whose names and files.")] = "timm",
 ) -> None:
-    """Writes the encoder as timm's create_model(..., checkpoint_path=OUT) loads it."""
+    """Writes weights for others: timm's create_model(..., checkpoint_path=OUT) loads the encoder, or Hugging Face's
+    from_pretrained(OUT) the whole.
+    """
+    from kamim.checkpoint import read
+
+    check_folder("--out", out)
+    (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
+
+
+def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
     from safetensors.torch import save_file
 
     from kamim import interop
-    from kamim.checkpoint import read
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there already; choose another or remove it")
+    name, resolution = found.config.model.name, found.config.data.resolution
+    config, weights = interop.to_hugging_face(found.model_state(), name, resolution, found.has_head)
+    out.mkdir(exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    write_json(out / "config.json", config)
+    out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained('{out}')")
+
+
+def _export_timm(found: "Checkpoint", out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from kamim import interop
     from kamim.models import ARCHITECTURES
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
-    check_folder("--out", out)
-    found = read(checkpoint)
     save_file(interop.to_timm(found.model_state()), out)
     architecture = ARCHITECTURES[found.config.model.name]
     options = "".join(f", {key}={value}" for key, value in architecture.options.items())

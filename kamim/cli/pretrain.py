@@ -1,10 +1,25 @@
-"""kamim pretrain."""
+"""kamim pretrain, kamim replay."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from kamim.cli.console import RESUMABLE, ConfigFile, Overrides, app, bar, err_console, note, out_console, says_errors
+from kamim.cli.console import (
+    RESUMABLE,
+    ConfigFile,
+    Overrides,
+    app,
+    bar,
+    check_folder,
+    err_console,
+    note,
+    out_console,
+    says_errors,
+    write_json,
+)
+
+WORST = 10  # samples that a replay shows
 
 
 @app.command()
@@ -12,9 +27,15 @@ from kamim.cli.console import RESUMABLE, ConfigFile, Overrides, app, bar, err_co
 def pretrain(
     overrides: Overrides = None,
     config: ConfigFile = None,
+    resume: Annotated[
+        Literal["auto", "never"], typer.Option(help="auto: go on with the run in out, if there is one; never: refuse.")
+    ] = "auto",
     print_config: Annotated[bool, typer.Option(help="Show the resolved configuration and stop.")] = False,
 ) -> None:
-    """Trains SimMIM or KAMIM on a store. Started again, it resumes from the newest checkpoint."""
+    """Trains SimMIM or KAMIM on a store. Started again, it resumes from the newest checkpoint.
+
+    Stopped by SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
+    """
     from kamim.config import Pretrain, dump, load
 
     resolved = load(Pretrain, config, overrides or ())
@@ -25,8 +46,40 @@ def pretrain(
 
     method = "simmim" if resolved.weighting is None else "kamim"
     with bar(f"pretrain {method} {resolved.model.name}", factor=resolved.optim.batch_size) as update:
-        outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)))
+        outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), fresh=resume == "never")
     if not outcome.finished:
         err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
         raise typer.Exit(RESUMABLE)
     out_console.print(f"{resolved.out}: {outcome.step} steps done; {resolved.out / 'report.html'}")
+
+
+@app.command()
+@says_errors
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run of kamim pretrain.")],
+    step: Annotated[int | None, typer.Option(help="Default: the newest step whose loss was not finite.")] = None,
+    out: Annotated[Path | None, typer.Option(help="All samples' losses as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the worst samples, .png.")] = None,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Computes one step of a run again and shows the loss of every sample, the worst first."""
+    import numpy as np
+
+    from kamim.compose.training import run_replay
+    from kamim.plots import reconstruction_sheet
+
+    check_folder("--out", out)
+    check_folder("--plot", plot)
+    found = run_replay(run, step, device)
+    title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
+    out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")
+    for sample in found.worst[:WORST]:
+        largest = "" if sample.weight_max is None else f", largest W {sample.weight_max:.1f}"
+        out_console.print(f"  sample {sample.index}: loss {sample.loss:.6f}{largest}")
+    samples = [{"index": s.index, "loss": s.loss, "weight_max": s.weight_max} for s in found.samples]
+    write_json(out, {"step": found.step, "loss": found.loss, "samples": samples})
+    if plot is not None:
+        images, masks, made = (
+            np.stack([getattr(sample, name) for sample in found.worst[:WORST]]) for name in ("image", "masked", "made")
+        )
+        reconstruction_sheet(images, masks, [("made", made)], title).savefig(plot, dpi=110)

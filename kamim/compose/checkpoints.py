@@ -48,7 +48,7 @@ def load_subject(spec: str) -> Subject:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, whether it has a pixel head, the mask of its pretraining, and what it is."""
+    """A model, whether it has a head that makes pixels, the mask of its pretraining, and what it is."""
 
     model: MaskedImageModel
     has_head: bool
@@ -65,7 +65,8 @@ def load_model(source: str) -> Loaded:
     about = {"checkpoint": str(found.path), "architecture": found.config.model.name, "step": found.step}
     if not random:
         about |= {"weights": found.weights, "pretraining": _pretraining(found)}
-        return Loaded(found.build_model(), found.has_head, found.config.mask, about)
+        pixels = found.has_head and not found.config.norm_pix_loss  # else its head makes no pixels
+        return Loaded(found.build_model(), pixels, found.config.mask, about)
     torch.manual_seed(found.config.seed)
     model = MaskedImageModel(found.config.model.name, found.config.data.resolution)
     about |= {"checkpoint": source, "step": 0, "weights": None, "pretraining": None}
@@ -93,10 +94,10 @@ def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
     except ValueError:  # its store is not on this machine
         dataset, complete = None, None
     else:
-        steps = config.optim.epochs * (manifest.count // config.optim.batch_size)
+        steps, _, _ = config.optim.schedule(max(manifest.count // config.optim.batch_size, 1))
         dataset, complete = manifest.job.dataset, found.step == steps
     return {
         "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,
-        "epochs": config.optim.epochs, "resolution": config.data.resolution,
-        **config.model_dump(mode="json", include={"weighting", "mask", "optim"}),
+        "epochs": config.optim.duration or config.optim.epochs, "resolution": config.data.resolution,
+        **config.model_dump(mode="json", include={"weighting", "mask", "optim", "norm_pix_loss", "init_from"}),
     }  # fmt: skip

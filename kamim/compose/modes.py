@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from kamim.batch import Batch, denormalise, normalise
+from kamim.checkpoint import Keep
 from kamim.compose.checkpoints import Subject
 from kamim.compose.setting import Samples, Setting, Task, features_of, labelled, task
 from kamim.config import ClassifierOptim
@@ -22,10 +23,10 @@ from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.sweep import best, sweep
-from kamim.loop import Progress, Run, autocast, should_compile, train
+from kamim.loop import Batches, Progress, Run, autocast, should_compile, train
 from kamim.masking import block_masks
 from kamim.models import build_encoder, expand_mask
-from pipelines.augment import probe_augment
+from pipelines.augment import Augment, mixed_batch
 from pipelines.loader import Crop
 from pipelines.plan import Plan
 
@@ -48,12 +49,11 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
         head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
         run = Run(
             folder, "linprobe", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=1,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(1),
         )  # fmt: skip
-        batches = setting.batches(samples, subject.resolution, plan, CROP if options.augment == "crop" else None)
-        augment = _augment(options.augment, len(samples.classes), config.seed)
+        batches, finish = _training(options.augment, setting, samples, subject.resolution, plan)
         network = _parallel(head, setting.world)
-        made = classify.gradients(network, frozen, batches, augment, config.compute, config.seed, setting.world)
+        made = classify.gradients(network, frozen, batches, finish, config.compute, config.seed, setting.world)
         groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
         _train(run, head, make_optimizer(groups, options.optim), made, setting.world, progress)
         return _accuracy(setting, subject, head, frozen)
@@ -82,14 +82,13 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         averaged = finetune.Averaged(model, options.ema)
         run = Run(
             folder, "finetune", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=options.keep_checkpoints,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(options.keep_checkpoints),
         )  # fmt: skip
         network = _parallel(model, setting.world)
         if should_compile(config.compute, setting.world.device):
             network.compile()
-        batches = setting.batches(samples, subject.resolution, plan)
-        augment = _augment("paper", len(samples.classes), config.seed)
-        made = classify.gradients(network, _as_it_is, batches, augment, config.compute, config.seed, setting.world)
+        batches, finish = _training("paper", setting, samples, subject.resolution, plan)
+        made = classify.gradients(network, _as_it_is, batches, finish, config.compute, config.seed, setting.world)
         optimizer = make_optimizer(groups, options.optim)
         _train(run, averaged, optimizer, made, setting.world, progress, averaged.update)
         return _accuracy(setting, subject, averaged.best, _as_it_is)
@@ -148,9 +147,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     """How well masked validation images are reconstructed, and a picture of some."""
     options, model = setting.config.reconstruct, subject.model
     if model is None:
-        raise ValueError(
-            f"--checkpoint {subject.name}: is an encoder without a trained pixel head; it reconstructs nothing"
-        )
+        raise ValueError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
     ratio = options.mask_ratio or subject.mask.ratio
     grid = subject.resolution // subject.mask.patch_size
 
@@ -200,14 +197,19 @@ def _spread(samples: Samples, count: int) -> Plan:
     return Plan(count, count, count, seed=0, shuffle=False, listed=chosen)
 
 
-def _augment(kind: str, classes: int, seed: int) -> classify.Augment:
-    if kind == "paper":
-        return partial(probe_augment, num_classes=classes, seed=seed)
+def _training(
+    augment: str, setting: Setting, samples: Samples, resolution: int, plan: Plan
+) -> tuple[Batches, classify.Finish]:
+    """Augmented batches, and what is still to be done to each of them."""
+    classes = len(samples.classes)
+    if augment == "paper":
+        batches = setting.batches(samples, resolution, plan, augment=Augment(resolution))
+        return batches, partial(mixed_batch, num_classes=classes, seed=setting.config.seed)
 
-    def hard(batch: Batch) -> tuple[Tensor, Tensor]:
+    def unmixed(batch: Batch) -> tuple[Tensor, Tensor]:
         return normalise(batch.images), one_hot(batch.labels, classes).float()
 
-    return hard
+    return setting.batches(samples, resolution, plan, crop=CROP), unmixed
 
 
 def _check_size(key: str, size: int, samples: Samples) -> None:

@@ -16,7 +16,7 @@ from kamim.evaluation.features import extract
 from kamim.evaluation.readout import Readout
 from kamim.loop import Batches, Progress
 from kamim.store import Store
-from pipelines.loader import Crop, Loader, feed
+from pipelines.loader import Augment, Crop, Loader, feed
 from pipelines.plan import Plan
 
 Work = Callable[[Path, Progress], dict[str, Any]]  # in its folder; what it adds to the settings
@@ -54,10 +54,14 @@ class Setting:
     train: Samples | None
     val: Samples
 
-    def batches(self, samples: Samples, resolution: int, plan: Plan, crop: Crop | None = None) -> Batches:
+    def batches(
+        self, samples: Samples, resolution: int, plan: Plan, crop: Crop | None = None, augment: Augment | None = None
+    ) -> Batches:
         """On the device."""
-        pin = self.world.device.type == "cuda"
-        loader = Loader(samples.store, plan, resolution, crop=crop, workers=self.config.workers, pin=pin)
+        loader = Loader(
+            samples.store, plan, resolution, crop=crop, augment=augment, workers=self.config.workers,
+            pin=self.world.device.type == "cuda",
+        )  # fmt: skip
         return lambda first, stop: feed(loader.steps(first, stop), self.world.device)
 
     def in_order(self, samples: Samples) -> Plan:

@@ -1,20 +1,22 @@
 """Stores and loaders for the pretraining loop."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from kamim import distributed, metrics, observers
+from kamim import distributed, metrics, nonfinite, observers
 from kamim.batch import Batch
 from kamim.compose.setting import Samples, Setting, labelled
-from kamim.config import Evaluation, OnlineProbe, Pretrain
+from kamim.config import Evaluation, OnlineProbe, Pretrain, load
 from kamim.distributed import World
 from kamim.evaluation.subset import n_per_class
-from kamim.loop import Observer, Outcome, Progress
+from kamim.loop import Batches, Observer, Outcome, Progress
 from kamim.models import MaskedImageModel
-from kamim.pretrain import Observe, pretrain
+from kamim.pretrain import CONFIG, Observe, pretrain
+from kamim.replay import Replayed, replay
 from kamim.report import save_report
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
@@ -24,31 +26,53 @@ from pipelines.plan import Plan
 SHOWN = 8  # samples in a panel
 
 
-def run_pretrain(config: Pretrain, progress: Progress) -> Outcome:
-    """`kamim pretrain`: checks the store against the configuration, then trains on it."""
+def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
+    """`kamim pretrain`: checks the store against the configuration, then trains on it. fresh: see pretrain."""
     metrics.check(config.log)
     world = distributed.start(config.compute.device)
     try:
         store = Store(config.data.store)
-        counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
-        check_area(store, config.data.resolution, config.data.crop_scale[0])
-        optim, data = config.optim, config.data
-        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
-        loader = Loader(
-            store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
-            workers=data.workers, pin=world.device.type == "cuda",
-        )  # fmt: skip
-
-        def batches(first: int, stop: int) -> Iterator[Batch]:
-            return feed(loader.steps(first, stop), world.device)
-
+        plan, batches = training_batches(config, store, world)
         observe = _observers(config, store, plan.steps_per_epoch, world)
-        outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe)
+        outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe, fresh)
         if world.is_main:
             save_report(config.out)
         return outcome
     finally:
         distributed.stop()
+
+
+def run_replay(run: Path, step: int | None, device: str) -> Replayed:
+    """`kamim replay`: a step of a run again; None for the newest that was not finite. Raises ValueError for no such."""
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
+    config = load(Pretrain, run / CONFIG)
+    recorded = nonfinite.recorded(run)
+    if step is None and not recorded:
+        raise ValueError(f"{run}: had no step whose loss was not finite; name another with --step")
+    step = max(recorded) if step is None else step
+    one = distributed.start(device)
+    store = Store(config.data.store)
+    plan, batches = training_batches(config, store, one)
+    total, _, _ = config.optim.schedule(plan.steps_per_epoch)
+    if not 0 <= step < total:
+        raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
+    size = recorded.get(step, 1)
+    ranks = [training_batches(config, store, World(rank, size, one.device))[1] for rank in range(size)]
+    return replay(config, run, step, batches, ranks, plan.steps_per_epoch, one.device)
+
+
+def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan, Batches]:
+    """What a process of a run trains on. Raises ValueError where the store cannot give it."""
+    optim, data = config.optim, config.data
+    counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
+    check_area(store, data.resolution, data.crop_scale[0])
+    plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+    loader = Loader(
+        store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
+        workers=data.workers, pin=world.device.type == "cuda",
+    )  # fmt: skip
+    return plan, lambda first, stop: feed(loader.steps(first, stop), world.device)
 
 
 def _observers(config: Pretrain, store: Store, steps_per_epoch: int, world: World) -> Observe:

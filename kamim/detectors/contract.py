@@ -30,6 +30,11 @@ class Detector(Protocol):
         """Which keypoints of a larger frame it would still report on a crop."""
         ...
 
+    @property
+    def frames(self) -> int:
+        """On how many canonical frames of an image its keypoints are stored: see kamim.geometry.canonical_frames."""
+        ...
+
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
         """Keypoints of rgb (uint8 [H, W, 3]). Called from several threads at once.
 

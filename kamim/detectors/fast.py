@@ -102,6 +102,7 @@ class Fast:
     """FAST-9-16, threshold 10, non-maximum suppression (the paper's text says 12 contiguous)."""
 
     rules = Rules((Group(border=float(BORDER)),), snap=True)
+    frames = 2
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
         """See Detector; FAST has no limit on the number."""

@@ -19,6 +19,7 @@ class Sift:
 
     OCTAVES = range(-1, 6)
     rules = Rules(tuple(Group(border=5.0 * 2.0**octave) for octave in OCTAVES))
+    frames = 2
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
         """See Detector; SIFT has no limit on the number."""
@@ -35,6 +36,7 @@ class Orb:
     """
 
     FEATURES, LEVELS, SCALE, EDGE = 500, 8, 1.2, 31
+    frames = 1
 
     @functools.cached_property
     def rules(self) -> Rules:

@@ -54,7 +54,9 @@ def _line(error: Exception) -> str:
 
 
 class PlugIn:
-    """A registered object as a Detector, its keypoints one group without a cap."""
+    """A registered object as a Detector, its keypoints one group without a cap, found on one frame."""
+
+    frames = 1
 
     def __init__(self, found: Any, what: str):
         """found: what keeps the contract. what: how errors name it."""

@@ -13,14 +13,14 @@ from kamim.distributed import World
 from kamim.evaluation.places import places
 from kamim.loop import Batches, Gradients, Steps, autocast, synchronised
 
-Augment = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
+Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes
 
 
 def gradients(
-    network: nn.Module, read: Read, batches: Batches, augment: Augment, compute: Compute, seed: int, world: World
+    network: nn.Module, read: Read, batches: Batches, finish: Finish, compute: Compute, seed: int, world: World
 ) -> Gradients:
-    """Of the cross entropy between network(read(images)) and augment's targets."""
+    """Of the cross entropy between network(read(images)) and finish's targets."""
 
     def steps(first: int, stop: int) -> Steps:
         network.train()
@@ -30,7 +30,7 @@ def gradients(
             if batch.step != step:  # what draws inside the network (stochastic depth) is a function of the step
                 step = batch.step
                 torch.manual_seed(rng.step_seed(seed, step, world.rank))
-            images, targets = augment(batch)
+            images, targets = finish(batch)
             with synchronised(network, batch, world):
                 with autocast(compute, world.device):
                     logits = network(read(images))

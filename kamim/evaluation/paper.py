@@ -50,8 +50,11 @@ SECTION_4_7 = MappingProxyType({SIMMIM: (12.058, 0.1095), KAMIM: (12.063, 0.1076
 
 # What else is the same. Where the paper is silent, the released code's.
 PRETRAINING = {
-    "complete": True, "resolution": 192, "mask": {"patch_size": 32, "ratio": 0.6},
-    "optim": {"lr": 8e-4, "weight_decay": 0.05, "batch_size": 2048, "epochs": 100, "warmup_epochs": 10},
+    "complete": True, "resolution": 192, "mask": {"patch_size": 32, "ratio": 0.6}, "norm_pix_loss": False,
+    "init_from": None, "optim": {
+        "lr": 8e-4, "weight_decay": 0.05, "batch_size": 2048, "epochs": 100, "warmup_epochs": 10, "duration": None,
+        "warmup": None, "cosine": None, "decay_all": True,
+    },
 }  # fmt: skip
 OPTIM = {
     "algorithm": "adamw", "lr": 5e-3, "weight_decay": 0.05, "batch_size": 2048, "epochs": 100, "warmup_epochs": 10,
@@ -112,7 +115,7 @@ def _method(pretraining: Mapping[str, Any]) -> Method | None:
     weighting = pretraining["weighting"]
     if weighting is None:
         return SIMMIM
-    if weighting["footprint"] != "ring":
+    if weighting["footprint"] != "ring" or weighting["normalize"]:
         return None
     return Method(weighting["detector"], weighting["patch_size"], weighting["temperature"])
 

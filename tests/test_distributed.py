@@ -1,0 +1,131 @@
+"""One process or several (gloo, on a CPU): the same samples, the same losses, and runs that go on elsewhere.
+
+A run of N ranks is N forks of one helper process, which has imported everything and computed nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kamim import checkpoint
+from kamim.compose.training import run_replay
+
+HELPER = """  # trains runs given as JSON: [[ranks, stop after step or 0, arguments of test_pretrain.config], ...]
+import json, os, signal, socket, sys, traceback
+import torch
+from test_pretrain import config
+from kamim import distributed, pretrain
+from kamim.compose.training import run_pretrain, training_batches
+from kamim.store import Store
+
+torch.set_num_threads(1)
+asked = json.loads(sys.argv[1])
+given = config(*asked[0][2])
+for batch in training_batches(given, Store(given.data.store), distributed.start("cpu"))[1](0, 1):
+    pretrain.block_masks(0, 0, batch.indices, 2, 0.5)  # kernels are loaded once for all
+for ranks, stop, (out, store, *more) in asked:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )
+            seen = []
+            def batch_loss(given, network, batch, device, plain=pretrain.batch_loss):
+                seen.append([batch.step, batch.indices.tolist()])
+                loss, weights = plain(given, network, batch, device)
+                spoilt = given.on_nonfinite == "skip" and [batch.step, rank] == [3, 1]
+                return loss * (float("nan") if spoilt else 1), weights
+            pretrain.batch_loss = batch_loss
+            def progress(done, total, metrics):
+                if done == stop and rank == ranks - 1:  # one rank alone hears of it
+                    os.kill(os.getpid(), signal.SIGUSR1)
+            try:
+                run_pretrain(config(out, store, *more), progress)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            with open(f"{out}/seen-{ranks}-{rank}.json", "w") as file:
+                json.dump(seen, file)
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(1)
+"""
+UNEVEN = (
+    "optim.batch_size=10",
+    "optim.micro_batch=2",
+    "optim.epochs=3",
+)  # on 4 ranks 2, 3, 2, 3 samples: 1 or 2 micro-batches
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def seen(run: Path, ranks: int) -> dict[int, list[int]]:
+    """Samples of every step, in the order of the ranks."""
+    found: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        for step, indices in json.loads((run / f"seen-{ranks}-{rank}.json").read_text()):
+            found.setdefault(step, []).extend(indices)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    asked = [[ranks, 0, [f"{out}/{ranks}", str(stores["zarr"]), *UNEVEN]] for ranks in (1, 2, 4)]
+    moved = [[ranks, stop, [f"{out}/moved", str(stores["zarr"]), *UNEVEN]] for ranks, stop in ((4, 2), (1, 3), (2, 0))]
+    spoilt = [[2, 0, [f"{out}/spoilt", str(stores["zarr"]), *UNEVEN, "on_nonfinite=skip"]]]
+    done = subprocess.run(
+        [sys.executable, "-c", HELPER, json.dumps([*asked, *moved, *spoilt])],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_do_not_depend_on_the_number_of_ranks(ranks: int, runs: Path) -> None:
+    """Up to the order of summation, which AdamW's first steps amplify where a gradient is nearly 0."""
+    one, several = lines(runs / "1"), lines(runs / str(ranks))
+    assert len(one) == len(several) == 6
+    for a, b in zip(one, several, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert (b["lr"], b["weight_max"]) == (a["lr"], pytest.approx(a["weight_max"], rel=1e-6))
+        assert b["weight_mean"] == pytest.approx(a["weight_mean"], rel=1e-5)
+    assert seen(runs / str(ranks), ranks) == seen(runs / "1", 1)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
+    """Four ranks stopped after step 2, one after step 3, two to the end: every step's samples, once and in order."""
+    whole, moved = lines(runs / "1"), lines(runs / "moved")
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    parts = [seen(runs / "moved", ranks) for ranks in (4, 1, 2)]
+    assert [sorted(part) for part in parts] == [[0, 1], [2], [3, 4, 5]]
+    assert parts[0] | parts[1] | parts[2] == seen(runs / "1", 1)
+    assert checkpoint.saved(runs / "moved")[-1] == 6
+
+
+def test_one_ranks_trouble_is_everyones(runs: Path) -> None:
+    """The second of two ranks has no number at step 3: both leave the step out, and both are in the record."""
+    run = runs / "spoilt"
+    assert [line["skipped"] for line in lines(run)] == [0, 0, 0, 1, 0, 0]
+    assert [line["loss"] for line in lines(run)[:3]] == [line["loss"] for line in lines(runs / "2")[:3]]
+    ranks = json.loads((run / "nonfinite/step-00000003.json").read_text())["ranks"]
+    assert [i for rank in ranks for part in rank for i in part["indices"]] == seen(run, 2)[3]
+    assert [part["loss"] == "nan" for rank in ranks for part in rank] == [False] * 3 + [True] * 3
+    found = run_replay(run, None, "cpu")
+    assert [sample.index for sample in found.samples] == seen(run, 2)[3]
+    assert sum(sample.loss for sample in found.samples[:2]) / 2 == pytest.approx(ranks[0][0]["loss"], rel=1e-4)

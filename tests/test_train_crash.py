@@ -1,0 +1,310 @@
+"""A run that is killed anywhere, or loses a checkpoint, ends as if nothing had happened: same losses, same weights."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from camera import Camera, watched
+from safetensors.torch import load_file
+
+from kamim import checkpoint, config, models, pretrain
+from kamim.compose.training import run_pretrain
+from kamim.config import Pretrain, load
+
+SMALL: Mapping[str, models.Architecture] = {
+    **models.ARCHITECTURES, "vit_demo": models._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2)
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """A model that saves in no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (models, config, pretrain):
+            patch.setattr(module, "ARCHITECTURES", SMALL)
+        yield
+
+
+def asked(out: Path, store: Path, *more: str) -> Pretrain:
+    """Six steps, two an epoch."""
+    given = (
+        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}", "seed=3",
+        "optim.batch_size=12", "optim.micro_batch=8", "optim.epochs=3", "optim.warmup_epochs=1", "compute.device=cpu",
+        "checkpoint_epochs=1", "keep_checkpoints=2", "model.drop_path=0.2",
+    )  # fmt: skip
+    return load(Pretrain, None, [*given, *more])
+
+
+def quiet(done: int, total: int, metrics: dict[str, float]) -> None:
+    """No progress bar."""
+
+
+def ended(run: Path) -> dict[str, Any]:
+    """All that a run leaves, but what hangs on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["images_per_second"]
+    files = sorted((run / "checkpoints").rglob("*.safetensors"))
+    return {"metrics": lines} | {str(file.relative_to(run)): load_file(file) for file in files}
+
+
+def assert_same(run: Path, whole: dict[str, Any]) -> None:
+    made = ended(run)
+    assert made.keys() == whole.keys()
+    assert made["metrics"] == whole["metrics"]
+    for name in whole.keys() - {"metrics"}:
+        assert made[name].keys() == whole[name].keys()
+        assert all(torch.equal(made[name][key], value) for key, value in whole[name].items()), name
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Path:
+    return stores["zarr"]
+
+
+@pytest.fixture(scope="module")
+def finished(store: Path, small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_pretrain(asked(out, store), quiet).finished
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Path) -> dict[str, Any]:
+    return ended(finished)
+
+
+def test_a_run_killed_at_any_write_ends_the_same(
+    whole: dict[str, Any], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, copies = tmp_path / "world", tmp_path / "copies"
+    world.mkdir()
+    copies.mkdir()
+    camera = Camera(world, copies, monkeypatch)
+    save_file = checkpoint.save_file
+
+    def save_seen(*arguments: Any) -> None:  # safetensors opens its files where Python does not hear of it
+        camera()
+        save_file(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_seen)
+    with watched(camera):
+        run_pretrain(asked(world / "run", store), lambda done, total, metrics: camera())  # and after every step
+    assert_same(world / "run", whole)
+    monkeypatch.undo()
+    for module in (models, config, pretrain):
+        monkeypatch.setattr(module, "ARCHITECTURES", SMALL)
+    assert len(camera.killed) > 40
+    for copy in camera.killed:
+        assert run_pretrain(asked(copy / "run", store), quiet).finished
+        assert_same(copy / "run", whole)
+        shutil.rmtree(copy)
+
+
+KILLED = """  # runs sys.argv[2]/N in children, each killed at N: w17 the 17th change, s3 in the middle of step 3
+import os, signal, sys, threading
+from pathlib import Path
+import torch
+import test_train_crash as own
+from kamim.compose.training import run_pretrain
+
+torch.set_num_threads(1)
+for module in (own.models, own.config, own.pretrain):
+    module.ARCHITECTURES = own.SMALL
+store, base, *numbers = sys.argv[1:]
+for name in numbers:
+    child = os.fork()
+    if child == 0:
+        left = int(name[1:])
+        def count():
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        def watch(event, arguments):
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes and base in str(arguments[0]) or event in ("os.rename", "os.remove", "os.mkdir"):
+                count()
+        if name[0] == "w":
+            sys.addaudithook(watch)
+        else:
+            masked = own.pretrain.masked_l1
+            own.pretrain.masked_l1 = lambda *given: (count(), masked(*given))[1]
+        run_pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_what_real_kills_leave_is_continued(whole: dict[str, Any], store: Path, tmp_path: Path) -> None:
+    """In the middle of a checkpoint's writing, of dropping one, of a step's second micro-batch, of an epoch."""
+    numbers = ("w9", "w20", "s4", "s9")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(store), str(tmp_path), *numbers], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )  # fmt: skip
+    assert [int(status) for status in killed.stdout.split()] == [signal.SIGKILL] * len(numbers)
+    for number in numbers:
+        assert run_pretrain(asked(tmp_path / number, store), quiet).finished
+        assert_same(tmp_path / number, whole)
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+def harm(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda newest: harm(newest / "model.safetensors"),
+        lambda newest: harm(newest / "optimizer.safetensors"),
+        lambda newest: (newest / "model.safetensors").unlink(),
+        lambda newest: (newest / "state.json").write_bytes((newest / "state.json").read_bytes()[:100]),
+        lambda newest: [file.unlink() for file in newest.iterdir()],
+    ],
+    ids=["weights", "optimizer", "missing", "state", "empty"],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    damage: Any, finished: Path, whole: dict[str, Any], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    damage(run / "checkpoints/step-00000006")
+    assert checkpoint.read(run).step == 4
+    assert "step-00000006" in caplog.text
+    assert "taking the checkpoint before" in caplog.text
+    assert run_pretrain(asked(run, store, "keep_checkpoints=1"), quiet).finished
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert run_pretrain(asked(run, store), quiet).finished
+    weights = load_file(run / "checkpoints/step-00000006/model.safetensors")
+    assert all(
+        torch.equal(weights[name], value)
+        for name, value in whole["checkpoints/step-00000006/model.safetensors"].items()
+    )
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
+    finished: Path, store: Path, tmp_path: Path
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    for file in run.glob("checkpoints/*/model.safetensors"):
+        harm(file)
+    with pytest.raises(ValueError, match=r"has no checkpoint that is whole; remove .*checkpoints to start anew"):
+        run_pretrain(asked(run, store), quiet)
+    assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def test_a_stop_behind_a_damaged_checkpoint_keeps_the_newer_state(
+    finished: Path, whole: dict[str, Any], store: Path, tmp_path: Path
+) -> None:
+    run = copied(finished, tmp_path / "run")
+    harm(run / "checkpoints/step-00000006/model.safetensors")
+
+    def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    assert run_pretrain(asked(run, store, "keep_checkpoints=1"), stop).step == 5
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
+    assert run_pretrain(asked(run, store), quiet).finished
+    assert ended(run)["metrics"] == whole["metrics"]
+
+
+def test_the_newest_and_every_so_many_stay(store: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "run/checkpoints/step-00000004.partial"
+    stale.mkdir(parents=True)
+    more = (
+        "keep_checkpoints=1",
+        "keep_every_epochs=2",
+        "checkpoint_epochs=3",
+        "optim.epochs=5",
+        "optim.warmup_epochs=1",
+    )
+    run_pretrain(asked(tmp_path / "run", store, *more), quiet)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000004", "step-00000008", "step-00000010"
+    ]  # fmt: skip
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Files end after `room` bytes, as on a disk with no more; for safetensors, too, which does not ask Python."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [20_000, 400_000], ids=["weights", "optimizer"])
+def test_a_full_disk_does_not_end_a_run(
+    room: int, whole: dict[str, Any], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full while the second of three checkpoints is written."""
+    room_ends = full_disk(room)
+    sizes = {"model": 0, "optimizer": 0}
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 3:
+            (file,) = (tmp_path / "run/checkpoints").glob("*/model.safetensors")
+            sizes["model"] = file.stat().st_size
+            room_ends.__enter__()
+        if done == 5:
+            room_ends.__exit__(None, None, None)
+            assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+
+    assert run_pretrain(asked(tmp_path / "run", store), progress).finished
+    assert (sizes["model"] > room) == (room == 20_000)
+    assert caplog.text.count("step 4: no checkpoint, the run goes on: ") == 1
+    assert "step 4: no checkpoint" in (tmp_path / "run/log.txt").read_text()
+    made = ended(tmp_path / "run")
+    assert made["metrics"] == whole["metrics"]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
+
+
+def test_a_last_checkpoint_that_finds_no_room_is_an_error(store: Path, tmp_path: Path) -> None:
+    room_ends = full_disk(20_000)
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 5:
+            room_ends.__enter__()
+
+    try:
+        with pytest.raises(OSError, match=r"step-00000006: cannot be written: .*File too large"):
+            run_pretrain(asked(tmp_path / "run", store), progress)
+    finally:
+        room_ends.__exit__(None, None, None)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_metrics_that_find_no_room_are_written_later(
+    whole: dict[str, Any], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While even metrics.jsonl cannot grow, nothing stands without its lines; then both catch up."""
+    room_ends = full_disk(0)
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 2:
+            room_ends.__enter__()
+        if done == 5:
+            room_ends.__exit__(None, None, None)
+
+    assert run_pretrain(asked(tmp_path / "run", store), progress).finished
+    assert caplog.text.count("metrics.jsonl is behind, the run goes on") == 1
+    assert ended(tmp_path / "run")["metrics"] == whole["metrics"]

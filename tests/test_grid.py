@@ -15,7 +15,7 @@ from kamim import distributed, grid
 from kamim.cli import app
 from kamim.compose import grid as compose
 from kamim.config import load
-from kamim.evaluation.paper import TABLE_2
+from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.grid import Grid
 
 TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
@@ -72,8 +72,10 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "mode": "linprobe", "name": setting.name, "architecture": "vit_base", "block": 8, "norm": "none",
             "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
-            "pretraining": {"dataset": "imagenet", "complete": True, "resolution": 192,
-                            **{key: config[key] for key in ("weighting", "mask", "optim", "norm_pix_loss", "init_from")}},
+            "pretraining": {
+                **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
+                "dataset": "imagenet", "complete": True, "resolution": 192,
+            },
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip
     return made

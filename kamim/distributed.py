@@ -56,8 +56,12 @@ class World:
             dist.barrier()
 
 
+_joined = 0  # starts that were not stopped yet
+
+
 def start(device: str) -> World:
-    """Joins the process group torchrun announces, if any. device: auto, cuda or cpu.
+    """Joins the process group torchrun announces, if any, or goes on with the one that is joined. device: auto, cuda
+    or cpu.
 
     Raises ValueError where cuda is asked for and there is none.
     """
@@ -71,10 +75,14 @@ def start(device: str) -> World:
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    global _joined
+    _joined += 1
     return World(rank, size, where)
 
 
 def stop() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+    """Undoes a start; the last one leaves the process group, if there is one: it cannot be joined twice."""
+    global _joined
+    _joined -= 1
+    if _joined == 0 and dist.is_initialized():
         dist.destroy_process_group()

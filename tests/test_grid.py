@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from test_pretrain import losses
 from typer.testing import CliRunner
 
-from kamim import grid
+from kamim import distributed, grid
 from kamim.cli import app
 from kamim.compose import grid as compose
 from kamim.config import load
-from kamim.evaluation.paper import TABLE_2
+from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.grid import Grid
 
 TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
@@ -71,8 +72,10 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "mode": "linprobe", "name": setting.name, "architecture": "vit_base", "block": 8, "norm": "none",
             "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
-            "pretraining": {"dataset": "imagenet", "complete": True, "resolution": 192,
-                            **{key: config[key] for key in ("weighting", "mask", "optim")}},
+            "pretraining": {
+                **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
+                "dataset": "imagenet", "complete": True, "resolution": 192,
+            },
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip
     return made
@@ -145,3 +148,19 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch cannot join the same group twice: what runs inside goes on with the one that is there."""
+    said: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: len(said) % 2 == 1)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: said.append("joined"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.start("cpu")
+    for _ in range(2):
+        distributed.start("cpu")
+        distributed.stop()
+    assert said == ["joined"]
+    distributed.stop()
+    assert said == ["joined", "left"]

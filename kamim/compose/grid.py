@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from kamim import grid
+from kamim import distributed, grid
 from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
 from kamim.grid import Grid, Table
@@ -16,10 +16,15 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
     """
     runs = [(setting.name, grid.pretraining(sweep, setting)) for setting in grid.settings(sweep)]
     evaluation = grid.evaluation(sweep)
-    for number, (name, config) in enumerate(runs, 1):
-        if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
-            raise KeyboardInterrupt
-    results = run_evaluation(evaluation, sweep.modes, progress)
-    made = grid.table(sweep, results)
-    grid.save(sweep, made, results)
-    return made
+    world = distributed.start(evaluation.compute.device)  # one group of processes for all that follows
+    try:
+        for number, (name, config) in enumerate(runs, 1):
+            if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
+                raise KeyboardInterrupt
+        results = run_evaluation(evaluation, sweep.modes, progress)
+        made = grid.table(sweep, results)
+        if world.is_main:
+            grid.save(sweep, made, results)
+        return made
+    finally:
+        distributed.stop()

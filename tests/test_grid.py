@@ -72,7 +72,7 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
             "pretraining": {"dataset": "imagenet", "complete": True, "resolution": 192,
-                            **{key: config[key] for key in ("weighting", "mask", "optim")}},
+                            **{key: config[key] for key in ("weighting", "mask", "optim", "norm_pix_loss", "init_from")}},
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip
     return made

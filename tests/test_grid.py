@@ -20,6 +20,9 @@ from kamim.grid import Grid
 TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
 
 
+SAME = ("weighting", "mask", "optim", "norm_pix_loss", "init_from")
+
+
 def small(out: Path, store: Path) -> dict[str, Any]:
     """2 x 2 settings, 4 steps each."""
     optim = {"batch_size": 12, "micro_batch": 12, "epochs": 2, "warmup_epochs": 0}
@@ -72,7 +75,7 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
             "pretraining": {"dataset": "imagenet", "complete": True, "resolution": 192,
-                            **{key: config[key] for key in ("weighting", "mask", "optim", "norm_pix_loss", "init_from")}},
+                            **{key: config[key] for key in SAME}},
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip
     return made

@@ -30,7 +30,8 @@ def store(stores: dict[str, Path]) -> Path:
 def lines(run: Path) -> list[dict[str, Any]]:
     made = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in made:
-        del line["images_per_second"]
+        for name in ("images_per_second", "data_wait", "data_wait_share"):
+            line.pop(name, None)
     return made
 
 

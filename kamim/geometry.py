@@ -62,13 +62,21 @@ def canonical_frames(
     return tuple((_side(height * down), _side(width * across)) for down, across in means)
 
 
-def nearest_frames(frames: np.ndarray, sizes: np.ndarray, views: np.ndarray, resolution: int) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def nearest_frames(frames, sizes, views, resolution):
     """Which of an image's frames is nearest in scale to a view of it: int64 [n].
 
     frames: int [n, V, 2] (height, width), of images stored at sizes (int [n, 2]); views: int64 [n, 6].
     """
-    seen = np.log(resolution / views[:, 2:4])
-    return (np.square(np.log(frames / sizes[:, None]) - seen[:, None]).sum(axis=2)).argmin(axis=1)
+    nearest = np.zeros(len(views), np.int64)
+    for i in range(len(views)):
+        least = np.inf
+        for v in range(frames.shape[1]):
+            down = math.log(frames[i, v, 0] * views[i, 2] / (sizes[i, 0] * resolution))
+            across = math.log(frames[i, v, 1] * views[i, 3] / (sizes[i, 1] * resolution))
+            if down * down + across * across < least:
+                least, nearest[i] = down * down + across * across, v
+    return nearest
 
 
 @njit(cache=True, nogil=True)

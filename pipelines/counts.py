@@ -17,7 +17,7 @@ class Scratch:
 
     def __init__(self, resolution: int):
         self.bitmap = kp.raster_scratch(resolution, resolution)
-        self.dots = kp.raster_scratch(resolution, resolution)
+        self.dots = np.stack([self.bitmap] * 2)
         self.points = np.empty((0, 2), np.int32)
 
 
@@ -50,7 +50,8 @@ class Counter(Protocol):
 
 @njit(cache=True, nogil=True)
 def _remapped_counts(
-    positions, counts, borders, caps, snap, frames, sizes, views, side, table, patch_size, points, bitmap, dots, out
+    positions, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
+    out,
 ):  # fmt: skip
     """positions: those of all images, one after the other; counts [n, G], frames, sizes [n, 2], views [n, 6]."""
     stop = 0
@@ -60,7 +61,7 @@ def _remapped_counts(
             positions[start:stop], counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
         )  # fmt: skip
         if snap:
-            kp.raster_whole(points, kept, side, side, table, bitmap, dots)
+            kp.raster_whole(points, kept, side, side, table, runs, bitmap, dots)
         else:
             kp.raster(points, kept, side, side, table, bitmap)
         kp.cell_counts(bitmap, patch_size, out[i])
@@ -73,6 +74,7 @@ class CachedCounts:
         self.patch_size = patch_size
         self._keypoints = keypoints
         self._table = kp.stamps(footprint)
+        self._runs = kp.runs(self._table)
         self._rules = keypoints.rules.arrays()
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
@@ -85,7 +87,7 @@ class CachedCounts:
             scratch.points = np.empty((len(positions), 2), np.int32)
         _remapped_counts(
             positions, counts, *self._rules, offered[np.arange(len(chosen)), chosen], crops.sizes, crops.views, side,
-            self._table, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
+            self._table, self._runs, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 
 

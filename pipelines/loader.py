@@ -28,7 +28,9 @@ from pipelines.plan import Part, Plan
 _LOG = logging.getLogger(__name__)
 
 PREFETCH = 3  # micro-batches under way beside the one in use
-CHUNK = 16  # samples a thread takes at a time
+# Samples a thread takes at a time: many, since going from decoding to counting and back empties the processor's caches;
+# few enough for every thread to have two chunks to come.
+CHUNKS = (16, 64)
 
 
 class SampleError(RuntimeError):
@@ -111,14 +113,15 @@ class Loader:
         """
         slots = deque(self._slot() for _ in range(PREFETCH + 1))
         pending: deque[tuple[Part, _Slot, list[Future[None]]]] = deque()
+        chunk = min(max(PREFETCH * self.plan.largest_part // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="kamim-loader")
         parts = self.plan.parts(first, stop)
         try:
             while True:
                 while slots and (part := next(parts, None)) is not None:
                     slot = slots.popleft()
-                    chunks = range(0, len(part.indices), CHUNK)
-                    pending.append((part, slot, [pool.submit(self._fill, slot, part, at) for at in chunks]))
+                    rows = [slice(at, at + chunk) for at in range(0, len(part.indices), chunk)]
+                    pending.append((part, slot, [pool.submit(self._fill, slot, part, some) for some in rows]))
                 if not pending:
                     return
                 part, slot, futures = pending.popleft()
@@ -162,21 +165,22 @@ class Loader:
                 tensor[: len(good)] = tensor[good]
         return indices[good]
 
-    def _fill(self, slot: _Slot, part: Part, start: int) -> None:
-        """Samples start .. start + CHUNK - 1 of a part, into their rows of the slot."""
-        rows = slice(start, min(start + CHUNK, len(part.indices)))
+    def _fill(self, slot: _Slot, part: Part, rows: slice) -> None:
+        """Some samples of a part, into their rows of the slot."""
         indices, scratch = part.indices[rows], self._scratch()
         sizes = self._images.sizes[indices]
-        crops = Crops(indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows])
+        crops = Crops(
+            indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
+        )
         for i, index in enumerate(indices.tolist()):
             try:
                 crop_resize(self._decode(index, scratch), crops.views[i], crops.pixels[i])
                 if self._augment is not None:
                     self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
-                self._failed(slot, start + i, index, error)
+                self._failed(slot, rows.start + i, index, error)
         if self._counter is not None and slot.counts is not None:
-            self._count(self._counter, crops, scratch, slot, start)
+            self._count(self._counter, crops, scratch, slot, rows.start)
 
     def _count(self, counter: Counter, crops: Crops, scratch: Scratch, slot: _Slot, start: int) -> None:
         """All at once, which is fast; and one by one where one of them cannot be counted, to find out which."""

@@ -54,10 +54,11 @@ def test_an_unknown_footprint_is_refused() -> None:
 def test_points_on_whole_pixels_are_drawn_as_any_others(seed: int, footprint: str, height: int, width: int) -> None:
     random = np.random.default_rng(seed)
     points = (random.integers(0, (width, height), (random.integers(0, 300), 2)) * 16).astype(np.int32)
-    slow, fast, dots = (kp.raster_scratch(height, width) for _ in range(3))
-    for table in (kp.stamps(footprint),) * 2:  # twice: on scratch that is not empty
+    slow, fast = (kp.raster_scratch(height, width) for _ in range(2))
+    table, dots = kp.stamps(footprint), np.stack([slow, slow])
+    for _ in range(2):  # the second time on scratch that is not empty
         kp.raster(points, len(points), height, width, table, slow)
-        kp.raster_whole(points, len(points), height, width, table, fast, dots)
+        kp.raster_whole(points, len(points), height, width, table, kp.runs(table), fast, dots)
     np.testing.assert_array_equal(slow[4 : 4 + height, 1:-1], fast[4 : 4 + height, 1:-1])
 
 

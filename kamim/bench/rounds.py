@@ -1,8 +1,9 @@
 """Rates of several things, measured in turns, so that what disturbs the machine disturbs all of them."""
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 Run = Callable[[], int]  # one measured pass; returns how many images it made
 
@@ -29,3 +30,8 @@ def interleaved(
 def even_batch(images: int, most: int, workers: int) -> int:
     """The size of a DataLoader's batches, at most `most`, with which all its workers get as many images."""
     return math.ceil(images / (workers * math.ceil(images / (workers * most))))
+
+
+def paired(rates: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios: what slows a whole round down leaves its ratio alone."""
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))

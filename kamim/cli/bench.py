@@ -25,7 +25,7 @@ def bench_loader(
     store: Annotated[Path, typer.Option(help="A JPEG store of --source, with FAST keypoints.")],
     source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 11,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
 ) -> None:
     """Images per second of the loader, the released code's way, stock FFCV, and JPEG decoding alone."""

@@ -24,6 +24,7 @@ bench: setup
 	$(BIN)/kamim bench loader --store runs/bench/store --source "$(SOURCE)" --json runs/bench/loader.json
 	$(BIN)/kamim bench preprocess --source "$(SOURCE)" --json runs/bench/preprocess.json
 	$(BIN)/kamim bench eval --store runs/bench/store --source "$(SOURCE)" --json runs/bench/eval.json
+	$(BIN)/kamim bench train --store runs/bench/store --source "$(SOURCE)" --json runs/bench/train.json
 	$(BIN)/kamim bench fidelity --source "$(SOURCE)" --json runs/bench/fidelity.json
 	$(BIN)/python benchmarks/gpu_check.py --json runs/bench/gpu.json
 

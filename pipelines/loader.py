@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 PREFETCH = 3  # micro-batches under way beside the one in use
 # Samples a thread takes at a time: many, since going from decoding to counting and back empties the processor's caches;
 # few enough for every thread to have two chunks to come.
-CHUNKS = (16, 64)
+CHUNKS = (16, 128)
 
 
 class SampleError(RuntimeError):

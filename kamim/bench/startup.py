@@ -31,28 +31,24 @@ class Bare:
 
 def measure(store: Store) -> dict[str, float]:
     """Both, each in processes of their own: seconds to the first batch, megabytes at a million images."""
-    calls = {
-        "first_batch_seconds": f"startup.first_batch({str(store.path)!r})",
-        "resident_mb": f"print(startup.resident_mb({str(store.path)!r}))",
-    }
     made = {}
-    for name, call in calls.items():
-        started = time.perf_counter()
-        command = [sys.executable, "-c", f"from kamim.bench import startup; {call}"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        made[name] = float(done.stdout or time.perf_counter() - started)
+    for name in ("first_batch_seconds", "resident_mb"):
+        code = f"from kamim.bench import startup; print(startup.{name}({str(store.path)!r}, {time.time()}))"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        made[name] = float(done.stdout)
     return made
 
 
-def first_batch(path: str) -> None:
-    """Waits for the first batch of a store, with counts where it has keypoints."""
+def first_batch_seconds(path: str, started: float) -> float:
+    """From `started` (time.time()) to the first batch of a store, with counts where it has keypoints."""
     store = Store(path)
     counter = next((CachedCounts(store.keypoints(name), "ring", PATCH_SIZE) for name in store.detectors), None)
     batch = min(BATCH, len(store))
     next(Loader(store, Plan(len(store), batch, batch, seed=0), RESOLUTION, crop=Crop(), counter=counter).steps(0, 1))
+    return time.time() - started
 
 
-def resident_mb(path: str) -> float:
+def resident_mb(path: str, started: float) -> float:
     """What a loader of a million images holds in memory, mapped files left out: all of them the store's first."""
     store = Store(path)
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from conftest import make_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
@@ -44,8 +45,12 @@ def load(store: Store, *, counter: Counter | None = None, crop: Crop | None = Cr
 
 
 def twin(store: Store, index: int, epoch: int, seed: int) -> np.ndarray:
-    """One sample by torchvision: crop, resize without antialias, vertical flip, horizontal flip."""
-    pixels = simplejpeg.decode_jpeg(store.images.data(index))
+    """One sample by torchvision."""
+    return cropped(simplejpeg.decode_jpeg(store.images.data(index)), index, epoch, seed)
+
+
+def cropped(pixels: np.ndarray, index: int, epoch: int, seed: int) -> np.ndarray:
+    """Crop, resize without antialias, vertical flip, horizontal flip."""
     box = geometry.crop_box(*pixels.shape[:2], 0.67, 1.0, 3 / 4, 4 / 3, seed, epoch, index)
     crop = F.resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), *box, [64, 64], antialias=False)
     flip_v, flip_h = geometry.flips(seed, epoch, index)
@@ -78,6 +83,16 @@ def test_a_sample_is_what_torchvision_makes_of_its_box(store: Store) -> None:
             expected = twin(store, int(index), batch["epoch"], 1)
             assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
             assert batch["labels"][row] == store.images.labels[index]
+
+
+def test_raw_images_may_be_read_only_and_end_where_their_file_does(class_folder: Path, tmp_path: Path) -> None:
+    store = Store(make_store(class_folder, tmp_path / "raw", encoding="raw"))
+    assert not store.images.data(0).flags.writeable
+    for batch in load(store, stop=4):
+        for row, index in enumerate(batch["indices"]):
+            pixels = store.images.data(int(index)).reshape(*store.images.sizes[index], 3)
+            expected = cropped(pixels, int(index), batch["epoch"], 1)
+            assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_without_a_crop_the_whole_image_is_resized(store: Store) -> None:

@@ -30,13 +30,19 @@ class Bare:
 
 
 def measure(store: Store) -> dict[str, float]:
-    """Both, each in processes of their own: seconds to the first batch, megabytes at a million images."""
-    made = {}
-    for name in ("first_batch_seconds", "resident_mb"):
-        code = f"from kamim.bench import startup; print(startup.{name}({str(store.path)!r}, {time.time()}))"
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        made[name] = float(done.stdout)
-    return made
+    """Both, each in a process of its own: seconds to the first batch, megabytes at a million images."""
+    with tempfile.TemporaryDirectory() as folder:
+        _elsewhere(f"write_images({str(store.path)!r}, {folder!r}, {MILLION})")
+        return {
+            "first_batch_seconds": _elsewhere(f"first_batch_seconds({str(store.path)!r}, {time.time()})"),
+            "resident_mb": _elsewhere(f"resident_mb({folder!r})"),
+        }
+
+
+def _elsewhere(call: str) -> float:
+    """What a function of this module returns in a new process."""
+    code = f"from kamim.bench import startup; print(startup.{call})"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def first_batch_seconds(path: str, started: float) -> float:
@@ -48,41 +54,36 @@ def first_batch_seconds(path: str, started: float) -> float:
     return time.time() - started
 
 
-def resident_mb(path: str, started: float) -> float:
-    """What a loader of a million images holds in memory, mapped files left out: all of them the store's first."""
-    store = Store(path)
-    with tempfile.TemporaryDirectory() as folder:
-        images, keypoints = _million(store, Path(folder))
-        before = _anonymous_mb()
-        opened = Bare(Path(folder), ZarrImages(images))
-        of_detector = Keypoints(keypoints, "fast", detector("fast").rules)
-        loader = Loader(
-            opened, Plan(MILLION, BATCH, BATCH, seed=0), RESOLUTION, crop=Crop(),
-            counter=CachedCounts(of_detector, "ring", PATCH_SIZE),
-        )  # fmt: skip
-        for _ in loader.steps(0, 20):
-            held = _anonymous_mb() - before
-    return held
-
-
-def _million(store: Store, folder: Path) -> tuple[Path, Path]:
-    """images.zarr and keypoints.zarr of a million images that share the bytes of one."""
+def write_images(path: str, folder: str, images: int) -> int:
+    """Leaves images.zarr and keypoints.zarr of so many images in `folder`: all of them the first of the store."""
+    store, out = Store(path), Path(folder)
     keypoints = store.keypoints("fast")
     data, (height, width) = store.images.data(0), store.images.sizes[0].tolist()
     every = range(keypoints.frame.shape[1])
     positions, counts = zip(*(keypoints.image(0, frame) for frame in every), strict=True)
-    write_zarr_images(folder / "images.zarr", [(data, height, width, 0, False)], len(data), "jpeg")
-    zarr.create_group(folder / "keypoints.zarr")
+    write_zarr_images(out / "images.zarr", [(data, height, width, 0, False)], len(data), "jpeg")
+    zarr.create_group(out / "keypoints.zarr")
     one = (np.concatenate(positions), np.stack(counts).astype(np.int64), keypoints.frame[0])
-    write_keypoints(folder / "keypoints.zarr", "fast", [one], len(one[0]))
+    write_keypoints(out / "keypoints.zarr", "fast", [one], len(one[0]))
     for name in ("images.zarr", "keypoints.zarr/fast"):
-        group = zarr.open_group(folder / name)
-        for array in ("start", "length", "size", "label", "frame", "counts"):
-            if array in group:
-                values = np.asarray(group[array])
-                del group[array]
-                paged.create(group, array, np.repeat(values, MILLION, axis=0))
-    return folder / "images.zarr", folder / "keypoints.zarr"
+        group = zarr.open_group(out / name)
+        for array in {"start", "length", "size", "label", "frame", "counts"} & set(group.array_keys()):
+            values = np.asarray(group[array])
+            del group[array]
+            paged.create(group, array, np.repeat(values, images, axis=0))
+    return images
+
+
+def resident_mb(folder: str) -> float:
+    """What a loader of the images of write_images holds in memory, mapped files left out."""
+    before = _anonymous_mb()
+    images = ZarrImages(Path(folder, "images.zarr"))
+    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)
+    plan = Plan(len(images.labels), BATCH, BATCH, seed=0)
+    counter = CachedCounts(keypoints, "ring", PATCH_SIZE)
+    for _ in Loader(Bare(Path(folder), images), plan, RESOLUTION, crop=Crop(), counter=counter).steps(0, 20):
+        held = _anonymous_mb() - before
+    return held
 
 
 def _anonymous_mb() -> float:

@@ -10,9 +10,9 @@ import functools
 import math
 
 import numpy as np
-from numba import njit
 
 from kamim import rng
+from kamim.kernels import kernel
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height of a random resized crop, where nobody says otherwise
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
@@ -62,7 +62,7 @@ def canonical_frames(
     return tuple((_side(height * down), _side(width * across)) for down, across in means)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def nearest_frames(frames, sizes, views, resolution):
     """Which of an image's frames is nearest in scale to a view of it: int64 [n].
 
@@ -79,7 +79,7 @@ def nearest_frames(frames, sizes, views, resolution):
     return nearest
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, epoch, index):
     """RandomResizedCrop's box (torchvision v2 make_params) -> (top, left, box height, box width).
 
@@ -104,13 +104,13 @@ def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, ep
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def flips(seed, epoch, index):
     """(vertical, horizontal), each true with probability 0.5 (stream FLIP, draws 0 and 1)."""
     return rng.unit(seed, epoch, index, rng.FLIP, 0) < 0.5, rng.unit(seed, epoch, index, rng.FLIP, 1) < 0.5
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def crop_views(sizes, scale, ratio, flip_v, seed, epoch, indices):
     """A random view of each image: int64 [n, 6]. sizes: int [n, 2] (height, width); flip_v: whether vertical flips are.
 
@@ -131,7 +131,7 @@ def whole_views(sizes: np.ndarray) -> np.ndarray:
     return np.pad(sizes.astype(np.int64), ((0, 0), (2, 2)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def axis_map(start, length, out_length, flip):
     """(scale, offset) that takes an edge coordinate of the image to one of the resized, flipped crop."""
     scale = out_length / length

@@ -9,13 +9,15 @@ pixel that holds the position; the paper's text says this.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numba import njit
 
 from kamim.geometry import POSITION_UNIT, axis_map
+from kamim.kernels import kernel
+from kamim.words import load8, store8
 
 FOOTPRINTS = ("ring", "point")
 REACH = 4  # a stamp covers pixels -REACH .. REACH + 1 around the pixel that holds the position
@@ -26,6 +28,8 @@ STAMP_ROWS = 2 * REACH + 2
 BORDER = 4
 CLASSES = 2 * BORDER + 1
 WORD = 64
+MARGIN = 8  # bits of a bit map's rows before the first pixel, and at least so many behind the last: room for stamps
+_ROUNDER = 1.5 * 2.0**52  # added to a float64 and taken off again, it rounds as rint does, in any number of lanes
 
 
 @dataclass(frozen=True)
@@ -60,41 +64,53 @@ class Rules:
 
 
 @functools.cache
-def stamps(footprint: str) -> np.ndarray:
-    """Footprints for every border class and sub-pixel phase: uint64 [class y, class x, phase y, phase x, STAMP_ROWS].
+def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
+    """Footprints for every border class and sub-pixel phase: uint16 [class y, class x, phase y, phase x, STAMP_ROWS].
 
-    Bit b of row r is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y). Ring
-    stamps are drawn by OpenCV itself, so they are its rings, whatever its version. Raises ValueError for
-    an unknown footprint.
+    phases: how many, from 0 on, along each axis; 1 is enough where all positions are whole pixels. Bit b of row r
+    is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y). Ring stamps are drawn by OpenCV
+    itself, so they are its rings, whatever its version. Raises ValueError for an unknown footprint.
     """
     if footprint not in FOOTPRINTS:
         raise ValueError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
-    table = np.zeros((CLASSES, CLASSES, POSITION_UNIT, POSITION_UNIT, STAMP_ROWS), np.uint64)
+    table = np.zeros((CLASSES, CLASSES, phases, phases, STAMP_ROWS), np.uint16)
     if footprint == "point":
         half = POSITION_UNIT // 2  # a centre at phase >= 1/2 lies in the next pixel
-        for fy in range(POSITION_UNIT):
-            for fx in range(POSITION_UNIT):
+        for fy in range(phases):
+            for fx in range(phases):
                 table[:, :, fy, fx, REACH + (fy >= half)] = 1 << (REACH + (fx >= half))
         return table
     side = 4 * BORDER + STAMP_ROWS
     places = [*range(BORDER), side // 2, *range(side - BORDER, side)]
-    bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint64)
-    padded = np.zeros((side + 2 * STAMP_ROWS,) * 2, np.bool_)
-    for cy, cx, fy, fx in np.ndindex(table.shape[:4]):
-        at = cv2.KeyPoint(places[cx] + fx / POSITION_UNIT, places[cy] + fy / POSITION_UNIT, 1.0)
-        canvas = cv2.drawKeypoints(np.zeros((side, side, 3), np.uint8), [at], None, color=(255, 255, 255))
-        padded[STAMP_ROWS:-STAMP_ROWS, STAMP_ROWS:-STAMP_ROWS] = canvas[..., 0] > 0
-        top, left = places[cy] - REACH + STAMP_ROWS, places[cx] - REACH + STAMP_ROWS
-        table[cy, cx, fy, fx] = padded[top : top + STAMP_ROWS, left : left + STAMP_ROWS] @ bits
+    bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint16)
+    black = np.zeros((side, side, 3), np.uint8)
+    maps = np.zeros((phases**2, *[side + 2 * STAMP_ROWS] * 2), np.bool_)  # with room around for stamps at a border
+    for (cy, y), (cx, x) in itertools.product(enumerate(places), repeat=2):
+        for canvas, (fy, fx) in zip(maps, np.ndindex(phases, phases), strict=True):
+            at = cv2.KeyPoint(x + fx / POSITION_UNIT, y + fy / POSITION_UNIT, 1.0)
+            drawn = cv2.drawKeypoints(black, [at], None, color=(255, 255, 255))
+            canvas[STAMP_ROWS:-STAMP_ROWS, STAMP_ROWS:-STAMP_ROWS] = drawn[..., 0]
+        top, left = y - REACH + STAMP_ROWS, x - REACH + STAMP_ROWS
+        stamp = maps[:, top : top + STAMP_ROWS, left : left + STAMP_ROWS] @ bits
+        table[cy, cx] = stamp.reshape(phases, phases, STAMP_ROWS)
     return table
 
 
 def raster_scratch(height: int, width: int) -> np.ndarray:
-    """An empty bit map F of height x width pixels, with a margin for stamps: uint64 [rows, words]."""
-    return np.zeros((height + STAMP_ROWS, -(-width // WORD) + 2), np.uint64)
+    """An empty bit map F of height x width pixels, with margins for stamps: uint64 [rows, words].
+
+    Pixel (x, y) is bit MARGIN + x of row REACH + y.
+    """
+    return np.zeros((height + STAMP_ROWS + 1, -(-(width + 2 * MARGIN) // WORD)), np.uint64)
 
 
-@njit(cache=True, nogil=True)
+def pixels(bitmap: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels of a bit map: bool [height, width]."""
+    bits = np.unpackbits(bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    return bits[REACH : REACH + height, MARGIN : MARGIN + width]
+
+
+@kernel
 def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
 
@@ -107,26 +123,40 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
     ax, bx = ax * size[1] / frame[1] / POSITION_UNIT, bx + ax * 0.5 * size[1] / frame[1]
     ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
-    kept, stop = 0, 0
+    words, points = positions.reshape(positions.size).view(np.uint32), out.reshape(out.size).view(np.int64)
+    inside = np.empty(len(positions), np.uint8)
+    kept, stop = np.uint64(0), 0  # unsigned, and so an index that needs no check
     for group in range(len(borders)):
         start, stop, before = stop, stop + int(counts[group]), kept
         low, high = borders[group], side - borders[group]
-        for k in range(start, stop):  # without a branch: every position is written, and the next one over a lost one
-            x = positions[k, 0] * ax + bx
-            y = positions[k, 1] * ay + by
-            if snap:  # the pixel that holds the edge coordinate is the rounded centre
-                out[kept, 0] = int(x) * POSITION_UNIT
-                out[kept, 1] = int(y) * POSITION_UNIT
-            else:
-                out[kept, 0] = max(int(np.rint((x - 0.5) * POSITION_UNIT)), 0)
-                out[kept, 1] = max(int(np.rint((y - 0.5) * POSITION_UNIT)), 0)
-            kept += (low <= x) & (x < high) & (low <= y) & (y < high)
+        _place(words[start:stop], ax, bx, ay, by, low, high, snap, points[start:], inside)
+        for k in range(stop - start):  # without a branch: every point is moved, and the next one over a lost one
+            points[kept] = points[start + k]
+            kept += np.uint64(inside[k])
         if caps[group] > 0:
-            kept = min(kept, before + caps[group])
-    return kept
+            kept = min(kept, before + np.uint64(caps[group]))
+    return int(kept)
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def _place(positions, ax, bx, ay, by, low, high, snap, points, inside):
+    """remap's points of one group, lost ones, too, and which of them lie inside.
+
+    Each position and each point is one word, x in its lower half, so that compilers work on several at a time.
+    """
+    for k in range(len(positions)):
+        x = np.int32(positions[k] & np.uint32(0xFFFF)) * ax + bx
+        y = np.int32(positions[k] >> np.uint32(16)) * ay + by
+        inside[k] = (low <= x) & (x < high) & (low <= y) & (y < high)
+        if snap:  # the pixel that holds the edge coordinate is the rounded centre
+            px, py = np.int32(x) * POSITION_UNIT, np.int32(y) * POSITION_UNIT
+        else:
+            px = max(np.int32((x - 0.5) * POSITION_UNIT + _ROUNDER - _ROUNDER), np.int32(0))
+            py = max(np.int32((y - 0.5) * POSITION_UNIT + _ROUNDER - _ROUNDER), np.int32(0))
+        points[k] = np.int64(px) | (np.int64(py) << np.int64(32))
+
+
+@kernel
 def _border_class(i, side):
     if i < BORDER:
         return i
@@ -135,15 +165,16 @@ def _border_class(i, side):
     return BORDER
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def raster(points, count, height, width, table, bitmap):
     """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
 
     bitmap: raster_scratch(height, width); it is cleared first. Every point lies within the crop.
     """
     bitmap[:] = 0
+    drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
     for k in range(count):
-        _stamp(points[k, 0], points[k, 1], height, width, table, bitmap)
+        _stamp(points[k, 0], points[k, 1], height, width, table, drawn, pitch)
 
 
 def runs(table: np.ndarray) -> np.ndarray:
@@ -151,13 +182,13 @@ def runs(table: np.ndarray) -> np.ndarray:
 
     table: as stamps gives it. Sorted; bit and row as in stamps.
     """
-    rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(STAMP_ROWS, 8), axis=1, bitorder="little")
+    rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(STAMP_ROWS, 2), axis=1, bitorder="little")
     edges = np.diff(np.pad(rows.astype(np.int64), ((0, 0), (1, 1))), axis=1)
     (row, start), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
     return np.array(sorted(zip(end - start, row, start, strict=True)), np.int64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     """raster, for points on whole pixels: several times as fast where there are many.
 
@@ -166,53 +197,56 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     """
     bitmap[:] = 0
     dots[:] = 0
+    words, flat = bitmap.shape[1], bitmap.reshape(bitmap.size)
+    wide, wider = dots[0].reshape(bitmap.size)[: height * words], dots[1].reshape(bitmap.size)[: height * words]
+    drawn, bytes_of_dots = flat.view(np.uint8), wide.view(np.uint8)
+    inner_width, inner_height = np.uint32(width - 2 * BORDER), np.uint32(height - 2 * BORDER)
     for k in range(count):
         x, y = points[k, 0], points[k, 1]
-        column, row = x >> 4, y >> 4
-        if _border_class(column, width) == BORDER and _border_class(row, height) == BORDER:
-            left = column + WORD - REACH
-            dots[0, row, left >> 6] |= np.uint64(1) << np.uint64(left & 63)
+        column, row = np.uint32((x >> 4) - BORDER), np.uint32((y >> 4) - BORDER)  # the last ones where less than 0
+        if (column < inner_width) & (row < inner_height):
+            left = column + np.uint32(BORDER + MARGIN - REACH)
+            at = (row + np.uint32(BORDER)) * np.uint32(8 * words) + (left >> np.uint32(3))
+            bytes_of_dots[at] |= np.uint8(1) << np.uint8(left & np.uint32(7))
         else:
-            _stamp(x, y, height, width, table, bitmap)
-    words = bitmap.shape[1]
-    drawn, single = bitmap.reshape(bitmap.size), dots[0].reshape(bitmap.size)
-    wide = dots[1].reshape(bitmap.size)
-    length = 0
+            _stamp(x, y, height, width, table, drawn, 8 * words)
+    length = 1
     for i in range(len(runs)):
         while length < runs[i, 0]:
-            _add_moved(single[: height * words], length, wide)
-            length += 1
-        _add_moved(wide[: height * words], runs[i, 2], drawn[runs[i, 1] * words :])
+            step = min(length, runs[i, 0] - length)
+            wider[:] = wide
+            _add_moved(wide, step, wider)
+            wide, wider, length = wider, wide, length + step
+        _add_moved(wide, runs[i, 2], flat[runs[i, 1] * words :])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_moved(source, by, to):
-    """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. Rows' margins are empty."""
+    """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. What leaves the last word is lost."""
     if by == 0:
         for i in range(len(source)):
             to[i] |= source[i]
         return
     shift, carry = np.uint64(by), np.uint64(WORD - by)
+    to[0] |= source[0] << shift
     near, rest = source[1:], to[1:]
     for i in range(len(near)):
         rest[i] |= (near[i] << shift) | (source[i] >> carry)
 
 
-@njit(cache=True, nogil=True)
-def _stamp(x, y, height, width, table, bitmap):
-    """Draws the footprint of one point."""
+@kernel
+def _stamp(x, y, height, width, table, drawn, pitch):
+    """Draws the footprint of one point in a bit map's bytes, `pitch` to a row: in every row a word from a byte on."""
     column, row = x >> 4, y >> 4
     stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
-    left = column + WORD - REACH
-    word, shift = left >> 6, np.uint64(left & 63)
+    left = column + MARGIN - REACH
+    at, shift = row * pitch + (left >> 3), np.uint64(left & 7)
     for r in range(STAMP_ROWS):
-        bitmap[row + r, word] |= stamp[r] << shift
-    if left & 63 > WORD - STAMP_ROWS:  # it goes on in the next word
-        for r in range(STAMP_ROWS):
-            bitmap[row + r, word + 1] |= stamp[r] >> (np.uint64(WORD) - shift)
+        store8(drawn, at, load8(drawn, at) | (np.uint64(stamp[r]) << shift))
+        at += pitch
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _byte_counts(v):
     """Bits set in each byte of a word, as bytes of a word."""
     v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -220,31 +254,30 @@ def _byte_counts(v):
     return (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _popcount(v):
     return (_byte_counts(v) * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _counts_of_bytes(bitmap, patch_size, counts):
     """cell_counts where cells are whole bytes wide: eight columns of eight pixels at a time."""
-    bands, words = patch_size // 8, bitmap.shape[1] - 2
-    sums = np.empty(words, np.uint64)
-    in_bytes = sums.view(np.uint8)
-    for band in range(counts.shape[0] * bands):  # 8 rows of at most 8 bits fit a byte
-        for word in range(words):
-            total = np.uint64(0)
-            for r in range(8):
-                total += _byte_counts(bitmap[REACH + 8 * band + r, word + 1])
-            sums[word] = total
-        row, byte = counts[band // bands], 0
-        for column in range(len(row)):
-            for _ in range(bands):
-                row[column] += np.int16(in_bytes[byte])
-                byte += 1
+    bands, words = patch_size // 8, bitmap.shape[1]
+    drawn = bitmap[REACH : REACH + 8 * bands * len(counts)].copy().reshape(-1)
+    for i in range(len(drawn)):
+        drawn[i] = _byte_counts(drawn[i])
+    for band in range(bands * len(counts)):  # 8 rows of at most 8 bits fit a byte
+        sums = drawn[8 * words * band : 8 * words * (band + 1)]
+        for r in range(1, 8):
+            for word in range(words):
+                sums[word] += sums[r * words + word]
+        row, in_bytes = counts[band // bands], sums.view(np.uint8)[MARGIN // 8 :]
+        for byte in range(bands):
+            for column in range(len(row)):
+                row[column] += np.int16(in_bytes[column * bands + byte])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cell_counts(bitmap, patch_size, counts):
     """Pixels of F set in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
 
@@ -257,10 +290,10 @@ def cell_counts(bitmap, patch_size, counts):
     for y in range(counts.shape[0] * patch_size):
         for j in range(counts.shape[1]):
             total = np.uint64(0)
-            at, end = j * patch_size, (j + 1) * patch_size
+            at, end = MARGIN + j * patch_size, MARGIN + (j + 1) * patch_size
             while at < end:  # a cell may span words
                 n = min(end, (at // WORD + 1) * WORD) - at
-                bits = bitmap[y + REACH, at // WORD + 1] >> np.uint64(at % WORD)
+                bits = bitmap[y + REACH, at // WORD] >> np.uint64(at % WORD)
                 if n < WORD:
                     bits &= (np.uint64(1) << np.uint64(n)) - np.uint64(1)
                 total += _popcount(bits)
@@ -282,8 +315,7 @@ def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.
     inside = (points >= 0).all(1) & (points[:, 0] < width * POSITION_UNIT) & (points[:, 1] < height * POSITION_UNIT)
     bitmap = raster_scratch(height, width)
     raster(points[inside], int(inside.sum()), height, width, stamps(footprint), bitmap)
-    bits = np.unpackbits(bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
-    return bits[REACH : REACH + height, WORD : WORD + width]
+    return pixels(bitmap, height, width)
 
 
 def map_counts(bitmap: np.ndarray, patch_size: int) -> np.ndarray:

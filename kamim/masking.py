@@ -3,9 +3,9 @@
 import math
 
 import numpy as np
-from numba import njit
 
 from kamim import rng
+from kamim.kernels import kernel
 
 
 def masked_count(grid: int, ratio: float) -> int:
@@ -13,7 +13,7 @@ def masked_count(grid: int, ratio: float) -> int:
     return math.ceil(ratio * grid * grid)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _shuffle_masks(masks, seed, epoch, indices, count):
     blocks = masks.shape[1]
     order = np.empty(blocks, np.int64)

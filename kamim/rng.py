@@ -9,7 +9,8 @@ of its counter, so under one seed no two draws, and no two streams, can ever sha
 """
 
 import numpy as np
-from numba import njit
+
+from kamim.kernels import kernel
 
 # What a draw is for. A new purpose takes a new number; numbers are never reused.
 ORDER = 0
@@ -28,7 +29,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds of Philox4x32. All arguments and the four results are uint64 below 2**32."""
     for _ in range(10):
@@ -40,7 +41,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unit(seed, epoch, index, stream, draw):
     """One float64 in [0, 1), with 53 random bits.
 
@@ -53,7 +54,7 @@ def unit(seed, epoch, index, stream, draw):
     return ((a >> np.uint64(5)) * 67108864.0 + (b >> np.uint64(6))) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def units(seed, epoch, indices, stream, draws):
     """unit() for every index and for draw = 0 .. draws - 1: float64 [len(indices), draws]."""
     out = np.empty((len(indices), draws), np.float64)

@@ -8,12 +8,12 @@ decision is drawn from kamim.rng: a sample is augmented alike in whatever batch 
 import math
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kamim import rng
 from kamim.batch import Batch, normalise
+from kamim.kernels import kernel
 from pipelines.operations import BINS, OPS, apply_operation, tables
 
 ERASE_P, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)  # how often; share of the area; height / width
@@ -32,7 +32,7 @@ class Augment:
         _augment(image, seed, epoch, index, self._tables)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _augment(image, seed, epoch, index, tables):
     op, setting = draw_operation(seed, epoch, index)
     apply_operation(image, op, setting, tables)
@@ -41,7 +41,7 @@ def _augment(image, seed, epoch, index, tables):
         image[top : top + h, left : left + w] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw_operation(seed, epoch, index):
     """Which operation a sample gets, 0 .. 13 as in OPS, and its setting, 0 .. 61 (see operations.magnitudes).
 
@@ -52,7 +52,7 @@ def draw_operation(seed, epoch, index):
     return op, setting + BINS if rng.unit(seed, epoch, index, rng.AUGMENT, 2) <= 0.5 else setting
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def erasing_box(height, width, scale, ratio, seed, epoch, index):
     """RandomErasing's box (Zhong et al., AAAI 2020; torchvision v2 make_params) -> (top, left, height, width).
 

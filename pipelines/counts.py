@@ -4,11 +4,11 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
-from numba import njit
 
 from kamim import geometry
 from kamim import keypoints as kp
 from kamim.detectors import detector
+from kamim.kernels import kernel
 from kamim.store import Keypoints
 
 
@@ -48,7 +48,7 @@ class Counter(Protocol):
         ...
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _remapped_counts(
     positions, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
     out,
@@ -73,9 +73,9 @@ class CachedCounts:
     def __init__(self, keypoints: Keypoints, footprint: str, patch_size: int):
         self.patch_size = patch_size
         self._keypoints = keypoints
-        self._table = kp.stamps(footprint)
-        self._runs = kp.runs(self._table)
         self._rules = keypoints.rules.arrays()
+        self._table = kp.stamps(footprint, 1 if keypoints.rules.snap else geometry.POSITION_UNIT)
+        self._runs = kp.runs(self._table)
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""

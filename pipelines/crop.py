@@ -6,9 +6,9 @@ does, bringing neighbours to where they are wanted, moves two pixels at a time a
 """
 
 import numpy as np
-from numba import njit
 
-from pipelines.words import high16, load8, store8
+from kamim.kernels import kernel
+from kamim.words import high16, load8, store8
 
 _PIXEL = np.uint64(24)  # bits
 _FIRST = np.uint64(0xFFFFFF)
@@ -18,13 +18,13 @@ _HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two products that were cut off
 _SLACK = 8  # bytes that are read or written past the end of a row
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _source(o, scale, length):
     """Where output sample o lies among `length` source samples: half-pixel centres, torch's antialias=False."""
     return min(max((o + 0.5) * scale - 0.5, 0.0), length - 1.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _columns(width, flip, offset, weight):
     """For each output column: the byte offset of the first of its two pixels; thrice the second's weight, in 256ths."""
     columns = len(weight) // 3
@@ -37,7 +37,7 @@ def _columns(width, flip, offset, weight):
     offset[columns:] = offset[columns - 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _resize_row(row, offset, weight, near, far, out):
     """One row of the crop (uint8 [3 W], _SLACK readable behind it) -> out uint16 [3 R], in 256ths of a grey level.
 
@@ -52,7 +52,7 @@ def _resize_row(row, offset, weight, near, far, out):
         out[i] = np.uint16(value << _BYTE) + (np.uint16(far[i]) - value) * weight[i]  # exact modulo 2**16
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _blend_rows(upper, lower, weight, out):
     """uint16 [3 R] in 256ths of a grey level, the lower one's weight in 65536ths -> out uint8 [3 R]."""
     rest = np.uint16(0xFFFF - weight)
@@ -60,7 +60,7 @@ def _blend_rows(upper, lower, weight, out):
         out[i] = np.uint8(np.uint16(high16(upper[i], rest) + high16(lower[i], weight) + _HALF) >> _BYTE)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def crop_resize(pixels, view, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numba.extending import intrinsic
 from torch import Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
+
+from kamim.kernels import kernel
 
 OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
@@ -66,7 +67,7 @@ def _of_torchvision(op: str, magnitude: float, image: Tensor) -> Tensor:
     return made
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def apply_operation(image, op, setting, tables):
     """uint8 [H, W, 3], contiguous; the operation's number in OPS; its setting, 0 .. 61."""
     if op == _IDENTITY:
@@ -91,7 +92,7 @@ def apply_operation(image, op, setting, tables):
 # Flat indices, below: the compiler vectorises them, and not those of [pixels, 3].
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _move(image, sources):
     out = image.reshape(-1)
     pixels = np.zeros(out.size + 3, np.uint8)  # pixel 0 is black
@@ -103,7 +104,7 @@ def _move(image, sources):
         out[3 * i + 2] = pixels[at + np.uint64(2)]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _map(image, red, green, blue):
     """Each value to its entry in the table of its channel, uint8 [256]."""
     x = image.reshape(-1)
@@ -119,19 +120,19 @@ def _fma(typing, a, b, c):
     return a(a, b, c), lambda context, builder, signature, arguments: builder.fma(*arguments)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _byte(x):
     """float32, of less than 2**31, cut off and clipped."""
     return np.uint8(min(max(np.int32(x), np.int32(0)), np.int32(255)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _grey(red, green, blue):
     """float32, whole numbers, with torchvision's weights and roundings."""
     return np.floor(_fma(blue, _BLUE, _fma(green, _GREEN, red * _RED)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _color(image, shares):
     """Towards or away from grey."""
     own, other = shares
@@ -144,7 +145,7 @@ def _color(image, shares):
         x[3 * i + 2] = _byte(_fma(grey, other, blue * own))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _contrast(image, shares):
     """Towards or away from the mean grey, whose sum is exact; torchvision's is, too, up to 65793 pixels."""
     own, other = shares
@@ -158,7 +159,7 @@ def _contrast(image, shares):
     _map(image, table, table, table)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sharpness(image, shares):
     """Towards or away from the 3 x 3 smoothed image, whose edge pixels stay as they are."""
     height, length, other = image.shape[0], 3 * image.shape[1], shares[1]
@@ -175,7 +176,7 @@ def _sharpness(image, shares):
             made[i + 3] = _byte(_fma(np.float32(np.uint32(box + 6) // np.uint32(13)) - x, other, x))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _autocontrast(image):
     """Each channel stretched to 0 .. 255."""
     counts, table = _counts(image), np.empty((3, 256), np.uint8)
@@ -187,7 +188,7 @@ def _autocontrast(image):
     _map(image, table[0], table[1], table[2])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _equalize(image):
     """The histogram of each channel flattened, by PIL's integer recipe as torchvision has it."""
     counts, table = _counts(image), np.empty((3, 256), np.uint8)
@@ -201,7 +202,7 @@ def _equalize(image):
     _map(image, table[0], table[1], table[2])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _counts(image):
     """How often each channel has each value: int64 [3, 256]."""
     x, counts = image.reshape(-1), np.zeros((3, 256), np.int64)

@@ -11,10 +11,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(file for room in ("kamim", "preprocess", "pipelines") for file in (ROOT / room).glob("**/*.py"))
 KNOWS_EVERYBODY = ("kamim.cli", "kamim.compose", "kamim.demo", "kamim.bench", "kamim.__main__")
 KERNELS = {  # and what each may know
-    "kamim.rng": set(),
-    "kamim.geometry": {"kamim.rng"},
-    "kamim.masking": {"kamim.rng"},
-    "kamim.keypoints": {"kamim.geometry"},
+    "kamim.kernels": set(),
+    "kamim.words": set(),
+    "kamim.rng": {"kamim.kernels"},
+    "kamim.geometry": {"kamim.kernels", "kamim.rng"},
+    "kamim.masking": {"kamim.kernels", "kamim.rng"},
+    "kamim.keypoints": {"kamim.kernels", "kamim.words", "kamim.geometry"},
     "kamim.weighting": set(),
     "kamim.batch": set(),
     "kamim.paged": set(),
@@ -46,7 +48,10 @@ def test_imports_point_one_way(file: Path) -> None:
     if module in KERNELS:
         assert found <= KERNELS[module]
     if module.startswith("kamim.detectors"):
-        assert {other for other in found if not other.startswith("kamim.detectors")} <= {"kamim.keypoints"}
+        assert {other for other in found if not other.startswith("kamim.detectors")} <= {
+            "kamim.keypoints",
+            "kamim.kernels",
+        }
     if module.startswith(KNOWS_EVERYBODY):
         return
     rooms = {other.partition(".")[0] for other in found}

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from kamim.detectors.contract import Found, grey
+from kamim.kernels import kernel
 from kamim.keypoints import Group, Rules
 
 THRESHOLD = 10
@@ -85,7 +86,7 @@ def _peaks(score, xy, response):
     return kept
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def corners(image, threshold):
     """Corners of image (uint8 [H, W], C order), row by row: (xy float32 [K, 2], scores float32 [K])."""
     height, width = image.shape

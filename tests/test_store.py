@@ -1,8 +1,10 @@
 """What a store promises, whichever backend holds the images; pages; FFCV's format; what is said of a bad store."""
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -201,24 +203,32 @@ def test_our_types_are_ffcvs() -> None:
     assert TYPE_ID_HANDLER[beton.INT_FIELD] is IntField
 
 
-@has_ffcv
-@pytest.mark.parametrize("encoding", ["jpeg", "raw"])
-def test_the_stock_ffcv_loader_reads_a_store(encoding: str, photos: list[np.ndarray], tmp_path: Path) -> None:
+def read_by_stock_ffcv(file: str) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels and labels of a file, in order. For a process of its own: see kamim.bench.loader.stock_ffcv."""
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
+    loader = Loader(
+        file, batch_size=3, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=True,
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+    )  # fmt: skip
+    batches = [(pixels.copy(), labels.copy()) for pixels, labels in loader]
+    pixels, labels = zip(*batches, strict=True)
+    return np.concatenate(pixels), np.concatenate(labels).ravel()
+
+
+@has_ffcv
+@pytest.mark.parametrize("encoding", ["jpeg", "raw"])
+def test_the_stock_ffcv_loader_reads_a_store(encoding: str, photos: list[np.ndarray], tmp_path: Path) -> None:
     for i in range(6):
         file = tmp_path / f"source/{i % 3}/{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photos[i % 3][50 : 50 + 70, 30 * i : 30 * i + 80]).save(file)
     images = Store(make_store(tmp_path / "source", tmp_path / "store", "ffcv", encoding=encoding)).images
-    loader = Loader(
-        str(tmp_path / "store/images.beton"), batch_size=3, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=True,
-        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-    )  # fmt: skip
-    batches = [(pixels.copy(), labels.copy()) for pixels, labels in loader]
-    assert np.concatenate([labels for _, labels in batches]).ravel().tolist() == [0, 0, 1, 1, 2, 2]
-    for index, pixels in enumerate(np.concatenate([pixels for pixels, _ in batches])):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        read, labels = process.submit(read_by_stock_ffcv, str(tmp_path / "store/images.beton")).result()
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for index, pixels in enumerate(read):
         if encoding == "raw":
             np.testing.assert_array_equal(pixels, images.data(index).reshape(pixels.shape))
         else:  # FFCV decodes with the faster, less exact transform

@@ -200,7 +200,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     words, flat = bitmap.shape[1], bitmap.reshape(bitmap.size)
     wide, wider = dots[0].reshape(bitmap.size)[: height * words], dots[1].reshape(bitmap.size)[: height * words]
     drawn, bytes_of_dots = flat.view(np.uint8), wide.view(np.uint8)
-    inner_width, inner_height = np.uint32(width - 2 * BORDER), np.uint32(height - 2 * BORDER)
+    inner_width, inner_height = np.uint32(max(width - 2 * BORDER, 0)), np.uint32(max(height - 2 * BORDER, 0))
     for k in range(count):
         x, y = points[k, 0], points[k, 1]
         column, row = np.uint32((x >> 4) - BORDER), np.uint32((y >> 4) - BORDER)  # the last ones where less than 0

@@ -50,7 +50,7 @@ def test_an_unknown_footprint_is_refused() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.sampled_from(kp.FOOTPRINTS), st.integers(9, 200), st.integers(9, 200))
+@given(st.integers(0, 10**6), st.sampled_from(kp.FOOTPRINTS), st.integers(6, 200), st.integers(6, 200))
 def test_points_on_whole_pixels_are_drawn_as_any_others(seed: int, footprint: str, height: int, width: int) -> None:
     random = np.random.default_rng(seed)
     points = (random.integers(0, (width, height), (random.integers(0, 300), 2)) * 16).astype(np.int32)

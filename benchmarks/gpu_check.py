@@ -135,6 +135,7 @@ def same_evaluation(folder: Path) -> dict[str, Any]:
         config = load(Evaluation, None, [
             f"checkpoint=[run={folder / 'cpu'}]", f"train={folder / 'small'}", f"val={folder / 'small'}",
             f"compute.device={device}", "compute.precision=fp32", "compute.compile=false", "sweep.optim.batch_size=64",
+            "sweep.optim.epochs=1", "sweep.optim.warmup_epochs=0",
             *(f"{mode}.optim.{key}" for mode in ("linprobe", "finetune")
               for key in ("batch_size=64", "epochs=2", "warmup_epochs=0")),
         ])  # fmt: skip

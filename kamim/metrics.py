@@ -6,6 +6,7 @@ RUN/tensorboard/    the same numbers and pictures
 """
 
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -77,7 +78,9 @@ class Files:
         """See Sink."""
         try:
             self._panels.mkdir(exist_ok=True)
-            Image.fromarray(rgb).save(self._panels / f"step-{step:08d}.png")
+            stream = io.BytesIO()
+            Image.fromarray(rgb).save(stream, "png")
+            write_whole(self._panels / f"step-{step:08d}.png", stream.getvalue())
         except OSError as error:
             warn(self._run, f"step {step}: no panel, the run goes on: {error}")
 
@@ -129,7 +132,7 @@ class Wandb:
 
         file = run / "wandb-id"
         if not file.exists():
-            file.write_text(secrets.token_hex(8))
+            write_whole(file, secrets.token_hex(8).encode())
         self._image = wandb.Image
         self._run = wandb.init(
             project=project, name=run.name, id=file.read_text(), resume="allow", dir=str(run), config=dict(config)

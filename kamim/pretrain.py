@@ -1,12 +1,14 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import checkpoint, interop, machine, rng
+from kamim import checkpoint, interop, lock, machine, rng
 from kamim.batch import Batch, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
@@ -41,28 +43,32 @@ def pretrain(
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
 
     observe: what looks at the model meanwhile. fresh: there must be no run in config.out. Raises ValueError where there
-    is, or one of another configuration, and for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss
-    that is not finite.
+    is, or one of another configuration, or one that another process trains now, and for an init_from that does not fit;
+    kamim.nonfinite.NonFinite for a loss that is not finite.
     """
-    config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
+    total, _, _ = config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
     autocast(config.compute, world.device)
-    _check_place(config, fresh)
-    model, network, optimizer = prepare(config, world)
-    if config.init_from is not None and not checkpoint.saved(config.out):
-        initialise(model, config)
-    _claim(config, world)
-    run = Run(
-        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch,
-        keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
-        log=config.log, observers=observe(model),
-    )  # fmt: skip
-    guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
+    with _alone(config.out, world):
+        _check_place(config, fresh)
+        model, network, optimizer = prepare(config, world)
+        if config.init_from is not None and not checkpoint.saved(config.out):
+            initialise(model, config)
+        world.barrier()  # everyone has looked
+        if world.is_main and total not in checkpoint.saved(config.out):
+            _claim(config)
+        world.barrier()
+        run = Run(
+            config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
+            every=config.checkpoint_epochs * steps_per_epoch,
+            keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
+            log=config.log, observers=observe(model),
+        )  # fmt: skip
+        guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
 
-    def made(first: int, stop: int) -> Steps:
-        return steps(config, network, batches(first, stop), world, guard)
+        def made(first: int, stop: int) -> Steps:
+            return steps(config, network, batches(first, stop), world, guard)
 
-    return train(run, model, optimizer, made, world, progress, guard=guard)
+        return train(run, model, optimizer, made, world, progress, guard=guard)
 
 
 def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
@@ -180,13 +186,33 @@ def _check_place(config: Pretrain, fresh: bool) -> None:
         )
 
 
-def _claim(config: Pretrain, world: World) -> None:
+def _claim(config: Pretrain) -> None:
     """Writes the configuration into config.out."""
-    world.barrier()  # everyone has looked
-    if world.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_whole(config.out / CONFIG, dump(config).encode())
-    world.barrier()
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_whole(config.out / CONFIG, dump(config).encode())
+
+
+@contextmanager
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """Inside, no other run trains in `out`: the first process holds OUT.lock.
+
+    Raises ValueError where one does, or `out` cannot be locked.
+    """
+    file = out.resolve().with_name(f"{out.resolve().name}.lock")
+    busy = f"out = {out}: another process trains there now; wait until it is done, or choose another out=..."
+    with ExitStack() as stack:
+        problem = ""
+        if world.is_main:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.held(file, busy))
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"out = {out}: {file} cannot be made or locked: {error.strerror}; choose another out=..."
+        if problem := world.gather(problem)[0]:  # told by all ranks alike
+            raise ValueError(problem)
+        yield
 
 
 # What a resumed run may change: none of it says which samples are trained on, or how.

@@ -28,6 +28,12 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
 }
 
 
+def is_current(run: Path) -> bool:
+    """Whether the report says all that the run has said."""
+    report, said = run / FILE, run / metrics.FILE
+    return report.is_file() and said.is_file() and report.stat().st_mtime_ns >= said.stat().st_mtime_ns
+
+
 def save_report(run: Path) -> Path:
     """RUN/report.html, of a run that goes on, was stopped or is done. Raises ValueError where there is none."""
     if not (run / "config.yaml").is_file() or not (lines := metrics.read(run)):

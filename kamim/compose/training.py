@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kamim import distributed, metrics, nonfinite, observers
+from kamim import distributed, metrics, nonfinite, observers, report
 from kamim.batch import Batch
 from kamim.compose.setting import Samples, Setting, labelled
 from kamim.config import Evaluation, OnlineProbe, Pretrain, load
@@ -17,7 +17,6 @@ from kamim.loop import Batches, Observer, Outcome, Progress
 from kamim.models import MaskedImageModel
 from kamim.pretrain import CONFIG, Observe, pretrain
 from kamim.replay import Replayed, replay
-from kamim.report import save_report
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
@@ -35,8 +34,9 @@ def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> O
         plan, batches = training_batches(config, store, world)
         observe = _observers(config, store, plan.steps_per_epoch, world)
         outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe, fresh)
-        if world.is_main:
-            save_report(config.out)
+        if world.is_main and not report.is_current(config.out):
+            report.save_report(config.out)
+        world.barrier()  # torchrun ends all that are left once one leaves to be resumed
         return outcome
     finally:
         distributed.stop()

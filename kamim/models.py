@@ -103,9 +103,10 @@ class MaskedImageModel(nn.Module):
             tokens = self._encode_vit(self.encoder, images, mask)
         else:
             tokens = self._encode_swin(self.encoder, images, mask)
-        convolution, shuffle = self.head
-        pixels = linear(tokens, convolution.weight.flatten(1), convolution.bias)
-        reconstruction: Tensor = shuffle(pixels.permute(0, 3, 1, 2))
+        pixels, shuffle = self.head
+        assert isinstance(pixels, nn.Conv2d)
+        made = linear(tokens, pixels.weight.flatten(1), pixels.bias)
+        reconstruction: Tensor = shuffle(made.permute(0, 3, 1, 2))
         return reconstruction
 
     def _encode_vit(self, vit: VisionTransformer, images: Tensor, mask: Tensor) -> Tensor:

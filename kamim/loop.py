@@ -24,7 +24,8 @@ from kamim.nonfinite import Guard, NonFinite
 
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
-# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
+# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log: "loss" at least, and
+# "samples" where steps differ in them.
 Steps = Iterator[tuple[int, dict[str, Tensor | float]]]
 Gradients = Callable[[int, int], Steps]
 
@@ -113,10 +114,10 @@ def train(
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
-                values = {**values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
+                values = {"samples": run.optim.batch_size, **values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
                 after_step()
                 rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-                metrics.add(step, rate, run.optim.batch_size, values)
+                metrics.add(step, rate, values)
                 step += 1
                 progress(step, total, metrics.newest)
                 stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever

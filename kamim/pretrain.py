@@ -119,9 +119,9 @@ def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Op
 def steps(
     config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
 ) -> Steps:
-    """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
+    """Gradients of one optimiser step at a time: yields it, its samples, its loss, mean and largest W, over all ranks."""
     network.train()
-    sums = torch.zeros(2, device=world.device)  # of loss and of mean W
+    sums = torch.zeros(3, device=world.device)  # of samples, of loss and of mean W
     largest = torch.zeros((), device=world.device)
     step = -1
     waits = Waits(batches)
@@ -129,19 +129,21 @@ def steps(
         if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
             step = batch.step
             torch.manual_seed(rng.step_seed(config.seed, step, world.rank))
+        taken = batch if len(batch) else batch.stand_in()
         with synchronised(network, batch, world):
-            loss, weights = batch_loss(config, network, batch, world.device)
+            loss, weights = batch_loss(config, network, taken, world.device)
             (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
         if guard is not None:
             guard.see(batch, loss.detach())
-        sums[0] += loss.detach() * batch.share
+        sums[0] += len(batch)
+        sums[1] += loss.detach() * batch.share
         if weights is not None:
-            sums[1] += weights.mean() * batch.share
+            sums[2] += weights.mean() * batch.share
             largest = torch.maximum(largest, weights.max())
         if batch.last:
             total = world.sum(sums.clone())
-            parts = {"weight_mean": total[1], "weight_max": world.largest(largest)} if weights is not None else {}
-            yield batch.step, {"loss": total[0], **parts, "data_wait": waits.take()}
+            parts = {"weight_mean": total[2], "weight_max": world.largest(largest)} if weights is not None else {}
+            yield batch.step, {"samples": total[0], "loss": total[1], **parts, "data_wait": waits.take()}
             sums.zero_()
             largest = torch.zeros_like(largest)
 

@@ -72,6 +72,8 @@ def replay(
     for rank, its in enumerate(ranks):
         torch.manual_seed(rng.step_seed(config.seed, step, rank))  # as steps does
         for batch in its(step, step + 1):
+            if not len(batch):  # a rank may have none of a short step
+                continue
             whole, parts = _samples(config, model, batch, device)
             loss += whole * batch.share
             samples += parts

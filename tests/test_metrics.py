@@ -50,16 +50,16 @@ def board(run: Path) -> EventAccumulator:
 
 
 def values(loss: float) -> dict[str, torch.Tensor | float]:
-    return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0), "data_wait": 0.25}
+    return {"samples": 8, "loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0), "data_wait": 0.25}
 
 
 def test_a_step_is_read_when_the_next_one_is_queued() -> None:
     heard = Listener()
     with Metrics([heard]) as made:
-        made.add(0, 1e-3, 8, values(0.5))
+        made.add(0, 1e-3, values(0.5))
         assert heard.said == []
         made.note({"knn_top1": 12.5})
-        made.add(1, 1e-3, 8, values(0.25))
+        made.add(1, 1e-3, values(0.25))
         (step, first), = heard.said  # fmt: skip
         assert (step, first["loss"], first["knn_top1"], first["lr"]) == (0, 0.5, 12.5, 1e-3)
         made.flush()
@@ -73,9 +73,9 @@ def test_rates_are_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     heard = Listener()
     made = Metrics([heard])  # at 0
-    made.add(0, 1e-3, 8, values(0.5))  # at 2
+    made.add(0, 1e-3, values(0.5))  # at 2
     made.restart()  # at 10
-    made.add(1, 1e-3, 8, values(0.5))  # at 11
+    made.add(1, 1e-3, values(0.5))  # at 11
     made.flush()
     assert [said["images_per_second"] for _, said in heard.said] == [4, 8]
     assert [said["data_wait_share"] for _, said in heard.said] == [0.125, 0.25]

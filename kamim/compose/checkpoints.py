@@ -10,6 +10,7 @@ from kamim import checkpoint, interop, store
 from kamim.config import Mask
 from kamim.evaluation.readout import Encoder, Pixels
 from kamim.models import MaskedImageModel
+from pipelines.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
     except ValueError:  # its store is not on this machine
         dataset, complete = None, None
     else:
-        steps, _, _ = config.optim.schedule(max(manifest.count // config.optim.batch_size, 1))
+        size = min(config.optim.batch_size, manifest.count)  # the store may be another by now
+        plan = Plan(manifest.count, size, size, config.seed, drop_last=config.data.drop_last)
+        steps, _, _ = config.optim.schedule(plan.steps_per_epoch)
         dataset, complete = manifest.job.dataset, found.step == steps
     return {
         "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,

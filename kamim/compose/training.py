@@ -67,7 +67,10 @@ def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan
     optim, data = config.optim, config.data
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
-    plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+    plan = Plan(
+        len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=data.drop_last, rank=world.rank,
+        world=world.size,
+    )  # fmt: skip
     loader = Loader(
         store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
         workers=data.workers, on_error=data.on_error, pin=world.device.type == "cuda",

@@ -88,9 +88,9 @@ class Model(Section):
 class Data(Section):
     """store: a directory made by `kamim preprocess`. crop_scale, crop_ratio: RandomResizedCrop's.
 
-    drop_last: whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the released
-    code's does. workers: loader threads, null for one per core. on_error: whether a sample that cannot be loaded stops the run, or
-    is left out of its batch, counted and logged.
+    drop_last: whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the
+    released code's does. workers: loader threads, null for one per core. on_error: whether a sample that cannot be
+    loaded stops the run, or is left out of its batch, counted and logged.
     """
 
     store: Path

@@ -114,10 +114,10 @@ def train(
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
-                values = {"samples": run.optim.batch_size, **values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
+                updated = update(model, optimizer, run.optim.clip_grad, values["loss"], guard)
                 after_step()
                 rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-                metrics.add(step, rate, values)
+                metrics.add(step, rate, {"samples": run.optim.batch_size, **values, **updated})
                 step += 1
                 progress(step, total, metrics.newest)
                 stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever

@@ -119,7 +119,7 @@ def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Op
 def steps(
     config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
 ) -> Steps:
-    """Gradients of one optimiser step at a time: yields it, its samples, its loss, mean and largest W, over all ranks."""
+    """Gradients of one optimiser step at a time: yields it and its samples, loss, mean and largest W over all ranks."""
     network.train()
     sums = torch.zeros(3, device=world.device)  # of samples, of loss and of mean W
     largest = torch.zeros((), device=world.device)

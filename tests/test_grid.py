@@ -138,6 +138,10 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
         ("axes=[{key: weighting.patch_size, name: ps, values: [8, 8]}]", "ps8: is the name of two runs"),
         ("modes=[guess]", "modes"),
         ("evaluation.knn.k=[]", "knn.k"),
+        ("axes=[{key: weighting.detector, name: d, values: [fast, orb]}]", "has no 'orb' keypoints"),
+        ("evaluation.val=/nowhere", "/nowhere: not a kamim store"),
+        ("evaluation.linprobe.optim.batch_size=25", "linprobe.optim.batch_size = 25"),
+        ("pretrain.optim.batch_size=25", "batch_size = 25: is more than the store's 24 samples"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_before_any_work(

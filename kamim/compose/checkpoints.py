@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kamim import checkpoint, interop, store
-from kamim.config import Mask
+from kamim.config import Mask, Pretrain
 from kamim.evaluation.readout import Encoder, Pixels
 from kamim.models import MaskedImageModel
 from pipelines.plan import Plan
@@ -45,6 +45,15 @@ def load_subject(spec: str) -> Subject:
         name, found.model.encoder, found.model if found.has_head else None, found.model.resolution, found.mask,
         found.about,
     )  # fmt: skip
+
+
+def subject_to_be(name: str, config: Pretrain) -> Subject:
+    """What a run of `config` will be to an evaluation, without its weights: enough for every check."""
+    with torch.device("meta"):
+        model = MaskedImageModel(config.model.name, config.data.resolution)
+    about = {"architecture": config.model.name}
+    whole = None if config.norm_pix_loss else model
+    return Subject(name, model.encoder, whole, config.data.resolution, config.mask, about)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kamim.compose.setting import Samples, Setting, labelled
 from kamim.config import Evaluation, OnlineProbe, Pretrain, load
 from kamim.distributed import World
 from kamim.evaluation.subset import n_per_class
-from kamim.loop import Batches, Observer, Outcome, Progress
+from kamim.loop import Batches, Observer, Outcome, Progress, autocast
 from kamim.models import MaskedImageModel
 from kamim.pretrain import CONFIG, Observe, pretrain
 from kamim.replay import Replayed, replay
@@ -27,12 +27,9 @@ SHOWN = 8  # samples in a panel
 
 def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """`kamim pretrain`: checks the store against the configuration, then trains on it. fresh: see pretrain."""
-    metrics.check(config.log)
     world = distributed.start(config.compute.device)
     try:
-        store = Store(config.data.store)
-        plan, batches = training_batches(config, store, world)
-        observe = _observers(config, store, plan.steps_per_epoch, world)
+        plan, batches, observe = _checked(config, world)
         outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe, fresh)
         if world.is_main and not report.is_current(config.out):
             report.save_report(config.out)
@@ -40,6 +37,25 @@ def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> O
         return outcome
     finally:
         distributed.stop()
+
+
+def check_pretrain(config: Pretrain) -> None:
+    """Raises ValueError for what run_pretrain would, but for what lies in config.out."""
+    world = distributed.start(config.compute.device)
+    try:
+        _checked(config, world)
+    finally:
+        distributed.stop()
+
+
+def _checked(config: Pretrain, world: World) -> tuple[Plan, Batches, Observe]:
+    """What a run trains on and is seen by. Raises ValueError for what cannot be."""
+    metrics.check(config.log)
+    store = Store(config.data.store)
+    plan, batches = training_batches(config, store, world)
+    config.optim.schedule(plan.steps_per_epoch)
+    autocast(config.compute, world.device)
+    return plan, batches, _observers(config, store, plan.steps_per_epoch, world)
 
 
 def run_replay(run: Path, step: int | None, device: str) -> Replayed:

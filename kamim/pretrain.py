@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kamim import checkpoint, interop, lock, machine, rng
-from kamim.batch import Batch, normalise, upload
+from kamim.batch import Batch, denormalise, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
 from kamim.loop import (
@@ -28,7 +28,7 @@ from kamim.masking import block_masks
 from kamim.metrics import Waits
 from kamim.models import ARCHITECTURES, MaskedImageModel
 from kamim.nonfinite import Guard
-from kamim.objective import masked_l1, normalise_patches
+from kamim.objective import denormalise_patches, masked_l1, normalise_patches
 from kamim.store import write_whole
 from kamim.weighting import counts_to_weights
 
@@ -172,6 +172,16 @@ def reconstruct(
         reconstruction = network(images, mask)
     target = normalise_patches(images, ARCHITECTURES[config.model.name].stride) if config.norm_pix_loss else images
     return target, reconstruction, mask, weights
+
+
+def to_pixels(config: Pretrain, reconstruction: Tensor, images: Tensor) -> Tensor:
+    """What the model makes of normalised images, to look at: uint8 [B, R, R, 3].
+
+    With norm_pix_loss it makes no pixels; the patches then have the mean and deviation of the images'.
+    """
+    if config.norm_pix_loss:
+        reconstruction = denormalise_patches(reconstruction, images, ARCHITECTURES[config.model.name].stride)
+    return denormalise(reconstruction.float().nan_to_num())
 
 
 def _check_place(config: Pretrain, fresh: bool) -> None:

@@ -258,4 +258,5 @@ def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> Non
         result = run(app, ["import", str(tmp_path / name), "--out", str(tmp_path / "x")])
         assert result.exit_code == 1
         assert message in result.output
+        assert "weights_only" not in result.output  # which torch advises to leave out
         assert not (tmp_path / "x").exists()

@@ -77,6 +77,8 @@ def replay(
 
     check_folder("--out", out)
     check_folder("--plot", plot)
+    if plot is not None and plot.suffix != ".png":
+        raise ValueError(f"--plot {plot}: must end in .png")
     found = run_replay(run, step, device)
     title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
     out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pretrain import config, quiet
+from test_pretrain import WORLD, config, quiet
 
-from kamim import metrics
+from kamim import machine, metrics
 from kamim.cli.console import note
 from kamim.compose.training import run_pretrain
 from kamim.config import Log
@@ -132,6 +132,14 @@ def test_every_start_is_noted(resumed: Path) -> None:
     assert [start["step"] for start in made] == [0, 4]
     assert made[0]["torch"] == torch.__version__.partition("+")[0] or made[0]["torch"] == torch.__version__
     assert {"processor", "cores", "gpus", "device", "processes", "time"} <= set(made[0])
+
+
+def test_a_start_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    for step in (0, 4):
+        machine.note_start(tmp_path, step, 8, WORLD)
+        with (tmp_path / "starts.jsonl").open("a") as file:
+            file.write('{"time": "2026-')  # as a machine that goes down may leave it
+    assert [start["step"] for start in machine.starts(tmp_path)] == [0, 4]
 
 
 def test_a_run_stopped_by_a_signal_has_every_step_once(stores: dict[str, Path], tmp_path: Path) -> None:

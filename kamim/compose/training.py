@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kamim import distributed, metrics, nonfinite, observers, report
+from kamim import distributed, machine, metrics, nonfinite, observers, report
 from kamim.batch import Batch
 from kamim.compose.setting import Samples, Setting, labelled
 from kamim.config import Evaluation, OnlineProbe, Pretrain, load
@@ -73,7 +73,7 @@ def run_replay(run: Path, step: int | None, device: str) -> Replayed:
     total, _, _ = config.optim.schedule(plan.steps_per_epoch)
     if not 0 <= step < total:
         raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
-    size = recorded.get(step, 1)
+    size = recorded.get(step) or next((s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1)
     ranks = [training_batches(config, store, World(rank, size, one.device))[1] for rank in range(size)]
     return replay(config, run, step, batches, ranks, plan.steps_per_epoch, one.device)
 
@@ -114,7 +114,10 @@ def _samples(config: Pretrain, store: Store, device: torch.device) -> Batch:
     chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
     plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
     crop = Crop(config.data.crop_scale, config.data.crop_ratio)
-    loader = Loader(store, plan, config.data.resolution, crop=crop, counter=_counter(config, store, 1), workers=1)
+    loader = Loader(
+        store, plan, config.data.resolution, crop=crop, counter=_counter(config, store, 1), workers=1,
+        on_error=config.data.on_error,
+    )  # fmt: skip
     return next(iter(loader.steps(0, 1))).to(device)
 
 

@@ -29,7 +29,7 @@ from kamim.metrics import Waits
 from kamim.models import ARCHITECTURES, MaskedImageModel
 from kamim.nonfinite import Guard
 from kamim.objective import denormalise_patches, masked_l1, normalise_patches
-from kamim.store import write_whole
+from kamim.store import MANIFEST, write_whole
 from kamim.weighting import counts_to_weights
 
 CONFIG = "config.yaml"  # of a run
@@ -185,8 +185,10 @@ def to_pixels(config: Pretrain, reconstruction: Tensor, images: Tensor) -> Tenso
 
 
 def _check_place(config: Pretrain, fresh: bool) -> None:
-    """Raises ValueError where another run lives in config.out, or any, if it must be fresh."""
+    """Raises ValueError where another run lives in config.out, or any, if it must be fresh, or a store."""
     file = config.out / CONFIG
+    if (config.out / MANIFEST).is_file():
+        raise ValueError(f"out = {config.out}: is a store; choose another out=...")
     if not file.is_file():
         return
     if fresh:

@@ -123,6 +123,13 @@ def test_what_cannot_be_is_one_line_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_move_into_a_store(store: Path) -> None:
+    before = sorted(store.iterdir())
+    code, said = invoke(f"data.store={store}", f"out={store}", *GIVEN)
+    assert (code, said) == (1, f"error: out = {store}: is a store; choose another out=...\n")
+    assert sorted(store.iterdir()) == before
+
+
 def test_a_folder_that_cannot_be_made(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'file/run'}", *GIVEN)

@@ -132,13 +132,13 @@ def steps(
         taken = batch if len(batch) else batch.stand_in()
         with synchronised(network, batch, world):
             loss, weights = batch_loss(config, network, taken, world.device)
-            (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
+            (loss * (taken.share * world.size)).backward()  # DDP averages over ranks
         if guard is not None:
             guard.see(batch, loss.detach())
         sums[0] += len(batch)
-        sums[1] += loss.detach() * batch.share
+        sums[1] += loss.detach() * taken.share
         if weights is not None:
-            sums[2] += weights.mean() * batch.share
+            sums[2] += weights.mean() * taken.share
             largest = torch.maximum(largest, weights.max())
         if batch.last:
             total = world.sum(sums.clone())

@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples: one micro-batch of one rank's part of an optimiser step.
+    """B samples: one micro-batch of one rank's part of an optimiser step; none, where a short step has none for it.
 
     images: uint8 [B, R, R, 3] RGB. counts: int16 [B, g, g], pixels of the keypoint map F set in each
     w_ps x w_ps cell, or None where no weights are asked for. labels: int64 [B], -1 without labels.
@@ -36,6 +36,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def stand_in(self) -> "Batch":
+        """One black sample without a share in the step, for a rank that has none of a short one and must take part."""
+        return replace(
+            self,
+            images=self.images.new_zeros(1, *self.images.shape[1:]),
+            counts=None if self.counts is None else self.counts.new_zeros(1, *self.counts.shape[1:]),
+            labels=self.labels.new_full((1,), -1),
+            indices=np.zeros(1, np.int64),
+            share=0.0,
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device` (not blocking where the memory is pinned)."""

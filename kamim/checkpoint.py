@@ -10,6 +10,7 @@ half-removed, which the next save clears away.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _write(
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(tensors, partial / name)
+            save_tensors(tensors, partial / name)
         state = {
             "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
             "step": step, "config": config, "has_head": has_head,
@@ -129,7 +130,7 @@ def _write(
         }  # fmt: skip
         (partial / "state.json").write_text(json.dumps(state, indent=2))
         make_durable(partial)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: cannot be written: {' '.join(str(error).split())}") from error
     if final.exists():
@@ -137,6 +138,16 @@ def _write(
     partial.rename(final)
     fsync(final.parent)
     return final
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file with the mode that new files have, where the library gives it 0600. Raises OSError."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})  # which transformers asks for
+    except SafetensorError as error:  # its own for a full disk
+        raise OSError(f"{file}: {error}") from error
+    os.umask(mask := os.umask(0))  # can only be read by setting it
+    file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

@@ -88,14 +88,16 @@ class Model(Section):
 class Data(Section):
     """store: a directory made by `kamim preprocess`. crop_scale, crop_ratio: RandomResizedCrop's.
 
-    workers: loader threads, null for one per core. on_error: whether a sample that cannot be loaded stops the run, or
-    is left out of its batch, counted and logged.
+    drop_last: whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the
+    released code's does. workers: loader threads, null for one per core. on_error: whether a sample that cannot be
+    loaded stops the run, or is left out of its batch, counted and logged.
     """
 
     store: Path
     resolution: Count = 192
     crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
     crop_ratio: tuple[Positive, Positive] = CROP_RATIO
+    drop_last: bool = True
     workers: Count | None = None
     on_error: Literal["stop", "skip"] = "stop"
 

@@ -2,11 +2,16 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# How long a process waits for the others: the first one alone looks at a run and saves it, and a probe on many images
+# or a slow disk may take more than the 10 minutes of NCCL.
+PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def start(device: str) -> World:
     if kind == "cuda":
         torch.cuda.set_device(where)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     global _joined
     _joined += 1
     return World(rank, size, where)

@@ -97,7 +97,8 @@ def read_file(path: Path) -> State:
     except (
         SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
+        said = str(error).rpartition("WeightsUnpickler error:")[2]  # torch's advice before that is to load anything
+        reason = " ".join(said.partition("Check the documentation")[0].split())[:200]
         raise ValueError(f"{path}: not a checkpoint of tensors alone ({reason})") from error
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

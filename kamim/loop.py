@@ -24,7 +24,8 @@ from kamim.nonfinite import Guard, NonFinite
 
 Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
-# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log, "loss" at least.
+# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log: "loss" at least, and
+# "samples" where steps differ in them.
 Steps = Iterator[tuple[int, dict[str, Tensor | float]]]
 Gradients = Callable[[int, int], Steps]
 
@@ -64,8 +65,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended. finished is false where a signal asked it to stop; it can then be resumed."""
+    """From which step to which a run went. finished is false where a signal stopped it; it can then be resumed."""
 
+    first: int
     step: int
     finished: bool
 
@@ -86,7 +88,7 @@ def train(
         checkpoint.tidy(run.out, first, run.keep)
     total, _, _ = run.optim.schedule(run.steps_per_epoch)
     if first == total:
-        return Outcome(first, True)
+        return Outcome(first, first, True)
     if world.is_main:
         machine.note_start(run.out, first, total, world)
     step = first
@@ -106,18 +108,16 @@ def train(
             if last:
                 raise
             warn(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
-        world.barrier()
-        metrics.restart()
 
     said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
     with _stop_asked() as stopped, Metrics(said, check) as metrics:
         try:
             for step, values in gradients(first, total):
                 scheduler.step_update(step)
-                values = {**values, **update(model, optimizer, run.optim.clip_grad, values["loss"], guard)}
+                updated = update(model, optimizer, run.optim.clip_grad, values["loss"], guard)
                 after_step()
                 rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-                metrics.add(step, rate, run.optim.batch_size, values)
+                metrics.add(step, rate, {"samples": run.optim.batch_size, **values, **updated})
                 step += 1
                 progress(step, total, metrics.newest)
                 stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
@@ -125,13 +125,16 @@ def train(
                     _observe(run.observers, step, total, metrics)
                 if run.saves_at(step) or step == total or stop:
                     save(step, last=step == total or stop)
+                    world.barrier()
+                    metrics.restart()
                 if stop:
                     break
         except NonFinite as error:
-            if error.step not in checkpoint.saved(run.out):
+            if world.is_main and error.step not in checkpoint.saved(run.out):
                 save(error.step, last=False)
+            world.barrier()  # or the others' end would be the first's, too
             raise
-    return Outcome(step, step == total)
+    return Outcome(first, step, step == total)
 
 
 def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, most: int | None = None) -> int:
@@ -190,12 +193,15 @@ def update(
 
 @contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """SIGINT, SIGTERM and SIGUSR1, inside the block, only set a flag: the step ends, the state is saved."""
+    """SIGINT, SIGTERM and SIGUSR1, inside the block, only set a flag: the step ends, the state is saved.
+
+    A second SIGINT, which a person sends, ends it at once; batch systems and torchrun may say the same thing twice.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt  # asked twice: at once
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,15 +46,19 @@ def note_start(run: Path, step: int, steps: int, world: World) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
         "device": world.device.type, "processes": world.size, **describe(),
     }  # fmt: skip
-    with (run / "starts.jsonl").open("a") as stream:
-        stream.write(json.dumps(start) + "\n")
+    file = run / "starts.jsonl"
+    cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    with file.open("a") as stream:
+        stream.write(("\n" if cut_off else "") + json.dumps(start) + "\n")
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    """All of them, oldest first; none where there is no file."""
-    file = run / "starts.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All of them, oldest first, but for lines that are not whole; none where there is no file."""
+    file, found = run / "starts.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):  # a machine that went down, a full disk
+            found.append(json.loads(line))
+    return found
 
 
 def _version(library: str) -> str | None:

@@ -6,6 +6,7 @@ RUN/tensorboard/    the same numbers and pictures
 """
 
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -77,7 +78,9 @@ class Files:
         """See Sink."""
         try:
             self._panels.mkdir(exist_ok=True)
-            Image.fromarray(rgb).save(self._panels / f"step-{step:08d}.png")
+            stream = io.BytesIO()
+            Image.fromarray(rgb).save(stream, "png")
+            write_whole(self._panels / f"step-{step:08d}.png", stream.getvalue())
         except OSError as error:
             warn(self._run, f"step {step}: no panel, the run goes on: {error}")
 
@@ -129,7 +132,7 @@ class Wandb:
 
         file = run / "wandb-id"
         if not file.exists():
-            file.write_text(secrets.token_hex(8))
+            write_whole(file, secrets.token_hex(8).encode())
         self._image = wandb.Image
         self._run = wandb.init(
             project=project, name=run.name, id=file.read_text(), resume="allow", dir=str(run), config=dict(config)
@@ -223,18 +226,16 @@ class Metrics:
         """What has passed since the last step is not the next one's."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, lr: float, samples: int, values: Mapping[str, Tensor | float]) -> None:
+    def add(self, step: int, lr: float, values: Mapping[str, Tensor | float]) -> None:
         """Takes the numbers of a step that has just been queued; writes those of the step before.
 
-        Adds images_per_second and, where values has data_wait (seconds), data_wait_share of the step's time.
+        values: samples, loss and grad_norm at least. Adds images_per_second and, where there is data_wait (seconds),
+        data_wait_share of the step's time.
         """
-        waiting = _Waiting(step, values)
+        waiting = _Waiting(step, {**values, "lr": lr})
         self._write()
-        seconds = time.perf_counter() - self._clock
+        waiting.seconds = time.perf_counter() - self._clock
         self.restart()
-        waiting.plain |= {"lr": lr, "images_per_second": samples / seconds}
-        if "data_wait" in waiting.plain:
-            waiting.plain["data_wait_share"] = waiting.plain["data_wait"] / seconds
         self._waiting = waiting
 
     def note(self, values: Values) -> None:
@@ -272,7 +273,12 @@ class Metrics:
 
 
 class _Waiting:
-    """A step's numbers, those on the device on their way to the host, behind the step's own work and no other."""
+    """A step's numbers, those on the device on their way to the host, behind the step's own work and no other.
+
+    seconds: that the step took.
+    """
+
+    seconds: float
 
     def __init__(self, step: int, values: Mapping[str, Tensor | float]):
         self.step = step
@@ -288,6 +294,9 @@ class _Waiting:
         if self._done is not None:
             self._done.synchronize()
         numbers = {**dict(zip(self._names, self._copied.tolist(), strict=True)), **self.plain}
+        numbers["images_per_second"] = numbers["samples"] / self.seconds
+        if "data_wait" in numbers:
+            numbers["data_wait_share"] = numbers["data_wait"] / self.seconds
         return {name: value if name == "lr" else round(value, 6) for name, value in numbers.items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionT
 class MaskedImageModel(nn.Module):
     """Encoder, mask token and pixel head, as SimMIM: masked patches are replaced after patch embedding.
 
-    The head is a 1x1 convolution from every output token to stride x stride x 3 pixels, and a pixel shuffle.
+    The head is a 1x1 convolution from every output token to stride x stride x 3 pixels, and a pixel shuffle. It is
+    computed as a matrix product: a convolution of tokens, whose channels come last, gives its weight a gradient with
+    strides that are not the weight's, which DDP would copy at every step.
     """
 
     def __init__(self, name: str, resolution: int, drop_path: float = 0.0):
@@ -100,7 +103,10 @@ class MaskedImageModel(nn.Module):
             tokens = self._encode_vit(self.encoder, images, mask)
         else:
             tokens = self._encode_swin(self.encoder, images, mask)
-        reconstruction: Tensor = self.head(tokens.permute(0, 3, 1, 2))
+        pixels, shuffle = self.head
+        assert isinstance(pixels, nn.Conv2d)
+        made = linear(tokens, pixels.weight.flatten(1), pixels.bias)
+        reconstruction: Tensor = shuffle(made.permute(0, 3, 1, 2))
         return reconstruction
 
     def _encode_vit(self, vit: VisionTransformer, images: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from kamim.distributed import World
 from kamim.store import write_whole
 
 FOLDER = "nonfinite"  # of a run
+IN_A_ROW = 20  # so many steps skipped one after the other mean that the weights themselves are beyond help
 
 
 class NonFinite(FloatingPointError):
@@ -40,6 +41,7 @@ class Guard:
         self._policy = policy
         self._run, self._seed, self._world = run, seed, world
         self._held = torch.zeros((), device=world.device)
+        self._skipped = 0  # in a row
         self._seen: deque[tuple[int, int, np.ndarray, Tensor]] = deque()  # step, epoch, indices, loss
 
     def see(self, batch: Batch, loss: Tensor) -> None:
@@ -58,10 +60,11 @@ class Guard:
     def check(self, step: int, values: Mapping[str, float]) -> str | None:
         """On all ranks: None for finite numbers; else records the step and returns what there is to say.
 
-        Raises NonFinite where the run is to stop.
+        Raises NonFinite where the run is to stop, FloatingPointError where it has skipped IN_A_ROW steps in a row.
         """
         name, value = next(((n, values[n]) for n in ("loss", "grad_norm") if not math.isfinite(values[n])), ("", 0.0))
         if not name:
+            self._skipped = 0
             return None
         file = self._run / FOLDER / f"step-{step:08d}.json"
         parts = self._world.gather([
@@ -80,6 +83,9 @@ class Guard:
             raise NonFinite(
                 step, f"{said}; stopped before it, see {file}; `kamim replay {self._run}` shows its samples"
             )
+        self._skipped += 1
+        if self._skipped == IN_A_ROW:
+            raise FloatingPointError(f"{said}, as were {IN_A_ROW - 1} before it; no use to go on, see {file.parent}")
         return f"{said}; skipped, see {file}"
 
 

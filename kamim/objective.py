@@ -25,6 +25,17 @@ def normalise_patches(images: Tensor, patch_size: int) -> Tensor:
 
     images: [B, 3, R, R]. Returns float32 of the same shape.
     """
-    patches = pixel_unshuffle(images.float(), patch_size)  # [B, 3 * p * p, R / p, R / p]
-    mean, variance = patches.mean(dim=1, keepdim=True), patches.var(dim=1, keepdim=True)
-    return pixel_shuffle((patches - mean) / (variance + 1e-6).sqrt(), patch_size)
+    patches, mean, deviation = _patches(images, patch_size)
+    return pixel_shuffle((patches - mean) / deviation, patch_size)
+
+
+def denormalise_patches(normalised: Tensor, images: Tensor, patch_size: int) -> Tensor:
+    """The inverse of normalise_patches, with the mean and deviation of the images' own patches."""
+    _, mean, deviation = _patches(images, patch_size)
+    return pixel_shuffle(pixel_unshuffle(normalised.float(), patch_size) * deviation + mean, patch_size)
+
+
+def _patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches, float32 [B, 3 * p * p, R / p, R / p], their mean and deviation [B, 1, R / p, R / p]."""
+    patches = pixel_unshuffle(images.float(), patch_size)
+    return patches, patches.mean(dim=1, keepdim=True), (patches.var(dim=1, keepdim=True) + 1e-6).sqrt()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kamim import plots
-from kamim.batch import Batch, denormalise, normalise, upload
+from kamim.batch import Batch, normalise, upload
 from kamim.config import Compute, Pretrain
 from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Readout, blocks, fixed, resolve
@@ -19,6 +19,7 @@ from kamim.loop import Observer, autocast
 from kamim.masking import block_masks
 from kamim.metrics import Metrics
 from kamim.models import MaskedImageModel, expand_mask
+from kamim.pretrain import to_pixels
 from kamim.weighting import counts_to_weights
 
 NEIGHBOURS = 20
@@ -35,8 +36,9 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
         device = batch.images.device
         grid = config.data.resolution // config.mask.patch_size
         mask = upload(block_masks(config.seed, 0, batch.indices, grid, config.mask.ratio), device)
+        images = normalise(batch.images)
         with _looked_at(model), autocast(config.compute, device):
-            made = model.forward(normalise(batch.images), mask)  # not compiled: it would be once more, for this size
+            made = model.forward(images, mask)  # not compiled: it would be once more, for this size
         bitmaps = weights = None
         if config.weighting is not None and batch.counts is not None:
             bitmaps = batch.counts.cpu().numpy() > 0
@@ -44,7 +46,7 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
             weights = counts_to_weights(counts, config.weighting.patch_size, config.weighting.temperature).numpy()
         figure = plots.panel_sheet(
             batch.images.cpu().numpy(), expand_mask(mask, config.data.resolution).cpu().numpy(),
-            denormalise(made.float()).cpu().numpy(), bitmaps, weights, f"after {step} steps",
+            to_pixels(config, made, images).cpu().numpy(), bitmaps, weights, f"after {step} steps",
         )  # fmt: skip
         metrics.panel(step, plots.pixels(figure))
 

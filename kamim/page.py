@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from kamim.store import write_whole
+
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
@@ -71,7 +73,7 @@ def folded(summary: str, inner: str) -> str:
 
 def save_page(title: str, parts: Sequence[str], file: Path) -> None:
     """One HTML file with all parts (what the functions above give) below its title."""
-    file.write_text(PAGE.substitute(title=html.escape(title), parts="\n".join(parts)))
+    write_whole(file, PAGE.substitute(title=html.escape(title), parts="\n".join(parts)).encode())
 
 
 def png(figure: Figure) -> bytes:

@@ -1,13 +1,15 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import checkpoint, interop, machine, rng
-from kamim.batch import Batch, normalise, upload
+from kamim import checkpoint, interop, lock, machine, rng
+from kamim.batch import Batch, denormalise, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
 from kamim.loop import (
@@ -26,8 +28,8 @@ from kamim.masking import block_masks
 from kamim.metrics import Waits
 from kamim.models import ARCHITECTURES, MaskedImageModel
 from kamim.nonfinite import Guard
-from kamim.objective import masked_l1, normalise_patches
-from kamim.store import write_whole
+from kamim.objective import denormalise_patches, masked_l1, normalise_patches
+from kamim.store import MANIFEST, write_whole
 from kamim.weighting import counts_to_weights
 
 CONFIG = "config.yaml"  # of a run
@@ -41,28 +43,32 @@ def pretrain(
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
 
     observe: what looks at the model meanwhile. fresh: there must be no run in config.out. Raises ValueError where there
-    is, or one of another configuration, and for an init_from that does not fit; kamim.nonfinite.NonFinite for a loss
-    that is not finite.
+    is, or one of another configuration, or one that another process trains now, and for an init_from that does not fit;
+    kamim.nonfinite.NonFinite for a loss that is not finite.
     """
-    config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
+    total, _, _ = config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
     autocast(config.compute, world.device)
-    _check_place(config, fresh)
-    model, network, optimizer = prepare(config, world)
-    if config.init_from is not None and not checkpoint.saved(config.out):
-        initialise(model, config)
-    _claim(config, world)
-    run = Run(
-        config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-        every=config.checkpoint_epochs * steps_per_epoch,
-        keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
-        log=config.log, observers=observe(model),
-    )  # fmt: skip
-    guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
+    with _alone(config.out, world):
+        _check_place(config, fresh)
+        model, network, optimizer = prepare(config, world)
+        if config.init_from is not None and not checkpoint.saved(config.out):
+            initialise(model, config)
+        world.barrier()  # everyone has looked
+        if world.is_main and total not in checkpoint.saved(config.out):
+            _claim(config)
+        world.barrier()
+        run = Run(
+            config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
+            every=config.checkpoint_epochs * steps_per_epoch,
+            keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
+            log=config.log, observers=observe(model),
+        )  # fmt: skip
+        guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
 
-    def made(first: int, stop: int) -> Steps:
-        return steps(config, network, batches(first, stop), world, guard)
+        def made(first: int, stop: int) -> Steps:
+            return steps(config, network, batches(first, stop), world, guard)
 
-    return train(run, model, optimizer, made, world, progress, guard=guard)
+        return train(run, model, optimizer, made, world, progress, guard=guard)
 
 
 def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
@@ -113,9 +119,9 @@ def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Op
 def steps(
     config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
 ) -> Steps:
-    """Gradients of one optimiser step at a time: yields (step, its loss, mean and largest W, over all ranks)."""
+    """Gradients of one optimiser step at a time: yields it and its samples, loss, mean and largest W over all ranks."""
     network.train()
-    sums = torch.zeros(2, device=world.device)  # of loss and of mean W
+    sums = torch.zeros(3, device=world.device)  # of samples, of loss and of mean W
     largest = torch.zeros((), device=world.device)
     step = -1
     waits = Waits(batches)
@@ -123,19 +129,21 @@ def steps(
         if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
             step = batch.step
             torch.manual_seed(rng.step_seed(config.seed, step, world.rank))
+        taken = batch if len(batch) else batch.stand_in()
         with synchronised(network, batch, world):
-            loss, weights = batch_loss(config, network, batch, world.device)
-            (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
+            loss, weights = batch_loss(config, network, taken, world.device)
+            (loss * (taken.share * world.size)).backward()  # DDP averages over ranks
         if guard is not None:
             guard.see(batch, loss.detach())
-        sums[0] += loss.detach() * batch.share
+        sums[0] += len(batch)
+        sums[1] += loss.detach() * taken.share
         if weights is not None:
-            sums[1] += weights.mean() * batch.share
+            sums[2] += weights.mean() * taken.share
             largest = torch.maximum(largest, weights.max())
         if batch.last:
             total = world.sum(sums.clone())
-            parts = {"weight_mean": total[1], "weight_max": world.largest(largest)} if weights is not None else {}
-            yield batch.step, {"loss": total[0], **parts, "data_wait": waits.take()}
+            parts = {"weight_mean": total[2], "weight_max": world.largest(largest)} if weights is not None else {}
+            yield batch.step, {"samples": total[0], "loss": total[1], **parts, "data_wait": waits.take()}
             sums.zero_()
             largest = torch.zeros_like(largest)
 
@@ -166,9 +174,21 @@ def reconstruct(
     return target, reconstruction, mask, weights
 
 
+def to_pixels(config: Pretrain, reconstruction: Tensor, images: Tensor) -> Tensor:
+    """What the model makes of normalised images, to look at: uint8 [B, R, R, 3].
+
+    With norm_pix_loss it makes no pixels; the patches then have the mean and deviation of the images'.
+    """
+    if config.norm_pix_loss:
+        reconstruction = denormalise_patches(reconstruction, images, ARCHITECTURES[config.model.name].stride)
+    return denormalise(reconstruction.float().nan_to_num())
+
+
 def _check_place(config: Pretrain, fresh: bool) -> None:
-    """Raises ValueError where another run lives in config.out, or any, if it must be fresh."""
+    """Raises ValueError where another run lives in config.out, or any, if it must be fresh, or a store."""
     file = config.out / CONFIG
+    if (config.out / MANIFEST).is_file():
+        raise ValueError(f"out = {config.out}: is a store; choose another out=...")
     if not file.is_file():
         return
     if fresh:
@@ -180,13 +200,33 @@ def _check_place(config: Pretrain, fresh: bool) -> None:
         )
 
 
-def _claim(config: Pretrain, world: World) -> None:
+def _claim(config: Pretrain) -> None:
     """Writes the configuration into config.out."""
-    world.barrier()  # everyone has looked
-    if world.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_whole(config.out / CONFIG, dump(config).encode())
-    world.barrier()
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_whole(config.out / CONFIG, dump(config).encode())
+
+
+@contextmanager
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """Inside, no other run trains in `out`: the first process holds OUT.lock.
+
+    Raises ValueError where one does, or `out` cannot be locked.
+    """
+    file = out.resolve().with_name(f"{out.resolve().name}.lock")
+    busy = f"out = {out}: another process trains there now; wait until it is done, or choose another out=..."
+    with ExitStack() as stack:
+        problem = ""
+        if world.is_main:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.held(file, busy))
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"out = {out}: {file} cannot be made or locked: {error.strerror}; choose another out=..."
+        if problem := world.gather(problem)[0]:  # told by all ranks alike
+            raise ValueError(problem)
+        yield
 
 
 # What a resumed run may change: none of it says which samples are trained on, or how.

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kamim import rng, schedule
-from kamim.batch import Batch, denormalise
+from kamim.batch import Batch, normalise
 from kamim.config import Pretrain
 from kamim.distributed import World
 from kamim.loop import Batches, resume, update
 from kamim.models import MaskedImageModel, expand_mask
 from kamim.nonfinite import Guard
 from kamim.objective import masked_l1
-from kamim.pretrain import initialise, prepare, reconstruct, steps
+from kamim.pretrain import initialise, prepare, reconstruct, steps, to_pixels
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def replay(
     for rank, its in enumerate(ranks):
         torch.manual_seed(rng.step_seed(config.seed, step, rank))  # as steps does
         for batch in its(step, step + 1):
+            if not len(batch):  # a rank may have none of a short step
+                continue
             whole, parts = _samples(config, model, batch, device)
             loss += whole * batch.share
             samples += parts
@@ -87,7 +89,7 @@ def _samples(
         rows = [slice(i, i + 1) for i in range(len(batch))]
         losses = [masked_l1(target[i], made[i], mask[i], None if weights is None else weights[i]) for i in rows]
         whole = masked_l1(target, made, mask, weights)
-    images, pixels = batch.images.cpu().numpy(), denormalise(made.float().nan_to_num()).cpu().numpy()
+    images, pixels = batch.images.cpu().numpy(), to_pixels(config, made, normalise(batch.images)).cpu().numpy()
     masked = expand_mask(mask, target.shape[-1]).cpu().numpy()
     return whole, [
         Sample(

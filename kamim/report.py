@@ -16,6 +16,7 @@ from kamim.plots import COLOURS, panels, styled
 FILE = "report.html"
 POINTS = 100  # of a curve; of more steps than these each point is the mean of some, and a band their range
 COLUMNS = 3
+PANELS = 12  # at most, from all over the run
 # title: the numbers drawn together, as metrics.jsonl names them, and what the y axis says
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "loss": ({"loss": ""}, "linear"),
@@ -26,6 +27,12 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "data-wait, share of a step's time": ({"data_wait_share": ""}, "linear"),
     "kNN, top-1 (%)": ({"knn_top1": ""}, "linear"),
 }
+
+
+def is_current(run: Path) -> bool:
+    """Whether the report says all that the run has said."""
+    report, said = run / FILE, run / metrics.FILE
+    return report.is_file() and said.is_file() and report.stat().st_mtime_ns >= said.stat().st_mtime_ns
 
 
 def save_report(run: Path) -> Path:
@@ -99,9 +106,10 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
 
 
 def _panels(files: Sequence[Path]) -> list[str]:
-    """The newest one open, the others folded."""
+    """The newest one open, some of the others folded."""
     if not files:
         return []
+    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, PANELS).round().astype(int))]
     pictures = [page.picture(file.read_bytes(), file.stem, _steps(file)) for file in files]
     older = [page.folded(_steps(file), made) for file, made in zip(files[:-1], pictures[:-1], strict=True)]
     return [page.heading("What it makes of a few samples"), pictures[-1], *older]

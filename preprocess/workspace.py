@@ -9,8 +9,6 @@
 A component's key is a digest of all that shapes its bytes, so shards of different jobs never mix.
 """
 
-import fcntl
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from kamim import store
+from kamim import lock, store
 from kamim.store import Job, Manifest
 from preprocess import fingerprint
 
@@ -49,15 +47,11 @@ class Workspace:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be made: {error.strerror}") from error
-        descriptor = _lock(self.lock, shared)
-        try:
+        busy = f"{self.lock}: another process is at work on this store; wait until it is done"
+        with lock.held(self.lock, busy, shared):
             self.refuse_strangers()
             self._recover(shared)
             yield
-        finally:
-            if not shared:
-                self.lock.unlink(missing_ok=True)
-            os.close(descriptor)
 
     def refuse_strangers(self) -> None:
         """Raises ValueError where `out` or its partial state is somebody else's."""
@@ -136,17 +130,3 @@ class Workspace:
     def clear(self) -> None:
         """Removes the partial state."""
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _lock(file: Path, shared: bool) -> int:
-    """A descriptor of `file` that holds its lock: whoever holds it alone removes the file before letting go."""
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(f"{file}: another process is at work on this store; wait until it is done") from None
-        os.close(descriptor)

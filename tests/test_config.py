@@ -113,7 +113,9 @@ def test_the_released_codes_preset_is_the_papers_and_ten_epochs_at_the_floor() -
     assert code.optim.schedule(625) == (68750, 6250, 62500)
     assert paper.optim.schedule(625) == (62500, 6250, 62500)
     same = code.optim.model_copy(update={"epochs": 100, "cosine_epochs": None})
-    assert code.model_copy(update={"optim": same, "out": paper.out}) == paper
+    data = code.data.model_copy(update={"drop_last": True})
+    assert not code.data.drop_last
+    assert code.model_copy(update={"optim": same, "out": paper.out, "data": data}) == paper
 
 
 @pytest.mark.parametrize(

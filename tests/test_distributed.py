@@ -40,7 +40,8 @@ for ranks, stop, (out, store, *more) in asked:
             )
             seen = []
             def batch_loss(given, network, batch, device, plain=pretrain.batch_loss):
-                seen.append([batch.step, batch.indices.tolist()])
+                if batch.share:
+                    seen.append([batch.step, batch.indices.tolist()])
                 loss, weights = plain(given, network, batch, device)
                 spoilt = given.on_nonfinite == "skip" and [batch.step, rank] == [3, 1]
                 return loss * (float("nan") if spoilt else 1), weights
@@ -65,6 +66,9 @@ UNEVEN = (
     "optim.micro_batch=2",
     "optim.epochs=3",
 )  # on 4 ranks 2, 3, 2, 3 samples: 1 or 2 micro-batches
+# 7, 7, 7 and 3 of 24 samples: on 4 ranks the last step has 0, 1, 1, 1, on 2 ranks it has 1, 2
+SHORT = ("optim.batch_size=7", "optim.micro_batch=2", "optim.epochs=2", "data.drop_last=false")
+SAMPLES = {"": [10] * 6, "short": [7, 7, 7, 3] * 2}  # of every step
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -85,6 +89,8 @@ def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("runs")
     asked = [[ranks, 0, [f"{out}/{ranks}", str(stores["zarr"]), *UNEVEN]] for ranks in (1, 2, 4)]
     moved = [[ranks, stop, [f"{out}/moved", str(stores["zarr"]), *UNEVEN]] for ranks, stop in ((4, 2), (1, 3), (2, 0))]
+    asked += [[ranks, 0, [f"{out}/short{ranks}", str(stores["zarr"]), *SHORT]] for ranks in (1, 2, 4)]
+    moved += [[r, stop, [f"{out}/shortmoved", str(stores["zarr"]), *SHORT]] for r, stop in ((1, 3), (4, 4), (2, 0))]
     spoilt = [[2, 0, [f"{out}/spoilt", str(stores["zarr"]), *UNEVEN, "on_nonfinite=skip"]]]
     done = subprocess.run(
         [sys.executable, "-c", HELPER, json.dumps([*asked, *moved, *spoilt])],
@@ -95,17 +101,18 @@ def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.mark.parametrize("kind", ["", "short"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_losses_do_not_depend_on_the_number_of_ranks(ranks: int, runs: Path) -> None:
+def test_losses_do_not_depend_on_the_number_of_ranks(ranks: int, kind: str, runs: Path) -> None:
     """Up to the order of summation, which AdamW's first steps amplify where a gradient is nearly 0."""
-    one, several = lines(runs / "1"), lines(runs / str(ranks))
-    assert len(one) == len(several) == 6
+    one, several = lines(runs / f"{kind}1"), lines(runs / f"{kind}{ranks}")
+    assert [a["samples"] for a in one] == [b["samples"] for b in several] == SAMPLES[kind]
     for a, b in zip(one, several, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         assert (b["lr"], b["weight_max"]) == (a["lr"], pytest.approx(a["weight_max"], rel=1e-6))
         assert b["weight_mean"] == pytest.approx(a["weight_mean"], rel=1e-5)
-    assert seen(runs / str(ranks), ranks) == seen(runs / "1", 1)
+    assert seen(runs / f"{kind}{ranks}", ranks) == seen(runs / f"{kind}1", 1)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
@@ -116,6 +123,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
     assert [sorted(part) for part in parts] == [[0, 1], [2], [3, 4, 5]]
     assert parts[0] | parts[1] | parts[2] == seen(runs / "1", 1)
     assert checkpoint.saved(runs / "moved")[-1] == 6
+
+
+def test_a_run_goes_on_behind_and_before_a_short_step(runs: Path) -> None:
+    """One rank stopped before the short step, four right behind it, of which one had none of it, two to the end."""
+    whole, moved = lines(runs / "short1"), lines(runs / "shortmoved")
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    parts = [seen(runs / "shortmoved", ranks) for ranks in (1, 4, 2)]
+    assert [sorted(part) for part in parts] == [[0, 1, 2], [3], [4, 5, 6, 7]]
+    assert parts[0] | parts[1] | parts[2] == seen(runs / "short1", 1)
+    assert len(run_replay(runs / "shortmoved", 3, "cpu").samples) == 3
 
 
 def test_one_ranks_trouble_is_everyones(runs: Path) -> None:

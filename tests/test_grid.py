@@ -138,6 +138,10 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
         ("axes=[{key: weighting.patch_size, name: ps, values: [8, 8]}]", "ps8: is the name of two runs"),
         ("modes=[guess]", "modes"),
         ("evaluation.knn.k=[]", "knn.k"),
+        ("axes=[{key: weighting.detector, name: d, values: [fast, orb]}]", "has no 'orb' keypoints"),
+        ("evaluation.val=/nowhere", "/nowhere: not a kamim store"),
+        ("evaluation.linprobe.optim.batch_size=25", "linprobe.optim.batch_size = 25"),
+        ("pretrain.optim.batch_size=25", "batch_size = 25: is more than the store's 24 samples"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_before_any_work(
@@ -154,7 +158,7 @@ def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) 
     """torch cannot join the same group twice: what runs inside goes on with the one that is there."""
     said: list[str] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: len(said) % 2 == 1)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: said.append("joined"))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: said.append("joined"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.start("cpu")

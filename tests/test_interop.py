@@ -1,5 +1,6 @@
 """Weights from elsewhere give the same numbers here; ours go back."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,17 @@ def test_what_is_exported_to_hugging_face_loads_there_and_comes_back(name: str, 
     assert CliRunner().invoke(app, arguments).exit_code == 1  # it is there already
 
 
+def test_weights_are_files_as_others_are(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        checkpoint.save_imported(tmp_path / "ours", "vit_demo", 96, MaskedImageModel("vit_demo", 96).state_dict(), True)
+        out = tmp_path / "e.safetensors"
+        assert CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--out", str(out)]).exit_code == 0
+    finally:
+        assert os.umask(before) == 0o027
+    assert [file.stat().st_mode & 0o777 for file in (out, tmp_path / "ours/model.safetensors")] == [0o640, 0o640]
+
+
 @pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
 def test_what_is_exported_loads_into_timm_and_comes_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -246,4 +258,5 @@ def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> Non
         result = run(app, ["import", str(tmp_path / name), "--out", str(tmp_path / "x")])
         assert result.exit_code == 1
         assert message in result.output
+        assert "weights_only" not in result.output  # which torch advises to leave out
         assert not (tmp_path / "x").exists()

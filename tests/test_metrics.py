@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pretrain import config, quiet
+from test_pretrain import WORLD, config, quiet
 
-from kamim import metrics
+from kamim import machine, metrics
 from kamim.cli.console import note
 from kamim.compose.training import run_pretrain
 from kamim.config import Log
@@ -50,16 +50,16 @@ def board(run: Path) -> EventAccumulator:
 
 
 def values(loss: float) -> dict[str, torch.Tensor | float]:
-    return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0), "data_wait": 0.25}
+    return {"samples": 8, "loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0), "data_wait": 0.25}
 
 
 def test_a_step_is_read_when_the_next_one_is_queued() -> None:
     heard = Listener()
     with Metrics([heard]) as made:
-        made.add(0, 1e-3, 8, values(0.5))
+        made.add(0, 1e-3, values(0.5))
         assert heard.said == []
         made.note({"knn_top1": 12.5})
-        made.add(1, 1e-3, 8, values(0.25))
+        made.add(1, 1e-3, values(0.25))
         (step, first), = heard.said  # fmt: skip
         assert (step, first["loss"], first["knn_top1"], first["lr"]) == (0, 0.5, 12.5, 1e-3)
         made.flush()
@@ -73,9 +73,9 @@ def test_rates_are_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     heard = Listener()
     made = Metrics([heard])  # at 0
-    made.add(0, 1e-3, 8, values(0.5))  # at 2
+    made.add(0, 1e-3, values(0.5))  # at 2
     made.restart()  # at 10
-    made.add(1, 1e-3, 8, values(0.5))  # at 11
+    made.add(1, 1e-3, values(0.5))  # at 11
     made.flush()
     assert [said["images_per_second"] for _, said in heard.said] == [4, 8]
     assert [said["data_wait_share"] for _, said in heard.said] == [0.125, 0.25]
@@ -132,6 +132,14 @@ def test_every_start_is_noted(resumed: Path) -> None:
     assert [start["step"] for start in made] == [0, 4]
     assert made[0]["torch"] == torch.__version__.partition("+")[0] or made[0]["torch"] == torch.__version__
     assert {"processor", "cores", "gpus", "device", "processes", "time"} <= set(made[0])
+
+
+def test_a_start_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    for step in (0, 4):
+        machine.note_start(tmp_path, step, 8, WORLD)
+        with (tmp_path / "starts.jsonl").open("a") as file:
+            file.write('{"time": "2026-')  # as a machine that goes down may leave it
+    assert [start["step"] for start in machine.starts(tmp_path)] == [0, 4]
 
 
 def test_a_run_stopped_by_a_signal_has_every_step_once(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -55,3 +55,13 @@ def test_expand_mask_repeats_blocks() -> None:
 def test_a_swin_needs_a_resolution_its_windows_fit() -> None:
     with pytest.raises(ValueError, match=r"data.resolution = 224: .* needs a multiple of 192"):
         ARCHITECTURES["swin_base"].check_resolution(224)
+
+
+@pytest.mark.parametrize(("name", "resolution"), [("vit_demo", 64), ("swin_tiny", 192)])
+def test_gradients_lie_in_memory_as_their_weights_do(name: str, resolution: int) -> None:
+    """Else DDP copies them at every step, and warns."""
+    model = MaskedImageModel(name, resolution)
+    model(torch.randn(2, 3, resolution, resolution), torch.ones(2, 2, 2, dtype=torch.bool)).sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()

@@ -142,6 +142,15 @@ def test_skipping_leaves_the_step_out_and_counts_it(
     assert {float(value) for name, value in weights.items() if name.endswith(".step")} == {5.0}
 
 
+def test_skipping_ends_where_nothing_else_would_come(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tmp_path / "run", store, "on_nonfinite=skip", "optim.epochs=12")
+    monkeypatch.setattr(pretrain, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; no use to go on"):
+        run_pretrain(given, quiet)
+
+
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_replay_computes_the_step_again(
     policy: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """What looks at a run sees what is there, and leaves no trace in it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kamim import metrics, plots
 from kamim.compose.evaluation import run_evaluation
 from kamim.compose.training import run_pretrain
 from kamim.config import Evaluation, load
+from pipelines.loader import Loader
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,17 @@ def test_a_panel_of_simmim_has_no_weights() -> None:
     full = plots.panel_sheet(images, masks, images, masks, weights, "")
     assert [len(figure.axes) for figure in (plain, full)] == [6, 10]
     assert plots.pixels(full).shape[2] == 3
+
+
+def test_a_panel_leaves_out_what_the_run_does(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Loader._decode
+
+    def damaged(self: Loader, index: int, scratch: Any) -> np.ndarray:
+        if index == 0:
+            raise ValueError("not a JPEG")
+        return decode(self, index, scratch)
+
+    monkeypatch.setattr(Loader, "_decode", damaged)
+    run_pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2"), quiet)
+    assert [line["samples"] for line in metrics.read(tmp_path / "run")].count(11) == 2
+    assert (tmp_path / "run/panels/step-00000004.png").is_file()

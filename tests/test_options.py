@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,13 +12,14 @@ from test_pretrain import WORLD, config, losses, quiet, weights
 from torch import Tensor
 
 from kamim import checkpoint, interop
+from kamim.batch import normalise
 from kamim.compose.checkpoints import load_subject
 from kamim.compose.training import run_pretrain
 from kamim.config import Compute, Pretrain, load
 from kamim.loop import autocast
 from kamim.models import MaskedImageModel, build_encoder
-from kamim.objective import normalise_patches
-from kamim.pretrain import build_optimizer, prepare
+from kamim.objective import denormalise_patches, normalise_patches
+from kamim.pretrain import build_optimizer, prepare, to_pixels
 from kamim.weighting import counts_to_weights
 
 CPU = torch.device("cpu")
@@ -65,6 +67,7 @@ def test_normalised_patches_equal_the_obvious_loop(p: int) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
     images[0, :, :p, :p] = 0.5  # flat: no deviation to divide by
     torch.testing.assert_close(normalise_patches(images, p), obvious(images, p), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(denormalise_patches(normalise_patches(images, p), images, p), images)
 
 
 def test_a_run_on_normalised_patches_reconstructs_no_pixels(store: Path, tmp_path: Path) -> None:
@@ -181,3 +184,10 @@ def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     assert isinstance(autocast(Compute(), gpu), torch.autocast)
     assert not isinstance(autocast(Compute(), CPU), torch.autocast)
+
+
+def test_what_is_shown_of_normalised_targets_are_pixels(tmp_path: Path) -> None:
+    given = config(tmp_path / "run", tmp_path, "norm_pix_loss=true")
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8))
+    images = normalise(pixels)
+    assert torch.equal(to_pixels(given, normalise_patches(images, 16), images), pixels)

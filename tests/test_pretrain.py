@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from kamim.batch import Batch
 from kamim.compose.training import run_pretrain
 from kamim.config import Optim, Pretrain, load
 from kamim.distributed import World
+from kamim.loop import Outcome
 from kamim.models import MaskedImageModel
 from kamim.pretrain import pretrain
 
@@ -99,9 +101,41 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(finished: Path, store: 
 
 
 def test_a_finished_run_does_nothing_more(finished: Path, store: Path) -> None:
-    before = losses(finished)
-    assert run_pretrain(config(finished, store), quiet).finished
-    assert losses(finished) == before
+    def left() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (finished, *finished.rglob("*"))}
+
+    before = left()
+    assert run_pretrain(config(finished, store, "data.workers=2"), quiet) == Outcome(8, 8, finished=True)
+    assert left() == before
+    (finished / "report.html").write_text("of a step before")
+    os.utime(finished / "report.html", (0, 0))  # as where a kill came before the last one
+    run_pretrain(config(finished, store), quiet)
+    assert ": done. Last loss" in (finished / "report.html").read_text()
+
+
+def test_a_run_has_its_folder_for_itself(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "link").symlink_to(out)
+
+    def meanwhile(done: int, total: int, metrics: dict[str, float]) -> None:
+        for name in ("run", "link"):
+            with pytest.raises(ValueError, match=f"out = {tmp_path / name}: another process trains there now"):
+                run_pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
+
+    assert run_pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_second_request_to_stop_is_the_same_one_but_for_ctrl_c(store: Path, tmp_path: Path) -> None:
+    def stop(numbers: tuple[signal.Signals, ...], done: int, total: int, metrics: dict[str, float]) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    said_twice = partial(stop, (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    assert run_pretrain(config(tmp_path / "run", store), said_twice) == Outcome(0, 1, finished=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_pretrain(config(tmp_path / "run", store), partial(stop, (signal.SIGINT, signal.SIGINT)))
+    assert run_pretrain(config(tmp_path / "run", store), quiet) == Outcome(1, 8, finished=True)
 
 
 def test_only_the_newest_checkpoints_stay(finished: Path) -> None:

@@ -53,6 +53,18 @@ def test_a_stopped_run_has_one_on_demand(finished: Path, tmp_path: Path) -> None
     assert titles(run) == [title for title in report.CURVES if not title.startswith("kNN")]
 
 
+def test_a_page_shows_some_of_many_panels(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    (run / "panels").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).write_bytes((finished / name).read_bytes())
+    for step in range(1, 101):
+        (run / f"panels/step-{step:08d}.png").write_bytes(b"PNG")
+    text = report.save_report(run).read_text()
+    assert re.findall(r"<summary>After (\d+) steps", text) == [str(step) for step in range(1, 100, 9)]
+    assert 'alt="step-00000100"' in text
+
+
 def test_curves_of_many_steps_keep_their_extremes() -> None:
     lines = [{"step": i, "loss": 1.0 if i != 777 else 50.0, "grad_norm": 1.0} for i in range(5000)]
     axes = report.curves(lines).axes[0]

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from kamim import checkpoint
 from kamim.cli import RESUMABLE, app
+from kamim.config import Pretrain
+from kamim.distributed import World
 
 GIVEN = (
     "data.resolution=64", "data.workers=1", "model.name=vit_demo", "optim.batch_size=12", "optim.warmup_epochs=1",
@@ -48,6 +50,18 @@ def test_a_signal_saves_the_state_and_exits_with_75(number: signal.Signals, stor
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(step))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_exits_with_75_too(
+    number: signal.Signals, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(config: Pretrain, world: World) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("kamim.pretrain.prepare", prepare)
+    code, said = invoke(f"data.store={store}", f"out={tmp_path / 'run'}", *GIVEN)
+    assert (code, said) == (75, "stopped at once; the same command again continues from the newest checkpoint\n")
+
+
 def invoke(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["pretrain", *arguments])
     return result.exit_code, result.output
@@ -60,7 +74,8 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
     assert code == 1
     assert "holds a run already; choose another out=..., or --resume auto goes on" in said
     assert invoke("--resume", "auto", *given)[0] == 0
-    assert invoke(*given)[0] == 0
+    code, said = invoke(*given)
+    assert (code, said) == (0, f"{tmp_path / 'run'}: 4 steps, all done before; {tmp_path / 'run/report.html'}\n")
 
 
 @pytest.mark.parametrize(
@@ -108,8 +123,15 @@ def test_what_cannot_be_is_one_line_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_move_into_a_store(store: Path) -> None:
+    before = sorted(store.iterdir())
+    code, said = invoke(f"data.store={store}", f"out={store}", *GIVEN)
+    assert (code, said) == (1, f"error: out = {store}: is a store; choose another out=...\n")
+    assert sorted(store.iterdir()) == before
+
+
 def test_a_folder_that_cannot_be_made(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'file/run'}", *GIVEN)
     assert (code, said.count("\n")) == (1, 1)
-    assert "Not a directory" in said
+    assert f"out = {tmp_path / 'file/run'}: {tmp_path / 'file/run.lock'} cannot be made or locked: File exists" in said

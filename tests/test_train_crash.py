@@ -112,9 +112,9 @@ def test_a_run_killed_at_any_write_ends_the_same(
     camera = Camera(world, copies, monkeypatch)
     save_file = checkpoint.save_file
 
-    def save_seen(*arguments: Any) -> None:  # safetensors opens its files where Python does not hear of it
-        camera()
-        save_file(*arguments)
+    def save_seen(*arguments: Any, **options: Any) -> None:
+        camera()  # safetensors opens its files where Python does not hear of it
+        save_file(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", save_seen)
     with watched(camera):

@@ -55,7 +55,7 @@ class Ours:
         counter = None
         if weighting is not None:
             counter = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, weighting.patch_size)
-        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed)
+        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=config.data.drop_last)
         pin = self._world.device.type == "cuda"
         self._loader = Loader(store, plan, config.data.resolution, crop=Crop(), counter=counter, pin=pin)
         self._done = 0
@@ -74,7 +74,7 @@ class Ours:
         batches = feed(self._loader.steps(first, self._done), self._world.device)
         for step, values in steps(self._config, network, batches, self._world):
             norm = loop.update(model, optimizer, optim.clip_grad, values["loss"])
-            metrics.add(step, optim.lr, optim.batch_size, {**values, **norm})
+            metrics.add(step, optim.lr, {**values, **norm})
             yield float(values["data_wait"])
 
 

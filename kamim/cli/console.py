@@ -33,7 +33,7 @@ out_console = Console(soft_wrap=True, highlight=False, markup=False)
 err_console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 _debug = False
 
-RESUMABLE = 75  # exit code of a run stopped by SIGINT or SIGTERM with its state saved (EX_TEMPFAIL)
+RESUMABLE = 75  # exit code of what was asked to stop and goes on when typed again (EX_TEMPFAIL)
 
 
 @app.callback()
@@ -46,6 +46,12 @@ def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an 
 def is_main() -> bool:
     """Whether this is the one process of torchrun's that talks to the user."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """On stderr, once of all processes."""
+    if is_main():
+        err_console.print(line)
 
 
 def says_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,29 +76,33 @@ class _Rate(ProgressColumn):
     """Images per second, over the recent past."""
 
     def render(self, task: Task) -> Text:
-        rate = (task.finished_speed or task.speed or 0) * task.fields.get("factor", 1)
+        rate = (task.finished_speed or task.speed or 0) * task.fields["images"]
         return Text(f"{rate:,.0f} images/s" if rate >= 1 else "")
 
 
 @contextmanager
-def bar(title: str, factor: int = 1) -> Iterator["Update"]:
-    """A progress bar; factor: images per step. Where there is no terminal, a line at every tenth."""
+def bar(title: str, images: int = 0) -> Iterator["Update"]:
+    """A progress bar; images: of a step; 0: steps are of something else.
+
+    Where there is no terminal, a line at every tenth.
+    """
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         _Rate(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and is_main())) as progress:
-        yield Update(progress, progress.add_task(title, total=None, note="", factor=factor))
+        yield Update(progress, progress.add_task(title, total=None, note="", images=images))
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM, which is how a batch system stops a job, is a Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Inside, SIGTERM and SIGUSR1, which is how batch systems stop a job, are a Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Update:
@@ -104,15 +114,15 @@ class Update:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Moves it to `done` of `total`."""
         self._progress.update(self._task, completed=done, total=total, note=note)
-        if self._progress.disable and is_main() and done * 10 // total > self._tenths:
-            err_console.print(self._line(done, total, note))
+        if self._progress.disable and done * 10 // total > self._tenths:
+            say(self._line(done, total, note))
         self._tenths = done * 10 // total
 
     def _line(self, done: int, total: int, note: str) -> str:
         task = self._progress.tasks[self._task]
-        left = timedelta(seconds=round(task.time_remaining or 0))
+        left = "" if task.time_remaining is None else f"{timedelta(seconds=round(task.time_remaining))} left"
         rate = _Rate().render(task).plain
-        return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, f"{left} left", note)))
+        return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, left, note)))
 
 
 def note(metrics: Mapping[str, float], title: str = "") -> str:

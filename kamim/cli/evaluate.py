@@ -12,10 +12,10 @@ from kamim.cli.console import (
     app,
     bar,
     check_folder,
-    err_console,
     is_main,
     note,
     out_console,
+    say,
     says_errors,
     terminable,
     write_json,
@@ -66,7 +66,7 @@ def evaluate(
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"
-        err_console.print(f"stopped, {kept}")
+        say(f"stopped, {kept}")
         raise typer.Exit(RESUMABLE) from None
     for result in results:
         out_console.print(_line(result))

@@ -44,29 +44,27 @@ def export(
 
 
 def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
-    from safetensors.torch import save_file
-
     from kamim import interop
+    from kamim.checkpoint import save_tensors
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already; choose another or remove it")
     name, resolution = found.config.model.name, found.config.data.resolution
     config, weights = interop.to_hugging_face(found.model_state(), name, resolution, found.has_head)
     out.mkdir(exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, out / "model.safetensors")
     write_json(out / "config.json", config)
     out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained('{out}')")
 
 
 def _export_timm(found: "Checkpoint", out: Path) -> None:
-    from safetensors.torch import save_file
-
     from kamim import interop
+    from kamim.checkpoint import save_tensors
     from kamim.models import ARCHITECTURES
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
-    save_file(interop.to_timm(found.model_state()), out)
+    save_tensors(interop.to_timm(found.model_state()), out)
     architecture = ARCHITECTURES[found.config.model.name]
     options = "".join(f", {key}={value}" for key, value in architecture.options.items())
     out_console.print(

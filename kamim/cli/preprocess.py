@@ -69,7 +69,7 @@ def preprocess(
     say = err_console.print
     fresh = True
     try:
-        with terminable(), bar(f"preprocess {dataset} {split}") as update:
+        with terminable(), bar(f"preprocess {dataset} {split}", images=1) as update:
             if publish:
                 fresh = publish_shares(job, listed, out)
             elif share is not None:

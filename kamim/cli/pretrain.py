@@ -12,10 +12,11 @@ from kamim.cli.console import (
     app,
     bar,
     check_folder,
-    err_console,
     note,
     out_console,
+    say,
     says_errors,
+    terminable,
     write_json,
 )
 
@@ -42,15 +43,21 @@ def pretrain(
     if print_config:
         out_console.print(dump(resolved), end="")
         return
-    from kamim.compose.training import run_pretrain
-
     method = "simmim" if resolved.weighting is None else "kamim"
-    with bar(f"pretrain {method} {resolved.model.name}", factor=resolved.optim.batch_size) as update:
-        outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), fresh=resume == "never")
+    title = f"pretrain {method} {resolved.model.name}"
+    try:
+        with terminable(), bar(title, images=resolved.optim.batch_size) as update:
+            from kamim.compose.training import run_pretrain
+
+            outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), resume == "never")
+    except KeyboardInterrupt:
+        say("stopped at once; the same command again continues from the newest checkpoint")
+        raise typer.Exit(RESUMABLE) from None
     if not outcome.finished:
-        err_console.print(f"stopped after step {outcome.step}, saved; the same command again continues")
+        say(f"stopped after step {outcome.step}, saved; the same command again continues")
         raise typer.Exit(RESUMABLE)
-    out_console.print(f"{resolved.out}: {outcome.step} steps done; {resolved.out / 'report.html'}")
+    said = "steps done" if outcome.first < outcome.step else "steps, all done before"
+    out_console.print(f"{resolved.out}: {outcome.step} {said}; {resolved.out / 'report.html'}")
 
 
 @app.command()
@@ -70,6 +77,8 @@ def replay(
 
     check_folder("--out", out)
     check_folder("--plot", plot)
+    if plot is not None and plot.suffix != ".png":
+        raise ValueError(f"--plot {plot}: must end in .png")
     found = run_replay(run, step, device)
     title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
     out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")

@@ -132,7 +132,7 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
     from preprocess.sources import list_source
 
     try:
-        with terminable(), bar(f"repair {path}") as update:
+        with terminable(), bar(f"repair {path}", images=1) as update:
             repaired = repair(
                 path, lambda job: list_source(job.dataset, source, job.split),
                 workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,

@@ -12,9 +12,9 @@ from kamim.cli.console import (
     Overrides,
     app,
     bar,
-    err_console,
     note,
     out_console,
+    say,
     says_errors,
     terminable,
 )
@@ -27,19 +27,20 @@ def sweep(
     overrides: Overrides = None,
 ) -> None:
     """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
-    from kamim.compose.grid import run_grid
     from kamim.config import load
     from kamim.grid import Grid
 
     grid = load(Grid, file, overrides or ())
     try:
         with terminable(), bar("sweep") as update:
+            from kamim.compose.grid import run_grid
+
             made = run_grid(
                 grid,
                 lambda title: lambda done, total, m: update(done, total, ", ".join(filter(None, (title, note(m))))),
             )
     except KeyboardInterrupt:
-        err_console.print("stopped, saved; the same command again continues")
+        say("stopped, saved; the same command again continues")
         raise typer.Exit(RESUMABLE) from None
     shown = Table(*made.header, box=box.SIMPLE_HEAD)
     for row in made.rows:

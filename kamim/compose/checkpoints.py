@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from kamim import checkpoint, interop, store
-from kamim.config import Mask
+from kamim.config import Mask, Pretrain
 from kamim.evaluation.readout import Encoder, Pixels
 from kamim.models import MaskedImageModel
+from pipelines.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ def load_subject(spec: str) -> Subject:
         name, found.model.encoder, found.model if found.has_head else None, found.model.resolution, found.mask,
         found.about,
     )  # fmt: skip
+
+
+def subject_to_be(name: str, config: Pretrain) -> Subject:
+    """What a run of `config` will be to an evaluation, without its weights: enough for every check."""
+    with torch.device("meta"):
+        model = MaskedImageModel(config.model.name, config.data.resolution)
+    about = {"architecture": config.model.name}
+    whole = None if config.norm_pix_loss else model
+    return Subject(name, model.encoder, whole, config.data.resolution, config.mask, about)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,9 @@ def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
     except ValueError:  # its store is not on this machine
         dataset, complete = None, None
     else:
-        steps, _, _ = config.optim.schedule(max(manifest.count // config.optim.batch_size, 1))
+        size = min(config.optim.batch_size, manifest.count)  # the store may be another by now
+        plan = Plan(manifest.count, size, size, config.seed, drop_last=config.data.drop_last)
+        steps, _, _ = config.optim.schedule(plan.steps_per_epoch)
         dataset, complete = manifest.job.dataset, found.step == steps
     return {
         "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,

@@ -36,13 +36,7 @@ def run_evaluation(
     try:
         if world.size > 1 and config.out is None:
             raise ValueError("--out: is missing; several processes need a folder that all of them see")
-        subjects = [load_subject(spec) for spec in config.checkpoint]
-        _distinct([subject.name for subject in subjects])
-        setting = _setting(config, world, subjects)
-        tasks = [
-            TASKS[mode](setting, subject) for subject in subjects for mode in modes or TASKS
-            if modes is not None or applies(mode, subject)
-        ]  # fmt: skip
+        tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)
         with TemporaryDirectory() if config.out is None else nullcontext(str(config.out)) as root:
             folders = [Path(root) / task.subject.name / task.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
@@ -54,6 +48,16 @@ def run_evaluation(
         return results
     finally:
         distributed.stop()
+
+
+def tasks_of(config: Evaluation, modes: Sequence[str] | None, subjects: Sequence[Subject], world: World) -> list[Task]:
+    """What there is to do. Raises ValueError for what cannot be evaluated."""
+    _distinct([subject.name for subject in subjects])
+    setting = _setting(config, world, subjects)
+    return [
+        TASKS[mode](setting, subject) for subject in subjects for mode in modes or TASKS
+        if modes is not None or applies(mode, subject)
+    ]  # fmt: skip
 
 
 def _distinct(names: Sequence[str]) -> None:

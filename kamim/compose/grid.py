@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from kamim import distributed, grid
-from kamim.compose.evaluation import run_evaluation
-from kamim.compose.training import run_pretrain
+from kamim.compose.checkpoints import subject_to_be
+from kamim.compose.evaluation import run_evaluation, tasks_of
+from kamim.compose.training import check_pretrain, run_pretrain
 from kamim.grid import Grid, Table
 from kamim.loop import Progress
 
@@ -12,12 +13,16 @@ from kamim.loop import Progress
 def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
     """Every setting trained and evaluated; what is done already is left as it is. progress(title) shows one.
 
-    Raises ValueError for a setting that cannot be, before any work; KeyboardInterrupt where a signal stopped it.
+    Raises ValueError for a setting or an evaluation that cannot be, before any work; KeyboardInterrupt where a signal
+    stopped it.
     """
     runs = [(setting.name, grid.pretraining(sweep, setting)) for setting in grid.settings(sweep)]
     evaluation = grid.evaluation(sweep)
     world = distributed.start(evaluation.compute.device)  # one group of processes for all that follows
     try:
+        for _, config in runs:
+            check_pretrain(config)
+        tasks_of(evaluation, sweep.modes, [subject_to_be(name, config) for name, config in runs], world)
         for number, (name, config) in enumerate(runs, 1):
             if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
                 raise KeyboardInterrupt

@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kamim import distributed, metrics, nonfinite, observers
+from kamim import distributed, machine, metrics, nonfinite, observers, report
 from kamim.batch import Batch
 from kamim.compose.setting import Samples, Setting, labelled
 from kamim.config import Evaluation, OnlineProbe, Pretrain, load
 from kamim.distributed import World
 from kamim.evaluation.subset import n_per_class
-from kamim.loop import Batches, Observer, Outcome, Progress
+from kamim.loop import Batches, Observer, Outcome, Progress, autocast
 from kamim.models import MaskedImageModel
 from kamim.pretrain import CONFIG, Observe, pretrain
 from kamim.replay import Replayed, replay
-from kamim.report import save_report
 from kamim.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader, feed
@@ -28,18 +27,35 @@ SHOWN = 8  # samples in a panel
 
 def run_pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """`kamim pretrain`: checks the store against the configuration, then trains on it. fresh: see pretrain."""
-    metrics.check(config.log)
     world = distributed.start(config.compute.device)
     try:
-        store = Store(config.data.store)
-        plan, batches = training_batches(config, store, world)
-        observe = _observers(config, store, plan.steps_per_epoch, world)
+        plan, batches, observe = _checked(config, world)
         outcome = pretrain(config, batches, plan.steps_per_epoch, world, progress, observe, fresh)
-        if world.is_main:
-            save_report(config.out)
+        if world.is_main and not report.is_current(config.out):
+            report.save_report(config.out)
+        world.barrier()  # torchrun ends all that are left once one leaves to be resumed
         return outcome
     finally:
         distributed.stop()
+
+
+def check_pretrain(config: Pretrain) -> None:
+    """Raises ValueError for what run_pretrain would, but for what lies in config.out."""
+    world = distributed.start(config.compute.device)
+    try:
+        _checked(config, world)
+    finally:
+        distributed.stop()
+
+
+def _checked(config: Pretrain, world: World) -> tuple[Plan, Batches, Observe]:
+    """What a run trains on and is seen by. Raises ValueError for what cannot be."""
+    metrics.check(config.log)
+    store = Store(config.data.store)
+    plan, batches = training_batches(config, store, world)
+    config.optim.schedule(plan.steps_per_epoch)
+    autocast(config.compute, world.device)
+    return plan, batches, _observers(config, store, plan.steps_per_epoch, world)
 
 
 def run_replay(run: Path, step: int | None, device: str) -> Replayed:
@@ -57,7 +73,7 @@ def run_replay(run: Path, step: int | None, device: str) -> Replayed:
     total, _, _ = config.optim.schedule(plan.steps_per_epoch)
     if not 0 <= step < total:
         raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
-    size = recorded.get(step, 1)
+    size = recorded.get(step) or next((s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1)
     ranks = [training_batches(config, store, World(rank, size, one.device))[1] for rank in range(size)]
     return replay(config, run, step, batches, ranks, plan.steps_per_epoch, one.device)
 
@@ -67,7 +83,10 @@ def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan
     optim, data = config.optim, config.data
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
-    plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, rank=world.rank, world=world.size)
+    plan = Plan(
+        len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=data.drop_last, rank=world.rank,
+        world=world.size,
+    )  # fmt: skip
     loader = Loader(
         store, plan, data.resolution, crop=Crop(data.crop_scale, data.crop_ratio), counter=counter,
         workers=data.workers, on_error=data.on_error, pin=world.device.type == "cuda",
@@ -95,7 +114,10 @@ def _samples(config: Pretrain, store: Store, device: torch.device) -> Batch:
     chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
     plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
     crop = Crop(config.data.crop_scale, config.data.crop_ratio)
-    loader = Loader(store, plan, config.data.resolution, crop=crop, counter=_counter(config, store, 1), workers=1)
+    loader = Loader(
+        store, plan, config.data.resolution, crop=crop, counter=_counter(config, store, 1), workers=1,
+        on_error=config.data.on_error,
+    )  # fmt: skip
     return next(iter(loader.steps(0, 1))).to(device)
 
 

@@ -22,6 +22,7 @@ from kamim.words import load8, store8
 FOOTPRINTS = ("ring", "point")
 REACH = 4  # a stamp covers pixels -REACH .. REACH + 1 around the pixel that holds the position
 STAMP_ROWS = 2 * REACH + 2
+STAMP_WORDS = 3  # of four rows, 16 bits each
 # OpenCV clips a ring's segments at the canvas border, which changes pixels INSIDE the canvas too; so the
 # columns (and rows) within BORDER of either side have stamps of their own. Class 0 .. BORDER - 1: distance
 # from the near side; BORDER: interior; then the distance from the far side.
@@ -65,21 +66,23 @@ class Rules:
 
 @functools.cache
 def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
-    """Footprints for every border class and sub-pixel phase: uint16 [class y, class x, phase y, phase x, STAMP_ROWS].
+    """Footprints for every border class and sub-pixel phase: uint64 [class y, class x, phase y, phase x, STAMP_WORDS].
 
     phases: how many, from 0 on, along each axis; 1 is enough where all positions are whole pixels. Bit b of row r
-    is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y). Ring stamps are drawn by OpenCV
-    itself, so they are its rings, whatever its version. Raises ValueError for an unknown footprint.
+    is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y); a row takes 16 bits, so a word holds
+    four. Ring stamps are drawn by OpenCV itself, so they are its rings, whatever its version. Raises ValueError for an
+    unknown footprint.
     """
     if footprint not in FOOTPRINTS:
         raise ValueError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
-    table = np.zeros((CLASSES, CLASSES, phases, phases, STAMP_ROWS), np.uint16)
+    words = np.zeros((CLASSES, CLASSES, phases, phases, STAMP_WORDS), np.uint64)
+    table = words.view(np.uint16)
     if footprint == "point":
         half = POSITION_UNIT // 2  # a centre at phase >= 1/2 lies in the next pixel
         for fy in range(phases):
             for fx in range(phases):
                 table[:, :, fy, fx, REACH + (fy >= half)] = 1 << (REACH + (fx >= half))
-        return table
+        return words
     side = 4 * BORDER + STAMP_ROWS
     places = [*range(BORDER), side // 2, *range(side - BORDER, side)]
     bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint16)
@@ -92,8 +95,8 @@ def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
             canvas[STAMP_ROWS:-STAMP_ROWS, STAMP_ROWS:-STAMP_ROWS] = drawn[..., 0]
         top, left = y - REACH + STAMP_ROWS, x - REACH + STAMP_ROWS
         stamp = maps[:, top : top + STAMP_ROWS, left : left + STAMP_ROWS] @ bits
-        table[cy, cx] = stamp.reshape(phases, phases, STAMP_ROWS)
-    return table
+        table[cy, cx, ..., :STAMP_ROWS] = stamp.reshape(phases, phases, STAMP_ROWS)
+    return words
 
 
 def raster_scratch(height: int, width: int) -> np.ndarray:
@@ -166,15 +169,30 @@ def _border_class(i, side):
 
 
 @kernel
+def _draw(points, height, width, table, bitmap):
+    """raster, on what is drawn already. Its innards are no function of their own: LLVM would call it for each point."""
+    drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
+    for k in range(len(points)):
+        x, y = points[k, 0], points[k, 1]
+        column, row = x >> 4, y >> 4
+        stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
+        upper, middle, lower = stamp[0], stamp[1], stamp[2]  # read before anything is written, which could be the table
+        left = column + MARGIN - REACH
+        at, shift = row * pitch + (left >> 3), np.uint64(left & 7)
+        for r in range(STAMP_ROWS):  # in every row a word that starts at a byte
+            rows = upper if r < 4 else middle if r < 8 else lower
+            store8(drawn, at, load8(drawn, at) | (((rows >> np.uint64(16 * (r % 4))) & np.uint64(0xFFFF)) << shift))
+            at += pitch
+
+
+@kernel
 def raster(points, count, height, width, table, bitmap):
     """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
 
     bitmap: raster_scratch(height, width); it is cleared first. Every point lies within the crop.
     """
     bitmap[:] = 0
-    drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
-    for k in range(count):
-        _stamp(points[k, 0], points[k, 1], height, width, table, drawn, pitch)
+    _draw(points[:count], height, width, table, bitmap)
 
 
 def runs(table: np.ndarray) -> np.ndarray:
@@ -182,7 +200,7 @@ def runs(table: np.ndarray) -> np.ndarray:
 
     table: as stamps gives it. Sorted; bit and row as in stamps.
     """
-    rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(STAMP_ROWS, 2), axis=1, bitorder="little")
+    rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
     edges = np.diff(np.pad(rows.astype(np.int64), ((0, 0), (1, 1))), axis=1)
     (row, start), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
     return np.array(sorted(zip(end - start, row, start, strict=True)), np.int64)
@@ -199,7 +217,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     dots[:] = 0
     words, flat = bitmap.shape[1], bitmap.reshape(bitmap.size)
     wide, wider = dots[0].reshape(bitmap.size)[: height * words], dots[1].reshape(bitmap.size)[: height * words]
-    drawn, bytes_of_dots = flat.view(np.uint8), wide.view(np.uint8)
+    bytes_of_dots = wide.view(np.uint8)
     inner_width, inner_height = np.uint32(max(width - 2 * BORDER, 0)), np.uint32(max(height - 2 * BORDER, 0))
     for k in range(count):
         x, y = points[k, 0], points[k, 1]
@@ -209,7 +227,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
             at = (row + np.uint32(BORDER)) * np.uint32(8 * words) + (left >> np.uint32(3))
             bytes_of_dots[at] |= np.uint8(1) << np.uint8(left & np.uint32(7))
         else:
-            _stamp(x, y, height, width, table, drawn, 8 * words)
+            _draw(points[k : k + 1], height, width, table, bitmap)
     length = 1
     for i in range(len(runs)):
         while length < runs[i, 0]:
@@ -232,18 +250,6 @@ def _add_moved(source, by, to):
     near, rest = source[1:], to[1:]
     for i in range(len(near)):
         rest[i] |= (near[i] << shift) | (source[i] >> carry)
-
-
-@kernel
-def _stamp(x, y, height, width, table, drawn, pitch):
-    """Draws the footprint of one point in a bit map's bytes, `pitch` to a row: in every row a word from a byte on."""
-    column, row = x >> 4, y >> 4
-    stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
-    left = column + MARGIN - REACH
-    at, shift = row * pitch + (left >> 3), np.uint64(left & 7)
-    for r in range(STAMP_ROWS):
-        store8(drawn, at, load8(drawn, at) | (np.uint64(stamp[r]) << shift))
-        at += pitch
 
 
 @kernel

@@ -52,7 +52,7 @@ def twin(store: Store, index: int, epoch: int, seed: int) -> np.ndarray:
 def cropped(pixels: np.ndarray, index: int, epoch: int, seed: int) -> np.ndarray:
     """Crop, resize without antialias, vertical flip, horizontal flip."""
     box = geometry.crop_box(*pixels.shape[:2], 0.67, 1.0, 3 / 4, 4 / 3, seed, epoch, index)
-    crop = F.resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), *box, [64, 64], antialias=False)
+    crop = F.resized_crop(torch.from_numpy(pixels.copy()).permute(2, 0, 1), *box, [64, 64], antialias=False)
     flip_v, flip_h = geometry.flips(seed, epoch, index)
     crop = F.vertical_flip(crop) if flip_v else crop
     crop = F.horizontal_flip(crop) if flip_h else crop

@@ -5,6 +5,7 @@ plain little-endian bytes of their rows. Items are runs of rows; none crosses a 
 one contiguous view of one mapped file, shared by all processes of a machine. Any zarr reader opens it.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class PagedReader:
             for page in range(array.shape[0] // self._page_rows)
         ]
         self._empty = np.empty((0, *array.shape[1:]), array.dtype)
+        self._row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+        self._bases = np.array([page.ctypes.data for page in self._pages] or [0], np.uint64)
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """The item of `count` rows that starts at row `start`, as a view."""
@@ -91,6 +94,16 @@ class PagedReader:
             return self._empty
         page, at = divmod(start, self._page_rows)
         return self._pages[page][at : at + count]
+
+    def addresses(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Where in memory the items of `count` rows at rows `start` begin: uint64 of their shape.
+
+        They hold as long as the reader lives. Raises IndexError where an item does not lie within a page.
+        """
+        if not self.holds(start, count).all():
+            raise IndexError("rows lie outside the pages")
+        page, at = np.divmod(np.where(count > 0, start, 0), self._page_rows)
+        return self._bases[page] + (at * self._row_bytes).astype(np.uint64)
 
     def holds(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Whether each item of `count` rows at row `start` lies within a page: bool of their shape."""

@@ -196,13 +196,17 @@ class Keypoints:
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G] of each group, in order)."""
-        positions, counts = self.of(np.array([index]), np.array([frame]))
-        return positions, counts[0]
+        start, total = self._start[index, frame], self._total[index, frame]
+        return self._positions.rows(int(start), int(total)), self._counts[index, frame]
 
     def of(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of one frame each (int [n]) of several images (int [n]): positions, joined in order, and counts [n, G]."""
-        starts, totals = self._start[indices, frames].tolist(), self._total[indices, frames].tolist()
-        return np.concatenate(list(map(self._positions.rows, starts, totals))), self._counts[indices, frames]
+        """Of one frame each (int [n]) of several images (int [n]): (addresses uint64 [n], counts uint32 [n, G]).
+
+        An address is that of the image's positions, as `image` gives them. Raises IndexError where the store is damaged
+        and they lie outside its files.
+        """
+        totals = self._total[indices, frames].astype(np.int64)
+        return self._positions.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""

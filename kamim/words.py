@@ -1,4 +1,4 @@
-"""Three machine operations that numba has no name for, so that compilers use whole registers of bytes.
+"""Four machine operations that numba has no name for, so that compilers use whole registers of bytes.
 
 Loads and stores are little-endian, of 8 bytes at any offset; the caller sees to it that they lie within the array.
 """
@@ -37,6 +37,16 @@ def store8(typing, data, offset, word):
         return context.get_dummy_value()
 
     return types.void(data, types.intp, types.uint64), code
+
+
+@intrinsic
+def pointer16(typing, address):
+    """What numba.carray makes an array of: a pointer to the uint16 at `address` (uint64)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], _16.as_pointer())
+
+    return types.CPointer(types.uint16)(types.uint64), code
 
 
 @intrinsic

@@ -4,12 +4,14 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from numba import carray
 
 from kamim import geometry
 from kamim import keypoints as kp
 from kamim.detectors import detector
 from kamim.kernels import kernel
 from kamim.store import Keypoints
+from kamim.words import pointer16
 
 
 class Scratch:
@@ -50,15 +52,14 @@ class Counter(Protocol):
 
 @kernel
 def _remapped_counts(
-    positions, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
+    addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
     out,
 ):  # fmt: skip
-    """positions: those of all images, one after the other; counts [n, G], frames, sizes [n, 2], views [n, 6]."""
-    stop = 0
+    """addresses [n], counts [n, G]: see Keypoints.of; frames, sizes [n, 2], views [n, 6]."""
     for i in range(len(out)):
-        start, stop = stop, stop + int(counts[i].sum())
+        positions = carray(pointer16(addresses[i]), (int(counts[i].sum()), 2))
         kept = kp.remap(
-            positions[start:stop], counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
+            positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
         )  # fmt: skip
         if snap:
             kp.raster_whole(points, kept, side, side, table, runs, bitmap, dots)
@@ -82,11 +83,11 @@ class CachedCounts:
         side = crops.pixels.shape[1]
         offered = self._keypoints.frame[crops.indices]
         chosen = geometry.nearest_frames(offered, crops.sizes, crops.views, side)
-        positions, counts = self._keypoints.of(crops.indices, chosen)
-        if len(positions) > len(scratch.points):
-            scratch.points = np.empty((len(positions), 2), np.int32)
+        addresses, counts = self._keypoints.of(crops.indices, chosen)
+        if (most := int(counts.sum(axis=1).max())) > len(scratch.points):
+            scratch.points = np.empty((most, 2), np.int32)
         _remapped_counts(
-            positions, counts, *self._rules, offered[np.arange(len(chosen)), chosen], crops.sizes, crops.views, side,
+            addresses, counts, *self._rules, offered[np.arange(len(chosen)), chosen], crops.sizes, crops.views, side,
             self._table, self._runs, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 

@@ -175,5 +175,10 @@ def _image_reader(opened: Store) -> Callable[[int], Rows]:
 
 def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
     keypoints = opened.keypoints(name)
-    every = np.arange(keypoints.frame.shape[1])
-    return lambda i: keypoint_rows(*keypoints.of(np.full(len(every), i), every), keypoints.frame[i])
+
+    def read(i: int) -> Rows:
+        frames = range(keypoints.frame.shape[1])
+        positions, counts = zip(*(keypoints.image(i, frame) for frame in frames), strict=True)
+        return keypoint_rows(np.concatenate(positions), np.stack(counts), keypoints.frame[i])
+
+    return read

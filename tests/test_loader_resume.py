@@ -169,6 +169,14 @@ def test_a_sample_that_cannot_be_counted_is_found_among_its_chunk(store: Store) 
         list(Loader(store, plan, SIDE, counter=Failing({5})).steps(0, 3))
 
 
+def test_keypoints_outside_their_files_are_left_out(store: Store) -> None:
+    keypoints = store.keypoints("fast")
+    keypoints._start[5] = 1 << 40
+    made = skipping(store, CachedCounts(keypoints, "ring", 8))
+    assert all(5 not in batch.indices for batch in made.steps(0, 3))
+    assert made.skipped == 1
+
+
 def test_a_batch_of_nothing_but_damage_stops_even_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(store, monkeypatch, dict.fromkeys(range(len(store)), 30))
     with pytest.raises(SampleError, match="sample"):

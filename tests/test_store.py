@@ -1,5 +1,6 @@
 """What a store promises, whichever backend holds the images; pages; FFCV's format; what is said of a bad store."""
 
+import ctypes
 import json
 import multiprocessing
 import shutil
@@ -146,6 +147,17 @@ def test_items_come_back_whole_and_never_cross_a_page(
         assert rows.dtype == np.uint16
         np.testing.assert_array_equal(rows, item)
         np.testing.assert_array_equal(plain[start : start + len(item)], item)
+    addresses = reader.addresses(np.array(starts), np.array([len(item) for item in items]))
+    for address, item in zip(addresses.tolist(), items, strict=True):
+        assert ctypes.string_at(address, item.nbytes) == item.tobytes()
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 1), (8, 3), (20, 1), (3, -1), (1 << 62, 1)])
+def test_rows_outside_the_pages_have_no_address(tmp_path: Path, start: int, count: int) -> None:
+    written(tmp_path / "paged", [np.zeros(7, np.uint16)] * 2, 10)
+    reader = paged.PagedReader(tmp_path / "paged/a")
+    with pytest.raises(IndexError, match="rows lie outside the pages"):
+        reader.addresses(np.array([0, start]), np.array([7, count]))
 
 
 def test_an_item_larger_than_a_page_is_refused(tmp_path: Path) -> None:

@@ -199,11 +199,11 @@ class Keypoints:
         start, total = self._start[index, frame], self._total[index, frame]
         return self._positions.rows(int(start), int(total)), self._counts[index, frame]
 
-    def of(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def addresses(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of one frame each (int [n]) of several images (int [n]): (addresses uint64 [n], counts uint32 [n, G]).
 
-        An address is that of the image's positions, as `image` gives them. Raises IndexError where the store is damaged
-        and they lie outside its files.
+        An address is that of positions as `image` gives them, good as long as this object lives. Raises IndexError
+        where the store is damaged and they lie outside its files.
         """
         totals = self._total[indices, frames].astype(np.int64)
         return self._positions.addresses(self._start[indices, frames], totals), self._counts[indices, frames]

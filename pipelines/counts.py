@@ -55,7 +55,7 @@ def _remapped_counts(
     addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
     out,
 ):  # fmt: skip
-    """addresses [n], counts [n, G]: see Keypoints.of; frames, sizes [n, 2], views [n, 6]."""
+    """addresses [n], counts [n, G]: see Keypoints.addresses; frames, sizes [n, 2], views [n, 6]."""
     for i in range(len(out)):
         positions = carray(pointer16(addresses[i]), (int(counts[i].sum()), 2))
         kept = kp.remap(
@@ -83,7 +83,7 @@ class CachedCounts:
         side = crops.pixels.shape[1]
         offered = self._keypoints.frame[crops.indices]
         chosen = geometry.nearest_frames(offered, crops.sizes, crops.views, side)
-        addresses, counts = self._keypoints.of(crops.indices, chosen)
+        addresses, counts = self._keypoints.addresses(crops.indices, chosen)
         if (most := int(counts.sum(axis=1).max())) > len(scratch.points):
             scratch.points = np.empty((most, 2), np.int32)
         _remapped_counts(

@@ -84,11 +84,10 @@ def crop_resize(pixels, view, out):
             if held[n % 2] != n:
                 held[n % 2] = n
                 start = 3 * (n * pixels.shape[1] + left)
-                if start + len(last) <= len(flat):
-                    _resize_row(flat[start : start + 3 * width], offset, weight, near, far, resized[n % 2])
-                else:
-                    for i in range(3 * width):
-                        last[i] = flat[start + i]
-                    _resize_row(last, offset, weight, near, far, resized[n % 2])
+                row = flat[start : start + 3 * width]
+                if start + len(last) > len(flat):
+                    last[: 3 * width] = row
+                    row = last
+                _resize_row(row, offset, weight, near, far, resized[n % 2])
         share = np.uint16(min((source - int(source)) * 65536, 65535.0))
         _blend_rows(resized[upper % 2], resized[lower % 2], share, results[side - 1 - o if flip_v else o])

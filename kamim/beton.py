@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from kamim.paged import power_of_two
+
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2  # type ids
 JPG, RAW = 0, 1  # image modes
-PAGE_SIZE = 1 << 23  # ffcv's default
+PAGE_SIZE = 1 << 23  # ffcv's default; files with larger images have larger pages
 
 HEADER = np.dtype(
     [
@@ -71,13 +73,17 @@ class Beton:
         return (self._length > 0) & (self._start >= 0) & (self._start <= len(self._bytes) - self._length)
 
 
-def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]]) -> None:
-    """Writes `count` images, each (bytes uint8 [n], height, width, label, raw). Needs the ffcv package."""
+def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0) -> None:
+    """Writes `count` images, each (bytes uint8 [n], height, width, label, raw). Needs the ffcv package.
+
+    largest: bytes of the largest image, where that may be more than PAGE_SIZE.
+    """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 
+    page_size = max(PAGE_SIZE, power_of_two(largest))
     fields: dict[str, Any] = {"image": RGBImageField(), "label": IntField()}
     header = np.zeros(1, HeaderType)
     descriptors = np.zeros(len(fields), FieldDescType)
@@ -88,7 +94,7 @@ def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, i
     metadata = np.zeros(count, get_metadata_type(list(fields.values())))
     image_meta, label_meta = (metadata[name] for name in metadata.dtype.names)  # type: ignore[union-attr]
     start = header.nbytes + descriptors.nbytes + metadata.nbytes
-    allocator = MemoryAllocator(str(path), start, PAGE_SIZE)
+    allocator = MemoryAllocator(str(path), start, page_size)
     path.write_bytes(bytes(start))
     allocator.__enter__()
     try:
@@ -102,7 +108,7 @@ def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, i
         allocator.__exit__(None, None, None)
     with path.open("r+b") as file:
         table = file.seek(0, 2)
-        header[0] = (CURRENT_VERSION, len(fields), PAGE_SIZE, count, table)
+        header[0] = (CURRENT_VERSION, len(fields), page_size, count, table)
         file.write(np.array(allocator.allocations, ALLOC_TABLE_TYPE).tobytes())  # tofile hides a full disk's errno
         file.seek(0)
         for block in (header, descriptors, metadata):

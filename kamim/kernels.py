@@ -38,7 +38,9 @@ def _folder() -> Path:
 def _fingerprint() -> str:
     """Of the content of all files with kernels: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for file in sorted(file for room in ("kamim", "pipelines") for file in (ROOT / room).rglob("*.py")):
+    for file in sorted(
+        file for package in ("kamim", "pipelines", "preprocess") for file in (ROOT / package).rglob("*.py")
+    ):
         if b"\n@kernel" in (source := file.read_bytes()) or b"\n@intrinsic" in source:
             digest.update(source)
     return digest.hexdigest()[:16]

@@ -24,6 +24,11 @@ def _chunks(array: np.ndarray) -> tuple[int, ...]:
     return tuple(max(side, 1) for side in array.shape)
 
 
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is not less than `least`."""
+    return 1 << max(least - 1, 0).bit_length()
+
+
 def page_rows(total: int, smallest: int) -> int:
     """Rows of a page for `total` rows in all: a power of two that makes at most about PAGES of them.
 

@@ -37,7 +37,8 @@ import zarr
 from kamim import beton, paged
 from kamim.keypoints import Rules
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+READABLE = (3, 4)  # version 3 has no `resize` and no originals; the rest is the same
 MANIFEST, BACKUP = "manifest.json", "manifest.backup"
 STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component that is not a detector's
@@ -45,7 +46,8 @@ IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
 KEYPOINT_PAGE_ROWS = 1 << 20
 
 Backend = Literal["ffcv", "zarr"]
-Encoding = Literal["jpeg", "raw"]
+Encoding = Literal["jpeg", "raw", "original"]  # original: the source's own JPEG bytes, neither resized nor re-encoded
+Resize = Literal["bilinear", "bicubic"]  # how images are resized into the store: without or with antialiasing
 Fingerprint = Literal["stat", "content"]  # an item is told by key, label, size and time, or by key, label and bytes
 
 
@@ -62,6 +64,7 @@ class Job(pydantic.BaseModel):
     images: Backend
     encoding: Encoding
     quality: int
+    resize: Resize = "bilinear"  # what stores of schema version 3, which do not say, were made with
     resolution: int
     crop_scale: tuple[float, float]
     shard_size: int
@@ -81,7 +84,9 @@ class Job(pydantic.BaseModel):
         """The parameters that the component's bytes depend on."""
         names = {"resolution", "crop_scale"}
         if component == IMAGES:
-            names |= {"images", "encoding", "quality"} if self.encoding == "jpeg" else {"images", "encoding"}
+            of_images = {"images", "encoding"}
+            names = of_images if self.encoding == "original" else names | of_images | {"resize"}
+            names |= {"quality"} if self.encoding == "jpeg" else set()
         return self.model_dump(include=names)
 
 
@@ -96,7 +101,7 @@ class Manifest(pydantic.BaseModel):
     count: int
     classes: tuple[str, ...]
     rejects: int
-    stored_area: float
+    stored_area: float | None  # px of a stored image, at most; None: images are as large as the originals
     rules: dict[str, Rules]
     opencv: dict[str, str]  # the version that made each component
     shard_counts: tuple[int, ...]  # images of each shard that could be read
@@ -167,11 +172,16 @@ class ZarrImages:
 
 
 def write_zarr_images(
-    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int, encoding: Encoding
-) -> None:
-    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw), total_bytes of them in all."""
+    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int,
+    encoding: Literal["jpeg", "raw"], largest: int = 0,
+) -> None:  # fmt: skip
+    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw).
+
+    total_bytes: of all images; largest: of the largest, where that may be more than a page.
+    """
     group = zarr.create_group(path, attributes={"encoding": encoding})
-    writer = paged.PagedWriter(group, "data", (), np.uint8, paged.page_rows(total_bytes, IMAGE_PAGE_BYTES))
+    page_bytes = paged.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, paged.power_of_two(largest)))
+    writer = paged.PagedWriter(group, "data", (), np.uint8, page_bytes)
     rows = [
         (writer.append(data), len(data), height, width, label) for data, height, width, label, _ in images
     ]  # fmt: skip
@@ -284,9 +294,9 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         version = fields["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from error
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise ValueError(
-            f"{path}: store of schema version {version}, this kamim reads {SCHEMA_VERSION}; "
+            f"{path}: store of schema version {version}, this kamim reads {' and '.join(map(str, READABLE))}; "
             "preprocess it again, or use the kamim that wrote it"
         )
     try:

@@ -83,12 +83,14 @@ def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
 
 def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
     """All files of the component `images` but the list of rejects."""
-    raw = plan.job.encoding == "raw"
+    raw, lengths = plan.job.encoding == "raw", column(shards, "length")
+    largest = int(lengths.max())
     if plan.job.images == "ffcv":
-        beton.write(folder / "images.beton", len(column(shards, "label")), _images(shards, raw))
+        beton.write(folder / "images.beton", len(lengths), _images(shards, raw), largest)
     else:
-        total = int(column(shards, "length").sum())
-        store.write_zarr_images(folder / "images.zarr", _images(shards, raw), total, plan.job.encoding)
+        store.write_zarr_images(
+            folder / "images.zarr", _images(shards, raw), int(lengths.sum()), "raw" if raw else "jpeg", largest
+        )
     zarr.create_group(folder / "keypoints.zarr")
     (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
 
@@ -142,7 +144,7 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
     return Manifest(
         schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=sum(counts),
         classes=plan.source.classes, rejects=job.items - sum(counts),
-        stored_area=geometry.stored_area(job.resolution, job.crop_scale),
+        stored_area=None if job.encoding == "original" else geometry.stored_area(job.resolution, job.crop_scale),
         rules={name: rules[name] for name in job.detectors},
         opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},

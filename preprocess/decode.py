@@ -39,15 +39,18 @@ def decode(data: bytes | np.ndarray) -> np.ndarray:
         return data
     if not data:
         raise Undecodable("empty file")
-    if data[:3] == b"\xff\xd8\xff":
-        pixels = _jpeg(data)
-        if pixels is not None:
-            return pixels
-    return _pillow(data)
+    pixels = decode_plain_jpeg(data)
+    return _pillow(data) if pixels is None else pixels
 
 
-def _jpeg(data: bytes) -> np.ndarray | None:
-    """The common case, by libjpeg-turbo; None where Pillow should decide (CMYK, odd headers, damage)."""
+def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+    """RGB uint8 [H, W, 3] of a JPEG that libjpeg-turbo decodes strictly, the common case.
+
+    Returns None for anything else: no JPEG, CMYK, odd headers, damage. Pillow decides about those. Raises Undecodable
+    for a JPEG that is oversized.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width)

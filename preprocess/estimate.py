@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from kamim.store import Job
-from preprocess.decode import Undecodable
+from preprocess.decode import Undecodable, decode
 from preprocess.plan import Plan, make_plan
 from preprocess.record import record
-from preprocess.shards import finished, pixels
+from preprocess.shards import finished
 from preprocess.sources import Item, Read, Source
 from preprocess.workspace import Workspace
 
@@ -46,7 +46,8 @@ def estimate(job: Job, components: Sequence[str], read: Read, items: Sequence[It
 def _made(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[str, int]:
     """Bytes of each component of one image."""
     try:
-        made = record(job, pixels(read, item), item.label, components)
+        data = read(item)
+        made = record(job, data, decode(data), item.label, components)
     except (OSError, Undecodable):
         return dict.fromkeys(components, 0)
     return {component: sum(array.nbytes for array in rows.values()) for component, rows in made.items()}

@@ -1,4 +1,4 @@
-"""What a store keeps of one image: the image made small, and its keypoints on its canonical frames.
+"""What a store keeps of one image: the image, mostly made small, and its keypoints on its canonical frames.
 
 A component's share of any number of images is its rows: named arrays, joined along their first axis.
 
@@ -10,24 +10,29 @@ A component's share of any number of images is its rows: named arrays, joined al
 import functools
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import simplejpeg
 
 from kamim import geometry
 from kamim.detectors import detect_packed, detector
 from kamim.store import IMAGES, Job
+from preprocess.decode import decode_plain_jpeg
+from preprocess.resize import resize_antialiased, resize_plain
 
 Rows = dict[str, np.ndarray]
 
+ORIGINAL_QUALITY = 95  # JPEG quality, without chroma subsampling, of originals that are no plain JPEG files
 
-def record(job: Job, rgb: np.ndarray, label: int, components: Sequence[str]) -> dict[str, Rows]:
-    """The rows of one image (RGB uint8 [H, W, 3]), by component."""
-    resized = functools.cache(lambda size: resize(rgb, size))  # detectors share frames
+
+def record(
+    job: Job, data: bytes | np.ndarray, rgb: np.ndarray, label: int, components: Sequence[str]
+) -> dict[str, Rows]:
+    """The rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3]."""
+    resized = functools.cache(lambda size: resize_plain(rgb, size))  # detectors share frames
     made: dict[str, Rows] = {}
     for component in components:
         if component == IMAGES:
-            made[component] = image_rows(*stored_image(job, rgb), label)
+            made[component] = image_rows(*stored_image(job, data, rgb), label)
         else:
             sizes = frame_sizes(job, component, rgb)
             found = [keypoints(job, component, resized(size)) for size in sizes]
@@ -59,20 +64,35 @@ def join(component: str, parts: Sequence[Rows]) -> Rows:
     return {name: np.concatenate([empty[:0], *(part[name] for part in parts)]) for name, empty in none.items()}
 
 
-def stored_image(job: Job, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The image as stored, never enlarged: its bytes (uint8 [n], JPEG or raw) and its (height, width)."""
+    if job.encoding == "original":
+        return original(data, rgb), (rgb.shape[0], rgb.shape[1])
     pixels = stored_pixels(job, rgb)
     return encoded(job, pixels), (pixels.shape[0], pixels.shape[1])
+
+
+def original(data: bytes | np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    """The bytes of a plain JPEG file as they are; anything else (PNG, CMYK, pixels) as a JPEG of its pixels: uint8 [n].
+
+    JPEG at quality 95 without chroma subsampling keeps stores of one kind: every image of theirs is a JPEG.
+    """
+    plain = isinstance(data, bytes) and decode_plain_jpeg(data) is not None
+    jpeg = (
+        data if plain else simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), ORIGINAL_QUALITY, colorsubsampling="444")
+    )
+    return np.frombuffer(jpeg, np.uint8)
 
 
 def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
     """The image at its stored size: uint8 [h, w, 3]."""
     height, width = rgb.shape[:2]
-    return resize(rgb, geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale)))
+    size = geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale))
+    return resize_antialiased(rgb, size) if job.resize == "bicubic" else resize_plain(rgb, size)
 
 
 def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
-    """The bytes that stand for pixels in the store: uint8 [n], JPEG or raw."""
+    """The bytes that stand for pixels of the stored size: uint8 [n], JPEG or raw."""
     if job.encoding == "raw":
         return pixels.reshape(-1)
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), job.quality, colorsubsampling="420")
@@ -87,10 +107,3 @@ def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], 
 def keypoints(job: Job, name: str, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Packed keypoints of a canonical frame, see kamim.detectors.detect_packed."""
     return detect_packed(name, frame, 1 / job.crop_scale[0])
-
-
-def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """To size (height, width): bilinear, antialias off, as the released code resizes."""
-    if pixels.shape[:2] == size:
-        return pixels
-    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)

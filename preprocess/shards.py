@@ -45,24 +45,20 @@ def run_shard(task: Task) -> dict[str, str]:
     rejects: list[Reject] = []
     for item in task.items:
         try:
-            rgb = pixels(task.read, item)
+            data = task.read(item)
+            rgb = decode(data)
         except (OSError, Undecodable) as error:
             name, reason = printable(item.key), unreadable(error)
             if task.strict:
                 raise ValueError(f"{name}: {reason} (--strict)") from error
             rejects.append((name, reason))
             continue
-        for component, rows in record(task.job, rgb, item.label, tuple(task.folders)).items():
+        for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders)).items():
             parts[component].append(rows)
     return {
         component: write_shard(folder, task.number, encode(join(component, parts[component]), rejects))
         for component, folder in task.folders.items()
     }
-
-
-def pixels(read: Read, item: Item) -> np.ndarray:
-    """The item's image, RGB uint8 [H, W, 3]. Raises OSError, or Undecodable."""
-    return decode(read(item))
 
 
 def unreadable(error: OSError | Undecodable) -> str:

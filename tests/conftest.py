@@ -82,7 +82,7 @@ class Inline(ThreadPoolExecutor):
 
 def plan_job(
     source: Path, backend: str = "zarr", *, shard_size: int = 5, detectors: tuple[str, ...] = ("fast",),
-    encoding: Encoding = "jpeg", quality: int = 90, resolution: int = 64,
+    encoding: Encoding | None = "jpeg", quality: int = 90, resolution: int = 64,
 ) -> tuple[Job, Source]:  # fmt: skip
     """The job that makes a small store of an image folder, and its listed source."""
     listed = list_source("imagefolder", source, "train")

@@ -11,13 +11,17 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from conftest import HAS_FFCV, make_store
+import torch
+from conftest import HAS_FFCV, make_store, plan_job
+from torchvision.transforms.v2 import functional as F
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, preprocess, startup, train
+from kamim.bench import evaluate, fidelity, loader, pixels, preprocess, startup, train
 from kamim.cli import app
 from kamim.models import MaskedImageModel
 from kamim.store import Store, ZarrImages
+from preprocess.decode import decode
+from preprocess.record import stored_image
 from preprocess.sources import list_source
 
 
@@ -25,12 +29,48 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
     """With the crop unmoved the floor is 1; cached keypoints lie between chance and it."""
     monkeypatch.setattr(fidelity, "_moved", lambda box, height, width: box)
     source = list_source("imagefolder", class_folder, "train")
-    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, 2, lambda done, total: None)
+    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, 2, lambda done, total: None)["keypoints"]
     assert {(row["detector"], row["footprint"]) for row in rows} == {("fast", "ring"), ("fast", "point")}
     for row in rows:
         assert row["weight_correlation_floor"] == pytest.approx(1)
         assert row["l1_of_normalised_weights_floor"] == pytest.approx(0)
+        low, high = row["share_of_floor_interval"]
+        assert low < row["share_of_floor"] < high
     assert 0.5 < rows[0]["weight_correlation"] < 1
+
+
+def test_an_interval_is_what_resampling_images_gives() -> None:
+    """Against np.corrcoef of resampled images, with the same draws."""
+    random = np.random.default_rng(3)
+    cached, online, moved = (random.random((3 * 40, 2, 2)) + np.arange(120)[:, None, None] / 60 for _ in range(3))
+    images = np.arange(120).reshape(40, 3)
+    shares = []
+    for draw in np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 1000):
+        chosen = np.repeat(images, draw, axis=0).ravel()
+        ours, floor = (np.corrcoef(w[chosen].ravel(), online[chosen].ravel())[0, 1] for w in (cached, moved))
+        shares.append(ours / floor)
+    expected = np.percentile(shares, (2.5, 97.5))
+    np.testing.assert_allclose(fidelity._share_interval(cached, online, moved, 3), expected)
+
+
+def test_pixels_are_compared_with_torchvisions(class_folder: Path) -> None:
+    """A whole image whose sides are even, so that the box lies between no two pixels."""
+    source = list_source("imagefolder", class_folder, "train")
+    job, _ = plan_job(class_folder, encoding="raw")
+    original = decode(source.read(source.items[0]))
+    image = pixels.StoredImage(job, original, original, 0, 2)
+    assert image.bytes == stored_image(job, original, original)[0].size
+    planes = torch.from_numpy(original).permute(2, 0, 1)
+    whole = (0.0, 0.0, *map(float, original.shape[:2]))
+    for antialias, made in ((True, pixels._antialiased), (False, pixels._plain)):
+        theirs = F.resize(planes, [64, 64], antialias=antialias).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(made(original, whole, 64) - theirs).max() <= 1
+    measured = pixels.compare_pixels(job, [image])
+    assert measured["psnr_antialiased"] > 30
+    assert measured["whole"]["psnr_antialiased"] > 30
+    assert 0.7 < measured["sharpness_antialiased"] < 1.3
+    assert pixels._psnr(original, original) > 60
+    assert pixels._psnr(np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)) == 0
 
 
 @pytest.mark.parametrize(

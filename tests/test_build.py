@@ -250,7 +250,7 @@ def test_a_folder_that_is_no_store_is_refused_and_left_alone(
         ({"resolution": 1025}, "--resolution 1025"),
         ({"quality": 0}, "--quality 0"),
         ({"quality": 101}, "--quality 101"),
-        ({"encoding": "raw", "resolution": 1024, "crop_scale": (0.2, 1.0)}, "--raw"),
+        ({"encoding": "raw", "resolution": 1024, "crop_scale": (0.2, 1.0)}, "--encoding raw"),
     ],
 )
 def test_wrong_parameters_are_named(wrong: dict[str, Any], named: str, folder: Path) -> None:

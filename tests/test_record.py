@@ -55,7 +55,7 @@ def test_a_record_is_whole_whatever_the_image(
     job = jobs[encoding]
     rgb = decode(file_of(height, width, seed, *form))
     assert rgb.shape == (height, width, 3)
-    made = record(job, rgb, 3, job.components)
+    made = record(job, rgb, rgb, 3, job.components)
     images = made["images"]
     size = images["size"][0]
     assert tuple(size) == geometry.stored_size(height, width, geometry.stored_area(32, (0.67, 1.0)))
@@ -77,7 +77,7 @@ def test_a_record_is_whole_whatever_the_image(
         assert ends[-1] == len(rows["positions"])
         for frame, positions in zip(frames, np.split(rows["positions"], ends[:-1]), strict=True):
             assert (positions <= 16 * frame[::-1].astype(int)).all()
-    again = record(job, rgb.copy(), 3, ("sift", "images"))  # in any company, in any order
+    again = record(job, rgb, rgb.copy(), 3, ("sift", "images"))  # in any company, in any order
     for component, rows in again.items():
         for name, array in rows.items():
             np.testing.assert_array_equal(array, made[component][name])
@@ -85,7 +85,8 @@ def test_a_record_is_whole_whatever_the_image(
 
 def test_rows_of_no_image_have_the_types_of_any(jobs: dict[str, Job]) -> None:
     job = jobs["jpeg"]
-    one = record(job, np.zeros((50, 60, 3), np.uint8), 1, job.components)
+    image = np.zeros((50, 60, 3), np.uint8)
+    one = record(job, image, image, 1, job.components)
     for component in job.components:
         none, two = join(component, []), join(component, [one[component]] * 2)
         for name, array in one[component].items():

@@ -23,6 +23,7 @@ from kamim import beton, geometry, paged, store
 from kamim.cli import app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.store import Store
+from preprocess.resize import resize_antialiased
 
 DETECTED = ("fast", "sift", "orb")
 STORED_AREA = 64**2 / 0.67
@@ -34,10 +35,10 @@ def source_pixels(folder: Path) -> list[np.ndarray]:
 
 
 def resized(pixels: np.ndarray, area: float) -> np.ndarray:
-    """About `area` px of the same shape, by OpenCV's bilinear resize."""
+    """About `area` px of the same shape, antialiased (tests/test_resize.py)."""
     scale = (area / (pixels.shape[0] * pixels.shape[1])) ** 0.5
     height, width = (round(side * scale) for side in pixels.shape[:2])
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return resize_antialiased(pixels, (height, width))
 
 
 def expected_image(pixels: np.ndarray) -> np.ndarray:

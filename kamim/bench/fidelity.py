@@ -1,8 +1,8 @@
-"""How well keypoints found once stand for keypoints found on every crop.
+"""How well keypoints found once stand for keypoints found on every crop, and stored pixels for the original ones.
 
-For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from the
-keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop
-moved by one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged.
+For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from
+the keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop
+moved by one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged. Pixels: see kamim.bench.pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ import torch
 
 from kamim import geometry
 from kamim import keypoints as kp
+from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
 from kamim.weighting import counts_to_weights
 from preprocess.decode import decode
-from preprocess.record import resize
+from preprocess.plan import make_job
+from preprocess.resize import resize_plain
 from preprocess.sources import Source
-
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,51 @@ class Setting:
 def fidelity(
     source: Source, detectors: Sequence[str], setting: Setting, images: int, crops: int,
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per (detector, footprint): correlations of W and density, L1 of W / mean W, means of W.
+) -> dict[str, Any]:  # fmt: skip
+    """keypoints: a row per (detector, footprint): correlations of W and density, L1 of W / mean W, means of W.
+    pixels: medians over the crops, and over the `whole` images, in dB (PSNR) and as ratios (sharpness).
 
-    Images are taken evenly through the source, `crops` random crops of each. Raises ValueError where it has fewer
-    than `images`.
+    Images are taken evenly through the source, `crops` random crops of each. An `_interval` holds 95 per cent of what
+    resampling the images gives. Raises ValueError if the source has fewer than `images`.
     """
     if images > len(source.items):
         raise ValueError(f"--images {images}: --source has {len(source.items)}")
     chosen = np.linspace(0, len(source.items) - 1, images).astype(int)
+    job = make_job(
+        "imagefolder", "train", source, detectors=detectors, images="zarr", resolution=setting.resolution,
+        crop_scale=setting.crop_scale,
+    )  # fmt: skip
     held: dict[str, list[int]] = {name: [] for name in detectors}
+    stored: list[StoredImage] = []
+    on_stored: dict[tuple[str, str], list[np.ndarray]] = {}
     maps: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for done, index in enumerate(chosen):
-        pixels = decode(source.read(source.items[index]))
+        data = source.read(source.items[index])
+        pixels = decode(data)
+        image = StoredImage(job, data, pixels, int(index), crops)
+        stored.append(image)
         frames = {name: _Found(pixels, name, setting) for name in detectors}
         for name in detectors:
             held[name].append(frames[name].bytes)
         for crop in range(crops):
             for key, counts in _counts(pixels, frames, crop, int(index), setting).items():
                 maps.setdefault(key, []).append(counts)
+            for name in detectors:
+                xy = detector(name).detect(image.crop(crop)).xy
+                for footprint in kp.FOOTPRINTS:
+                    on_stored.setdefault((name, footprint), []).append(_cells(xy, footprint, setting))
         progress(done + 1, images)
-    return [
+    rows = [
         {
             "detector": name,
             "footprint": footprint,
             "bytes_per_image": float(np.mean(held[name])),
-            **_compare(maps[name, footprint], setting),
+            **_compare(maps[name, footprint], crops, setting),
+            "mean_weight_online_on_stored": float(_weights(on_stored[name, footprint], setting).mean()),
         }
         for name, footprint in maps
     ]
+    return {"keypoints": rows, "pixels": compare_pixels(job, stored)}
 
 
 class _Found:
@@ -80,7 +96,7 @@ class _Found:
         sizes = geometry.canonical_frames(*pixels.shape[:2], setting.resolution, setting.crop_scale, count)
         self.frames = np.array(sizes)
         headroom = 1 / setting.crop_scale[0]
-        self._packed = [detect_packed(name, resize(pixels, size), headroom) for size in sizes]
+        self._packed = [detect_packed(name, resize_plain(pixels, size), headroom) for size in sizes]
         self.bytes = sum(positions.nbytes for positions, _ in self._packed)
         self._rules = detector(name).rules.arrays()
 
@@ -115,7 +131,7 @@ def _counts(
 def _crop(pixels: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
     """As the released code crops: bilinear, antialias off, straight from the full-size image, then flips."""
     top, left, height, width, flip_v, flip_h = view
-    crop = resize(pixels[top : top + height, left : left + width], (side, side))
+    crop = resize_plain(pixels[top : top + height, left : left + width], (side, side))
     crop = crop[::-1] if flip_v else crop
     return np.ascontiguousarray(crop[:, ::-1] if flip_h else crop)
 
@@ -137,12 +153,10 @@ def _cells(xy: np.ndarray, footprint: str, setting: Setting) -> np.ndarray:
     return kp.map_counts(bitmap, setting.patch_size)
 
 
-def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], setting: Setting) -> dict[str, float]:
+def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: int, setting: Setting) -> dict[str, Any]:
+    """maps: counts of every crop, those of one image one after the other."""
     counts = [np.stack(kind) for kind in zip(*maps, strict=True)]
-    cached, online, moved = (
-        counts_to_weights(torch.from_numpy(c), setting.patch_size, setting.temperature).numpy().astype(np.float64)
-        for c in counts
-    )
+    cached, online, moved = (_weights(of_kind, setting) for of_kind in counts)
 
     def correlation(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
@@ -157,6 +171,7 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], setting:
         "weight_correlation": of_w,
         "weight_correlation_floor": floor,
         "share_of_floor": of_w / floor,
+        "share_of_floor_interval": _share_interval(cached, online, moved, crops),
         "density_correlation": correlation(counts[0], counts[1]),
         "density_correlation_floor": correlation(counts[2], counts[1]),
         "l1_of_normalised_weights": normalised_l1(cached, online),
@@ -164,3 +179,30 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], setting:
         "mean_weight": float(cached.mean()),
         "mean_weight_online": float(online.mean()),
     }
+
+
+def _weights(counts: np.ndarray | Sequence[np.ndarray], setting: Setting) -> np.ndarray:
+    """W of many crops: float64 [crops, g, g]."""
+    weights = counts_to_weights(torch.from_numpy(np.stack(counts)), setting.patch_size, setting.temperature)
+    return weights.numpy().astype(np.float64)
+
+
+def _share_interval(cached: np.ndarray, online: np.ndarray, moved: np.ndarray, crops: int) -> list[float]:
+    """Where 95 per cent of the shares of the floor lie if images are drawn anew, with all their crops.
+
+    All of them float64 [images * crops, g, g]. A draw adds up the sums that its images' correlations are made of.
+    """
+
+    def sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """[images, 6]: how many cells, and their sums of 1, a, b, aa, bb and ab."""
+        a, b = (w.reshape(len(w) // crops, -1) for w in (a, b))
+        return np.stack([np.full(len(a), a.shape[1]), *(x.sum(1) for x in (a, b, a * a, b * b, a * b))], axis=1)
+
+    def correlation(totals: np.ndarray) -> np.ndarray:
+        n, a, b, aa, bb, ab = totals.T
+        return np.asarray((n * ab - a * b) / np.sqrt((n * aa - a * a) * (n * bb - b * b)))
+
+    images = len(cached) // crops
+    draws = np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), RESAMPLES)
+    shares = correlation(draws @ sums(cached, online)) / correlation(draws @ sums(moved, online))
+    return [float(bound) for bound in np.percentile(shares, INTERVAL)]

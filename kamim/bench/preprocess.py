@@ -28,7 +28,8 @@ from kamim.detectors import detector
 from kamim.store import Job
 from preprocess.decode import decode
 from preprocess.plan import make_job
-from preprocess.record import encoded, frame_sizes, keypoints, resize, stored_pixels
+from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels
+from preprocess.resize import resize_plain
 from preprocess.shards import Task, run_shard
 from preprocess.sources import Item, Read, Source
 
@@ -93,7 +94,9 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
         rgb = timed("decode", decode, data)
         stored = timed("resize", stored_pixels, job, rgb)
         sizes = {name: frame_sizes(job, name, rgb) for name in ("fast", *detectors)}
-        frames = {size: timed("resize", resize, rgb, size) for size in {size for of in sizes.values() for size in of}}
+        frames = {
+            size: timed("resize", resize_plain, rgb, size) for size in {size for of in sizes.values() for size in of}
+        }
         timed("encode", encoded, job, stored)
         for name in detectors:
             for size in sizes[name]:

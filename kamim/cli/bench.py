@@ -77,7 +77,7 @@ def bench_fidelity(
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
 ) -> None:
-    """How well stored keypoints stand for keypoints found on every crop."""
+    """How well a store's keypoints and pixels stand for those of crops of the originals."""
     from kamim.bench.fidelity import Setting, fidelity
     from preprocess.sources import list_source
 
@@ -87,14 +87,23 @@ def bench_fidelity(
         weighting_of(name, "ring", patch_size, temperature)
     setting = Setting(patch_size=patch_size, temperature=temperature, frames=frames)
     with bar("bench fidelity") as update:
-        rows = fidelity(list_source("imagefolder", source, "train"), names, setting, images, crops, update)
-    for row in rows:
+        result = fidelity(list_source("imagefolder", source, "train"), names, setting, images, crops, update)
+    for row in result["keypoints"]:
+        low, high = row["share_of_floor_interval"]
         out_console.print(
             f"{row['detector']:5} {row['footprint']:5} correlation of W {row['weight_correlation']:.3f}, floor "
-            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.4f}); mean W "
-            f"{row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}; {row['bytes_per_image']:,.0f} bytes"
+            f"{row['weight_correlation_floor']:.3f} (share {row['share_of_floor']:.4f}, 95 % {low:.4f} to {high:.4f}); "
+            f"mean W {row['mean_weight']:.2f}, online {row['mean_weight_online']:.2f}; "
+            f"{row['bytes_per_image']:,.0f} bytes"
         )
-    write_json(json_out, rows)
+    pixels = result["pixels"]
+    for name, of in (("crops", pixels), ("whole", pixels["whole"])):
+        out_console.print(
+            f"{name:5} against torchvision's of the originals: antialiased {of['psnr_antialiased']:.2f} dB, sharpness "
+            f"{of['sharpness_antialiased']:.2f}; not antialiased {of['psnr_plain']:.2f} dB, {of['sharpness_plain']:.2f}"
+        )
+    out_console.print(f"{pixels['bytes_per_image']:,.0f} bytes an image ({pixels['encoding']})")
+    write_json(json_out, result)
 
 
 @bench_app.command(name="eval")

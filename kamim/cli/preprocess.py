@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,8 +20,19 @@ def preprocess(
     download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100 into --source.")] = False,
     detectors: Annotated[str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to OUT's.")] = "fast",
     images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: OUT's, else ffcv where installed.")] = "auto",
-    raw: Annotated[
-        bool | None, typer.Option("--raw/--jpeg", help="Store pixels: 8 times the space. [default: OUT's, or --jpeg]")
+    images_as: Annotated[
+        str | None,
+        typer.Option(
+            help="resized: made small for the crops; original: files as they are, about 6 times the space. "
+            "[default: OUT's, or resized]"
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Of resized images: jpeg, or raw (pixels, 8 times the space). "
+            "[default: OUT's, or raw for images under 96 px, else jpeg]"
+        ),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. [default: OUT's, or 90]")] = None,
     resolution: Annotated[
@@ -57,7 +68,7 @@ def preprocess(
     listed = sources.list_source(dataset, source, split)
     job = make_job(
         dataset, split, listed, detectors=tuple(filter(None, map(str.strip, detectors.split(",")))), images=images,
-        encoding=None if raw is None else "raw" if raw else "jpeg", quality=quality, resolution=resolution,
+        encoding=_encoding(images_as, encoding), quality=quality, resolution=resolution,
         crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
     )  # fmt: skip
     if job.fingerprint == "content":
@@ -93,6 +104,21 @@ def preprocess(
     if not fresh:
         out_console.print(f"{out} is complete already")
     show_store(out)
+
+
+def _encoding(images_as: str | None, encoding: str | None) -> Literal["auto", "jpeg", "raw", "original"] | None:
+    """What --images-as and --encoding ask for together."""
+    if images_as not in (None, "resized", "original"):
+        raise ValueError(f"--images-as {images_as}: must be resized or original")
+    if encoding not in (None, "jpeg", "raw"):
+        raise ValueError(f"--encoding {encoding}: must be jpeg or raw")
+    if images_as == "original" and encoding is not None:
+        raise ValueError(
+            f"--encoding {encoding}: is for resized images; with --images-as original files stay as they are"
+        )
+    if images_as == "original":
+        return "original"
+    return encoding or (None if images_as is None else "auto")  # type: ignore[return-value]
 
 
 def _pair(text: str) -> tuple[float, float]:

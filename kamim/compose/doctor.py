@@ -11,7 +11,7 @@ import torch
 
 from kamim import distributed, loop, machine, pretrain
 from kamim.batch import Batch
-from kamim.compose.training import training_batches
+from kamim.compose.training import online_differs, training_batches
 from kamim.config import Pretrain
 from kamim.distributed import World
 from kamim.store import Store
@@ -35,7 +35,7 @@ def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
     opened = Store(store)
     manifest = opened.manifest
     job = manifest.job
-    encoding = f"JPEG q{job.quality}" if job.encoding == "jpeg" else "raw"
+    encoding = {"jpeg": f"JPEG q{job.quality}", "raw": "raw", "original": "original files"}[job.encoding]
     say(
         f"{'store':14} {store}: {manifest.count:,} images of {len(manifest.classes):,} classes, {encoding} "
         f"({job.images}), for {job.resolution} px; keypoints: {', '.join(opened.detectors) or 'none'}; "
@@ -65,6 +65,8 @@ def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
     """Measures loader and model, and says which one the other waits for, and what helps."""
     world = distributed.start(config.compute.device)
     _, batches = training_batches(config, opened, world)
+    if line := online_differs(config, opened):
+        say(f"{'note':14} {line}")
     first = next(iter(batches(0, 1)))
     loader = _loader_rate(batches)
     model = _model_rate(config, first, world)
@@ -145,5 +147,7 @@ def _for_the_loader(config: Pretrain, opened: Store, model: float, each: float) 
         yield f"{needed} cores would do, if they scale; this machine has {cores}"
     if config.weighting is not None and config.weighting.keypoints == "online":
         yield "weighting.keypoints=store: keypoints are found on every crop now"
+    if opened.manifest.job.encoding == "original":
+        yield "kamim preprocess --images-as resized: images that crops need no larger decode several times as fast"
     if opened.manifest.job.encoding == "jpeg":
         yield "kamim preprocess --encoding raw: several times as fast and about eight times as large"

@@ -55,6 +55,8 @@ def _checked(config: Pretrain, world: World) -> tuple[Plan, Batches, Observe]:
     plan, batches = training_batches(config, store, world)
     config.optim.schedule(plan.steps_per_epoch)
     autocast(config.compute, world.device)
+    if world.is_main and (line := online_differs(config, store)):
+        metrics.log.warning(line)
     return plan, batches, _observers(config, store, plan.steps_per_epoch, world)
 
 
@@ -92,6 +94,18 @@ def training_batches(config: Pretrain, store: Store, world: World) -> tuple[Plan
         workers=data.workers, on_error=data.on_error, pin=world.device.type == "cuda",
     )  # fmt: skip
     return plan, lambda first, stop: feed(loader.steps(first, stop), world.device)
+
+
+def online_differs(config: Pretrain, store: Store) -> str:
+    """What to know of a run that detects keypoints online on images that are not the originals, else ''."""
+    online = config.weighting is not None and config.weighting.keypoints == "online"
+    if not online or store.manifest.job.encoding == "original":
+        return ""
+    return (
+        f"weighting.keypoints = online: {store.path} holds resized images, on which detectors find other "
+        "keypoints than on the originals (docs/fidelity.md); the released code's way needs a store of "
+        "`kamim preprocess --images-as original`"
+    )
 
 
 def _observers(config: Pretrain, store: Store, steps_per_epoch: int, world: World) -> Observe:
@@ -154,7 +168,8 @@ def _probe(
 
 def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
     """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
-    if store.manifest.stored_area < 0.99 * resolution**2 / smallest_crop:
+    area = store.manifest.stored_area
+    if area is not None and area < 0.99 * resolution**2 / smallest_crop:
         raise ValueError(
             f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
             f"{resolution} px; preprocess with --resolution {resolution}"

@@ -1,0 +1,112 @@
+"""How well stored pixels stand for the originals': crops and whole images, beside torchvision's of the original.
+
+torchvision resizes the same part of the original, bilinearly, with antialiasing and without. PSNR is over RGB; sharpness is
+the ratio of the variances of the grey images' Laplacians, ours over torchvision's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import grid_sample
+
+from kamim import geometry
+from kamim.store import Job
+from pipelines.crop import crop_resize
+from preprocess.decode import decode
+from preprocess.record import stored_image
+
+SEED = 0
+RESAMPLES = 1000  # of the images, for intervals
+INTERVAL = (2.5, 97.5)  # per cent
+PIXELS = ("psnr_antialiased", "psnr_plain", "sharpness_antialiased", "sharpness_plain")
+
+
+class StoredImage:
+    """An image as a store of `job` holds it, and random crops of it as the loader takes them, but for flips."""
+
+    def __init__(self, job: Job, data: bytes | np.ndarray, original: np.ndarray, index: int, crops: int):
+        encoded, (height, width) = stored_image(job, data, original)
+        sizes = np.array([[height, width]])
+        self.bytes = len(encoded)
+        self._pixels = encoded.reshape(height, width, 3) if job.encoding == "raw" else decode(encoded.tobytes())
+        self._side = job.resolution
+        self._views = [
+            geometry.crop_views(sizes, job.crop_scale, geometry.CROP_RATIO, False, SEED, epoch, np.array([index]))[0]
+            for epoch in range(crops)
+        ]
+        (whole,) = geometry.whole_views(sizes)
+        self.of_crops = np.array([self._compared(original, view) for view in self._views])  # [crops, 4], as PIXELS
+        self.of_whole = np.array([self._compared(original, whole)])  # [1, 4]
+
+    def crop(self, number: int) -> np.ndarray:
+        """A crop: uint8 [R, R, 3]."""
+        return self._seen(self._views[number])
+
+    def _seen(self, view: np.ndarray) -> np.ndarray:
+        seen = np.empty((self._side, self._side, 3), np.uint8)
+        crop_resize(np.ascontiguousarray(self._pixels), np.array([*view[:4], 0, 0]), seen)
+        return seen
+
+    def _compared(self, original: np.ndarray, view: np.ndarray) -> tuple[float, ...]:
+        """PIXELS of one view of the stored image."""
+        ours, scale = self._seen(view), np.array(original.shape[:2]) / self._pixels.shape[:2]
+        box = tuple((view[:4].reshape(2, 2) * scale).ravel())
+        theirs = _antialiased(original, box, self._side), _plain(original, box, self._side)
+        return *(_psnr(ours, their) for their in theirs), *(_sharpness(ours) / _sharpness(their) for their in theirs)
+
+
+def compare_pixels(job: Job, stored: Sequence[StoredImage]) -> dict[str, Any]:
+    """Medians of PIXELS over all crops, with intervals, and the same of `whole` images."""
+    return {
+        "encoding": job.encoding,
+        "bytes_per_image": float(np.mean([image.bytes for image in stored])),
+        **_medians(np.stack([image.of_crops for image in stored])),
+        "whole": _medians(np.stack([image.of_whole for image in stored])),
+    }
+
+
+def _antialiased(pixels: np.ndarray, box: tuple[float, ...], side: int) -> np.ndarray:
+    """A box (top, left, height, width, in px) resized as torchvision resizes Pillow's images: uint8 [side, side, 3]."""
+    top, left, height, width = box
+    edges = (left, top, min(left + width, pixels.shape[1]), min(top + height, pixels.shape[0]))
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR, box=edges))
+
+
+def _plain(pixels: np.ndarray, box: tuple[float, ...], side: int) -> np.ndarray:
+    """A box (top, left, height, width, in px) resized bilinearly without antialiasing: uint8 [side, side, 3]."""
+    top, left, height, width = box
+    steps = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    y, x = (2 * (start + length * steps) / whole - 1
+            for start, length, whole in zip((top, left), (height, width), pixels.shape[:2], strict=True))  # fmt: skip
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).double()
+    sampled = grid_sample(planes[None], grid[None], padding_mode="border", align_corners=False)[0]
+    return sampled.round().permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB; of equal images as if one value were off by half a grey level."""
+    squared = float(((a.astype(np.float64) - b) ** 2).mean())
+    return float(10 * np.log10(255**2 / max(squared, 0.25 / a.size)))
+
+
+def _sharpness(image: np.ndarray) -> float:
+    """Variance of the Laplacian of the grey image; a little more than 0 for a flat one, so that ratios exist."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return float(cv2.Laplacian(grey, cv2.CV_32F).var()) + 1e-6
+
+
+def _medians(values: np.ndarray) -> dict[str, Any]:
+    """values: [images, crops, 4], as PIXELS."""
+    random = np.random.default_rng(SEED)
+    draws = [values[random.integers(len(values), size=len(values))] for _ in range(RESAMPLES)]
+    bounds = np.percentile([np.median(drawn, axis=(0, 1)) for drawn in draws], INTERVAL, axis=0).T
+    medians = np.median(values, axis=(0, 1))
+    of_each = zip(PIXELS, medians.tolist(), bounds.tolist(), strict=True)
+    return {
+        key: value for name, median, bound in of_each for key, value in ((name, median), (f"{name}_interval", bound))
+    }

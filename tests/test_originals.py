@@ -1,0 +1,191 @@
+"""Stores of the originals' own bytes, raw stores of small images, and stores of the schema before both."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import BACKENDS, make_store, plan_job
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+from kamim import store as stores
+from kamim.cli import app
+from kamim.compose.training import check_area, online_differs
+from kamim.config import Pretrain, Weighting
+from kamim.store import Store
+from pipelines.loader import Crop, Loader
+from pipelines.plan import Plan
+from preprocess.build import build
+from preprocess.decode import decode
+from preprocess.plan import make_job
+from preprocess.sources import list_source
+from preprocess.verify import problems
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photograph as JPEG, progressive JPEG, CMYK JPEG, PNG with alpha, and one that is very wide."""
+    root = tmp_path_factory.mktemp("mixed") / "class"
+    root.mkdir()
+    photo = Image.fromarray(data.coffee())
+    photo.save(root / "0.jpg", quality=83)
+    photo.save(root / "1.jpg", quality=60, progressive=True)
+    photo.convert("CMYK").save(root / "2.jpg")
+    photo.convert("RGBA").save(root / "3.png")
+    Image.fromarray(np.tile(data.coffee()[:8], (1, 100, 1))[:, :60_000]).save(root / "4.jpg")
+    return root.parent
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_originals_keep_their_bytes_and_sizes(mixed: Path, backend: str, tmp_path: Path) -> None:
+    made = Store(make_store(mixed, tmp_path / "out", backend, encoding="original"))
+    files = sorted((mixed / "class").iterdir())
+    assert made.manifest.stored_area is None
+    assert made.images.sizes.tolist() == [[400, 600]] * 4 + [[8, 60_000]]
+    for index in (0, 1, 4):
+        assert made.images.data(index).tobytes() == files[index].read_bytes()
+    for index in (2, 3):  # as JPEG of high quality
+        difference = decode(made.images.data(index).tobytes()).astype(float) - decode(files[index].read_bytes())
+        assert np.abs(difference).mean() < 2
+    assert problems(made.path, deep=True) == []
+    check_area(made, 1024, 0.2)  # whatever the resolution
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_larger_than_a_page_get_larger_pages(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source/class").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    for name in "ab":
+        Image.fromarray(noise).save(tmp_path / f"source/class/{name}.jpg", quality=100, subsampling=0)
+    monkeypatch.setattr("kamim.beton.PAGE_SIZE", 1 << 16)
+    made = Store(make_store(tmp_path / "source", tmp_path / "out", backend, encoding="original"))
+    content = (tmp_path / "source/class/a.jpg").read_bytes()
+    assert len(content) > 1 << 16
+    assert [made.images.data(i).tobytes() for i in (0, 1)] == [content] * 2
+
+
+def test_crops_of_originals_are_the_released_codes(mixed: Path, tmp_path: Path) -> None:
+    """Bilinear without antialiasing, straight from the full-size pixels."""
+    made = Store(make_store(mixed, tmp_path / "out", encoding="original"))
+    batch = next(iter(Loader(made, Plan(5, 5, 5, 0, shuffle=False), 64).steps(0, 1)))
+    whole = simplejpeg.decode_jpeg((mixed / "class/0.jpg").read_bytes())
+    expected = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_LINEAR).astype(int)
+    assert np.abs(batch.images[0].numpy() - expected).max() <= 1
+    for crops in Loader(made, Plan(5, 5, 5, 0), 64, crop=Crop()).steps(0, 3):
+        assert crops.images.float().std() > 10
+
+
+def test_another_resolution_keeps_originals(mixed: Path, tmp_path: Path) -> None:
+    made = Store(make_store(mixed, tmp_path / "out", encoding="original", resolution=64))
+    before = (made.path / "images.zarr/data/c/0").stat().st_ino
+    make_store(mixed, tmp_path / "out", encoding="original", resolution=96)
+    after = Store(tmp_path / "out")
+    assert after.manifest.job.resolution == 96
+    assert (after.path / "images.zarr/data/c/0").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "encoding"), [((32, 32), "raw"), ((64, 40), "raw"), ((95, 95), "jpeg"), ((96, 20), "jpeg")]
+)
+def test_small_images_are_raw_by_default(shape: tuple[int, int], encoding: str, tmp_path: Path) -> None:
+    """Below 96 px and not made smaller: 64 px crops need (64^2 / 0.67) px."""
+    folder = tmp_path / "source/class"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(data.coffee()[i : i + shape[0], : shape[1]]).save(folder / f"{i}.png")
+    (folder / "9.png").write_bytes(b"not an image")
+    job, _ = plan_job(tmp_path / "source", encoding=None)
+    assert job.encoding == encoding
+
+
+def test_a_store_keeps_its_encoding_where_none_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    make_store(folder, tmp_path / "out", encoding="original")
+    listed = list_source("imagefolder", folder, "train")
+    kept = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out")
+    asked = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out", encoding="auto")
+    assert (kept.encoding, asked.encoding) == ("original", "jpeg")
+
+
+def downgraded(path: Path) -> Path:
+    """The store as schema version 3 wrote it: images resized without antialiasing, which it does not say."""
+    fields = json.loads((path / stores.MANIFEST).read_bytes())
+    fields["schema_version"] = 3
+    del fields["job"]["resize"]
+    stores.seal(path, json.dumps(fields).encode())
+    return path
+
+
+def test_a_store_of_schema_3_is_read_and_extended_as_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("preprocess.plan").plan.DEFAULTS, "resize", "bilinear")
+        old = downgraded(make_store(folder, tmp_path / "out"))
+    opened = Store(old)
+    assert opened.manifest.job.resize == "bilinear"
+    images = [opened.images.data(i).tobytes() for i in range(len(opened))]
+    assert problems(old, deep=True) == []
+    listed = list_source("imagefolder", folder, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.plan.SHARD_SIZE", 5)
+        job = make_job("imagefolder", "train", listed, detectors=("sift",), out=old)
+    build(job, listed, old, workers=1, strict=True, progress=lambda done, total: None)
+    extended = Store(old)
+    assert extended.manifest.schema_version == stores.SCHEMA_VERSION
+    assert extended.manifest.job.resize == "bilinear"
+    assert extended.detectors == ("fast", "sift")
+    assert [extended.images.data(i).tobytes() for i in range(len(extended))] == images
+
+
+def test_another_schema_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    path = downgraded(make_store(folder, tmp_path / "out"))
+    fields = json.loads((path / stores.MANIFEST).read_bytes()) | {"schema_version": 2}
+    stores.seal(path, json.dumps(fields).encode())
+    with pytest.raises(ValueError, match="schema version 2, this kamim reads 3 and 4"):
+        Store(path)
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "raw", "original"])
+def test_online_keypoints_are_the_released_codes_on_originals_alone(
+    folder: Path, tmp_path: Path, encoding: str
+) -> None:
+    made = Store(make_store(folder, tmp_path / "out", encoding=encoding))
+    weighting = Weighting(keypoints="online")
+    config = Pretrain.model_validate({"data": {"store": made.path}, "out": tmp_path, "weighting": weighting})
+    assert bool(online_differs(config, made)) == (encoding != "original")
+    assert not online_differs(config.model_copy(update={"weighting": Weighting()}), made)
+    assert not online_differs(config.model_copy(update={"weighting": None}), made)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--images-as", "files"], "--images-as files: must be resized or original"),
+        (["--encoding", "png"], "--encoding png: must be jpeg or raw"),
+        (["--images-as", "original", "--encoding", "raw"], "--encoding raw: is for resized images"),
+    ],
+)
+def test_what_cannot_be_stored_is_said_in_one_line(folder: Path, tmp_path: Path, options: list[str], line: str) -> None:
+    given = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 1
+    assert line in result.output
+
+
+def test_the_store_resizes_with_antialiasing(tmp_path: Path) -> None:
+    """A checkerboard of single pixels becomes grey; without antialiasing it stays black and white."""
+    board = (np.indices((400, 400)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    (tmp_path / "source/class").mkdir(parents=True)
+    Image.fromarray(np.repeat(board[..., None], 3, axis=2)).save(tmp_path / "source/class/0.png")
+    made = Store(make_store(tmp_path / "source", tmp_path / "out", encoding="raw"))
+    height, width = made.images.sizes[0]
+    pixels = made.images.data(0).reshape(height, width, 3)
+    assert height < 100
+    assert pixels.astype(float).std() < 8
+    assert abs(pixels.astype(float).mean() - 127.5) < 1

@@ -20,7 +20,7 @@ KERNELS = {  # and what each may know
     "kamim.weighting": set(),
     "kamim.batch": set(),
     "kamim.paged": set(),
-    "kamim.beton": set(),
+    "kamim.beton": {"kamim.paged"},
     "kamim.store": {"kamim.beton", "kamim.paged", "kamim.keypoints"},
 }
 

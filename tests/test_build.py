@@ -417,7 +417,7 @@ SHAPES = [(1, 1), (3, 5), (1, 30_000), (30_000, 1), (2, 70_000), (70_000, 2), (4
 def test_images_of_any_shape_are_stored(resolution: int, shape: tuple[int, int], folder: Path) -> None:
     job, _ = plan_job(folder, detectors=("fast", "sift", "orb"), resolution=resolution)
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    made = record(job, pixels, 7, job.components)
+    made = record(job, pixels, pixels, 7, job.components)
     images = made.pop("images")
     assert images["label"].tolist() == [7]
     assert images["length"].tolist() == [len(images["data"])]

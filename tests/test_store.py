@@ -312,7 +312,7 @@ def test_what_is_not_a_store_is_said_in_one_line(copy: Path, tmp_path: Path) -> 
 
     original = (copy / "manifest.json").read_text()
     manifest_edit(copy, lambda fields: fields.update(schema_version=99))
-    assert "schema version 99, this kamim reads 3; preprocess it again" in said()
+    assert "schema version 99, this kamim reads 3 and 4; preprocess it again" in said()
     manifest_edit(copy, lambda fields: fields.pop("schema_version"))
     assert "not a manifest" in said()
     (copy / "manifest.json").write_text(original.replace('"count": 12', '"count": "many"'))

@@ -1,8 +1,9 @@
 """How well keypoints found once stand for keypoints found on every crop, and stored pixels for the original ones.
 
-For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from
-the keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop
-moved by one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged. Pixels: see kamim.bench.pixels.
+For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from the
+keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop moved by
+one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged. Pixels: see
+kamim.bench.pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,7 @@ def fidelity(
             "footprint": footprint,
             "bytes_per_image": float(np.mean(held[name])),
             **_compare(maps[name, footprint], crops, setting),
-            "mean_weight_online_on_stored": float(_weights(on_stored[name, footprint], setting).mean()),
+            "mean_weight_online_on_stored": float(_weights(np.stack(on_stored[name, footprint]), setting).mean()),
         }
         for name, footprint in maps
     ]
@@ -181,9 +182,9 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: i
     }
 
 
-def _weights(counts: np.ndarray | Sequence[np.ndarray], setting: Setting) -> np.ndarray:
-    """W of many crops: float64 [crops, g, g]."""
-    weights = counts_to_weights(torch.from_numpy(np.stack(counts)), setting.patch_size, setting.temperature)
+def _weights(counts: np.ndarray, setting: Setting) -> np.ndarray:
+    """W of many crops: float64 [crops, g, g], of counts int16 [crops, g, g]."""
+    weights = counts_to_weights(torch.from_numpy(counts), setting.patch_size, setting.temperature)
     return weights.numpy().astype(np.float64)
 
 

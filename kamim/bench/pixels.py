@@ -1,7 +1,7 @@
 """How well stored pixels stand for the originals': crops and whole images, beside torchvision's of the original.
 
-torchvision resizes the same part of the original, bilinearly, with antialiasing and without. PSNR is over RGB; sharpness is
-the ratio of the variances of the grey images' Laplacians, ours over torchvision's.
+torchvision resizes the same part of the original, bilinearly, with antialiasing and without. PSNR is over RGB;
+sharpness is the ratio of the variances of the grey images' Laplacians, ours over torchvision's.
 """
 
 from collections.abc import Sequence

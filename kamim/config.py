@@ -118,7 +118,8 @@ class Mask(Section):
 
 
 class Weighting(Section):
-    """Eq. 2. patch_size is w_ps in px, temperature is T; keypoints come from the store or are found online.
+    """Eq. 2. patch_size is w_ps in px, temperature is T; keypoints come from the store or are found online,
+    which is the released code's way on a store of originals alone.
 
     normalize: W is divided by its mean over the image, so that T does not scale the loss; the paper does not.
     """

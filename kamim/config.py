@@ -69,7 +69,9 @@ class Section(pydantic.BaseModel):
 
 
 class Model(Section):
-    """name: a key of kamim.models.ARCHITECTURES. drop_path: stochastic depth rate of the last block."""
+    """name: a key of kamim.models.ARCHITECTURES. drop_path: stochastic depth rate of the last block; the released code
+    has none, for a Swin as for a ViT.
+    """
 
     name: str = "vit_base"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -356,12 +358,13 @@ class Linprobe(Section):
 
 
 class Finetune(Section):
-    """Everything trains: the released code's recipe. layer_decay: of the learning rate, per block from the end.
+    """Everything trains: the released code's recipe. drop_path: as in Model. layer_decay: of the learning rate, per
+    block from the end.
 
     ema: decay of a moving average of the weights, which is then what is measured.
     """
 
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     layer_decay: Fraction | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     optim: FinetuneOptim = FinetuneOptim()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kamim.checkpoint import Checkpoint
 from kamim.config import Evaluation, Pretrain, dump, load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,6 +107,21 @@ def test_pretraining_presets(file: Path) -> None:
     optim = made.optim
     assert (optim.lr, optim.weight_decay, optim.batch_size, optim.epochs) == (8e-4, 0.05, 2048, 100)
     assert (made.data.resolution, made.mask.patch_size, made.mask.ratio) == (192, 32, 0.6)
+    assert made.model.drop_path == 0  # the released code's drop_path_rate, for its Swins too
+
+
+def test_fine_tuning_has_no_stochastic_depth_as_the_released_codes() -> None:
+    assert load(Evaluation, None, NEEDED_TO_EVALUATE).finetune.drop_path == 0
+    assert load(Evaluation, CONFIGS / "eval/finetune.yaml", NEEDED_TO_EVALUATE).finetune.drop_path == 0
+
+
+def test_a_checkpoint_states_its_own_stochastic_depth(tmp_path: Path) -> None:
+    """Swins were once trained with 0.1, and go on so."""
+    made = load(Pretrain, CONFIGS / "pretrain/swin_tiny_kamim.yaml", ["model.drop_path=0.1"])
+    (tmp_path / "config.yaml").write_text(dump(made))
+    assert load(Pretrain, tmp_path / "config.yaml").model.drop_path == 0.1
+    checkpoint = Checkpoint(tmp_path, "pretrain", 1, made.model_dump(mode="json"), True, "")
+    assert checkpoint.config.model.drop_path == 0.1
 
 
 def test_the_released_codes_preset_is_the_papers_and_ten_epochs_at_the_floor() -> None:

@@ -209,7 +209,8 @@ class PretrainOptim(Optim):
 
 class ClassifierOptim(Optim):
     """Optim, with the evaluation's defaults. algorithm: sgd and lars have momentum 0.9; lars is MAE's, which neither
-    adapts the rate of vectors (biases, norms) nor decays them.
+    adapts the rate of vectors (biases, norms) nor decays them. clip_grad: where it is not given, paper's protocol and
+    fine-tuning clip as the released code, a Swin's gradients at 1.0 and a ViT's not at all.
     """
 
     algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -312,16 +313,16 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     "mae": {
         "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop", "init_std": 0.01,
         "optim": {
-            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "batch_size": 16384, "micro_batch": 2048,
-            "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
+            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "clip_grad": None, "batch_size": 16384,
+            "micro_batch": 2048, "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
         },
     },
     # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
     "dinov2": {
         "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop", "init_std": 0.01,
         "optim": {
-            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "batch_size": 1024, "micro_batch": 1024,
-            "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
+            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "clip_grad": None, "batch_size": 1024,
+            "micro_batch": 1024, "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
         },
     },
 })  # fmt: skip

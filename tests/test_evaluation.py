@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from kamim import checkpoint
 from kamim.batch import Batch, normalise
 from kamim.cli import app
-from kamim.compose.checkpoints import load_subject
+from kamim.compose.checkpoints import load_subject, subject_to_be
 from kamim.compose.evaluation import run_evaluation
-from kamim.compose.modes import make_optimizer
+from kamim.compose.modes import TASKS, make_optimizer
+from kamim.compose.setting import Samples, Setting
 from kamim.compose.training import run_pretrain
 from kamim.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
 from kamim.distributed import World
@@ -322,6 +323,34 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
         run(evaluation("", stores["zarr"], "batch_size=9", **two), "knn")
     with pytest.raises(ValueError, match=r"\(options.temperature 0.07 there, 0.1 asked for\)"):
         run(evaluation("", stores["zarr"], "knn.temperature=0.1", **two), "knn")
+
+
+def test_results_of_earlier_versions_are_found(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    """They say less of how their checkpoint was pretrained; its checksum says that it is the same."""
+    config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
+    (new,) = run(config, "knn")
+    old = {**new, "pretraining": {"method": "kamim", "dataset": "imagefolder", "epochs": 1, "complete": True}}
+    (tmp_path / "out/run/knn/result.json").write_text(json.dumps(old))
+    (tmp_path / "out/run/knn/settings.json").write_text(json.dumps({k: v for k, v in old.items() if k != "k"}))
+    assert run(config, "knn") == [old]
+    assert "kamim on imagefolder, 1 epochs" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "clip_grad"), [("vit_tiny", None), ("swin_tiny", 1.0)])
+def test_gradients_are_clipped_as_the_released_code_does(
+    name: str, clip_grad: float | None, stores: dict[str, Path]
+) -> None:
+    subject = subject_to_be("x", load(Pretrain, None, ["data.store=s", "out=o", f"model.name={name}"]))
+    store = Store(stores["zarr"])
+    samples = Samples(store, np.arange(len(store)), store.manifest.classes)
+    for mode in ("linprobe", "finetune"):
+        for given, expected in (((), clip_grad), ((f"{mode}.optim.clip_grad=null",), None)):
+            config = evaluation("x", stores["zarr"], *given)
+            made = TASKS[mode](Setting(config, WORLD, samples, samples), subject)
+            assert made.settings["options"]["optim"]["clip_grad"] == expected
+    config = evaluation("x", stores["zarr"], "linprobe.protocol=dinov2", "linprobe.pooling=mean")
+    made = TASKS["linprobe"](Setting(config, WORLD, samples, samples), subject)
+    assert made.settings["options"]["optim"]["clip_grad"] is None
 
 
 def test_a_few_samples_of_each_class(stores: dict[str, Path], pretrained: Path) -> None:

@@ -74,7 +74,7 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
             "pretraining": {
                 **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
-                "dataset": "imagenet", "complete": True, "resolution": 192,
+                "dataset": "imagenet", "samples": 1_281_167, "images": "jpeg", "complete": True,
             },
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip

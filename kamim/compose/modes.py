@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -16,9 +17,9 @@ from kamim.batch import Batch, denormalise, normalise
 from kamim.checkpoint import Keep
 from kamim.compose.checkpoints import Subject
 from kamim.compose.setting import Samples, Setting, Task, features_of, labelled, task
-from kamim.config import ClassifierOptim
+from kamim.config import ClassifierOptim, Finetune, Linprobe
 from kamim.distributed import World
-from kamim.evaluation import classify, finetune, probe
+from kamim.evaluation import classify, finetune, paper, probe
 from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
 from kamim.evaluation.reconstruct import CONVENTIONS
@@ -36,7 +37,7 @@ CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MA
 
 def linprobe_task(setting: Setting, subject: Subject) -> Task:
     """One linear layer on a frozen encoder."""
-    config, options, samples = setting.config, setting.config.linprobe, labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.linprobe, subject), labelled(setting)
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
     _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
@@ -67,7 +68,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
 
 def finetune_task(setting: Setting, subject: Subject) -> Task:
     """Everything trains."""
-    config, options, samples = setting.config, setting.config.finetune, labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.finetune, subject), labelled(setting)
     if isinstance(subject.encoder, Pixels):
         raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
@@ -210,6 +211,17 @@ def _training(
         return normalise(batch.images), one_hot(batch.labels, classes).float()
 
     return setting.batches(samples, resolution, plan, crop=CROP), unmixed
+
+
+O = TypeVar("O", Linprobe, Finetune)
+
+
+def _clipped(options: O, subject: Subject) -> O:
+    """The options, with the released code's clip_grad for the subject's architecture where none is given."""
+    if "clip_grad" in options.optim.model_fields_set:
+        return options
+    clip_grad = paper.CLIP_GRAD["swin" if isinstance(subject.encoder, SwinTransformer) else "vit"]
+    return options.model_copy(update={"optim": options.optim.model_copy(update={"clip_grad": clip_grad})})
 
 
 def _check_size(key: str, size: int, samples: Samples) -> None:

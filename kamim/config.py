@@ -240,7 +240,8 @@ class SweepOptim(Optim):
 
 class Compute(Section):
     """device: auto is cuda where there is one. precision: bf16 is autocast (weights and Eq. 1 to 3 stay fp32);
-    auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower. compile: torch.compile; auto: on cuda.
+    auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower; `kamim eval` validates and reconstructs in fp32
+    whatever is said. compile: torch.compile; auto: on cuda.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"

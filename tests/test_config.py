@@ -174,6 +174,17 @@ def test_the_papers_evaluation_is_the_default(mode: str) -> None:
     assert (optim.lr, optim.min_lr, optim.clip_grad, optim.batch_size) == (5e-3, 2.5e-6, None, 2048)
 
 
+@pytest.mark.parametrize("mode", ["linprobe", "finetune"])
+def test_the_released_codes_evaluation_is_the_papers_and_ten_epochs_at_the_floor(mode: str) -> None:
+    paper, code = (
+        getattr(load(Evaluation, CONFIGS / f"eval/{name}.yaml", NEEDED_TO_EVALUATE), mode)
+        for name in (mode, "released_code")
+    )
+    assert code.optim.schedule(625) == (68750, 6250, 62500)
+    same = code.optim.model_copy(update={"epochs": 100, "cosine_epochs": None})
+    assert code.model_copy(update={"optim": same}) == paper
+
+
 def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
     made = load(Evaluation, CONFIGS / "eval/mae.yaml", [*NEEDED_TO_EVALUATE, "linprobe.optim.lr=1"]).linprobe
     assert (made.block, made.norm, made.augment) == ("last", "batch", "crop")

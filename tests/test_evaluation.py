@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import build_store
 from PIL import Image
+from timm.layers import Attention
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -73,7 +74,7 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
     assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
-    return classify.accuracy(head, frozen, val, Compute(), WORLD)
+    return classify.accuracy(head, frozen, val, WORLD)
 
 
 @pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])
@@ -244,6 +245,25 @@ def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained:
     assert more["paper"] != result["paper"]
     with pytest.raises(ValueError, match="has no head trained to reconstruct pixels"):
         run(evaluation(f"pixels:{pretrained}", stores["zarr"]), "reconstruct")
+
+
+@pytest.mark.parametrize("mode", ["linprobe", "finetune", "reconstruct"])
+def test_training_is_bf16_and_validation_fp32(
+    mode: str, stores: dict[str, Path], pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the released code: of the encoder, frozen or not."""
+    found: list[bool] = []
+    forward = Attention.forward
+
+    def spied(self: Attention, *given: Any, **named: Any) -> Tensor:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(Attention, "forward", spied)
+    run(evaluation(pretrained, stores["zarr"], "compute.precision=bf16"), mode)
+    validation = found[-6 * 3 :]  # 6 blocks, 24 images in batches of 10
+    assert not any(validation)
+    assert any(found) == (mode != "reconstruct")
 
 
 def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:

@@ -123,8 +123,8 @@ OTHER_RUNS = {  # every key that shapes a run, and another value than the paper'
     "weighting.keypoints": "online", "weighting.normalize": "true", "optim.lr": "1e-4", "optim.weight_decay": "0.1",
     "optim.betas": "[0.9, 0.95]", "optim.clip_grad": "5.0", "optim.batch_size": "4096", "optim.epochs": "200",
     "optim.warmup_epochs": "5", "optim.cosine_epochs": "90", "optim.warmup_lr": "0", "optim.min_lr": "0",
-    "optim.duration": "62500 steps", "optim.warmup": "1 epochs", "optim.cosine": "50 epochs", "optim.decay_all": "false",
-    "norm_pix_loss": "true", "init_from": "x.pth",
+    "optim.duration": "62500 steps", "optim.warmup": "1 epochs", "optim.cosine": "50 epochs",
+    "optim.decay_all": "false", "norm_pix_loss": "true", "init_from": "x.pth",
 }  # fmt: skip
 ELSEWHERE = {"data.store", "model.name", "seed", "data.drop_last"}  # compared by other means, or free
 

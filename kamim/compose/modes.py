@@ -24,7 +24,7 @@ from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.sweep import best, sweep
-from kamim.loop import Batches, Progress, Run, autocast, should_compile, train
+from kamim.loop import Batches, Progress, Run, should_compile, train
 from kamim.masking import block_masks
 from kamim.models import build_encoder, expand_mask
 from pipelines.augment import Augment, mixed_batch
@@ -156,7 +156,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         """Reconstructions [B, 3, R, R], and which of their pixels are masked, bool [B, R, R]."""
         device = setting.world.device
         mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(device)
-        with torch.no_grad(), autocast(setting.config.compute, device):
+        with torch.no_grad():  # fp32, as the released code's notebook
             return model(normalise(batch.images), mask), expand_mask(mask, subject.resolution)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
                     folder / SHOWN,
                     originals=batch.images.cpu(),
                     masks=masked.cpu(),
-                    made=denormalise(made.float()).cpu(),
+                    made=denormalise(made).cpu(),
                 )
         return found
 
@@ -268,7 +268,7 @@ def _train(
 def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: classify.Read) -> dict[str, float]:
     plan = setting.in_order(setting.val)
     batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
-    return classify.accuracy(network, read, batches, setting.config.compute, setting.world)
+    return classify.accuracy(network, read, batches, setting.world)
 
 
 def applies(mode: str, subject: Subject) -> bool:

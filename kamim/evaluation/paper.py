@@ -57,8 +57,8 @@ IMAGES = {  # of whole training and validation splits
 }  # fmt: skip
 REJECTS = 0.001  # share of images that a store may lack and still be the whole
 
-# What must be equal, at every depth; a tuple holds alternatives. Not in the tables: seeds, places, what a resumed run may
-# change, and drop_last, which the released code has false and the presets true.
+# What must be equal, at every depth; a tuple holds alternatives. Not in the tables: seeds, places, what a resumed run
+# may change, and drop_last, which the released code has false and the presets true.
 SCHEDULES = ({"epochs": 100, "cosine_epochs": None}, {"epochs": 110, "cosine_epochs": 100})  # the text's, the code's
 _PRETRAINING_OPTIM = {
     "lr": 8e-4, "weight_decay": 0.05, "betas": [0.9, 0.999], "clip_grad": 1.0, "batch_size": 2048, "warmup_epochs": 10,

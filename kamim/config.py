@@ -374,14 +374,33 @@ class Finetune(Section):
     keep_checkpoints: Count = 2
 
 
-class Knn(Section):
-    """Weighted nearest neighbours by cosine, as DINO's. block, pooling, norm: as in Linprobe."""
+KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "linprobe": {},
+    # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
+    "dino": {"k": (10, 20, 100, 200), "block": "last", "pooling": "cls", "norm": "final"},
+})  # fmt: skip
 
+
+class Knn(Section):
+    """Nearest neighbours by cosine, whose votes are weighted as DINO's. protocol gives the defaults of the other keys.
+
+    protocol: linprobe reads the features of the paper's linear probe, dino those of DINO, the class token of the last
+    block behind the final norm; DINO reports k = 20. block, pooling, norm: as in Linprobe.
+    """
+
+    protocol: Literal["linprobe", "dino"] = "linprobe"
     k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
     temperature: Positive = 0.07
     block: Count | Literal["paper", "last"] = "paper"
     pooling: Pooling = "mean"
     norm: Literal["none", "token", "final"] = "none"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol", "linprobe") not in KNN_PROTOCOLS:
+            return given
+        return {**KNN_PROTOCOLS[given.get("protocol", "linprobe")], **given}
 
 
 class ProbeSweep(Section):

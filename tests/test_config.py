@@ -195,6 +195,17 @@ def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
         load(Evaluation, None, [*NEEDED_TO_EVALUATE, "linprobe.protocol=vicreg"])
 
 
+def test_neighbours_read_what_the_linear_probe_reads_or_what_dino_does() -> None:
+    knn = load(Evaluation, None, NEEDED_TO_EVALUATE).knn
+    assert (knn.protocol, knn.block, knn.pooling, knn.norm) == ("linprobe", "paper", "mean", "none")
+    dino = load(Evaluation, CONFIGS / "eval/dino.yaml", [*NEEDED_TO_EVALUATE, "knn.k=[20]"]).knn
+    assert (dino.protocol, dino.block, dino.pooling, dino.norm) == ("dino", "last", "cls", "final")
+    assert (dino.k, dino.temperature) == ((20,), 0.07)
+    assert load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=dino"]).knn.k == (10, 20, 100, 200)
+    with pytest.raises(ValueError, match=r"knn.protocol = 'vicreg': input should be 'linprobe' or 'dino'"):
+        load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=vicreg"])
+
+
 def test_every_yaml_file_is_a_known_kind() -> None:
     for file in CONFIGS.rglob("*.yaml"):
         assert file.parent.name in ("pretrain", "eval", "sweeps")

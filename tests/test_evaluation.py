@@ -21,7 +21,7 @@ from kamim import checkpoint
 from kamim.batch import Batch, normalise
 from kamim.cli import app
 from kamim.compose.checkpoints import load_subject, subject_to_be
-from kamim.compose.evaluation import run_evaluation
+from kamim.compose.evaluation import _setting, run_evaluation
 from kamim.compose.modes import TASKS, make_optimizer
 from kamim.compose.setting import Samples, Setting
 from kamim.compose.training import run_pretrain
@@ -225,6 +225,31 @@ def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrain
 def test_the_nearest_neighbour_of_an_image_is_itself(stores: dict[str, Path], pretrained: Path) -> None:
     (result,) = run(evaluation(pretrained, stores["zarr"]), "knn")
     assert result["k"]["1"]["top1"] == 100
+
+
+def test_neighbours_in_dinos_manner(stores: dict[str, Path], pretrained: Path) -> None:
+    """Class tokens behind the last norm, unit length, votes by exp(cosine / 0.07): eval_knn.py in a few lines."""
+    config = evaluation(pretrained, stores["zarr"], "knn.protocol=dino", "knn.k=[3, 5]", "per_class=3")
+    (result,) = run(config, "knn")
+    assert [result[key] for key in ("protocol", "block", "pooling", "norm")] == ["dino", 6, "cls", "final"]
+    setting = _setting(config, WORLD, [])
+    encoder, found = load_subject(str(pretrained)).encoder.eval(), []
+    for samples in (setting.train, setting.val):
+        assert samples is not None
+        plan = setting.in_order(samples)
+        whole = setting.batches(samples, 64, plan)(0, plan.steps_per_epoch)
+        with torch.no_grad():
+            tokens = [encoder.forward_features(normalise(batch.images))[:, 0] for batch in whole]  # type: ignore[operator]
+        found.append(nn.functional.normalize(torch.cat(tokens).bfloat16().float()))
+    train, val = found
+    assert setting.train is not None
+    for k in (3, 5):
+        similarity, nearest = (val @ train.T).topk(k)
+        votes = torch.zeros(len(val), 3).scatter_add_(1, setting.train.labels[nearest], (similarity / 0.07).exp())
+        top1 = 100 * float((votes.argmax(1) == setting.val.labels).double().mean())
+        assert result["k"][str(k)]["top1"] == pytest.approx(top1)
+    (other,) = run(evaluation(pretrained, stores["zarr"], "per_class=3"), "knn")
+    assert [other[key] for key in ("protocol", "block", "pooling", "norm")] == ["linprobe", 6, "mean", "none"]
 
 
 def test_the_sweep_has_a_row_for_every_readout_and_rate(stores: dict[str, Path], pretrained: Path) -> None:

@@ -16,7 +16,7 @@ from kamim.compose import checkpoints, modes
 from kamim.config import Evaluation, Pretrain, load
 from kamim.evaluation import paper
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.report import flat, save_report
+from kamim.evaluation.report import CHOICE, flat, save_report
 from kamim.plots import reconstruction_sheet
 from kamim.pretrain import _FREE
 
@@ -259,7 +259,7 @@ def everything(names: tuple[str, ...]) -> list[dict[str, Any]]:
         shifted = [{**row, "top1": row["top1"] + 3 * i} for row in rows]
         results += [
             linprobe(name=name, top1=30.12 + i), finetune(name=name),
-            about(name=name, mode="knn", protocol="dino", **READ, k=k),
+            about(name=name, mode="knn", protocol="linprobe", **READ, k=k),
             about(name=name, mode="probe-sweep", rows=shifted), reconstruct(name=name),
         ]  # fmt: skip
     return results
@@ -286,7 +286,7 @@ def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
     expected = [
         *names, "33.97 (Table 1)", "32.12", "17.254", "12.063 (section 4.7)", "0.1012", "top-1, k = 100", "0.005",
         "train.fingerprint", "cd" * 32, "ef" * 32, "ab" * 32, "options.optim.lr", "pretraining.mask.ratio",
-        "what each makes of 4 images & noise",
+        "what each makes of 4 images & noise", CHOICE,
     ]  # fmt: skip
     assert set(expected) <= set(found.text)
     json.dumps(everything(names))  # what --json writes is what the report reads
@@ -297,6 +297,7 @@ def test_report_of_one_mode_without_the_papers_column(tmp_path: Path) -> None:
     found = read(tmp_path / "report.html")
     assert "Linear probe" in found.text and "Nearest neighbours" not in found.text
     assert "paper's" not in found.text and "30.10" in found.text
+    assert CHOICE not in found.text
     assert "img" not in found.tags
 
 

@@ -114,7 +114,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
         return {"k": found}
 
     about = {
-        "protocol": "dino", "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
+        "protocol": options.protocol, "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
     return task("knn", setting, subject, about, run)

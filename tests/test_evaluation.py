@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -473,6 +474,13 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
     refused = runner.invoke(app, [*command, "--mode", "guess"])
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr
+
+
+def test_the_examples_of_help_are_keys_and_files_that_there_are() -> None:
+    shown = runner.invoke(app, ["eval", "--help"]).output
+    override, file = re.findall(r"such as\W+([\w./=-]+)", shown)
+    made = load(Evaluation, Path(__file__).parents[1] / file, [override, "checkpoint=[x]", "val=y"])
+    assert made.linprobe.optim.lr == 1e-3
 
 
 def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:

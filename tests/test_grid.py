@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,12 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_of_help_is_a_key_that_there_is() -> None:
+    shown = CliRunner().invoke(app, ["sweep", "--help"]).output
+    override = re.findall(r"overrides,\W+such\W+as\W+([\w.=-]+)", shown)
+    assert grid.pretraining(load(Grid, TABLE2, override), grid.settings(load(Grid, TABLE2))[0]).optim.lr == 1e-3
 
 
 def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,9 @@ class Section(pydantic.BaseModel):
 
 
 class Model(Section):
-    """name: a key of kamim.models.ARCHITECTURES. drop_path: stochastic depth rate of the last block."""
+    """name: a key of kamim.models.ARCHITECTURES. drop_path: stochastic depth rate of the last block; the released code
+    has none, for a Swin as for a ViT.
+    """
 
     name: str = "vit_base"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -208,7 +210,8 @@ class PretrainOptim(Optim):
 
 class ClassifierOptim(Optim):
     """Optim, with the evaluation's defaults. algorithm: sgd and lars have momentum 0.9; lars is MAE's, which neither
-    adapts the rate of vectors (biases, norms) nor decays them.
+    adapts the rate of vectors (biases, norms) nor decays them. clip_grad: where it is not given, paper's protocol and
+    fine-tuning clip as the released code, a Swin's gradients at 1.0 and a ViT's not at all.
     """
 
     algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -238,7 +241,8 @@ class SweepOptim(Optim):
 
 class Compute(Section):
     """device: auto is cuda where there is one. precision: bf16 is autocast (weights and Eq. 1 to 3 stay fp32);
-    auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower. compile: torch.compile; auto: on cuda.
+    auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower; `kamim eval` validates and reconstructs in fp32
+    whatever is said. compile: torch.compile; auto: on cuda.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -311,16 +315,16 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     "mae": {
         "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop", "init_std": 0.01,
         "optim": {
-            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "batch_size": 16384, "micro_batch": 2048,
-            "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
+            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "clip_grad": None, "batch_size": 16384,
+            "micro_batch": 2048, "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
         },
     },
     # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
     "dinov2": {
         "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop", "init_std": 0.01,
         "optim": {
-            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "batch_size": 1024, "micro_batch": 1024,
-            "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
+            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "clip_grad": None, "batch_size": 1024,
+            "micro_batch": 1024, "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
         },
     },
 })  # fmt: skip
@@ -357,12 +361,13 @@ class Linprobe(Section):
 
 
 class Finetune(Section):
-    """Everything trains: the released code's recipe. layer_decay: of the learning rate, per block from the end.
+    """Everything trains: the released code's recipe. drop_path: as in Model. layer_decay: of the learning rate, per
+    block from the end.
 
     ema: decay of a moving average of the weights, which is then what is measured.
     """
 
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     layer_decay: Fraction | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     optim: FinetuneOptim = FinetuneOptim()
@@ -370,14 +375,33 @@ class Finetune(Section):
     keep_checkpoints: Count = 2
 
 
-class Knn(Section):
-    """Weighted nearest neighbours by cosine, as DINO's. block, pooling, norm: as in Linprobe."""
+KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "linprobe": {},
+    # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
+    "dino": {"k": (10, 20, 100, 200), "block": "last", "pooling": "cls", "norm": "final"},
+})  # fmt: skip
 
+
+class Knn(Section):
+    """Nearest neighbours by cosine, whose votes are weighted as DINO's. protocol gives the defaults of the other keys.
+
+    protocol: linprobe reads the features of the paper's linear probe, dino those of DINO, the class token of the last
+    block behind the final norm; DINO reports k = 20. block, pooling, norm: as in Linprobe.
+    """
+
+    protocol: Literal["linprobe", "dino"] = "linprobe"
     k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
     temperature: Positive = 0.07
     block: Count | Literal["paper", "last"] = "paper"
     pooling: Pooling = "mean"
     norm: Literal["none", "token", "final"] = "none"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol", "linprobe") not in KNN_PROTOCOLS:
+            return given
+        return {**KNN_PROTOCOLS[given.get("protocol", "linprobe")], **given}
 
 
 class ProbeSweep(Section):

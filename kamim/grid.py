@@ -13,7 +13,7 @@ from pydantic import Field
 from kamim import page
 from kamim.config import SOME, Evaluation, Pretrain, Section, load
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.report import HEADLINES, PAPER_HEADER
+from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 
 Mode = Literal["linprobe", "finetune", "knn", "reconstruct", "probe-sweep"]
 Value = bool | int | float | str | None
@@ -133,6 +133,8 @@ def save(grid: Grid, made: Table, results: Sequence[Mapping[str, Any]]) -> None:
     page.save_numbers({"settings": about, "results": list(results)}, grid.out / "table.json")
     (grid.out / "table.md").write_text(made.markdown())
     parts = [page.table(made.header, made.rows), page.paragraph("Top-1 in per cent on the validation store.")]
+    if set(grid.modes) & set(CHOSEN):
+        parts.append(page.paragraph(CHOICE))
     page.save_page(f"Sweep {grid.out.name}", parts, grid.out / "index.html")
 
 

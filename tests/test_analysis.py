@@ -17,11 +17,18 @@ from typer.testing import CliRunner
 from kamim import checkpoint, page
 from kamim.analysis import embed, measures, tables
 from kamim.analysis.attention import blocks, watched
-from kamim.analysis.collect import Curves, collect_curves, query_cell, transformed_block
+from kamim.analysis.collect import (
+    Curves,
+    attention_block,
+    collect_curves,
+    collect_samples,
+    query_cell,
+    token_block,
+)
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures, plan
 from kamim.analysis.run import file_stem
 from kamim.analysis.subjects import Subject, timm_encoder
-from kamim.batch import Batch
+from kamim.batch import Batch, normalise
 from kamim.cli import app
 from kamim.compose.analysis import load_subject
 from kamim.config import Pretrain, load
@@ -80,6 +87,20 @@ def test_class_token_is_dropped_and_rows_renormalised() -> None:
     assert kept.shape == (2, 9, 9)
     torch.testing.assert_close(kept.sum(dim=-1), torch.ones(2, 9, dtype=torch.float64))
     torch.testing.assert_close(kept[0, 0] / kept[0, 0, 0], (attention[0, 1, 1:] / attention[0, 1, 1]).double())
+
+
+@pytest.mark.parametrize("queries", [slice(3, 4), slice(None)])
+def test_a_query_with_all_its_weight_on_the_class_token_attends_uniformly(queries: slice) -> None:
+    attention = softmax_attention(10, 10)
+    attention[queries] = torch.eye(10)[0]
+    expected = attention[1:, 1:].double() / attention[1:, 1:].double().sum(dim=-1, keepdim=True)
+    expected[expected.isnan()] = 1 / 9
+    kept = measures.patch_attention(attention, 1)
+    torch.testing.assert_close(kept, expected)
+    distances = measures.token_distances(3, 16)
+    assert measures.attention_distance(kept, distances) == pytest.approx(slow_distance(expected.numpy(), 3, 16))
+    nmi = float(measures.normalised_mutual_information(attention, 1))
+    assert nmi == pytest.approx(slow_nmi(expected.numpy()), abs=1e-6)
 
 
 # Slow twins
@@ -284,7 +305,7 @@ def test_attention_on_the_side_equals_timms_unfused(make) -> None:
     beside: dict[int, Tensor] = {}
     with torch.no_grad():
         expected_output = encoder.forward_features(images)
-        with watched(encoder, lambda *_: None, lambda depth, weights, _: beside.update({depth: weights})):
+        with watched(encoder, lambda *_: None, lambda depth, weights, *_: beside.update({depth: weights})):
             torch.testing.assert_close(encoder.forward_features(images), expected_output, rtol=0, atol=0)
         inside: dict[int, Tensor] = {}
         for depth, layer in enumerate(layers, start=1):
@@ -303,14 +324,20 @@ def test_attention_on_the_side_equals_timms_unfused(make) -> None:
 def test_watching_reports_every_depth_and_leaves_no_hook() -> None:
     encoder, images = vit_with_more(), torch.randn(2, 3, 64, 64)
     seen: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
-    with watched(encoder, lambda d, t: seen.update({d: t}), lambda d, _, o: outputs.update({d: o})), torch.no_grad():
+
+    def on_attention(depth: int, _: Tensor, given: Tensor, output: Tensor) -> None:
+        inputs[depth], outputs[depth] = given, output
+
+    with watched(encoder, lambda d, t: seen.update({d: t}), on_attention), torch.no_grad():
         encoder.forward_features(images)
     assert sorted(seen) == [0, 1, 2, 3] and all(t.shape == (2, 4, 4, 32) for t in seen.values())
     with torch.no_grad():
         tokens = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
         for depth, block in enumerate(encoder.blocks, start=1):
             torch.testing.assert_close(seen[depth - 1].flatten(1, 2), tokens[:, 3:])
+            torch.testing.assert_close(inputs[depth], block.norm1(tokens))
             torch.testing.assert_close(outputs[depth], block.attn(block.norm1(tokens)))
             tokens = block(tokens)
     hooked = [m for m in encoder.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -340,11 +367,34 @@ def test_curves_do_not_depend_on_batches_and_kept_numbers_are_few() -> None:
     np.testing.assert_allclose(tables.fourier(whole)["frequency"][0], [0, 0.5])
 
 
+def test_samples_are_those_of_the_papers_figures() -> None:
+    """Figure 3: what leaves the last block but one. 8 to 10: what the last attention is given, and its output."""
+    encoder = vit()
+    subject = Subject("a", encoder, 64, None, {})
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(pixels, None, torch.zeros(0), np.arange(2), 0, 0, True, 1.0)
+    with torch.no_grad():
+        states = [encoder._pos_embed(encoder.patch_embed(normalise(pixels)))]
+        for block in encoder.blocks:
+            states.append(block(states[-1]))
+        for layer, shown, attended in ((None, 5, 6), (2, 2, 2)):
+            found = collect_samples(subject, [batch], layer, None, [(0.5, 0.5)], torch.device("cpu"), lambda _: None)
+            assert (found.token_block, found.block) == (shown, attended)
+            np.testing.assert_allclose(found.tokens, states[shown][:, 1:], atol=1e-5)
+            block = encoder.blocks[attended - 1]
+            given = block.norm1(states[attended - 1])
+            np.testing.assert_allclose(found.before, given[:, 1:], atol=1e-5)
+            np.testing.assert_allclose(found.after, block.attn(given)[:, 1:], atol=1e-5)
+            assert found.maps.shape == (2, 1, 4, 4)
+
+
 # Subjects
 
 
 def test_block_and_query_of_the_figures() -> None:
-    assert [transformed_block(depth) for depth in (1, 2, 6, 12, 24)] == [1, 1, 5, 11, 11]
+    assert [attention_block(depth, None) for depth in (1, 6, 12, 24)] == [1, 6, 12, 24]  # index 11 of 12, from 0
+    assert [token_block(depth, None) for depth in (1, 6, 12, 24)] == [1, 5, 11, 23]  # hidden_states[11] of 0 to 12
+    assert attention_block(12, 11) == token_block(12, 11) == 11
     assert query_cell((0.5, 0.0), 12) == (0, 6) and query_cell((0.99, 0.99), 12) == (11, 11)
 
 
@@ -423,6 +473,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
     assert numbers["uniform_attention"]["A"]["uniform_distance"] == pytest.approx(measures.uniform_distance(4, 16))
     assert numbers["figures"]["probe"] == {"A": {"block": [3, 6], "top1": [40.0, 51.5]}}
     assert np.array(numbers["figures"]["5"]["B"]["maps"]).shape == (3, 1, 4, 4)
+    assert {numbers["figures"][figure]["A"]["block"] for figure in ("3", "8", "9", "10")} == {2}
     assert np.array(numbers["figures"]["cka"]["A"]["B"]).shape == (7, 7)
     html = (tmp_path / "one/index.html").read_text()
     assert html.count("data:image/png;base64,") == len(FIGURES)
@@ -464,6 +515,7 @@ def test_bad_input_is_one_line(
         ((*store, *vit_run, "--classes", "cat,coffee,chelsea"), "'cat' is not one of the 3 of"),
         ((*store, *vit_run, "--classes", "coffee,chelsea"), "must be 3 different ones"),
         ((*store, *vit_run, "--layer", "7"), "--layer 7: A has layers 1 to 6"),
+        ((*store, *vit_run, "--layer", "7", "--figures", "3"), "--layer 7: A has layers 1 to 6"),
         ((*store, *vit_run, "--head", "0"), "--head 0: A has heads 1 to 4"),
         ((*store, *vit_run, "--query", "0.5"), "--query 0.5: must be two numbers"),
         ((*store, *vit_run, "--query", "0.5,1"), "from 0 to below 1"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kamim.checkpoint import Checkpoint
 from kamim.config import Evaluation, Pretrain, dump, load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,6 +107,21 @@ def test_pretraining_presets(file: Path) -> None:
     optim = made.optim
     assert (optim.lr, optim.weight_decay, optim.batch_size, optim.epochs) == (8e-4, 0.05, 2048, 100)
     assert (made.data.resolution, made.mask.patch_size, made.mask.ratio) == (192, 32, 0.6)
+    assert made.model.drop_path == 0  # the released code's drop_path_rate, for its Swins too
+
+
+def test_fine_tuning_has_no_stochastic_depth_as_the_released_codes() -> None:
+    assert load(Evaluation, None, NEEDED_TO_EVALUATE).finetune.drop_path == 0
+    assert load(Evaluation, CONFIGS / "eval/finetune.yaml", NEEDED_TO_EVALUATE).finetune.drop_path == 0
+
+
+def test_a_checkpoint_states_its_own_stochastic_depth(tmp_path: Path) -> None:
+    """Swins were once trained with 0.1, and go on so."""
+    made = load(Pretrain, CONFIGS / "pretrain/swin_tiny_kamim.yaml", ["model.drop_path=0.1"])
+    (tmp_path / "config.yaml").write_text(dump(made))
+    assert load(Pretrain, tmp_path / "config.yaml").model.drop_path == 0.1
+    checkpoint = Checkpoint(tmp_path, "pretrain", 1, made.model_dump(mode="json"), True, "")
+    assert checkpoint.config.model.drop_path == 0.1
 
 
 def test_the_released_codes_preset_is_the_papers_and_ten_epochs_at_the_floor() -> None:
@@ -158,6 +174,17 @@ def test_the_papers_evaluation_is_the_default(mode: str) -> None:
     assert (optim.lr, optim.min_lr, optim.clip_grad, optim.batch_size) == (5e-3, 2.5e-6, None, 2048)
 
 
+@pytest.mark.parametrize("mode", ["linprobe", "finetune"])
+def test_the_released_codes_evaluation_is_the_papers_and_ten_epochs_at_the_floor(mode: str) -> None:
+    paper, code = (
+        getattr(load(Evaluation, CONFIGS / f"eval/{name}.yaml", NEEDED_TO_EVALUATE), mode)
+        for name in (mode, "released_code")
+    )
+    assert code.optim.schedule(625) == (68750, 6250, 62500)
+    same = code.optim.model_copy(update={"epochs": 100, "cosine_epochs": None})
+    assert code.model_copy(update={"optim": same}) == paper
+
+
 def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
     made = load(Evaluation, CONFIGS / "eval/mae.yaml", [*NEEDED_TO_EVALUATE, "linprobe.optim.lr=1"]).linprobe
     assert (made.block, made.norm, made.augment) == ("last", "batch", "crop")
@@ -166,6 +193,17 @@ def test_a_protocol_gives_defaults_that_keys_stand_over() -> None:
     assert (given.optim.algorithm, given.pooling, given.norm) == ("sgd", "mean", "final")
     with pytest.raises(ValueError, match=r"linprobe.protocol = 'vicreg': input should be 'paper', 'mae' or 'dinov2'"):
         load(Evaluation, None, [*NEEDED_TO_EVALUATE, "linprobe.protocol=vicreg"])
+
+
+def test_neighbours_read_what_the_linear_probe_reads_or_what_dino_does() -> None:
+    knn = load(Evaluation, None, NEEDED_TO_EVALUATE).knn
+    assert (knn.protocol, knn.block, knn.pooling, knn.norm) == ("linprobe", "paper", "mean", "none")
+    dino = load(Evaluation, CONFIGS / "eval/dino.yaml", [*NEEDED_TO_EVALUATE, "knn.k=[20]"]).knn
+    assert (dino.protocol, dino.block, dino.pooling, dino.norm) == ("dino", "last", "cls", "final")
+    assert (dino.k, dino.temperature) == ((20,), 0.07)
+    assert load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=dino"]).knn.k == (10, 20, 100, 200)
+    with pytest.raises(ValueError, match=r"knn.protocol = 'vicreg': input should be 'linprobe' or 'dino'"):
+        load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=vicreg"])
 
 
 def test_every_yaml_file_is_a_known_kind() -> None:

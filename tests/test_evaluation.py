@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ import pytest
 import torch
 from conftest import build_store
 from PIL import Image
+from timm.layers import Attention
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kamim import checkpoint
 from kamim.batch import Batch, normalise
 from kamim.cli import app
-from kamim.compose.checkpoints import load_subject
-from kamim.compose.evaluation import run_evaluation
-from kamim.compose.modes import make_optimizer
+from kamim.compose.checkpoints import load_subject, subject_to_be
+from kamim.compose.evaluation import _setting, run_evaluation
+from kamim.compose.modes import TASKS, make_optimizer
+from kamim.compose.setting import Samples, Setting
 from kamim.compose.training import run_pretrain
 from kamim.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
 from kamim.distributed import World
@@ -72,7 +75,7 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
     assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
-    return classify.accuracy(head, frozen, val, Compute(), WORLD)
+    return classify.accuracy(head, frozen, val, WORLD)
 
 
 @pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])
@@ -225,6 +228,31 @@ def test_the_nearest_neighbour_of_an_image_is_itself(stores: dict[str, Path], pr
     assert result["k"]["1"]["top1"] == 100
 
 
+def test_neighbours_in_dinos_manner(stores: dict[str, Path], pretrained: Path) -> None:
+    """Class tokens behind the last norm, unit length, votes by exp(cosine / 0.07): eval_knn.py in a few lines."""
+    config = evaluation(pretrained, stores["zarr"], "knn.protocol=dino", "knn.k=[3, 5]", "per_class=3")
+    (result,) = run(config, "knn")
+    assert [result[key] for key in ("protocol", "block", "pooling", "norm")] == ["dino", 6, "cls", "final"]
+    setting = _setting(config, WORLD, [])
+    encoder, found = load_subject(str(pretrained)).encoder.eval(), []
+    for samples in (setting.train, setting.val):
+        assert samples is not None
+        plan = setting.in_order(samples)
+        whole = setting.batches(samples, 64, plan)(0, plan.steps_per_epoch)
+        with torch.no_grad():
+            tokens = [encoder.forward_features(normalise(batch.images))[:, 0] for batch in whole]  # type: ignore[operator]
+        found.append(nn.functional.normalize(torch.cat(tokens).bfloat16().float()))
+    train, val = found
+    assert setting.train is not None
+    for k in (3, 5):
+        similarity, nearest = (val @ train.T).topk(k)
+        votes = torch.zeros(len(val), 3).scatter_add_(1, setting.train.labels[nearest], (similarity / 0.07).exp())
+        top1 = 100 * float((votes.argmax(1) == setting.val.labels).double().mean())
+        assert result["k"][str(k)]["top1"] == pytest.approx(top1)
+    (other,) = run(evaluation(pretrained, stores["zarr"], "per_class=3"), "knn")
+    assert [other[key] for key in ("protocol", "block", "pooling", "norm")] == ["linprobe", 6, "mean", "none"]
+
+
 def test_the_sweep_has_a_row_for_every_readout_and_rate(stores: dict[str, Path], pretrained: Path) -> None:
     (result,) = run(evaluation(pretrained, stores["zarr"]), "probe-sweep")
     assert len(result["rows"]) == 6 * 3 * 2 * 10
@@ -243,6 +271,25 @@ def test_reconstruction_in_both_conventions(stores: dict[str, Path], pretrained:
     assert more["paper"] != result["paper"]
     with pytest.raises(ValueError, match="has no head trained to reconstruct pixels"):
         run(evaluation(f"pixels:{pretrained}", stores["zarr"]), "reconstruct")
+
+
+@pytest.mark.parametrize("mode", ["linprobe", "finetune", "reconstruct"])
+def test_training_is_bf16_and_validation_fp32(
+    mode: str, stores: dict[str, Path], pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the released code: of the encoder, frozen or not."""
+    found: list[bool] = []
+    forward = Attention.forward
+
+    def spied(self: Attention, *given: Any, **named: Any) -> Tensor:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(Attention, "forward", spied)
+    run(evaluation(pretrained, stores["zarr"], "compute.precision=bf16"), mode)
+    validation = found[-6 * 3 :]  # 6 blocks, 24 images in batches of 10
+    assert not any(validation)
+    assert any(found) == (mode != "reconstruct")
 
 
 def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:
@@ -324,6 +371,34 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
         run(evaluation("", stores["zarr"], "knn.temperature=0.1", **two), "knn")
 
 
+def test_results_of_earlier_versions_are_found(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    """They say less of how their checkpoint was pretrained; its checksum says that it is the same."""
+    config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
+    (new,) = run(config, "knn")
+    old = {**new, "pretraining": {"method": "kamim", "dataset": "imagefolder", "epochs": 1, "complete": True}}
+    (tmp_path / "out/run/knn/result.json").write_text(json.dumps(old))
+    (tmp_path / "out/run/knn/settings.json").write_text(json.dumps({k: v for k, v in old.items() if k != "k"}))
+    assert run(config, "knn") == [old]
+    assert "kamim on imagefolder, 1 epochs" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.parametrize(("name", "clip_grad"), [("vit_tiny", None), ("swin_tiny", 1.0)])
+def test_gradients_are_clipped_as_the_released_code_does(
+    name: str, clip_grad: float | None, stores: dict[str, Path]
+) -> None:
+    subject = subject_to_be("x", load(Pretrain, None, ["data.store=s", "out=o", f"model.name={name}"]))
+    store = Store(stores["zarr"])
+    samples = Samples(store, np.arange(len(store)), store.manifest.classes)
+    for mode in ("linprobe", "finetune"):
+        for given, expected in (((), clip_grad), ((f"{mode}.optim.clip_grad=null",), None)):
+            config = evaluation("x", stores["zarr"], *given)
+            made = TASKS[mode](Setting(config, WORLD, samples, samples), subject)
+            assert made.settings["options"]["optim"]["clip_grad"] == expected
+    config = evaluation("x", stores["zarr"], "linprobe.protocol=dinov2", "linprobe.pooling=mean")
+    made = TASKS["linprobe"](Setting(config, WORLD, samples, samples), subject)
+    assert made.settings["options"]["optim"]["clip_grad"] is None
+
+
 def test_a_few_samples_of_each_class(stores: dict[str, Path], pretrained: Path) -> None:
     (result,) = run(evaluation(pretrained, stores["zarr"], "per_class=3", "knn.k=[9]"), "knn")
     assert result["train"]["images"] == 9
@@ -399,6 +474,13 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
     refused = runner.invoke(app, [*command, "--mode", "guess"])
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr
+
+
+def test_the_examples_of_help_are_keys_and_files_that_there_are() -> None:
+    shown = runner.invoke(app, ["eval", "--help"]).output
+    override, file = re.findall(r"such as\W+([\w./=-]+)", shown)
+    made = load(Evaluation, Path(__file__).parents[1] / file, [override, "checkpoint=[x]", "val=y"])
+    assert made.linprobe.optim.lr == 1e-3
 
 
 def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def results_of(given: Grid) -> list[dict[str, Any]]:
             "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
             "pretraining": {
                 **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
-                "dataset": "imagenet", "complete": True, "resolution": 192,
+                "dataset": "imagenet", "samples": 1_281_167, "images": "jpeg", "complete": True,
             },
             "top1": 1.5, "top5": 5.0,
         })  # fmt: skip
@@ -152,6 +153,12 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_of_help_is_a_key_that_there_is() -> None:
+    shown = CliRunner().invoke(app, ["sweep", "--help"]).output
+    override = re.findall(r"overrides,\W+such\W+as\W+([\w.=-]+)", shown)
+    assert grid.pretraining(load(Grid, TABLE2, override), grid.settings(load(Grid, TABLE2))[0]).optim.lr == 1e-3
 
 
 def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

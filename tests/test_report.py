@@ -4,49 +4,67 @@ import copy
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kamim import page
-from kamim.config import PretrainOptim, Weighting
+from kamim.checkpoint import Checkpoint
+from kamim.compose import checkpoints, modes
+from kamim.config import Evaluation, Pretrain, load
 from kamim.evaluation import paper
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.report import save_report
+from kamim.evaluation.report import CHOICE, flat, save_report
 from kamim.plots import reconstruction_sheet
+from kamim.pretrain import _FREE
 
-OPTIM = {**paper.OPTIM, "micro_batch": 2048}
+CONFIGS = Path(__file__).parents[1] / "configs"
 READ = {"block": 8, "pooling": "mean", "norm": "none"}
+WHOLE = SimpleNamespace(count=1_281_167, job=SimpleNamespace(dataset="imagenet", encoding="jpeg"))  # a manifest
+EPOCH = 625  # steps of 2048; with the last, short one 626
+
+
+def pretraining(*overrides: str, preset: str = "vit_base_kamim", step: int = 100 * EPOCH) -> dict[str, Any]:
+    """What a result says of a run of a preset on the whole of ImageNet."""
+    config = load(Pretrain, CONFIGS / f"pretrain/{preset}.yaml", overrides)
+    found = Checkpoint(Path("runs/x"), "pretrain", step, config.model_dump(mode="json"), True, "ab" * 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kamim.compose.checkpoints.store.read_manifest", lambda path: WHOLE)
+        made = checkpoints._pretraining(found)
+    assert made is not None
+    return made
+
+
+def options(mode: str, *overrides: str) -> dict[str, Any]:
+    """The options of a mode for a ViT, as a result has them."""
+    given = ["checkpoint=[x]", "val=y", *(f"{mode}.{override}" for override in overrides)]
+    chosen = getattr(load(Evaluation, None, given), mode)
+    subject = SimpleNamespace(encoder=None)
+    return modes._clipped(chosen, subject).model_dump(mode="json")  # type: ignore[no-any-return,type-var]
 
 
 def about(name: str = "KAMIM", **changes: Any) -> dict[str, Any]:
     """A checkpoint just as the paper's ViT-B, evaluated on ImageNet."""
-    weighting = Weighting().model_dump(mode="json")
     return {
         "name": name, "checkpoint": f"runs/{name}/checkpoints/step-62500", "architecture": "vit_base", "step": 62500,
         "weights": "ab" * 32, "reconstructs": True, "seed": 0, "classes": 1000, "protocol": "paper",
-        "pretraining": {
-            "method": "kamim", "dataset": "imagenet", "weighting": weighting, "epochs": 100, "resolution": 192,
-            "complete": True, "mask": {"patch_size": 32, "ratio": 0.6}, "norm_pix_loss": False, "init_from": None,
-            "optim": PretrainOptim().model_dump(mode="json"),
-        },
+        "pretraining": pretraining(),
         "train": {"store": "stores/train", "dataset": "imagenet", "images": 1_281_167, "fingerprint": "cd" * 32},
         "val": {"store": "stores/val", "dataset": "imagenet", "images": 50_000, "fingerprint": "ef" * 32},
         **changes,
     }  # fmt: skip
 
 
-def linprobe(**changes: Any) -> dict[str, Any]:
-    options = {"augment": "paper", "optim": OPTIM}
-    return about(
-        **{"mode": "linprobe", **READ, "epochs": 100, "options": options, "top1": 30.1, "top5": 55.2, **changes}
-    )
+def linprobe(*overrides: str, **changes: Any) -> dict[str, Any]:
+    given = {"mode": "linprobe", **READ, "epochs": 100, "options": options("linprobe", *overrides)}
+    return about(**{**given, "top1": 30.1, "top5": 55.2, **changes})
 
 
-def finetune(**changes: Any) -> dict[str, Any]:
-    options = {"drop_path": 0.1, "layer_decay": None, "ema": None, "optim": OPTIM}
-    return about(**{"mode": "finetune", "epochs": 100, "options": options, "top1": 76.1, "top5": 93.2, **changes})
+def finetune(*overrides: str, **changes: Any) -> dict[str, Any]:
+    given = {"mode": "finetune", "epochs": 100, "options": options("finetune", *overrides)}
+    return about(**{**given, "top1": 76.1, "top5": 93.2, **changes})
 
 
 def reconstruct(**changes: Any) -> dict[str, Any]:
@@ -71,34 +89,118 @@ def test_the_paper_is_quoted_where_the_setting_is_the_same() -> None:
     assert quoted(linprobe(norm="joint")) == {"top1": (37.72, "Table 5")}
     assert quoted(changed(finetune(), "pretraining.weighting.detector", "orb")) == {"top1": (77.17, "Table 4")}
     assert quoted(changed(linprobe(), "pretraining.weighting.patch_size", 32)) == {"top1": (31.73, "Table 2")}
-    assert quoted(linprobe(architecture="swin_base", block=4)) == {"top1": (18.16, "Table 1")}
+    swin = linprobe("optim.clip_grad=1.0", architecture="swin_base", block=4)
+    assert quoted(swin) == {"top1": (18.16, "Table 1")}
+    assert quoted(changed(swin, "options.optim.clip_grad", None)) == {}  # the released code clips a Swin's
     assert quoted(reconstruct(train=None)) == {"psnr": (12.063, "section 4.7"), "ssim": (0.1076, "section 4.7")}
     cifar = {"store": "s", "fingerprint": "", "dataset": "cifar10"}
     transfer = linprobe(train={**cifar, "images": 50_000}, val={**cifar, "images": 10_000})
     assert quoted(transfer) == {"top1": (72.63, "Table 3")}
-    assert quoted(changed(transfer, "pretraining.dataset", "cifar10")) == {"top1": (59.01, "Table 3")}
+    there = changed(changed(transfer, "pretraining.dataset", "cifar10"), "pretraining.samples", 50_000)
+    assert quoted(there) == {"top1": (59.01, "Table 3")}
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (CONFIGS / "pretrain").glob("*_*im*.yaml")))
+def test_presets_are_quoted(preset: str) -> None:
+    """All that stand for the paper's runs, be they as long as its text says or as its code trains."""
+    released = preset.endswith("_released_code")
+    architecture, method = preset.removesuffix("_released_code").rsplit("_", 1)
+    column = ("simmim", "kamim").index(method)
+    read = {"block": 4 if architecture.startswith("swin") else 8, "architecture": architecture}
+    clip = "optim.clip_grad=1.0" if architecture.startswith("swin") else "optim.clip_grad=null"
+    run = pretraining(preset=preset, step=110 * (EPOCH + 1) if released else 100 * EPOCH)
+    row = paper.TABLE_1[architecture]
+    for schedule in ((), ("optim.epochs=110", "optim.cosine_epochs=100")):
+        assert quoted(linprobe(clip, *schedule, **read, pretraining=run)) == {"top1": (row[column], "Table 1")}
+        assert quoted(finetune(clip, *schedule, **read, pretraining=run)) == {"top1": (row[2 + column], "Table 1")}
+    assert quoted(linprobe(clip, **read, pretraining={**run, "complete": False})) == {}
+
+
+OTHER_RUNS = {  # every key that shapes a run, and another value than the paper's
+    "data.resolution": "96", "data.crop_scale": "[0.2, 1.0]", "data.crop_ratio": "[1.0, 1.0]", "data.on_error": "skip",
+    "model.drop_path": "0.1", "mask.patch_size": "16", "mask.ratio": "0.75", "weighting.detector": "akaze",
+    "weighting.footprint": "point", "weighting.patch_size": "24", "weighting.temperature": "0.3",
+    "weighting.keypoints": "online", "weighting.normalize": "true", "optim.lr": "1e-4", "optim.weight_decay": "0.1",
+    "optim.betas": "[0.9, 0.95]", "optim.clip_grad": "5.0", "optim.batch_size": "4096", "optim.epochs": "200",
+    "optim.warmup_epochs": "5", "optim.cosine_epochs": "90", "optim.warmup_lr": "0", "optim.min_lr": "0",
+    "optim.duration": "62500 steps", "optim.warmup": "1 epochs", "optim.cosine": "50 epochs",
+    "optim.decay_all": "false", "norm_pix_loss": "true", "init_from": "x.pth",
+}  # fmt: skip
+ELSEWHERE = {"data.store", "model.name", "seed", "data.drop_last"}  # compared by other means, or free
+
+
+def keys(tree: dict[str, Any]) -> set[str]:
+    return {key for key, _ in flat(tree)}
+
+
+def test_every_key_that_shapes_a_run_is_compared() -> None:
+    """All but those that a resumed run may change."""
+    config = load(Pretrain, CONFIGS / "pretrain/vit_base_kamim.yaml")
+    shaping = keys(config.model_dump(mode="json", exclude=_FREE))
+    assert shaping == OTHER_RUNS.keys() | ELSEWHERE
+    assert quoted(linprobe(pretraining=pretraining("seed=1", "data.drop_last=false", step=100 * (EPOCH + 1)))) != {}
+
+
+@pytest.mark.parametrize("key", OTHER_RUNS)
+def test_no_other_run_is_quoted(key: str) -> None:
+    run = {**pretraining(f"{key}={OTHER_RUNS[key]}"), "complete": True}
+    for result in (linprobe(pretraining=run), finetune(pretraining=run), reconstruct(pretraining=run)):
+        assert quoted(result) == {}
+
+
+def test_online_keypoints_are_the_released_codes_on_originals_alone() -> None:
+    run = pretraining("weighting.keypoints=online")
+    assert run["images"] == "jpeg" and quoted(linprobe(pretraining=run)) == {}
+    assert quoted(linprobe(pretraining={**run, "images": "original"})) == {"top1": (33.97, "Table 1")}
+
+
+OTHER_OPTIONS = {  # likewise of an evaluation; `optim` of both
+    "optim.algorithm": "sgd", "optim.lr": "1e-3", "optim.weight_decay": "0", "optim.betas": "[0.9, 0.95]",
+    "optim.clip_grad": "1.0", "optim.batch_size": "1024", "optim.epochs": "90", "optim.warmup_epochs": "5",
+    "optim.cosine_epochs": "90", "optim.warmup_lr": "0", "optim.min_lr": "0",
+}  # fmt: skip
+OTHER_PROBES = OTHER_OPTIONS | {"augment": "crop", "init_std": "0.01"}
+OTHER_TUNINGS = OTHER_OPTIONS | {"drop_path": "0.1", "layer_decay": "0.75", "ema": "0.9999"}
+OF_RESULTS = {"protocol": "mae", "block": 12, "pooling": "cls", "norm": "token"}  # results hold them beside `options`
+FREE = {"optim.micro_batch", "checkpoint_epochs", "keep_checkpoints"}
+
+
+def test_every_option_that_shapes_an_evaluation_is_compared() -> None:
+    assert keys(options("linprobe")) - FREE == OTHER_PROBES.keys() | OF_RESULTS.keys()
+    assert keys(options("finetune")) - FREE == OTHER_TUNINGS.keys()
+
+
+@pytest.mark.parametrize("key", OTHER_PROBES)
+def test_no_other_probe_is_quoted(key: str) -> None:
+    assert quoted(linprobe(f"{key}={OTHER_PROBES[key]}")) == {}
+
+
+@pytest.mark.parametrize("key", OTHER_TUNINGS)
+def test_no_other_fine_tuning_is_quoted(key: str) -> None:
+    assert quoted(finetune(f"{key}={OTHER_TUNINGS[key]}")) == {}
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("pretraining", None), ("architecture", "vit_demo"), ("architecture", "vit_tiny"), ("protocol", "mae"),
-        ("block", 12), ("norm", "token"), ("pooling", "cls"), ("options.optim.epochs", 90), ("options.augment", "crop"),
-        ("pretraining.optim.epochs", 300), ("pretraining.complete", False), ("pretraining.dataset", "imagefolder"),
-        ("pretraining.resolution", 224), ("pretraining.mask.ratio", 0.75), ("pretraining.weighting.footprint", "point"),
-        ("pretraining.weighting.temperature", 0.3), ("pretraining.weighting.normalize", True),
-        ("pretraining.optim.decay_all", False), ("pretraining.optim.duration", "90 epochs"),
-        ("pretraining.norm_pix_loss", True), ("pretraining.init_from", "x.pth"),
+        *OF_RESULTS.items(), ("pretraining", None), ("architecture", "vit_demo"), ("pretraining.complete", False),
+        ("pretraining.dataset", "imagefolder"), ("pretraining.samples", 100_000), ("pretraining.samples", None),
         ("train.images", 10_000), ("val.images", 1000), ("val.dataset", "cifar10"), ("train.dataset", "cifar10"),
         ("mode", "knn"),
     ],
 )  # fmt: skip
 def test_and_nowhere_else(path: str, value: Any) -> None:
-    ours = quoted(changed(linprobe(), path, value))
-    if path == "architecture" and value == "vit_tiny":
-        assert ours == {"top1": (13.75, "Table 1")}
-    else:
-        assert ours == {}
+    assert quoted(changed(linprobe(), path, value)) == {}
+
+
+@pytest.mark.parametrize("key", ["data", "model", "samples", "images", "weighting", "optim"])
+def test_a_result_that_does_not_say_how_its_checkpoint_was_trained_is_not_quoted(key: str, tmp_path: Path) -> None:
+    """As those of earlier versions, which load none the less."""
+    run = {k: v for k, v in pretraining("weighting.keypoints=online").items() if k != key}
+    old = linprobe(pretraining=run)
+    assert quoted(old) == {}
+    save_report([old], [], tmp_path / "report.html")
+    assert "30.10" in read(tmp_path / "report.html").text
 
 
 def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
@@ -108,10 +210,10 @@ def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
 
 
 def test_every_number_of_the_tables_can_be_found() -> None:
-    modes = [key[0] for key in paper.QUOTES]
+    found = [key[0] for key in paper.QUOTES]
     imagenet, others = 5 * 2 + (12 - 1) + 2, 6 * 2
-    assert (modes.count("finetune"), modes.count("linprobe")) == (imagenet + others, imagenet + others + 2)
-    assert modes.count("reconstruct") == 2
+    assert (found.count("finetune"), found.count("linprobe")) == (imagenet + others, imagenet + others + 2)
+    assert found.count("reconstruct") == 2
 
 
 class Checker(HTMLParser):
@@ -157,7 +259,7 @@ def everything(names: tuple[str, ...]) -> list[dict[str, Any]]:
         shifted = [{**row, "top1": row["top1"] + 3 * i} for row in rows]
         results += [
             linprobe(name=name, top1=30.12 + i), finetune(name=name),
-            about(name=name, mode="knn", protocol="dino", **READ, k=k),
+            about(name=name, mode="knn", protocol="linprobe", **READ, k=k),
             about(name=name, mode="probe-sweep", rows=shifted), reconstruct(name=name),
         ]  # fmt: skip
     return results
@@ -184,7 +286,7 @@ def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
     expected = [
         *names, "33.97 (Table 1)", "32.12", "17.254", "12.063 (section 4.7)", "0.1012", "top-1, k = 100", "0.005",
         "train.fingerprint", "cd" * 32, "ef" * 32, "ab" * 32, "options.optim.lr", "pretraining.mask.ratio",
-        "what each makes of 4 images & noise",
+        "what each makes of 4 images & noise", CHOICE,
     ]  # fmt: skip
     assert set(expected) <= set(found.text)
     json.dumps(everything(names))  # what --json writes is what the report reads
@@ -195,6 +297,7 @@ def test_report_of_one_mode_without_the_papers_column(tmp_path: Path) -> None:
     found = read(tmp_path / "report.html")
     assert "Linear probe" in found.text and "Nearest neighbours" not in found.text
     assert "paper's" not in found.text and "30.10" in found.text
+    assert CHOICE not in found.text
     assert "img" not in found.tags
 
 

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 OnTokens = Callable[[int, Tensor], None]
-OnAttention = Callable[[int, Tensor, Tensor], None]
+OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,8 +51,9 @@ def watched(
     """While open, every forward pass reports its hidden states and attention, in order of depth.
 
     on_tokens(depth, tokens [B, h, w, D]): 0 is what enters the first block, d what leaves block d; class and
-    register tokens are dropped. on_attention(depth, weights [B, heads, N, N], output [B, N, D]): from 1, all N
-    tokens; output is the attention's own, before it is added to the residual stream.
+    register tokens are dropped. on_attention(depth, weights [B, heads, N, N], given [B, N, D], output [B, N, D]): from
+    1, all N tokens; given is what the attention is given, behind the block's first norm, and output is the attention's
+    own, before it is added to the residual stream.
     """
     prefix = 0 if isinstance(encoder, SwinTransformer) else encoder.num_prefix_tokens
     layers = blocks(encoder)
@@ -81,6 +82,6 @@ def watched(
 def _reporter(depth: int, on_attention: OnAttention) -> Callable[..., None]:
     def report(module: Any, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
         assert named.get("attn_mask") is None and not named.get("is_causal"), "a ViT of images masks nothing"
-        on_attention(depth, attention_weights(module, given[0], named.get("mask")), made)
+        on_attention(depth, attention_weights(module, given[0], named.get("mask")), given[0], made)
 
     return report

@@ -66,7 +66,7 @@ def collect_curves(subject: Subject, batches: Images, device: torch.device, prog
         if kept.images <= FEATURE_IMAGES:
             kept.pooled.setdefault(depth, []).append(tokens.mean(dim=(1, 2)).cpu())
 
-    def on_attention(depth: int, softmax: Tensor, _: Tensor) -> None:
+    def on_attention(depth: int, softmax: Tensor, *_: Tensor) -> None:
         attention = measures.patch_attention(softmax, subject.prefix)
         kept.distance.setdefault(depth, []).append(measures.attention_distance(attention, distances))
         kept.nmi.setdefault(depth, []).append(measures.normalised_mutual_information(softmax, subject.prefix))
@@ -92,22 +92,35 @@ def token_weights(counts: Tensor, subject: Subject) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """A few images in full. Of a Swin, `last` alone.
+    """A few images in full. Of a Swin, `tokens` alone.
 
-    last: tokens that leave the last block [n, T, D]. before, after: tokens that enter block `block`, and what
-    its attention makes of them [n, T, D]. maps: attention from each query in layer `layer`, times T so that 1
-    is uniform: [n, queries, g, g].
+    tokens: those that leave block `token_block` [n, T, D]. before, after: what the attention of block `block` is given,
+    and what it makes of it [n, T, D]. maps: attention of the same block from each query, times T so that 1 is uniform:
+    [n, queries, g, g].
     """
 
-    last: np.ndarray
+    tokens: np.ndarray
     before: np.ndarray
     after: np.ndarray
     maps: np.ndarray
+    token_block: int
+    block: int
 
 
-def transformed_block(depth: int) -> int:
-    """The block whose tokens figures 8 to 10 show: 11 as in the paper, the last but one of a shallower ViT."""
-    return min(11, max(depth - 1, 1))
+def token_block(depth: int, layer: int | None) -> int:
+    """The block whose output figure 3 shows: `layer`, or the last but one.
+
+    Of 12 blocks that is the 11th, as in the released notebook (hidden_states[11]); the paper's text says the last.
+    """
+    return layer or max(depth - 1, 1)
+
+
+def attention_block(depth: int, layer: int | None) -> int:
+    """The block whose attention figures 5 and 8 to 10 show: `layer`, or the last.
+
+    Index 11 in the released notebooks counts from 0, and appendix B says the last; figure 8's caption says the 11th.
+    """
+    return layer or depth
 
 
 def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
@@ -117,26 +130,24 @@ def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
 
 
 def collect_samples(
-    subject: Subject, batches: Images, layer: int, head: int | None, queries: Sequence[tuple[float, float]],
+    subject: Subject, batches: Images, layer: int | None, head: int | None, queries: Sequence[tuple[float, float]],
     device: torch.device, progress: Progress,
 ) -> Samples:  # fmt: skip
-    """Tokens and maps of the images in `batches`. layer: from 1. head: from 1, None for the mean of all."""
-    found: dict[str, list[Tensor]] = {"last": [], "before": [], "after": [], "maps": []}
-    block = transformed_block(subject.depth)
+    """Tokens and maps of the images in `batches`. layer: see token_block. head: from 1, None for the mean of all."""
+    found: dict[str, list[Tensor]] = {"tokens": [], "before": [], "after": [], "maps": []}
+    shown, block = token_block(subject.depth, layer), attention_block(subject.depth, layer)
 
     def keep(kind: str, tokens: Tensor) -> None:
         found[kind].append(tokens.float().cpu())
 
     def on_tokens(depth: int, tokens: Tensor) -> None:
-        if depth == block - 1:
-            keep("before", tokens.flatten(1, 2))
-        if depth == subject.depth:
-            keep("last", tokens.flatten(1, 2))
+        if depth == shown:
+            keep("tokens", tokens.flatten(1, 2))
 
-    def on_attention(depth: int, softmax: Tensor, output: Tensor) -> None:
+    def on_attention(depth: int, softmax: Tensor, given: Tensor, output: Tensor) -> None:
         if depth == block:
+            keep("before", given[:, subject.prefix :])
             keep("after", output[:, subject.prefix :])
-        if depth == layer:
             attention = measures.patch_attention(softmax, subject.prefix)
             chosen = attention.mean(dim=1) if head is None else attention[:, head - 1]
             cells = [query_cell(query, subject.grid) for query in queries]
@@ -147,4 +158,5 @@ def collect_samples(
         for batch in batches:
             _run(subject, batch.to(device))
             progress(len(batch))
-    return Samples(**{kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in found.items()})
+    arrays = {kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in found.items()}
+    return Samples(**arrays, token_block=shown, block=block)

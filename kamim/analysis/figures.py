@@ -35,13 +35,13 @@ def reconstructions(originals: np.ndarray, masks: np.ndarray, made: Sequence[tup
 
 @styled
 def classes(numbers: Numbers) -> Figure:
-    """Figure 3: t-SNE of tokens. xy [n, 2], label [n], classes."""
+    """Figure 3: t-SNE of the tokens that leave `block`. xy [n, 2], label [n], classes."""
     figure, lines = panels(len(numbers))
     for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
         for i, title in enumerate(found["classes"]):
             xy = found["xy"][found["label"] == i]
             axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=title, **look(i))
-        axes.set_title(name)
+        axes.set_title(f"{name}, block {found['block']}")
         _points(axes)
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2.5)
     return figure

@@ -18,9 +18,13 @@ CONFIDENCE = 0.95
 
 
 def patch_attention(weights: Tensor, prefix: int) -> Tensor:
-    """Attention among patch tokens alone, rows renormalised: [.., N, N] -> float64 [.., N - prefix, N - prefix]."""
+    """Attention among patch tokens alone, rows renormalised: [.., N, N] -> float64 [.., N - prefix, N - prefix].
+
+    A query whose whole weight is on prefix tokens counts as uniform attention, as with the released code's 1e-32.
+    """
     kept = weights[..., prefix:, prefix:].double()
-    return kept / kept.sum(dim=-1, keepdim=True)
+    total = kept.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, kept / total, 1 / kept.shape[-1])
 
 
 def token_distances(side: int, patch: float) -> Tensor:

@@ -18,6 +18,7 @@ FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "wei
 NEED_VIT = {"5", "6", "7", "8", "9", "10"}
 NEED_CLASSES = {"3", "9", "10"}
 NEED_SKLEARN = {"3", "8", "9", "10"}
+NEED_LAYER = {"3", "5", "8", "9", "10"}
 CLASSES = 3
 IMAGES_PER_CLASS = 8
 MOST_IMAGES = 1000  # where --images is not given
@@ -28,7 +29,8 @@ class Request:
     """What to do. figures: of FIGURES, or None for all that these subjects and this store allow.
 
     images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
-    first three. layer, head: of figure 5, from 1; None for the last, and for the mean. queries: (x, y) of its query
+    first three. layer: the block, from 1, of figures 3, 5 and 8 to 10; None for what each shows in the paper (see
+    collect.token_block and attention_block). head: of figure 5, from 1; None for the mean. queries: (x, y) of its query
     tokens, as shares of the image's sides in [0, 1). probes: results of `kamim eval`, for figure "probe".
     """
 
@@ -168,16 +170,16 @@ def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple
         if len(able) < len(subjects):
             left = ", ".join(s.name for s in subjects if s not in able)
             notes.append(f"figure {figure} without {left}: {reason}")
-    _check_attention(request, planned.get("5", []))
+    for subject in {s.name: s for figure in NEED_LAYER & planned.keys() for s in planned[figure]}.values():
+        _check("layer", request.layer, subject, subject.depth)
+    for subject in planned.get("5", []):
+        _check("head", request.head, subject, subject.encoder.blocks[0].attn.num_heads)
     if NEED_SKLEARN & planned.keys():
         embed.check()
     return planned, notes
 
 
-def _check_attention(request: Request, subjects: Sequence[Subject]) -> None:
-    """Raises ValueError where figure 5 asks for a layer or head that is not there."""
-    for subject in subjects:
-        heads = subject.encoder.blocks[0].attn.num_heads
-        for option, value, most in (("layer", request.layer, subject.depth), ("head", request.head, heads)):
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")
+def _check(option: str, value: int | None, subject: Subject, most: int) -> None:
+    """Raises ValueError for a layer or head that the subject does not have."""
+    if value is not None and not 1 <= value <= most:
+        raise ValueError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")

@@ -22,13 +22,13 @@ from kamim.models import expand_mask
 
 CAPTIONS = {
     "2": "Figure 2. Original, masked, and what each checkpoint makes of the masked patches.",
-    "3": "Figure 3. t-SNE of the tokens that leave the last block, images of three classes.",
+    "3": "Figure 3. t-SNE of the tokens that leave a block, images of three classes.",
     "4": "Figure 4. Fourier analysis of hidden states: Δ log amplitude of the highest frequency by depth, and whole "
     "curves. Negative: less high frequency than low.",
     "5": "Figure 5. Attention maps of the marked query tokens.",
     "6": "Figure 6. Attention distance by depth, mean over heads and images; band: standard deviation over heads.",
     "7": "Figure 7. Normalised mutual information of query and key by depth, as figure 6; 0: all queries attend alike.",
-    "8": "Figure 8. PCA of one image's tokens that enter a block, and of its attention's output.",
+    "8": "Figure 8. PCA of one image's tokens as a block's attention is given them, and of its output.",
     "9": "Figure 9. As figure 8, for two images of two classes, with centroids.",
     "10": "Figure 10. Tokens of many images of three classes, each row with its own PCA; circles: images' centroids.",
     "features": "Effective rank and uniformity of mean tokens by depth.",
@@ -79,8 +79,7 @@ def collect(
             found.curves[subject.name] = collect_curves(subject, batches, device, more)
         if subject in in_full:
             batches = take(chosen.samples, cell=None)
-            layer = request.layer or subject.depth
-            samples = collect_samples(subject, batches, layer, request.head, request.queries, device, more)
+            samples = collect_samples(subject, batches, request.layer, request.head, request.queries, device, more)
             found.samples[subject.name] = samples
         subject.encoder.cpu()
     return found
@@ -112,9 +111,9 @@ def numbers(
         "5": lambda s: {"maps": samples[s.name].maps[few]},
         "6": lambda s: attention[s.name][0],
         "7": lambda s: attention[s.name][1],
-        "8": lambda s: tables.transformation(s, samples[s.name]),
-        "9": lambda s: tables.two_images(s, samples[s.name], label, titles),
-        "10": lambda s: tables.many_images(s, samples[s.name], label, titles),
+        "8": lambda s: tables.transformation(samples[s.name]),
+        "9": lambda s: tables.two_images(samples[s.name], label, titles),
+        "10": lambda s: tables.many_images(samples[s.name], label, titles),
         "features": lambda s: tables.features(curves[s.name]),
         "weights": lambda s: tables.weight_correlation(curves[s.name], seed),
         "probe": lambda s: tables.probe(probed(s, request)),

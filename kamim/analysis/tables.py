@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kamim.analysis import embed, measures
-from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image, transformed_block
+from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image
 from kamim.analysis.subjects import Subject
 
 Table = dict[str, Any]
@@ -89,28 +89,27 @@ def similarity(curves: dict[str, Curves]) -> dict[str, dict[str, np.ndarray]]:
 
 def classes(samples: Samples, label: np.ndarray, titles: tuple[str, ...], seed: int) -> Table:
     """Figure 3. label: the class of each image, as a place in titles."""
-    _, tokens, width = samples.last.shape
-    xy = embed.tsne(samples.last.reshape(-1, width), seed)
-    return {"xy": xy, "label": np.repeat(label, tokens), "classes": titles}
+    _, tokens, width = samples.tokens.shape
+    xy = embed.tsne(samples.tokens.reshape(-1, width), seed)
+    return {"xy": xy, "label": np.repeat(label, tokens), "classes": titles, "block": samples.token_block}
 
 
-def transformation(subject: Subject, samples: Samples) -> Table:
+def transformation(samples: Samples) -> Table:
     """Figure 8, of the first image."""
     both, variance = _plane(samples.before[:1], samples.after[:1])
-    return {"before": both[0][0], "after": both[1][0], "variance": variance, "block": transformed_block(subject.depth)}
+    return {"before": both[0][0], "after": both[1][0], "variance": variance, "block": samples.block}
 
 
-def two_images(subject: Subject, samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
+def two_images(samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
     """Figure 9, of the first image of each of the first two classes."""
     chosen = [int(np.argmax(label == i)) for i in (0, 1)]
     (before, after), variance = _plane(samples.before[chosen], samples.after[chosen])
-    block = transformed_block(subject.depth)
-    return {"before": before, "after": after, "variance": variance, "block": block, "classes": titles[:2]}
+    return {"before": before, "after": after, "variance": variance, "block": samples.block, "classes": titles[:2]}
 
 
-def many_images(subject: Subject, samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
+def many_images(samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
     """Figure 10: before and after by a PCA of each."""
-    table: Table = {"block": transformed_block(subject.depth), "classes": titles, "label": label}
+    table: Table = {"block": samples.block, "classes": titles, "label": label}
     for kind, tokens in (("before", samples.before), ("after", samples.after)):
         (table[kind],), table[f"{kind}_variance"] = _plane(tokens)
     return table

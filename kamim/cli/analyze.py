@@ -19,8 +19,16 @@ def analyze(
     figures: Annotated[str, typer.Option(help="all, or some of 2,3,..,10,features,cka,weights,probe.")] = "all",
     images: Annotated[int | None, typer.Option(help="For curves; all, 1000 at most, where not given.")] = None,
     classes: Annotated[str, typer.Option(help="Three, comma-separated; the store's first where not given.")] = "",
-    layer: Annotated[int | None, typer.Option(help="Figure 5: block, from 1; the last where not given.")] = None,
-    head: Annotated[int | None, typer.Option(help="Figure 5: head, from 1; the mean where not given.")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Block, from 1, of figures 3, 5 and 8 to 10. Not given: the last, and for figure 3 the last but one, "
+            "as in the authors' notebooks. The paper's text says the last of figure 3, too, and 11 of figure 8."
+        ),
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Figure 5: head, from 1; the mean if not given, where the notebook shows 1.")
+    ] = None,
     query: Annotated[
         list[str] | None, typer.Option(help="Figure 5: X,Y of a query token, as shares of the sides; repeatable.")
     ] = None,

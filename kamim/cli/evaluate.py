@@ -7,8 +7,6 @@ import typer
 
 from kamim.cli.console import (
     RESUMABLE,
-    ConfigFile,
-    Overrides,
     app,
     bar,
     check_folder,
@@ -27,7 +25,9 @@ MODES = ("linprobe", "finetune", "knn", "reconstruct", "probe-sweep")
 @app.command(name="eval")
 @says_errors
 def evaluate(
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")
+    ] = None,
     mode: Annotated[str, typer.Option(help="linprobe, finetune, knn, reconstruct, probe-sweep or all")] = "linprobe",
     checkpoint: Annotated[
         list[str] | None,
@@ -38,7 +38,9 @@ def evaluate(
     norm: Annotated[str | None, typer.Option(help="linprobe.norm: none, token or joint (Table 5)")] = None,
     protocol: Annotated[str | None, typer.Option(help="linprobe.protocol: paper, mae or dinov2")] = None,
     convention: Annotated[str | None, typer.Option(help="reconstruct: paper or honest; both where not given.")] = None,
-    config: ConfigFile = None,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/eval/linprobe.yaml")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="State and results stay here: a stopped evaluation goes on.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:

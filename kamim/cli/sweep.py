@@ -9,7 +9,6 @@ from rich.table import Table
 
 from kamim.cli.console import (
     RESUMABLE,
-    Overrides,
     app,
     bar,
     note,
@@ -24,7 +23,9 @@ from kamim.cli.console import (
 @says_errors
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file, such as configs/sweeps/table2.yaml")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value overrides, such as pretrain.optim.lr=1e-3")
+    ] = None,
 ) -> None:
     """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
     from kamim.config import load

@@ -94,22 +94,33 @@ def _foreign(file: Path) -> Loaded:
     return Loaded(model, made.has_head, Mask(), about)
 
 
+PRETRAINING: Any = {  # keys of Pretrain that shape a run
+    "data": {"resolution", "crop_scale", "crop_ratio", "drop_last", "on_error"}, "model": {"drop_path"}, "mask": True,
+    "weighting": True, "optim": True, "norm_pix_loss": True, "init_from": True,
+}  # fmt: skip
+
+
 def _pretraining(found: checkpoint.Checkpoint) -> dict[str, Any] | None:
-    """How a checkpoint was trained: what kamim.evaluation.paper.quoted asks. None where it came from elsewhere."""
+    """How a checkpoint was trained, all that kamim.evaluation.paper compares; None where it came from elsewhere.
+
+    What its store says is None without it: dataset, samples, images (how they are encoded), and complete, whether it is
+    trained to its last step.
+    """
     config = found.config
     if found.step == 0:
         return None
     try:
         manifest = store.read_manifest(config.data.store)
     except ValueError:  # its store is not on this machine
-        dataset, complete = None, None
+        dataset, samples, images, complete = None, None, None, None
     else:
         size = min(config.optim.batch_size, manifest.count)  # the store may be another by now
         plan = Plan(manifest.count, size, size, config.seed, drop_last=config.data.drop_last)
         steps, _, _ = config.optim.schedule(plan.steps_per_epoch)
-        dataset, complete = manifest.job.dataset, found.step == steps
+        dataset, samples, images = manifest.job.dataset, manifest.count, manifest.job.encoding
+        complete = found.step == steps
     return {
-        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "complete": complete,
-        "epochs": config.optim.duration or config.optim.epochs, "resolution": config.data.resolution,
-        **config.model_dump(mode="json", include={"weighting", "mask", "optim", "norm_pix_loss", "init_from"}),
+        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "samples": samples,
+        "images": images, "complete": complete, "epochs": config.optim.duration or config.optim.epochs,
+        **config.model_dump(mode="json", include=PRETRAINING),
     }  # fmt: skip

@@ -104,11 +104,14 @@ def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progr
 
 
 def _check_free(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where another evaluation lives in the folder."""
+    """Raises ValueError where another evaluation lives in the folder.
+
+    How the checkpoint was pretrained is not compared: its weights' checksum says which one it is.
+    """
     file = folder / "settings.json"
     asked = dict(report.flat(settings))
     there = dict(report.flat(json.loads(file.read_text()))) if file.exists() else asked
-    for key in {**there, **asked}:
+    for key in (key for key in {**there, **asked} if not key.startswith("pretraining")):
         if asked.get(key) != there.get(key):
             raise ValueError(
                 f"--out {folder}: holds another evaluation ({key} {there.get(key, 'nothing')} there, "

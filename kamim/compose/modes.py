@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -16,14 +17,14 @@ from kamim.batch import Batch, denormalise, normalise
 from kamim.checkpoint import Keep
 from kamim.compose.checkpoints import Subject
 from kamim.compose.setting import Samples, Setting, Task, features_of, labelled, task
-from kamim.config import ClassifierOptim
+from kamim.config import ClassifierOptim, Finetune, Linprobe
 from kamim.distributed import World
-from kamim.evaluation import classify, finetune, probe
+from kamim.evaluation import classify, finetune, paper, probe
 from kamim.evaluation.knn import knn
 from kamim.evaluation.readout import Pixels, Readout, check, depth, prefix, resolve
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.sweep import best, sweep
-from kamim.loop import Batches, Progress, Run, autocast, should_compile, train
+from kamim.loop import Batches, Progress, Run, should_compile, train
 from kamim.masking import block_masks
 from kamim.models import build_encoder, expand_mask
 from pipelines.augment import Augment, mixed_batch
@@ -36,7 +37,7 @@ CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MA
 
 def linprobe_task(setting: Setting, subject: Subject) -> Task:
     """One linear layer on a frozen encoder."""
-    config, options, samples = setting.config, setting.config.linprobe, labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.linprobe, subject), labelled(setting)
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
     _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
@@ -67,7 +68,7 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
 
 def finetune_task(setting: Setting, subject: Subject) -> Task:
     """Everything trains."""
-    config, options, samples = setting.config, setting.config.finetune, labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.finetune, subject), labelled(setting)
     if isinstance(subject.encoder, Pixels):
         raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
@@ -113,7 +114,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
         return {"k": found}
 
     about = {
-        "protocol": "dino", "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
+        "protocol": options.protocol, "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
     return task("knn", setting, subject, about, run)
@@ -155,7 +156,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         """Reconstructions [B, 3, R, R], and which of their pixels are masked, bool [B, R, R]."""
         device = setting.world.device
         mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(device)
-        with torch.no_grad(), autocast(setting.config.compute, device):
+        with torch.no_grad():  # fp32, as the released code's notebook
             return model(normalise(batch.images), mask), expand_mask(mask, subject.resolution)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
                     folder / SHOWN,
                     originals=batch.images.cpu(),
                     masks=masked.cpu(),
-                    made=denormalise(made.float()).cpu(),
+                    made=denormalise(made).cpu(),
                 )
         return found
 
@@ -210,6 +211,17 @@ def _training(
         return normalise(batch.images), one_hot(batch.labels, classes).float()
 
     return setting.batches(samples, resolution, plan, crop=CROP), unmixed
+
+
+O = TypeVar("O", Linprobe, Finetune)
+
+
+def _clipped(options: O, subject: Subject) -> O:
+    """The options, with the released code's clip_grad for the subject's architecture where none is given."""
+    if "clip_grad" in options.optim.model_fields_set:
+        return options
+    clip_grad = paper.CLIP_GRAD["swin" if isinstance(subject.encoder, SwinTransformer) else "vit"]
+    return options.model_copy(update={"optim": options.optim.model_copy(update={"clip_grad": clip_grad})})
 
 
 def _check_size(key: str, size: int, samples: Samples) -> None:
@@ -256,7 +268,7 @@ def _train(
 def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: classify.Read) -> dict[str, float]:
     plan = setting.in_order(setting.val)
     batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
-    return classify.accuracy(network, read, batches, setting.config.compute, setting.world)
+    return classify.accuracy(network, read, batches, setting.world)
 
 
 def applies(mode: str, subject: Subject) -> bool:

@@ -44,19 +44,17 @@ def gradients(
     return steps
 
 
-def accuracy(
-    network: nn.Module, read: Read, batches: Iterable[Batch], compute: Compute, world: World
-) -> dict[str, float]:
-    """top1 and top5, in per cent, over all ranks' batches."""
+def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: World) -> dict[str, float]:
+    """top1 and top5, in per cent, over all ranks' batches. fp32, as the released code validates."""
     network.eval()
     for buffer in network.buffers():  # a BatchNorm's statistics, which every rank has of its own samples
         world.share(buffer)
     right = torch.zeros(3, dtype=torch.int64, device=world.device)  # as first, among the first 5; and of how many
     for batch in batches:
         if len(batch):  # a rank may have none of a short last step
-            with torch.no_grad(), autocast(compute, world.device):
+            with torch.no_grad():
                 logits = network(read(normalise(batch.images)))
-            place = places(logits.float(), batch.labels)
+            place = places(logits, batch.labels)
             right += torch.stack([(place < 1).sum(), (place < 5).sum(), (place >= 0).sum()])
     top1, top5, samples = world.sum(right).tolist()
     return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

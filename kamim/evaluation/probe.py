@@ -5,18 +5,18 @@ from torch import Tensor, nn
 
 from kamim.config import Compute
 from kamim.evaluation.readout import Encoder, Readout, fixed, prefix, tokens_after
-from kamim.loop import autocast, should_compile
+from kamim.loop import should_compile
 
 
 class Frozen:
-    """What a probe reads of an encoder: no gradients, nothing behind its block, bf16 and compiled on a GPU.
+    """What a probe reads of an encoder: no gradients, nothing behind its block, compiled on a GPU.
 
     Gives features float32 [B, F]; for the joint norm, which learns, the patch tokens float32 [B, N, D].
     """
 
     def __init__(self, encoder: Encoder, readout: Readout, compute: Compute, device: torch.device):
         self._encoder = encoder.to(device).eval().requires_grad_(False)
-        self._readout, self._compute, self._device = readout, compute, device
+        self._readout = readout
         self._read = torch.compile(self._features) if should_compile(compute, device) else self._features
 
     def _features(self, images: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ class Frozen:
         return fixed(self._encoder, tokens, self._readout)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, R, R], normalised."""
-        with torch.no_grad(), autocast(self._compute, self._device):
+        """images: float [B, 3, R, R], normalised. In the precision of the autocast around it."""
+        with torch.no_grad():
             return self._read(images).float()
 
 

@@ -13,6 +13,11 @@ from kamim.evaluation.sweep import best, best_by_readout
 Result = Mapping[str, Any]
 FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings
 PAPER_HEADER = "paper's"
+CHOSEN = ("knn", "probe-sweep")  # modes whose headline is the best of several on the validation store
+CHOICE = (
+    "The best k of kNN and the best block, pooling, norm and rate of the sweep are chosen on the validation images "
+    "themselves, which flatters."
+)
 
 
 def save_report(results: Sequence[Result], pictures: Sequence[tuple[bytes, str]], file: Path) -> None:
@@ -23,7 +28,10 @@ def save_report(results: Sequence[Result], pictures: Sequence[tuple[bytes, str]]
     about = (
         f"kamim {kamim.__version__}. Accuracies in per cent on the validation store; top-1 where nothing else is said."
     )
-    parts = [page.paragraph(about), _glance(results), _checkpoints(results)]
+    parts = [page.paragraph(about), _glance(results)]
+    if any(result["mode"] in CHOSEN for result in results):
+        parts.append(page.paragraph(CHOICE))
+    parts.append(_checkpoints(results))
     if any(quoted(result) for result in results):
         parts.append(page.paragraph(f"Columns {PAPER_HEADER}: what the paper reports where its setting is the same."))
     for mode, (title, section) in SECTIONS.items():
@@ -77,10 +85,10 @@ def _classified(results: Sequence[Result]) -> Iterator[str]:
 def _neighbours(results: Sequence[Result]) -> Iterator[str]:
     ks = sorted({int(k) for r in results for k in r["k"]})
     yield page.table(
-        ("checkpoint", "block", "pooling", "norm", *(f"top-1, k = {k}" for k in ks), "top-5, largest k"),
+        ("checkpoint", "protocol", "block", "pooling", "norm", *(f"top-1, k = {k}" for k in ks), "top-5, largest k"),
         [
             (
-                r["name"], str(r["block"]), r["pooling"], r["norm"],
+                r["name"], r["protocol"], str(r["block"]), r["pooling"], r["norm"],
                 *(_percent(r["k"][str(k)]["top1"]) if str(k) in r["k"] else "" for k in ks),
                 _percent(r["k"][max(r["k"], key=int)]["top5"]),
             ) for r in results
@@ -155,8 +163,8 @@ def flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 HEADLINES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "linprobe": ("linear probe", lambda r: _percent(r["top1"])),
     "finetune": ("fine-tuned", lambda r: _percent(r["top1"])),
-    "knn": ("kNN, best k", lambda r: _percent(max(found["top1"] for found in r["k"].values()))),
-    "probe-sweep": ("probe sweep, best", lambda r: _percent(best(r["rows"])["top1"])),
+    "knn": ("kNN, best k on val", lambda r: _percent(max(found["top1"] for found in r["k"].values()))),
+    "probe-sweep": ("probe sweep, best on val", lambda r: _percent(best(r["rows"])["top1"])),
     "reconstruct": ("PSNR, honest (dB)", lambda r: f"{r['honest']['psnr']:.2f}" if "honest" in r else ""),
 }
 SECTIONS: Mapping[str, tuple[str, Callable[[Sequence[Result]], Iterator[str]]]] = {

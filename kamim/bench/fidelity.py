@@ -14,9 +14,9 @@ import torch
 
 from kamim import geometry
 from kamim import keypoints as kp
+from kamim.bench import originals
 from kamim.detectors import detect_packed, detector
 from kamim.weighting import counts_to_weights
-from preprocess.decode import decode
 from preprocess.record import resize
 from preprocess.sources import Source
 
@@ -52,7 +52,7 @@ def fidelity(
     held: dict[str, list[int]] = {name: [] for name in detectors}
     maps: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for done, index in enumerate(chosen):
-        pixels = decode(source.read(source.items[index]))
+        pixels = originals.pixels(source, source.items[index])
         frames = {name: _Found(pixels, name, setting) for name in detectors}
         for name in detectors:
             held[name].append(frames[name].bytes)

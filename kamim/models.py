@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kamim.stochastic_depth import replace_drop_paths
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -58,7 +60,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
-    """The timm backbone `name` for images of side `resolution`, random weights, no classifier."""
+    """The timm backbone `name` for images of side `resolution`, random weights, no classifier.
+
+    drop_path: stochastic depth rate of the last block; with one, kamim.stochastic_depth.draw_paths comes before every
+    training batch.
+    """
     architecture = ARCHITECTURES[name]
     options = dict(architecture.options)
     if architecture.norm_eps is not None:
@@ -67,6 +73,7 @@ def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionT
         architecture.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
     )
     assert isinstance(encoder, VisionTransformer | SwinTransformer)
+    replace_drop_paths(encoder)
     return encoder
 
 

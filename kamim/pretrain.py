@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kamim import checkpoint, interop, lock, machine, rng
+from kamim import checkpoint, interop, lock, machine
 from kamim.batch import Batch, denormalise, normalise, upload
 from kamim.config import Pretrain, dump, load
 from kamim.distributed import World
@@ -29,6 +29,7 @@ from kamim.metrics import Waits
 from kamim.models import ARCHITECTURES, MaskedImageModel
 from kamim.nonfinite import Guard
 from kamim.objective import denormalise_patches, masked_l1, normalise_patches
+from kamim.stochastic_depth import draw_paths
 from kamim.store import MANIFEST, write_whole
 from kamim.weighting import counts_to_weights
 
@@ -123,12 +124,8 @@ def steps(
     network.train()
     sums = torch.zeros(3, device=world.device)  # of samples, of loss and of mean W
     largest = torch.zeros((), device=world.device)
-    step = -1
     waits = Waits(batches)
     for batch in waits:
-        if batch.step != step:  # what draws inside the model (stochastic depth) is a function of the step
-            step = batch.step
-            torch.manual_seed(rng.step_seed(config.seed, step, world.rank))
         taken = batch if len(batch) else batch.stand_in()
         with synchronised(network, batch, world):
             loss, weights = batch_loss(config, network, taken, world.device)
@@ -168,6 +165,7 @@ def reconstruct(
         w = config.weighting
         weights = counts_to_weights(batch.counts, w.patch_size, w.temperature, w.normalize)
     images = normalise(batch.images)
+    draw_paths(network, config.seed, batch.epoch, batch.indices, device)
     with autocast(config.compute, device):
         reconstruction = network(images, mask)
     target = normalise_patches(images, ARCHITECTURES[config.model.name].stride) if config.norm_pix_loss else images

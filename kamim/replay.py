@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim import rng, schedule
+from kamim import schedule
 from kamim.batch import Batch, normalise
 from kamim.config import Pretrain
 from kamim.distributed import World
@@ -69,8 +69,7 @@ def replay(
         update(model, optimizer, config.optim.clip_grad, values["loss"], guard)
     model.train()
     loss, samples = torch.zeros((), device=device), []
-    for rank, its in enumerate(ranks):
-        torch.manual_seed(rng.step_seed(config.seed, step, rank))  # as steps does
+    for its in ranks:
         for batch in its(step, step + 1):
             if not len(batch):  # a rank may have none of a short step
                 continue

@@ -20,8 +20,9 @@ MASK = 3
 AUGMENT = 4
 ERASE = 5
 MIX = 6
-MODEL = 7
+# 7 seeded torch's own generator at every step.
 BOOTSTRAP = 8
+DROP_PATH = 9
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -67,8 +68,3 @@ def units(seed, epoch, indices, stream, draws):
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of an epoch: a permutation of 0 .. n - 1, int64 [n]."""
     return np.argsort(units(seed, epoch, np.arange(n), ORDER, 1)[:, 0], kind="stable")
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed for torch's own generator during one step: what draws inside a model (stochastic depth) replays too."""
-    return int(unit(seed, 0, step, MODEL, rank) * 2**53)

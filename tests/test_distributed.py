@@ -65,6 +65,7 @@ UNEVEN = (
     "optim.batch_size=10",
     "optim.micro_batch=2",
     "optim.epochs=3",
+    "model.drop_path=0.5",
 )  # on 4 ranks 2, 3, 2, 3 samples: 1 or 2 micro-batches
 # 7, 7, 7 and 3 of 24 samples: on 4 ranks the last step has 0, 1, 1, 1, on 2 ranks it has 1, 2
 SHORT = ("optim.batch_size=7", "optim.micro_batch=2", "optim.epochs=2", "data.drop_last=false")

@@ -57,8 +57,3 @@ def test_permutation_holds_every_index_once_and_changes_with_the_epoch() -> None
     assert sorted(second) == list(range(1000))
     assert (first == second).mean() < 0.02
     assert (first == np.arange(1000)).mean() < 0.02
-
-
-def test_step_seed_differs_by_step_and_rank() -> None:
-    seeds = {rng.step_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}
-    assert len(seeds) == 240

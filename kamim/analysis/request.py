@@ -108,16 +108,18 @@ class Chosen:
 
 
 def choose(request: Request, source: Source) -> Chosen:
-    """Images by seed. Raises ValueError for more images than there are, or classes that are not."""
+    """Images by seed. Raises ValueError for fewer than two, for more images than there are, or classes that are not."""
     total = len(source.labels)
+    if total < 2:
+        raise ValueError(f"--store {source.name}: has {total} image; an analysis is over images and needs 2 or more")
     count = min(total, MOST_IMAGES) if request.images is None else request.images
     if not 2 <= count <= total:
         raise ValueError(f"--images {count}: {source.name} has {total}; ask for 2 to {total}")
     order = rng.permutation(request.seed, 0, total)
-    if not request.classes and len(source.classes) < CLASSES:
+    titles = _titles(request.classes, source)
+    if not titles:
         few = order[:CLASSES]
         return Chosen(order[:count], few, np.zeros(len(few), np.int64), ())
-    titles = _titles(request.classes, source)
     parts = [order[source.labels[order] == source.classes.index(title)][:IMAGES_PER_CLASS] for title in titles]
     for title, part in zip(titles, parts, strict=True):
         if not len(part):
@@ -127,8 +129,10 @@ def choose(request: Request, source: Source) -> Chosen:
 
 
 def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
+    """Three classes: those asked for, or else the first that have images; none where fewer than three have."""
     if not wanted:
-        return source.classes[:CLASSES]
+        titles = [source.classes[label] for label in np.unique(source.labels) if label >= 0]
+        return tuple(titles[:CLASSES]) if len(titles) >= CLASSES else ()
     if not source.classes:
         raise ValueError(f"--classes {','.join(wanted)}: {source.name} has no labels; leave --classes out")
     for title in wanted:

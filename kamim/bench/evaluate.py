@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import even_batch, interleaved
 from kamim.config import Compute, SweepOptim
 from kamim.evaluation.probe import Frozen
@@ -82,7 +83,7 @@ def our_rate(store: Store, resolution: int, batch: int, augmented: bool, mixed: 
         seen = 0
         for made in loader.steps(0, PASSES * plan.steps_per_epoch):
             if mixed:
-                mixed_batch(made, SWEEP["classes"], 0)
+                mixed_batch(made, len(store.manifest.classes), 0)
             seen += len(made)
         return seen
 
@@ -109,7 +110,12 @@ def bench(
     """Images per second (medians of the rounds), ratios, and what a sweep costs beside one probe, on the CPU.
 
     torchvision reads the originals, as the released code does; torchvision_stored the very JPEGs of the store.
+    Raises ValueError for a store of raw pixels, or with images that have no label.
     """
+    check_jpeg(store)
+    if unlabelled := int((store.images.labels < 0).sum()):
+        raise ValueError(f"--store {store.path}: has {unlabelled} images without a label; this benchmark mixes labels")
+    source = accepted(source, store)
     workers = len(os.sched_getaffinity(0))
     encoder = build_encoder(model, resolution)
     block = resolve(encoder, "paper")

@@ -15,10 +15,10 @@ import torch
 
 from kamim import geometry
 from kamim import keypoints as kp
+from kamim.bench import originals
 from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
 from kamim.weighting import counts_to_weights
-from preprocess.decode import decode
 from preprocess.plan import make_job
 from preprocess.resize import resize_plain
 from preprocess.sources import Source
@@ -60,8 +60,7 @@ def fidelity(
     on_stored: dict[tuple[str, str], list[np.ndarray]] = {}
     maps: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for done, index in enumerate(chosen):
-        data = source.read(source.items[index])
-        pixels = decode(data)
+        data, pixels = originals.read(source, source.items[index])
         image = StoredImage(job, data, pixels, int(index), crops)
         stored.append(image)
         frames = {name: _Found(pixels, name, setting) for name in detectors}

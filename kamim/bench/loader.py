@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 
 from kamim import beton
 from kamim.bench import startup
+from kamim.bench.originals import accepted, check_jpeg, read
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
 from kamim.bench.startup import Bare
 from kamim.store import Images, Keypoints, Store
@@ -32,7 +33,6 @@ from kamim.weighting import counts_to_weights
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
-from preprocess.decode import decode
 from preprocess.sources import Item, Source
 
 RESOLUTION, PATCH_SIZE, TEMPERATURE = 192, 8, 0.25
@@ -122,7 +122,7 @@ def write_short_side(source: Source, file: Path) -> Bare:
 
     def images() -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
         for item in source.items:
-            rgb = decode(source.read(item))
+            rgb = read(source, item)[1]
             scale = min(SHORT_SIDE / min(rgb.shape[:2]), 1)
             small = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(small), 90, colorsubsampling="420")
@@ -175,9 +175,13 @@ def _stock_loader(file: str, batch: int, workers: int) -> Any:
 def bench(
     store: Store, source: Source, batch: int, rounds: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Rates (images per second, medians) and the ratios that matter. Raises ValueError for a raw store."""
-    if store.images.raw:
-        raise ValueError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
+    """Rates (images per second, medians) and the ratios that matter. batch: the store's images at most.
+
+    Raises ValueError for a store of raw pixels or without FAST's keypoints.
+    """
+    check_jpeg(store)
+    store.keypoints("fast")  # which startup.measure needs
+    source, batch = accepted(source, store), min(batch, len(store))
     cv2.setNumThreads(1)  # OpenCV's threads do not survive the DataLoader's fork
     workers = len(os.sched_getaffinity(0))
     keypoints = {name: store.keypoints(name) for name in store.detectors}

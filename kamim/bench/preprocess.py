@@ -26,7 +26,7 @@ import simplejpeg
 from kamim import machine
 from kamim.detectors import detector
 from kamim.store import Job
-from preprocess.decode import decode
+from preprocess.decode import Undecodable, decode
 from preprocess.plan import make_job
 from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels
 from preprocess.resize import resize_plain
@@ -47,7 +47,9 @@ def bench(
     items = [item for item in source.items if _is_plain_jpeg(source.read(item))]
     size = len(items) // PARTS
     if not size:
-        raise ValueError(f"--source {source.location}: has {len(items)} RGB or grey JPEGs, the benchmark needs {PARTS}")
+        raise ValueError(
+            f"--source {source.location}: has {len(items)} readable RGB or grey JPEGs, the benchmark needs {PARTS}"
+        )
     shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]
     job = make_job(
         "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
@@ -73,9 +75,14 @@ def bench(
 
 
 def _is_plain_jpeg(data: bytes | np.ndarray) -> bool:
-    if isinstance(data, np.ndarray):
+    """Whether libjpeg-turbo decodes it, and nothing else has to."""
+    if isinstance(data, np.ndarray) or data[:3] != b"\xff\xd8\xff":
         return False
-    return data[:3] == b"\xff\xd8\xff" and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB")
+    try:
+        decode(data)
+    except Undecodable:
+        return False
+    return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB")
 
 
 def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[str]) -> Seconds:

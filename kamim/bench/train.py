@@ -30,6 +30,7 @@ from kamim import loop, machine
 from kamim.batch import IMAGENET_MEAN, IMAGENET_STD
 from kamim.bench.loader import PATCH_SIZE, RESOLUTION, ReferenceDataset, one_thread
 from kamim.bench.rounds import Run, interleaved
+from kamim.compose.training import training_batches
 from kamim.config import Pretrain, load
 from kamim.distributed import World
 from kamim.masking import masked_count
@@ -38,9 +39,6 @@ from kamim.models import MaskedImageModel, build_encoder
 from kamim.objective import masked_l1
 from kamim.pretrain import prepare, steps
 from kamim.store import Store
-from pipelines.counts import CachedCounts
-from pipelines.loader import Crop, Loader, feed
-from pipelines.plan import Plan
 from preprocess.sources import Source
 
 Pass = Callable[[], Iterator[float]]  # does its steps; yields after each the seconds it waited for data
@@ -50,14 +48,9 @@ class Ours:
     """The steps of `kamim pretrain`, with all that belongs to them but checkpoints."""
 
     def __init__(self, config: Pretrain, length: int):
+        """Raises ValueError for a store that cannot be trained on so."""
         self._config, self._length, self._world = config, length, World(0, 1, _device())
-        store, optim, weighting = Store(config.data.store), config.optim, config.weighting
-        counter = None
-        if weighting is not None:
-            counter = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, weighting.patch_size)
-        plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=config.data.drop_last)
-        pin = self._world.device.type == "cuda"
-        self._loader = Loader(store, plan, config.data.resolution, crop=Crop(), counter=counter, pin=pin)
+        _, self._batches = training_batches(config, Store(config.data.store), self._world)
         self._done = 0
 
     @cached_property
@@ -71,8 +64,7 @@ class Ours:
         model, network, optimizer, metrics = self._made
         optim, first = self._config.optim, self._done
         self._done += self._length
-        batches = feed(self._loader.steps(first, self._done), self._world.device)
-        for step, values in steps(self._config, network, batches, self._world):
+        for step, values in steps(self._config, network, self._batches(first, self._done), self._world):
             norm = loop.update(model, optimizer, optim.clip_grad, values["loss"])
             metrics.add(step, optim.lr, {**values, **norm})
             yield float(values["data_wait"])
@@ -211,7 +203,10 @@ def bench(
     store: Path, source: Source, name: str, batch: int, length: int, rounds: int, progress: Callable[[int, int], None],
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians of the rounds. batch: images a step; length: steps a pass; overrides: of Pretrain, for ours alone."""
+    """Medians of the rounds. batch: images a step; length: steps a pass; overrides: of Pretrain, for ours alone.
+
+    Raises ValueError for a store that cannot be trained on so, and without the transformers package.
+    """
     if length < 2:
         raise ValueError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
@@ -224,6 +219,8 @@ def bench(
             load(Pretrain, None, [*given, f"out={folder}/{of}", *more])
             for of, more in (("kamim", overrides), ("simmim", ("weighting=null", *overrides)), ("plain", ()))
         )
+        for config in (kamim, simmim):
+            Ours(config, length)  # a ValueError is the user's only where it is raised in this process
         loops = {
             of: Measured(make, length * batch, stack) for of, make in (
                 ("kamim", partial(Ours, kamim, length)), ("simmim", partial(Ours, simmim, length)),

@@ -106,13 +106,17 @@ def terminable() -> Iterator[None]:
 
 
 class Update:
-    """What moves a bar: update(done, total, note)."""
+    """What moves a bar: update(done, total, note). One bar may show several tasks, one after the other."""
 
     def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task, self._tenths = progress, task, 0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Moves it to `done` of `total`."""
+        """Moves it to `done` of `total`; after the end of a task, or backwards, it is the next task's."""
+        shown = self._progress.tasks[self._task]
+        if shown.finished or done < shown.completed:  # rich calls a task finished for ever, and averages over both
+            self._progress.reset(self._task)
+            self._tenths = 0
         self._progress.update(self._task, completed=done, total=total, note=note)
         if self._progress.disable and done * 10 // total > self._tenths:
             say(self._line(done, total, note))

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kamim import rng
 from kamim.batch import Batch, normalise
 from kamim.config import Compute
 from kamim.distributed import World
 from kamim.evaluation.places import places
 from kamim.loop import Batches, Gradients, Steps, autocast, synchronised
+from kamim.stochastic_depth import draw_paths
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes
@@ -25,12 +25,9 @@ def gradients(
     def steps(first: int, stop: int) -> Steps:
         network.train()
         total = torch.zeros((), device=world.device)
-        step = -1
         for batch in batches(first, stop):
-            if batch.step != step:  # what draws inside the network (stochastic depth) is a function of the step
-                step = batch.step
-                torch.manual_seed(rng.step_seed(seed, step, world.rank))
             images, targets = finish(batch)
+            draw_paths(network, seed, batch.epoch, batch.indices, world.device)
             with synchronised(network, batch, world):
                 with autocast(compute, world.device):
                     logits = network(read(images))
@@ -38,7 +35,7 @@ def gradients(
                 (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
             total += loss.detach() * batch.share
             if batch.last:
-                yield step, {"loss": world.sum(total.clone())}
+                yield batch.step, {"loss": world.sum(total.clone())}
                 total.zero_()
 
     return steps

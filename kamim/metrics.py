@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from kamim.config import Log
+from kamim.escape import one_line
 from kamim.store import write_whole
 
 Values = Mapping[str, float]
@@ -192,7 +193,7 @@ def warn(run: Path, line: str) -> None:
     """Says a line on stderr, and in RUN/log.txt where there is room for it."""
     log.warning(line)
     with suppress(OSError), (run / "log.txt").open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
 
 
 def refuse(step: int, values: Values) -> None:

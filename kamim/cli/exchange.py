@@ -21,7 +21,7 @@ def import_(
     """Makes a checkpoint of weights from elsewhere."""
     from kamim import checkpoint, interop
 
-    made = interop.convert(interop.read_file(file), resolution)
+    made = interop.load(file, resolution)
     checkpoint.save_imported(out, made.architecture, made.resolution, made.state, made.has_head)
     head = "with its pixel head" if made.has_head else "encoder alone"
     out_console.print(f"{out}: {made.architecture} at {made.resolution} px, {head}")

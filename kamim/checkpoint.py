@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kamim
+from kamim import lock
 from kamim.config import Pretrain, load
 from kamim.escape import one_line
 from kamim.models import MaskedImageModel
@@ -138,12 +139,12 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
 
 def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
     """Writes weights from elsewhere as a checkpoint at `path`. Raises ValueError where something is there."""
-    if path.exists():
-        raise ValueError(f"--out {path}: is there already; choose another or remove it")
-    config = Pretrain.model_validate(
-        {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
-    )
-    return _write(path, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
+    given = {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
+    config = load(Pretrain, None, given=given)
+    with lock.alone(path, "--out"):
+        if path.exists():
+            raise ValueError(f"--out {path}: is there already; choose another or remove it")
+        return _write(path, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
 
 
 def _write(

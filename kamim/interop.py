@@ -178,7 +178,7 @@ def _rename(state: State) -> State:
     for name, value in state.items():
         if _IGNORED.search(name):
             continue
-        _check_tensor(name, value)
+        check_tensor(name, value)
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
         if not name.startswith(("encoder.", "head.0.", "mask_token")):
@@ -189,7 +189,7 @@ def _rename(state: State) -> State:
     return renamed
 
 
-def _check_tensor(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: Tensor) -> None:
     """Raises ValueError for weights that are no plain array of floats, or larger than what their file holds of them."""
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} is {_name(value.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")

@@ -33,8 +33,8 @@ from kamim.store import Store, seal
 
 HOSTILE = (
     r"$\bad$", "\x1b[31mred\x1b[0m", "[bold]rich[/]", ":smile:", "=HYPERLINK(1)", "@SUM(1)",
-    "<script>alert(1)</script>", "_hidden", "two\nlines", "\u202egnp.exe", "\x9b31m", "caf\udce9", "\ud800", "\x00", "|",
-    "'=1", "100 %s {0}",
+    "<script>alert(1)</script>", "_hidden", "two\nlines", "\u202egnp.exe", "\x9b31m", "caf\udce9", "\ud800", "\x00",
+    "|", "'=1", "100 %s {0}",
 )  # fmt: skip
 UNSAFE = re.compile("[^\\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

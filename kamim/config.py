@@ -6,6 +6,7 @@ wrong type or an impossible combination is a ValueError of one line that names k
 """
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from pydantic import AfterValidator, Field
 
 from kamim.detectors import names as detector_names
+from kamim.escape import one_line
 from kamim.evaluation.readout import Norm, Pooling
 from kamim.geometry import CROP_RATIO
 from kamim.keypoints import FOOTPRINTS
@@ -62,6 +64,10 @@ def in_steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
     return round(float(found[1]) * per_unit)
 
 
+_SHORT = reprlib.Repr()  # of a value in a message: YAML's aliases make a few lines endless
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 class Section(pydantic.BaseModel):
     """A group of keys. Unknown keys are errors; values are fixed once read."""
 
@@ -96,7 +102,7 @@ class Data(Section):
     """
 
     store: Path
-    resolution: Count = 192
+    resolution: Annotated[int, Field(gt=0, le=65_535)] = 192
     crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
     crop_ratio: tuple[Positive, Positive] = CROP_RATIO
     drop_last: bool = True
@@ -471,8 +477,8 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given:
             raise ValueError(f"-c {file}: no such file")
         try:
             tree = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
+            raise ValueError(f"{file}: not YAML: {one_line(error)}") from error
         if not isinstance(tree, dict):
             raise ValueError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
     for override in overrides:
@@ -497,7 +503,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
     try:
         tree[name] = _number(yaml.safe_load(value))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"{override!r}: the value is not YAML") from None
 
 
@@ -522,7 +528,7 @@ def _line(kind: type[Section], error: Any) -> str:
         return f"{key}: unknown key; allowed are {', '.join(_fields(kind, error['loc'][:-1]))}"
     if error["type"] == "value_error" and isinstance(error["input"], dict | Section):
         return f"{key}.{message}" if key and " = " in message else message
-    return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+    return f"{key} = {_SHORT.repr(error['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _fields(kind: type[Section], location: Sequence[Any]) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from kamim import page
 from kamim.config import SOME, Evaluation, Pretrain, Section, load
+from kamim.escape import printable
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 
@@ -104,7 +105,11 @@ class Table:
     def markdown(self) -> str:
         """With a header."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        return "".join(f"| {' | '.join(map(_markdown, cells))} |\n" for cells in lines)
+
+
+def _markdown(cell: str) -> str:
+    return printable(cell).replace("|", "\\|")
 
 
 def table(grid: Grid, results: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,24 +5,26 @@ Understood: the authors' released checkpoints (Hugging Face ViT and Swin ForMask
 and timm state dicts. Files are safetensors, or pickles read with weights_only and nothing less.
 """
 
-import pickle
+import math
 import re
-import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from kamim.escape import one_line
 from kamim.models import ARCHITECTURES, MaskedImageModel
 
 State = dict[str, Tensor]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
 
 # Names of transformers (4 and 5), microsoft/SimMIM and MoCo v3 -> names of timm, below `encoder.`.
 _RENAMES = tuple(
@@ -86,6 +88,15 @@ class Foreign:
     has_head: bool
 
 
+def load(path: Path, resolution: int | None = None) -> Foreign:
+    """The weights in a file of any layout named above. Raises ValueError, naming the file, where it holds none."""
+    state = read_file(path)
+    try:
+        return convert(state, resolution)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_file(path: Path) -> State:
     """Tensors of a checkpoint file, by its own names. Raises ValueError where it holds none."""
     if not path.is_file():
@@ -93,19 +104,44 @@ def read_file(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError,
-    ) as error:  # fmt: skip
-        said = str(error).rpartition("WeightsUnpickler error:")[2]  # torch's advice before that is to load anything
-        reason = " ".join(said.partition("Check the documentation")[0].split())[:200]
-        raise ValueError(f"{path}: not a checkpoint of tensors alone ({reason})") from error
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever a damaged or hostile pickle leads to
+        raise ValueError(f"{path}: not a checkpoint of tensors alone ({_reason(error)})") from error
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path}: holds no state dict")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for a zip archive that would inflate, before it does: torch.save compresses nothing."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return  # the form of before torch 1.6
+        entries = zipfile.ZipFile(file).infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError("a TorchScript program; save its state_dict() with torch.save")
+    inflated, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if inflated > size:
+        raise ValueError(f"{size:,} bytes that inflate to {inflated:,}; save them with torch.save, uncompressed")
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was refused, without torch's advice, which is to load anything."""
+    said = one_line(error).rpartition("WeightsUnpickler error: ")[2]
+    if called := re.search(r"GLOBAL (\S+)", said):
+        return f"it calls {called[1]}"
+    first = said.partition(". ")[0][:200]
+    if "weights_only" in first or "Weights only" in first:
+        return "its form may hold more than tensors"
+    return type(error).__name__ if not first or isinstance(error, LookupError) else first
 
 
 def convert(state: State, resolution: int | None = None, wanted: str | None = None) -> Foreign:
@@ -142,6 +178,7 @@ def _rename(state: State) -> State:
     for name, value in state.items():
         if _IGNORED.search(name):
             continue
+        check_tensor(name, value)
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
         if not name.startswith(("encoder.", "head.0.", "mask_token")):
@@ -152,12 +189,31 @@ def _rename(state: State) -> State:
     return renamed
 
 
+def check_tensor(name: str, value: Tensor) -> None:
+    """Raises ValueError for weights that are no plain array of floats, or larger than what their file holds of them."""
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} is {_name(value.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(f"{name} is {_name(value.layout)} on {value.device.type}; must be a plain array")
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(f"{name} is {list(value.shape)}, of which the file holds a part")
+
+
+def _name(constant: object) -> str:
+    """What torch calls a dtype or a layout."""
+    return str(constant).removeprefix("torch.")
+
+
 def _merge_qkv(state: State) -> State:
     merged: State = {}
     for name, value in state.items():
         if ".attn.query." in name:
-            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            merged[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+            parts = {part: state.get(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")}
+            found = [part for part in parts.values() if part is not None and part.ndim]
+            if len({part.shape for part in found}) != 1 or len(found) < 3:
+                shapes = ", ".join(f"{p} {'missing' if t is None else list(t.shape)}" for p, t in parts.items())
+                raise ValueError(f"{name}: query, key and value must be of one shape ({shapes})")
+            merged[name.replace(".query.", ".qkv.")] = torch.cat(found)
         elif ".attn.key." not in name and ".attn.value." not in name:
             merged[name] = value
     return merged
@@ -173,14 +229,16 @@ def _shape(model: MaskedImageModel) -> tuple[int, int, bool]:
 
 def _signature(state: State) -> tuple[int, int, bool]:
     """(width of the patch embedding, number of blocks, whether it is a Swin): tells the architectures apart."""
-    width = state["encoder.patch_embed.proj.weight"].shape[0]
+    width = state[PATCHES].shape[0]
     blocks = {name.partition(".norm1.")[0] for name in state if ".norm1." in name}
     return width, len(blocks), any("relative_position_bias_table" in name for name in state)
 
 
 def _architecture(state: State) -> str:
-    if "encoder.patch_embed.proj.weight" not in state:
+    if PATCHES not in state:
         raise ValueError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
+    if state[PATCHES].ndim != 4:
+        raise ValueError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
     for name in ARCHITECTURES:
         with torch.device("meta"):
             if _shape(MaskedImageModel(name, 192)) == _signature(state):
@@ -191,10 +249,17 @@ def _architecture(state: State) -> str:
 
 
 def _trained_resolution(architecture: str, state: State) -> int:
-    if "encoder.pos_embed" not in state:
+    if POSITIONS not in state:
         return 192
-    tokens = state["encoder.pos_embed"].shape[1] - 1
-    return round(tokens**0.5) * ARCHITECTURES[architecture].patch_size
+    return _side(state[POSITIONS]) * ARCHITECTURES[architecture].patch_size
+
+
+def _side(positions: Tensor) -> int:
+    """Tokens along a side, of a table of positions [1, 1 + side^2, D]. Raises ValueError for another shape."""
+    side = math.isqrt(positions.shape[1] - 1) if positions.ndim == 3 and positions.shape[1] > 1 else 0
+    if positions.ndim != 3 or positions.shape[1] != 1 + side**2 or not side:
+        raise ValueError(f"{POSITIONS} is {list(positions.shape)}, must be [1, 1 + n * n, width]")
+    return side
 
 
 def _fit(state: State, model: MaskedImageModel) -> State:
@@ -203,10 +268,10 @@ def _fit(state: State, model: MaskedImageModel) -> State:
     own = model.state_dict()
     for name, value in state.items():
         wanted = own[name].shape if name in own else value.shape
-        if value.shape != wanted and name == "encoder.pos_embed":
-            side = round((wanted[1] - 1) ** 0.5)
+        if value.shape != wanted and name == POSITIONS and _side(value) and value.shape[::2] == wanted[::2]:
+            side = _side(own[name])
             value = resample_abs_pos_embed(value, [side, side], num_prefix_tokens=1)
-        elif value.shape != wanted and name.endswith("relative_position_bias_table"):
+        elif value.shape != wanted and name.endswith("relative_position_bias_table") and _is_window(value, wanted[1]):
             assert isinstance(model.encoder, SwinTransformer)
             window = model.encoder.get_submodule(name.removeprefix("encoder.").rpartition(".")[0]).window_size
             value = resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=wanted)
@@ -214,6 +279,12 @@ def _fit(state: State, model: MaskedImageModel) -> State:
             raise ValueError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
         fitted[name] = value.detach().clone().contiguous()
     return fitted
+
+
+def _is_window(table: Tensor, heads: int) -> bool:
+    """Whether these are biases of a square window: [(2 w - 1)^2, heads]."""
+    side = math.isqrt(table.shape[0]) if table.ndim == 2 else 0
+    return side % 2 == 1 and table.shape == (side**2, heads)
 
 
 def to_timm(state: State) -> State:

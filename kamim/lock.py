@@ -3,8 +3,38 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kamim.distributed import World
+
+
+@contextmanager
+def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None]:
+    """Inside, no other command writes to `out`: this process, or the first of `world`, holds OUT.lock.
+
+    option: what errors call `out`, such as "--out". Raises ValueError, in every process of `world`, where another
+    command does, or where `out` cannot be locked.
+    """
+    file = out.resolve().with_name(f"{out.resolve().name}.lock")
+    problem = ""
+    with ExitStack() as stack:
+        if world is None or world.is_main:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                busy = f"{option} {out}: another process works there now; wait until it is done, or choose another"
+                stack.enter_context(held(file, busy))
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{option} {out}: {file} cannot be made or locked: {error.strerror}; choose another"
+        if world is not None:
+            problem = world.gather(problem)[0]
+        if problem:
+            raise ValueError(problem)
+        yield
 
 
 @contextmanager

@@ -89,6 +89,8 @@ def train(
     total, _, _ = run.optim.schedule(run.steps_per_epoch)
     if first == total:
         return Outcome(first, first, True)
+    if first > total:
+        raise ValueError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
     if world.is_main:
         machine.note_start(run.out, first, total, world)
     step = first

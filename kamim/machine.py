@@ -53,11 +53,13 @@ def note_start(run: Path, step: int, steps: int, world: World) -> None:
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    """All of them, oldest first, but for lines that are not whole; none where there is no file."""
+    """All of them, oldest first, except lines that are not whole; none where there is no file."""
     file, found = run / "starts.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with suppress(ValueError):  # a machine that went down, a full disk
-            found.append(json.loads(line))
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        with suppress(ValueError, RecursionError):  # a machine that went down, a full disk, somebody else's file
+            start = json.loads(line)
+            if isinstance(start, dict) and all(type(start.get(key)) is int for key in ("step", "steps", "processes")):
+                found.append(start)
     return found
 
 

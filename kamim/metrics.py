@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from kamim.config import Log
+from kamim.escape import one_line
 from kamim.store import write_whole
 
 Values = Mapping[str, float]
@@ -178,21 +179,27 @@ def read(run: Path) -> list[dict[str, float]]:
 
 def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines and what they say, up to the first that is not whole: a machine that went down may leave anything."""
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+    for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
-        if not line.endswith(b"\n") or not isinstance(values, dict) or "step" not in values:
+        if not line.endswith(b"\n") or not isinstance(values, dict) or type(values.get("step")) is not int:
+            return
+        if not all(value is None or isinstance(value, float) or _is_int64(value) for value in values.values()):
             return
         yield line, values
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def warn(run: Path, line: str) -> None:
     """Says a line on stderr, and in RUN/log.txt where there is room for it."""
     log.warning(line)
     with suppress(OSError), (run / "log.txt").open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
 
 
 def refuse(step: int, values: Values) -> None:

@@ -90,9 +90,15 @@ class Guard:
 
 
 def recorded(run: Path) -> dict[int, int]:
-    """Steps of a run that were not finite, ascending, and how many ranks each had."""
-    files = sorted((run / FOLDER).glob("step-*.json"))
-    return {int(file.stem.removeprefix("step-")): len(json.loads(file.read_text())["ranks"]) for file in files}
+    """Steps of a run that were not finite, ascending, and how many ranks each had. Raises ValueError for no record."""
+    return dict(map(_recorded, sorted((run / FOLDER).glob("step-*.json"))))
+
+
+def _recorded(file: Path) -> tuple[int, int]:
+    try:
+        return int(file.stem.removeprefix("step-")), len(json.loads(file.read_bytes())["ranks"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not the record of a step that was not finite; remove it") from error
 
 
 def _strict(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from kamim.escape import printable
 from kamim.store import write_whole
 
 PAGE = Template("""<!doctype html>
@@ -32,19 +33,24 @@ $parts
 """)
 
 
+def _text(text: str) -> str:
+    """Text as HTML shows it, attributes included."""
+    return html.escape(printable(text))
+
+
 def paragraph(text: str) -> str:
     """A paragraph."""
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{_text(text)}</p>"
 
 
 def heading(text: str) -> str:
     """Of a section."""
-    return f"<h2>{html.escape(text)}</h2>"
+    return f"<h2>{_text(text)}</h2>"
 
 
 def bullets(lines: Sequence[str]) -> str:
     """A list."""
-    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -52,7 +58,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
 
     def line(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cells[i])}</{tag}>' for i in kept)}</tr>"
+        return f"<tr>{''.join(f'<{tag}>{_text(cells[i])}</{tag}>' for i in kept)}</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
     return f'<div class="wide"><table><thead>{line(header, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
@@ -61,19 +67,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def picture(png: bytes, name: str, caption: str) -> str:
     """A PNG, inside the page."""
     return (
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
 
 
 def folded(summary: str, inner: str) -> str:
     """Another part, shown when asked for."""
-    return f"<details><summary>{html.escape(summary)}</summary>\n{inner}\n</details>"
+    return f"<details><summary>{_text(summary)}</summary>\n{inner}\n</details>"
 
 
 def save_page(title: str, parts: Sequence[str], file: Path) -> None:
     """One HTML file with all parts (what the functions above give) below its title."""
-    write_whole(file, PAGE.substitute(title=html.escape(title), parts="\n".join(parts)).encode())
+    write_whole(file, PAGE.substitute(title=_text(title), parts="\n".join(parts)).encode())
 
 
 def png(figure: Figure) -> bytes:

@@ -14,6 +14,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kamim.escape import literal
+
 matplotlib.use("Agg")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -51,7 +53,7 @@ def depth_axis(axes: Axes, label: str) -> None:
 def _image(axes: Axes, image: np.ndarray, title: str = "") -> None:
     axes.imshow(image)
     axes.set_axis_off()
-    axes.set_title(title, fontsize=9)
+    axes.set_title(literal(title), fontsize=9)
 
 
 def _with_map(rgb: np.ndarray, bitmap: np.ndarray) -> np.ndarray:
@@ -82,7 +84,7 @@ def weights_sheet(
     """One row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights."""
     heights = [2.9 * rgb.shape[0] / rgb.shape[1] + 0.25 for _, rgb, _, _ in rows]
     figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
-    figure.suptitle(caption, fontsize=10)
+    figure.suptitle(literal(caption), fontsize=10)
     lines = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     for line, (title, rgb, bitmap, weights) in zip(lines, rows, strict=True):
         _image(line[0], rgb, title)
@@ -134,7 +136,7 @@ def _sheet(rows: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
     """A named row of images [N, H, W, 3] below another."""
     count = len(rows[0][1])
     figure = Figure(figsize=(1.25 * count + 0.5, 1.3 * len(rows) + 0.4), layout="constrained")
-    figure.suptitle(caption, fontsize=10)
+    figure.suptitle(literal(caption), fontsize=10)
     for line, (name, images) in zip(figure.subplots(len(rows), count, squeeze=False), rows, strict=True):
         for axes, image in zip(line, images, strict=True):
             _image(axes, image)
@@ -142,5 +144,5 @@ def _sheet(rows: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
         line[0].set_xticks([])
         line[0].set_yticks([])
         line[0].spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=9)
+        line[0].set_ylabel(literal(name), fontsize=9)
     return figure

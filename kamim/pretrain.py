@@ -1,8 +1,6 @@
 """Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +47,7 @@ def pretrain(
     """
     total, _, _ = config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
     autocast(config.compute, world.device)
-    with _alone(config.out, world):
+    with lock.alone(config.out, "out =", world):
         _check_place(config, fresh)
         model, network, optimizer = prepare(config, world)
         if config.init_from is not None and not checkpoint.saved(config.out):
@@ -202,29 +200,6 @@ def _claim(config: Pretrain) -> None:
     """Writes the configuration into config.out."""
     config.out.mkdir(parents=True, exist_ok=True)
     write_whole(config.out / CONFIG, dump(config).encode())
-
-
-@contextmanager
-def _alone(out: Path, world: World) -> Iterator[None]:
-    """Inside, no other run trains in `out`: the first process holds OUT.lock.
-
-    Raises ValueError where one does, or `out` cannot be locked.
-    """
-    file = out.resolve().with_name(f"{out.resolve().name}.lock")
-    busy = f"out = {out}: another process trains there now; wait until it is done, or choose another out=..."
-    with ExitStack() as stack:
-        problem = ""
-        if world.is_main:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock.held(file, busy))
-            except ValueError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"out = {out}: {file} cannot be made or locked: {error.strerror}; choose another out=..."
-        if problem := world.gather(problem)[0]:  # told by all ranks alike
-            raise ValueError(problem)
-        yield
 
 
 # What a resumed run may change: none of it says which samples are trained on, or how.

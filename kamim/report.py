@@ -1,5 +1,6 @@
 """A pretraining run as one HTML page that needs nothing else: how it was made, its curves, its panels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kamim.evaluation.report import flat
 from kamim.plots import COLOURS, panels, styled
 
 FILE = "report.html"
+PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 POINTS = 100  # of a curve; of more steps than these each point is the mean of some, and a band their range
 COLUMNS = 3
 PANELS = 12  # at most, from all over the run
@@ -40,7 +42,7 @@ def save_report(run: Path) -> Path:
     if not (run / "config.yaml").is_file() or not (lines := metrics.read(run)):
         raise ValueError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
     config, starts = load(Pretrain, run / "config.yaml"), machine.starts(run)
-    shown = sorted((run / "panels").glob("step-*.png"))
+    shown = [file for file in sorted((run / "panels").glob("step-*.png")) if _is_panel(file)]
     parts = [
         page.paragraph(_summary(config, lines, starts)),
         page.picture(page.png(curves(lines)), "curves", "By optimiser step. Bands: smallest and largest."),
@@ -96,13 +98,19 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
         )
     done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
-    rate = np.median([line["images_per_second"] for line in lines])
+    rate = np.median([line.get("images_per_second", np.nan) for line in lines])
     length = config.optim.duration or f"{config.optim.epochs} epochs"
     return (
         f"{method}, {config.model.name} at {config.data.resolution} px, {length} of "
-        f"{config.data.store}, {config.optim.batch_size} images a step: {state}. Last loss {last['loss']:.4f}; "
+        f"{config.data.store}, {config.optim.batch_size} images a step: {state}. "
+        f"Last loss {last.get('loss', np.nan):.4f}; "
         f"{rate:,.0f} images per second, the median step's."
     )
+
+
+def _is_panel(file: Path) -> bool:
+    """Whether it is a picture of a run: a page shows no other file, whatever it is called or a link to."""
+    return file.is_file() and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
 
 
 def _panels(files: Sequence[Path]) -> list[str]:

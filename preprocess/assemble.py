@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import zarr
 from safetensors.numpy import load_file
 
 import kamim
-from kamim import beton, geometry, store
+from kamim import beton, escape, geometry, store
 from kamim.detectors import detector
 from kamim.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
@@ -116,13 +117,13 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
         writer = csv.writer(stream)
         writer.writerow(("file", "reason"))
         for listed in rejects:
-            writer.writerows(listed)
+            writer.writerows(map(escape.cell, row) for row in listed)
 
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
     """rejects.csv of a store, by shard."""
     with (path / store.REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows: list[Reject] = [*csv.reader(stream)][1:]
+        rows: list[Reject] = [list(map(escape.text_of, row)) for row in islice(csv.reader(stream), 1, None)]
     size, items = manifest.job.shard_size, manifest.job.items
     sizes = [min(size, items - at) for at in range(0, items, size)]
     ends = np.cumsum([size - count for size, count in zip(sizes, manifest.shard_counts, strict=True)])

@@ -1,6 +1,7 @@
 """Where shards are made: worker processes of this machine, or a Dask cluster. Both are concurrent.futures executors."""
 
 import ctypes
+import faulthandler
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def local(workers: int) -> Iterator[tuple[Executor, int]]:
 
 
 def _start_worker() -> None:
-    """A worker leaves SIGINT to its parent, and dies with it."""
+    """A worker leaves SIGINT to its parent, dies with it, and says where it was if a fault kills it."""
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

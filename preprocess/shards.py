@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from kamim import store
+from kamim.escape import one_line
 from kamim.store import Job
 from preprocess.decode import Undecodable, decode
 from preprocess.record import Rows, join, record
@@ -63,7 +64,7 @@ def run_shard(task: Task) -> dict[str, str]:
 
 def unreadable(error: OSError | Undecodable) -> str:
     """Why an image could not be read, in one line."""
-    return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    return one_line(f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else error)
 
 
 def encode(rows: Rows, rejects: Sequence[Reject]) -> bytes:

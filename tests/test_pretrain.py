@@ -119,7 +119,7 @@ def test_a_run_has_its_folder_for_itself(store: Path, tmp_path: Path) -> None:
 
     def meanwhile(done: int, total: int, metrics: dict[str, float]) -> None:
         for name in ("run", "link"):
-            with pytest.raises(ValueError, match=f"out = {tmp_path / name}: another process trains there now"):
+            with pytest.raises(ValueError, match=f"out = {tmp_path / name}: another process works there now"):
                 run_pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
 
     assert run_pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished

@@ -59,7 +59,7 @@ def test_a_page_shows_some_of_many_panels(finished: Path, tmp_path: Path) -> Non
     for name in ("config.yaml", "metrics.jsonl"):
         (run / name).write_bytes((finished / name).read_bytes())
     for step in range(1, 101):
-        (run / f"panels/step-{step:08d}.png").write_bytes(b"PNG")
+        (run / f"panels/step-{step:08d}.png").write_bytes(report.PNG)
     text = report.save_report(run).read_text()
     assert re.findall(r"<summary>After (\d+) steps", text) == [str(step) for step in range(1, 100, 9)]
     assert 'alt="step-00000100"' in text

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from kamim.escape import literal
 from kamim.plots import COLOURS, GREY, depth_axis, look, panels, reconstruction_sheet, styled
 
 Numbers = Mapping[str, Mapping[str, Any]]
@@ -40,8 +41,8 @@ def classes(numbers: Numbers) -> Figure:
     for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
         for i, title in enumerate(found["classes"]):
             xy = found["xy"][found["label"] == i]
-            axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=title, **look(i))
-        axes.set_title(f"{name}, block {found['block']}")
+            axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=literal(title), **look(i))
+        axes.set_title(literal(f"{name}, block {found['block']}"))
         _points(axes)
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2.5)
     return figure
@@ -52,7 +53,7 @@ def fourier(numbers: Numbers) -> Figure:
     """Figure 4: relative log amplitude of the last entry by depth, and whole curves. curves [depths][f], frequency."""
     figure, lines = panels(1 + len(numbers), side=3.1)
     for i, (name, found) in enumerate(numbers.items()):
-        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=name, **look(i))
+        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=literal(name), **look(i))
         _spectra(lines[0, 1 + i], name, found)
     depth_axis(lines[0, 0], "Δ log amplitude, highest frequency")
     lines[0, 0].legend()
@@ -68,7 +69,7 @@ def _spectra(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
     for depth, (frequency, curve) in enumerate(zip(found["frequency"], found["curves"], strict=True)):
         ends = {0: "0 (embedding)", len(shades) - 1: str(len(shades) - 1)}
         axes.plot(frequency, curve, color=shades[depth], label=ends.get(depth))
-    axes.set_title(name)
+    axes.set_title(literal(name))
     axes.set_xlabel("frequency (π per token)")
     axes.legend(title="depth", title_fontsize=8)
 
@@ -91,7 +92,7 @@ def maps(numbers: Numbers, shown: np.ndarray, queries: Sequence[tuple[float, flo
             bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02, ticks=[0, heat.norm.vmax])
             bar.ax.set_yticklabels(["0", f"{heat.norm.vmax:.1f}"], fontsize=6)
             bar.outline.set_visible(False)
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(literal(name))
     for axes in lines.flat:
         _points(axes)
     figure.suptitle("attention of the marked token, in multiples of uniform attention", fontsize=9)
@@ -115,7 +116,7 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
         depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=name, **look(i))
+        axes.plot(depth, found["mean"], label=literal(name), **look(i))
         low, high = found["mean"] - found["spread"], found["mean"] + found["spread"]
         axes.fill_between(depth, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
     for text, value in {uniform.format(n["uniform"], grid=n["grid"]): n["uniform"] for n in numbers.values()}.items():
@@ -145,7 +146,9 @@ def two_images(numbers: Numbers) -> Figure:
         looks = iter(range(4))
         for kind in ("before", "after"):
             for title, xy in zip(found["classes"], found[kind], strict=True):
-                axes.scatter(*xy.T, s=14, alpha=0.7, linewidths=0, label=f"{title}, {kind}", **look(next(looks)))
+                axes.scatter(
+                    *xy.T, s=14, alpha=0.7, linewidths=0, label=literal(f"{title}, {kind}"), **look(next(looks))
+                )
         for kind, colour in (("before", "black"), ("after", "#888888")):
             centre = found[kind].mean(axis=1)
             under = {"s": 150, "linewidths": 0, "marker": "X", "zorder": 0.5}
@@ -167,7 +170,7 @@ def many_images(numbers: Numbers) -> Figure:
             axes = lines[row, column]
             for i, title in enumerate(found["classes"]):
                 mine = found[kind][found["label"] == i]
-                axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=title, **look(i))
+                axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=literal(title), **look(i))
                 axes.scatter(*mine.mean(axis=1).T, s=30, facecolors=COLOURS[i], edgecolors="black", linewidths=0.9)
             _principal(axes, f"{name}, {kind} attention of block {found['block']}", found[f"{kind}_variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=3)
@@ -175,7 +178,7 @@ def many_images(numbers: Numbers) -> Figure:
 
 
 def _principal(axes: Axes, title: str, variance: np.ndarray) -> None:
-    axes.set_title(title)
+    axes.set_title(literal(title))
     _points(axes)
     axes.set_xlabel(f"PC 1 ({variance[0]:.0%} of variance)", fontsize=8)
     axes.set_ylabel(f"PC 2 ({variance[1]:.0%})", fontsize=8)
@@ -187,7 +190,7 @@ def features(numbers: Numbers) -> Figure:
     figure, lines = panels(2, side=3.6)
     for i, (name, found) in enumerate(numbers.items()):
         for axes, kind in zip(lines[0], ("rank", "uniformity"), strict=True):
-            axes.plot(found[kind], label=name, **look(i))
+            axes.plot(found[kind], label=literal(name), **look(i))
     depth_axis(lines[0, 0], "effective rank")
     depth_axis(lines[0, 1], "uniformity (0: all features alike)")
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -207,9 +210,9 @@ def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             if row == len(names) - 1:
-                axes.set_xlabel(f"{other}: depth")
+                axes.set_xlabel(literal(f"{other}: depth"))
             if column == 0:
-                axes.set_ylabel(f"{one}: depth")
+                axes.set_ylabel(literal(f"{one}: depth"))
     figure.colorbar(heat, ax=lines, label="linear CKA", shrink=0.8)
     return figure
 
@@ -221,7 +224,7 @@ def weight_correlation(numbers: Numbers) -> Figure:
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
         depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=name, **look(i))
+        axes.plot(depth, found["mean"], label=literal(name), **look(i))
         axes.fill_between(depth, found["low"], found["high"], color=look(i)["color"], alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2, label="no relation")
     depth_axis(axes, "correlation of W with attention received")
@@ -235,7 +238,7 @@ def probe(numbers: Numbers) -> Figure:
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, found) in enumerate(numbers.items()):
-        axes.plot(found["block"], found["top1"], label=name, **look(i))
+        axes.plot(found["block"], found["top1"], label=literal(name), **look(i))
     depth_axis(axes, "linear probe, top-1 (%)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure

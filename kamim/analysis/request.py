@@ -13,6 +13,7 @@ from kamim.analysis import embed
 from kamim.analysis.collect import WEIGHT_CELL
 from kamim.analysis.subjects import Subject
 from kamim.batch import Batch
+from kamim.escape import one_line
 
 FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "weights", "probe")
 NEED_VIT = {"5", "6", "7", "8", "9", "10"}
@@ -48,10 +49,11 @@ def read_probes(file: Path) -> list[Mapping[str, Any]]:
     """The linear probes in what `kamim eval --json FILE` wrote. Raises ValueError where there are none."""
     try:
         results = [result for result in json.loads(file.read_text()) if result["mode"] == "linprobe"]
-        if results and all(isinstance(r["block"], int) and isinstance(r["top1"], float) for r in results):
+        kinds = {"block": int, "top1": float, "checkpoint": str}
+        if results and all(isinstance(r[key], kind) for r in results for key, kind in kinds.items()):
             return results
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--probe {file}: not a result of kamim eval --json ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"--probe {file}: not a result of kamim eval --json ({one_line(error)})") from error
     raise ValueError(f"--probe {file}: holds no linear probe")
 
 

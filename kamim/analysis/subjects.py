@@ -14,6 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from kamim.analysis.attention import blocks
+from kamim.escape import one_line
+from kamim.interop import check_tensor
 from kamim.models import MaskedImageModel
 
 
@@ -92,8 +94,10 @@ def _load(encoder: nn.Module, file: Path) -> None:
         raise ValueError(f"--checkpoint: {file}: no such file")
     try:
         state = {key: value for key, value in load_file(file).items() if not key.startswith("head.")}
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        for key, value in state.items():
+            check_tensor(key, value)
+    except (SafetensorError, LookupError, ValueError) as error:  # LookupError: of a dtype that torch does not have
+        raise ValueError(f"{file}: not the weights of a timm model: {one_line(error)}") from error
     own = encoder.state_dict()
     for key in sorted(own.keys() | state.keys()):
         there, here = (tuple(d[key].shape) if key in d else "nothing" for d in (state, own))

@@ -1,11 +1,14 @@
 """What every command shares: the consoles, the progress bar, and how a mistake is told."""
 
+import faulthandler
 import functools
+import io
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +27,33 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from kamim.escape import one_line, printable
+
+
+class _Console(Console):
+    """Shows text as it stands, on one line: no markup, no emoji, and no control characters that a name may hold."""
+
+    def __init__(self, stderr: bool = False):
+        super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See Console."""
+        return super().render_str(printable(text), **options)
+
+
+class _Formatter(logging.Formatter):
+    """A warning as printable text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
 store_app = typer.Typer(no_args_is_help=True, help="Look at a store.")
 app.add_typer(store_app, name="store")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure fidelity and speed on this machine.")
 app.add_typer(bench_app, name="bench")
-out_console = Console(soft_wrap=True, highlight=False, markup=False)
-err_console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+out_console, err_console = _Console(), _Console(stderr=True)
 _debug = False
 
 RESUMABLE = 75  # exit code of what was asked to stop and goes on when typed again (EX_TEMPFAIL)
@@ -40,7 +63,16 @@ RESUMABLE = 75  # exit code of what was asked to stop and goes on when typed aga
 def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
     global _debug
     _debug = debug
+    _explain_faults()
     out_console.quiet = not is_main()
+
+
+def _explain_faults() -> None:
+    """What kills the process leaves a traceback, such as SIGBUS where a mapped file was cut; warnings are printable."""
+    with suppress(io.UnsupportedOperation, RuntimeError):  # where stderr is no file
+        faulthandler.enable()
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Formatter())
 
 
 def is_main() -> bool:
@@ -66,7 +98,7 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             if _debug:
                 raise
-            err_console.print(f"error: {' '.join(str(error).split())}", style="red")
+            err_console.print(f"error: {one_line(error)}", style="red")
             raise typer.Exit(1) from None
 
     return wrapped
@@ -87,11 +119,12 @@ def bar(title: str, images: int = 0) -> Iterator["Update"]:
     Where there is no terminal, a line at every tenth.
     """
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        _Rate(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.completed}/{task.total}"), _Rate(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and is_main())) as progress:
-        yield Update(progress, progress.add_task(title, total=None, note="", images=images))
+        yield Update(progress, progress.add_task(printable(title), total=None, note="", images=images))
 
 
 @contextmanager
@@ -117,7 +150,7 @@ class Update:
         if shown.finished or done < shown.completed:  # rich calls a task finished for ever, and averages over both
             self._progress.reset(self._task)
             self._tenths = 0
-        self._progress.update(self._task, completed=done, total=total, note=note)
+        self._progress.update(self._task, completed=done, total=total, note=printable(note))
         if self._progress.disable and done * 10 // total > self._tenths:
             say(self._line(done, total, note))
         self._tenths = done * 10 // total

@@ -1,5 +1,8 @@
 """kamim import, kamim export: weights from elsewhere, and to it."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,7 +24,7 @@ def import_(
     """Makes a checkpoint of weights from elsewhere."""
     from kamim import checkpoint, interop
 
-    made = interop.convert(interop.read_file(file), resolution)
+    made = interop.load(file, resolution)
     checkpoint.save_imported(out, made.architecture, made.resolution, made.state, made.has_head)
     head = "with its pixel head" if made.has_head else "encoder alone"
     out_console.print(f"{out}: {made.architecture} at {made.resolution} px, {head}")
@@ -43,6 +46,29 @@ def export(
     (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
 
 
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `out` once it is whole; nobody else writes there."""
+    from kamim import lock
+    from kamim.store import publish
+
+    partial = out.with_name(f"{out.name}.partial")
+    with lock.alone(out, "--out"):
+        _remove(partial)
+        try:
+            yield partial
+            publish(partial, out)
+        finally:
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
     from kamim import interop
     from kamim.checkpoint import save_tensors
@@ -51,9 +77,10 @@ def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
         raise ValueError(f"--out {out}: is there already; choose another or remove it")
     name, resolution = found.config.model.name, found.config.data.resolution
     config, weights = interop.to_hugging_face(found.model_state(), name, resolution, found.has_head)
-    out.mkdir(exist_ok=True)
-    save_tensors(weights, out / "model.safetensors")
-    write_json(out / "config.json", config)
+    with _staged(out) as partial:
+        partial.mkdir()
+        save_tensors(weights, partial / "model.safetensors")
+        write_json(partial / "config.json", config)
     out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained('{out}')")
 
 
@@ -64,7 +91,8 @@ def _export_timm(found: "Checkpoint", out: Path) -> None:
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
-    save_tensors(interop.to_timm(found.model_state()), out)
+    with _staged(out) as partial:
+        save_tensors(interop.to_timm(found.model_state()), partial)
     architecture = ARCHITECTURES[found.config.model.name]
     options = "".join(f", {key}={value}" for key, value in architecture.options.items())
     out_console.print(

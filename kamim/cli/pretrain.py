@@ -41,7 +41,8 @@ def pretrain(
 
     resolved = load(Pretrain, config, overrides or ())
     if print_config:
-        out_console.print(dump(resolved), end="")
+        for line in dump(resolved).splitlines():
+            out_console.print(line)
         return
     method = "simmim" if resolved.weighting is None else "kamim"
     title = f"pretrain {method} {resolved.model.name}"

@@ -94,7 +94,7 @@ def info(
     if as_json:
         said = manifest.model_dump(mode="json", exclude={"checksums", "classes", "shards", "shard_counts"})
         said |= {"path": str(path), "classes": len(manifest.classes), "bytes": sizes, "source": manifest.source}
-        out_console.print_json(data=said)
+        out_console.print_json(data=said, ensure_ascii=True)
         return
     show_store(path)
     for component, version in manifest.opencv.items():

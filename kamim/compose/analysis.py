@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import lock
 from kamim.analysis.request import Request
 from kamim.analysis.run import analyse
 from kamim.analysis.subjects import Subject, timm_encoder
@@ -54,4 +55,6 @@ def run_analysis(
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
-    return analyse([load_subject(spec, request.seed) for spec in specs], _StoreImages(store), request, out, progress)
+    subjects = [load_subject(spec, request.seed) for spec in specs]
+    with lock.alone(out, "--out"):
+        return analyse(subjects, _StoreImages(store), request, out, progress)

@@ -84,7 +84,7 @@ def load_model(source: str) -> Loaded:
 
 
 def _foreign(file: Path) -> Loaded:
-    made = interop.convert(interop.read_file(file))
+    made = interop.load(file)
     model = MaskedImageModel(made.architecture, made.resolution)
     model.load_state_dict(made.state, strict=made.has_head)
     about = {

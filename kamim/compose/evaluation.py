@@ -1,15 +1,15 @@
 """`kamim eval`: every check before any work; then mode by mode, each result kept where it can be found again."""
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from kamim import distributed, page
+from kamim import distributed, lock, page
 from kamim.compose.checkpoints import Subject, load_subject
 from kamim.compose.modes import SHOWN, TASKS, applies
 from kamim.compose.setting import Samples, Setting, Task
@@ -37,17 +37,28 @@ def run_evaluation(
         if world.size > 1 and config.out is None:
             raise ValueError("--out: is missing; several processes need a folder that all of them see")
         tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)
-        with TemporaryDirectory() if config.out is None else nullcontext(str(config.out)) as root:
-            folders = [Path(root) / task.subject.name / task.mode for task in tasks]
+        with _workplace(config.out, world) as root:
+            folders = [root / task.subject.name / task.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
                 _check_free(folder, task.settings)
             world.barrier()  # everyone has looked
             results = [_run(task, folder, world, progress) for task, folder in zip(tasks, folders, strict=True)]
-        if config.out is not None and world.is_main:
-            _report(config.out)
+            if config.out is not None and world.is_main:
+                _report(config.out)
         return results
     finally:
         distributed.stop()
+
+
+@contextmanager
+def _workplace(out: Path | None, world: World) -> Iterator[Path]:
+    """The folder of an evaluation: `out`, for it alone, or one that is removed."""
+    if out is None:
+        with TemporaryDirectory() as root:
+            yield Path(root)
+    else:
+        with lock.alone(out, "--out", world):
+            yield out
 
 
 def tasks_of(config: Evaluation, modes: Sequence[str] | None, subjects: Sequence[Subject], world: World) -> list[Task]:

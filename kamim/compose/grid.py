@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from kamim import distributed, grid
+from kamim import distributed, grid, lock
 from kamim.compose.checkpoints import subject_to_be
 from kamim.compose.evaluation import run_evaluation, tasks_of
 from kamim.compose.training import check_pretrain, run_pretrain
@@ -23,13 +23,14 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
         for _, config in runs:
             check_pretrain(config)
         tasks_of(evaluation, sweep.modes, [subject_to_be(name, config) for name, config in runs], world)
-        for number, (name, config) in enumerate(runs, 1):
-            if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
-                raise KeyboardInterrupt
-        results = run_evaluation(evaluation, sweep.modes, progress)
-        made = grid.table(sweep, results)
-        if world.is_main:
-            grid.save(sweep, made, results)
+        with lock.alone(sweep.out, "out =", world):
+            for number, (name, config) in enumerate(runs, 1):
+                if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
+                    raise KeyboardInterrupt
+            results = run_evaluation(evaluation, sweep.modes, progress)
+            made = grid.table(sweep, results)
+            if world.is_main:
+                grid.save(sweep, made, results)
         return made
     finally:
         distributed.stop()

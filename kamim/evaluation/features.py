@@ -1,6 +1,8 @@
 """Features of a whole store, computed once and kept in memory-mapped files."""
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,11 +56,40 @@ def extract(
 
 def _file(folder: Path, readout: Readout, rows: int, width: int, world: World) -> np.memmap:
     file = folder / str(readout)
-    if world.is_main and not file.exists():
-        with file.open("wb") as stream:
-            stream.truncate(2 * rows * width)
+    if world.is_main:
+        reserve(file, 2 * rows * width)
     world.barrier()
     return np.memmap(file, np.int16, "r+", shape=(rows, width))
+
+
+def reserve(file: Path, size: int) -> None:
+    """Gives a file, which may be there already, all of its `size` bytes on the disk.
+
+    A write through a map that finds no room kills the process (SIGBUS). Raises OSError where there is no room.
+    """
+    existed = file.exists()
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _allocate(descriptor, size)
+    except OSError as error:
+        if not existed:
+            file.unlink()
+        raise OSError(
+            f"{file}: needs {size:,} bytes: {error.strerror}; free some space, and the same command again continues"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        at = os.lseek(descriptor, 0, os.SEEK_END)  # a system or a disk that allocates nothing ahead takes zeros
+        while at < size:
+            at += os.write(descriptor, bytes(min(size - at, 1 << 20)))
 
 
 def _mark(mark: Path, steps: int, files: dict[Readout, np.memmap], world: World) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kamim.escape import literal
 from kamim.evaluation.sweep import Row, best_by_readout
 from kamim.plots import GREY, depth_axis, look, panels, styled
 
@@ -29,7 +30,7 @@ def depth(sweeps: Mapping[str, Sequence[Row]]) -> Figure:
         axes.set_title(f"norm: {norm}")
         axes.sharey(line[0])
         depth_axis(axes, "linear probe, best rate, top-1 (%)" if axes is line[0] else "")
-    handles = [Line2D([], [], label=name, **look(i)) for i, name in enumerate(chosen)]
+    handles = [Line2D([], [], label=literal(name), **look(i)) for i, name in enumerate(chosen)]
     handles += [Line2D([], [], color=GREY, linestyle=dash, label=pooling) for pooling, dash in dashes.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.2)
     return figure
@@ -40,7 +41,8 @@ def neighbours(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figu
     """top1 by the number of neighbours: {checkpoint: {k: {top1}}}."""
     figure, ((axes,),) = panels(1, side=5.2, height=3.3)
     for i, (name, found) in enumerate(results.items()):
-        axes.plot([int(k) for k in found], [accuracy["top1"] for accuracy in found.values()], label=name, **look(i))
+        top1 = [accuracy["top1"] for accuracy in found.values()]
+        axes.plot([int(k) for k in found], top1, label=literal(name), **look(i))
     axes.set_xscale("log")
     ticks = sorted({int(k) for found in results.values() for k in found})
     axes.set_xticks(ticks, labels=[str(k) for k in ticks])

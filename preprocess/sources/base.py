@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim.escape import printable as printable  # what the sources name comes from outside
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read
 MAX_CLASSES = 1_000_000
@@ -48,12 +50,6 @@ class Source:
     classes: tuple[str, ...]
     items: Sequence[Item]
     read: Read
-
-
-def printable(name: str) -> str:
-    """A name that any file and any one line can hold: undecodable bytes and control characters escaped."""
-    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_image(name: str) -> bool:

@@ -147,7 +147,7 @@ def _saved(state: Path) -> list[str]:
     try:
         held = json.loads(state.read_text())
         names = [str(file["filename"]) for file in held["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{printable(str(state))}: is not of save_to_disk: {error!r}") from error
     if held.get("_indices_data_files"):
         raise ValueError(f"{printable(str(state))}: rows are selected by indices; save it with datasets 2 or later")
@@ -160,7 +160,7 @@ def _saved(state: Path) -> list[str]:
 def _columns(schema: Any) -> _Columns:
     import pyarrow.types as types
 
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _features((schema.metadata or {}).get(b"huggingface", b"{}"))
     kinds = {name: str(f["_type"]) for name, f in features.items() if isinstance(f, dict) and "_type" in f}
     images = [name for name, kind in kinds.items() if kind == "Image" and name in schema.names]
     images = images or [name for name in IMAGES if name in schema.names]
@@ -176,7 +176,20 @@ def _columns(schema: Any) -> _Columns:
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
     label = next((name for name in LABELS if name in schema.names), labels[0] if len(labels) == 1 else None)
     names = features[label].get("names") if label in labels else None
-    return _Columns(path, label, None if names is None else tuple(map(str, names)))
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"the metadata of column {printable(label or '')} does not list the names of its classes")
+    return _Columns(path, label, None if names is None else tuple(names))
+
+
+def _features(metadata: bytes) -> dict[str, Any]:
+    """What `datasets` noted of each column. Raises ValueError for metadata of another form."""
+    try:
+        features = (json.loads(metadata).get("info") or {}).get("features") or {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its metadata is not what datasets writes: {error}") from error
+    if not isinstance(features, dict):
+        raise ValueError("its metadata is not what datasets writes: the features are no object")
+    return features
 
 
 def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
@@ -196,6 +209,10 @@ def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
 def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
     if columns.classes is None:
         return name_classes(labels, f"--source {where}")
+    if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
+        raise ValueError(
+            f"--source {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
+        )
     numbers = [-1 if label is None else int(label) for label in labels]
     if not all(-1 <= number < len(columns.classes) for number in numbers):
         raise ValueError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")

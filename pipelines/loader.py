@@ -196,7 +196,9 @@ class Loader:
                     self._failed(slot, start + i, index, error)
 
     def _failed(self, slot: _Slot, row: int, index: int, error: Exception) -> None:
-        """Notes that a sample could not be loaded, or raises SampleError."""
+        """Records that a sample could not be loaded, or raises SampleError. MemoryError is no sample's, and passes."""
+        if isinstance(error, MemoryError):
+            raise error
         named = SampleError(f"{self._store.path}: sample {index}: {error}")
         if self._on_error == "stop":
             raise named from error

@@ -95,6 +95,8 @@ def stopping() -> Iterator[None]:
         yield
     except (BrokenExecutor, CancelledError) as error:
         raise Stopped("a worker process died (out of memory?); the same command again continues") from error
+    except MemoryError as error:
+        raise Stopped("out of memory; the same command again continues, and fewer --workers need less") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,28 +1,31 @@
 """Bytes of any image file -> RGB pixels, or a reason why not. Never silently wrong ones.
 
 What a file means is what torchvision's default loader takes it to mean: Pillow's first frame, converted to
-RGB, EXIF orientation not applied. One exception: 16 bits of grey are scaled to 8, where Pillow would clip them.
+RGB, EXIF orientation not applied (except a TIFF's, which Pillow applies itself). One exception: 16 bits of grey are
+scaled to 8, where Pillow would clip them.
 """
 
 import io
-import struct
+import re
 import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-MAX_PIXELS = 178_956_970  # where Pillow itself speaks of a decompression bomb; refused before decoding
+# Limits, checked before anything is decoded.
+MAX_SIDE = 65_535  # of a JPEG, by its format
+MAX_PIXELS = 178_956_970  # where Pillow warns of a decompression bomb
+MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
+MAX_SCANNED = 200 * MAX_PIXELS  # scans of a JPEG times its pixels, as each scan visits all of them
 
+# Two markers of a JPEG, which its compressed data never contains.
+LOSSLESS, SCAN = b"\xff\xc3", b"\xff\xda"
+_MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
 
-# What SUFFIXES name; Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
+# The formats that SUFFIXES names. Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-
-# What its readers raise for damaged files. Not MemoryError: that an image is left out must not depend on the machine.
-PILLOWS_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError,
-    struct.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 class Undecodable(ValueError):
@@ -30,65 +33,86 @@ class Undecodable(ValueError):
 
 
 def decode(data: bytes | np.ndarray) -> np.ndarray:
-    """RGB uint8 [H, W, 3], as it is where it is decoded already.
+    """Returns the pixels of an image file, RGB uint8 [H, W, 3]. Pixels that are decoded already are returned unchanged.
 
-    Raises Undecodable for anything truncated, corrupt, oversized or not an image.
+    Raises Undecodable for anything truncated, corrupt, oversized or not an image, whatever exception its decoder
+    raises. MemoryError passes: whether an image is left out must not depend on the machine.
     """
     if isinstance(data, np.ndarray):
         assert data.dtype == np.uint8 and data.ndim == 3 and data.shape[2] == 3
         return data
     if not data:
         raise Undecodable("empty file")
-    pixels = decode_plain_jpeg(data)
-    return _pillow(data) if pixels is None else pixels
+    try:
+        pixels = decode_plain_jpeg(data)
+        return _pillow(data) if pixels is None else pixels
+    except (Undecodable, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise Undecodable("not an image, or of a kind that cannot be read") from error
+    except Exception as error:  # decoders raise nearly every kind for a damaged file
+        raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """RGB uint8 [H, W, 3] of a JPEG that libjpeg-turbo decodes strictly, the common case.
+    """Decodes the common kinds of JPEG with libjpeg-turbo: RGB uint8 [H, W, 3], or None for a file Pillow must judge.
 
-    Returns None for anything else: no JPEG, CMYK, odd headers, damage. Pillow decides about those. Raises Undecodable
-    for a JPEG that is oversized.
+    Those are other formats, CMYK, chroma subsampling that simplejpeg does not know (it raises KeyError), damaged files,
+    and lossless ones, whose samples may have fewer than 8 bits, which simplejpeg does not tell. Raises Undecodable for
+    a JPEG beyond the limits.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
+    markers = _MARKERS.findall(data)
+    if LOSSLESS in markers:
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width)
+        _check_jpeg(markers, height, width)
         if colorspace in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, colorspace="RGB")  # strict: damage is an error
-    except Undecodable:
+    except (Undecodable, MemoryError):
         raise
-    except ValueError:
+    except Exception:  # noqa: BLE001 - whatever it is, Pillow has its own opinion
         return None
 
 
 def _pillow(data: bytes) -> np.ndarray:
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.height, image.width)
-            if image.format == "PNG":
-                _check_png(data)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
-                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if image.mode in ("I", "F"):
-                raise Undecodable(f"pixels of mode {image.mode}, whose range is not defined")
-            return np.asarray(image.convert("RGB"))
-    except Undecodable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Undecodable("not an image") from error
-    except PILLOWS_ERRORS as error:
-        raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def _check_png(data: bytes) -> None:
-    """Raises what Pillow raises where a chunk's checksum is wrong; decoding alone would not look."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.verify()
+    if data.count(b"Exif\0\0") > MAX_EXIF:
+        raise Undecodable(f"more than the limit of {MAX_EXIF} Exif segments")
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image.height, image.width)
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg(_MARKERS.findall(data), image.height, image.width)
+        elif image.format == "PNG":
+            _check_png(data)
+        elif isinstance(image, TiffImageFile):
+            _check_size(image.tag_v2.get(TILELENGTH, 0), image.tag_v2.get(TILEWIDTH, 0))  # tiles are decoded whole
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
+            grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise Undecodable(f"pixels of mode {image.mode}, whose range is not defined")
+        return np.asarray(image.convert("RGB"))
 
 
 def _check_size(height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE:
+        raise Undecodable(f"{width}x{height} px; a side has at most {MAX_SIDE} px")
     if height * width > MAX_PIXELS:
         raise Undecodable(f"{width}x{height} px is more than the limit of {MAX_PIXELS} px")
+
+
+def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:
+    """Checks the size of a JPEG, and how often it makes a decoder visit all pixels."""
+    _check_size(height, width)
+    scans = markers.count(SCAN)
+    if scans * height * width > MAX_SCANNED:
+        raise Undecodable(f"{scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")
+
+
+def _check_png(data: bytes) -> None:
+    """Raises what Pillow raises for a wrong checksum of a chunk; decoding alone would not look."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.verify()

@@ -197,8 +197,8 @@ def test_a_truncated_file_is_refused_or_lacks_nothing(name: str, part: float) ->
 
 def test_what_is_not_an_image_is_refused() -> None:
     assert refusal(b"") == "empty file"
-    assert refusal(b"<html>404: no such image</html>") == "not an image"
-    assert refusal(bytes(5000)) == "not an image"
+    assert refusal(b"<html>404: no such image</html>") == "not an image, or of a kind that cannot be read"
+    assert refusal(bytes(5000)) == "not an image, or of a kind that cannot be read"
     refusal(b"\xff\xd8\xff")
     refusal(b"\x89PNG\r\n\x1a\n")
 

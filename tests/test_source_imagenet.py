@@ -38,11 +38,11 @@ def train_tar(files: dict[str, bytes]) -> bytes:
     return packed({f"{wnid}.tar": data for wnid, data in inner.items()})
 
 
-def devkit() -> dict[str, bytes]:
+def devkit(compressed: bool = True) -> dict[str, bytes]:
     kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8")]
     synsets = np.array([(n, wnid, "w", "g", 2 * (wnid == "n09")) for n, wnid in enumerate(WNIDS, 1)], kinds)
     meta = io.BytesIO()
-    savemat(meta, {"synsets": synsets.reshape(-1, 1)}, do_compression=True)
+    savemat(meta, {"synsets": synsets.reshape(-1, 1)}, do_compression=compressed)
     truth = "".join(f"{n}\n" for n in VAL_IDS).encode()
     return {"data/meta.mat": meta.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": truth}
 
@@ -134,6 +134,16 @@ def test_what_was_looked_for_is_said(tmp_path: Path) -> None:
     assert "LOC_val_solution.csv does not know ILSVRC2012_val_00000009.JPEG" in complaint(tmp_path, "val")
     write(tmp_path, {"LOC_val_solution.csv": b"a,b\nc,d\n"})
     assert "not the lines ImageId,PredictionString" in complaint(tmp_path, "val")
+
+
+def test_a_devkit_that_crashes_scipys_reader_is_named(tmp_path: Path) -> None:
+    held = devkit(compressed=False)
+    number = b"\x09\0\0\0\x08\0\0\0"  # an element of one double; there is none of type 127
+    assert number in held["data/meta.mat"]
+    held["data/meta.mat"] = held["data/meta.mat"].replace(number, b"\x7f" + number[1:])
+    write(tmp_path / "ILSVRC2012_devkit_t12", held)
+    write(tmp_path, {f"val/{name}": data for name, data in VAL.items()})
+    assert "are not the devkit's" in complaint(tmp_path, "val")
 
 
 @pytest.mark.parametrize(

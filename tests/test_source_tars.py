@@ -1,5 +1,6 @@
 """Tars are walked as Python's tarfile walks them; damaged and hostile ones are refused in a line, never followed."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -166,6 +167,40 @@ def test_members_are_read_by_offset_within_bounds(tmp_path: Path, monkeypatch: p
     gone = Member("d.jpg", 0, 5, 0, str(tmp_path / "gone.tar"), 0)
     with pytest.raises(FileNotFoundError):
         read_member(gone)
+
+
+def test_a_tar_replaced_by_one_of_another_layout_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "x.tar"
+    file.write_bytes(packed({"a.jpg": b"first", "b.jpg": b"second"}))
+    tar = Tar(file)
+    items = [tar.member(entry.name, 0, entry) for entry in tar.entries()]
+    file.write_bytes(packed({"a longer one.jpg": bytes(2000), "b.jpg": b"second"}))
+    tars._opened.cache_clear()  # as in a worker process
+    for item in items:
+        with pytest.raises(OSError, match="changed since it was listed"):
+            read_member(item)
+
+
+def test_any_number_of_long_names_may_follow_each_other() -> None:
+    name = member("x", tarfile.GNUTYPE_LONGNAME, 2).tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")
+    assert [entry.name for entry in walked(5000 * name + packed({"b.jpg": b"x"}))] == ["a"]
+
+
+def test_a_small_archive_that_unpacks_to_a_large_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.tar.gz"
+    content = packed({"a.txt": bytes(4 << 20)})
+    file.write_bytes(gzip.compress(content))
+    monkeypatch.setattr(tars, "MAX_UNPACKED", len(content))
+    assert len(tars.unpacked(file)["a.txt"]) == 4 << 20
+    monkeypatch.setattr(tars, "MAX_UNPACKED", len(content) - 1)
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        tars.unpacked(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="not a plain file"):
+        tars.unpacked(file)
 
 
 def test_few_tars_are_open_at_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,21 @@ def test_shards_may_be_a_pattern(tmp_path: Path) -> None:
 
 
 def test_braces_are_expanded_as_a_shell_does() -> None:
-    assert braces("x-{008..011}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar", "x-011.tar"]
-    assert braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
-    assert braces("plain") == ["plain"]
+    patterns = [
+        "x-{008..011}.tar",
+        "{a,b}{1..2}",
+        "plain",
+        "{8..011}",
+        "{01..100}",
+        "{0..10}",
+        "x{a}{}y",
+        "{,a}b",
+        "{a,b",
+    ]
+    for pattern in patterns:
+        shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+        assert braces(pattern) == shell.stdout.splitlines()
+    assert len(braces("{a,b}" * 16 + "{a}" * 5000)) == 1 << 16
     for pattern in ("{0..99999999999}", "{2..1}", "{0..999999}{0..9}"):
         with pytest.raises(ValueError, match="stands for"):
             braces(pattern)

@@ -1,5 +1,6 @@
 """Listing data sets: what is an image, whose label it has, and what to say where there is none."""
 
+import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from conftest import listing
 from PIL import Image
 
-from preprocess.sources import Source, list_source, printable, sample
+from preprocess.sources import Source, base, list_source, printable, sample
 from preprocess.sources.base import MAX_FILE_BYTES
 
 
@@ -113,6 +114,28 @@ def test_a_dangling_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:
     assert [(item.key, item.size > 0) for item in listed.items] == [("a/1.jpg", True), ("a/2.jpg", False)]
     with pytest.raises(FileNotFoundError):
         listed.read(listed.items[1])
+
+
+def test_a_file_that_changes_after_listing_or_while_it_is_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = image(tmp_path / "a/1.jpg")
+    os.utime(file, (0, 0))
+    listed = list_source("imagefolder", tmp_path, "train")
+    whole = file.read_bytes()
+
+    class Slow(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            file.write_bytes(whole[:-9] + bytes(9))  # in place, of the same size
+            return super().read(size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "open", lambda number, mode: Slow(io.FileIO(number)), raising=False)
+        with pytest.raises(OSError, match="changed while it was read"):
+            listed.read(listed.items[0])
+    file.write_bytes(whole + b"more")
+    with pytest.raises(OSError, match="changed since it was listed"):
+        listed.read(listed.items[0])
 
 
 def test_a_missing_empty_or_imageless_source_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What a source of images is, and the checks that all of them share."""
 
 import errno
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from kamim.escape import printable as printable  # what the sources name comes f
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read
 MAX_CLASSES = 1_000_000
+CHANGED = "changed since it was listed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,24 @@ def check_size(size: int) -> None:
     """Raises OSError for an encoded image that is larger than any image is."""
     if size > MAX_FILE_BYTES:
         raise OSError(errno.EFBIG, f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
+
+
+def read_whole(file: str | Path) -> bytes:
+    """Returns the bytes of a file of at most MAX_FILE_BYTES.
+
+    Raises OSError for a larger file, for one that changes while it is read, and for a pipe or a device, which would
+    block.
+    """
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        before = os.fstat(stream.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        check_size(before.st_size)
+        data = stream.read(before.st_size)
+        after = os.fstat(stream.fileno())
+    if (len(data), after.st_size, after.st_mtime_ns) != (before.st_size, before.st_size, before.st_mtime_ns):
+        raise OSError(errno.EBUSY, "changed while it was read")
+    return data
 
 
 def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:

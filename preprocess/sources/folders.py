@@ -7,15 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from preprocess.sources.base import (
-    SUFFIXES,
-    Item,
-    Source,
-    check_size,
-    existing,
-    is_image,
-    printable,
-)
+from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, printable, read_whole
 
 
 def list_images(source: Path | None, split: str) -> Source:
@@ -96,10 +88,8 @@ def file_item(root: str, key: str, label: int) -> Item | None:
 
 
 def read_file(root: str, item: Item) -> bytes:
-    """The bytes of an image file. Raises OSError where it is gone, too large, or no file any more."""
-    with open(os.open(f"{root}/{item.key}", os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a plain file")
-        check_size(found.st_size)
-        return file.read(found.st_size)
+    """Returns the bytes of an image file. Raises OSError as read_whole does, and where its size is not as listed."""
+    data = read_whole(f"{root}/{item.key}")
+    if len(data) != item.size:
+        raise OSError(errno.EBUSY, CHANGED)
+    return data

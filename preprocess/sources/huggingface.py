@@ -17,7 +17,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from preprocess.sources.base import Item, Member, Source, check_size, existing, name_classes, of_split, printable
+from preprocess.sources.base import (
+    Item,
+    Member,
+    Source,
+    check_size,
+    existing,
+    name_classes,
+    of_split,
+    printable,
+    read_whole,
+)
 
 IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label")
 
@@ -145,7 +155,7 @@ def _files(root: Path) -> Iterator[str]:
 def _saved(state: Path) -> list[str]:
     """The file names in a state.json. Raises ValueError for names that lead elsewhere."""
     try:
-        held = json.loads(state.read_text())
+        held = json.loads(read_whole(state))
         names = [str(file["filename"]) for file in held["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{printable(str(state))}: is not of save_to_disk: {error!r}") from error

@@ -4,13 +4,16 @@ Train and val have the same labels in every layout. A class folder counts even w
 may have images of that class.
 """
 
-import io
+import importlib.util
+import json
 import re
-import zlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from preprocess.sources.base import Item, Source, existing, is_image, printable
+from preprocess.sources import devkit
+from preprocess.sources.base import Item, Source, existing, is_image, printable, read_whole
 from preprocess.sources.folders import images_below, images_in, listed_folder, subfolders
 from preprocess.sources.tars import Tar, read_member, unpacked
 
@@ -18,6 +21,7 @@ KAGGLE = "ILSVRC/Data/CLS-LOC"
 KAGGLE_TRUTH = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
 DEVKIT_FILES = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+_TIMEOUT = 60  # seconds to read meta.mat
 _WNID = re.compile(r"n\d+")
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d+)\.tar")
 
@@ -85,7 +89,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
         classes = sorted(set(truth.values()))
     elif (root / DEVKIT / "data").is_dir():
         file = DEVKIT
-        classes, truth = _devkit_truth(DEVKIT, [(root / DEVKIT / name).read_bytes() for name in DEVKIT_FILES])
+        classes, truth = _devkit_truth(DEVKIT, [read_whole(root / DEVKIT / name) for name in DEVKIT_FILES])
     elif (root / f"{DEVKIT}.tar.gz").is_file():
         file = f"{DEVKIT}.tar.gz"
         held = unpacked(root / file)
@@ -108,7 +112,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
 
 def _kaggle_truth(file: Path) -> dict[str, str]:
     """Lines "image,wnid box wnid box ..." under a heading, of Kaggle's ImageNet challenge."""
-    lines = file.read_text(errors="surrogateescape").splitlines()[1:]
+    lines = read_whole(file).decode(errors="surrogateescape").splitlines()[1:]
     pairs = (line.partition(",") for line in lines)
     truth = {image: boxes.partition(" ")[0] for image, _, boxes in pairs}
     if not truth or not all(map(_WNID.fullmatch, truth.values())):
@@ -117,19 +121,16 @@ def _kaggle_truth(file: Path) -> dict[str, str]:
 
 
 def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
-    """The classes, and the class of each image; line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>.
-
-    The classes are the synsets without children (the devkit's readme).
-    """
-    try:
-        from scipy.io.matlab import MatReadError, loadmat
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'") from error
+    """The classes, and each image's class: line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'")
     meta, truth = files
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}
-        images = {f"ILSVRC2012_val_{n:08d}": wnids[int(line)] for n, line in enumerate(truth.split(), 1)}
-    except (MatReadError, zlib.error, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's: {error!r}") from error
+        read = subprocess.run(
+            [sys.executable, "-P", devkit.__file__], input=meta, capture_output=True, timeout=_TIMEOUT, check=True
+        )
+        wnids = json.loads(read.stdout)
+        images = {f"ILSVRC2012_val_{n:08d}": wnids[str(int(line))] for n, line in enumerate(truth.split(), 1)}
+    except (subprocess.SubprocessError, ValueError, KeyError) as error:
+        raise ValueError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's") from error
     return sorted(wnids.values()), images

@@ -6,7 +6,7 @@ The lists' lines are "path label"; the folders are named as the archives name th
 import re
 from pathlib import Path
 
-from preprocess.sources.base import Source, existing, printable
+from preprocess.sources.base import Source, existing, printable, read_whole
 from preprocess.sources.folders import file_item, listed_folder
 
 CATEGORIES = "categories_places365.txt"
@@ -41,7 +41,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 def _pairs(file: Path) -> dict[str, int]:
     """Lines "path label", in their order."""
-    lines = file.read_text(errors="surrogateescape").splitlines()
+    lines = read_whole(file).decode(errors="surrogateescape").splitlines()
     found = [_LINE.fullmatch(line.strip()) for line in lines]
     if not lines or not all(found):
         raise ValueError(f"{printable(str(file))}: its lines are not PATH LABEL")

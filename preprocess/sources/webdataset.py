@@ -4,7 +4,9 @@ An image's label is in the .cls of its sample, a number or a name, or under "lab
 they have in the shards, so that reading is sequential.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -84,16 +86,26 @@ def _label(data: bytes, where: str) -> int | str | None:
 
 
 def braces(pattern: str) -> list[str]:
-    """Expands {000..146} and {a,b} as a shell does. Raises ValueError for other braces, and for too many names."""
-    found = _BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    limits = _RANGE.fullmatch(found[1])
-    first, last = (int(limits[1]), int(limits[2])) if limits else (0, found[1].count(","))
-    rest = braces(pattern[found.end() :])
-    count = (last - first + 1) * len(rest)
-    if not 0 < count <= MAX_SHARDS:
+    """Expands {000..146} and {a,b} as bash does, and leaves other braces as they are. Nested braces are not expanded.
+
+    Raises ValueError for a range that counts down, and for more than MAX_SHARDS names; the library braceexpand would
+    make a list of any number of them.
+    """
+    parts = _BRACES.split(pattern)  # what is outside and what is inside of braces, in turn
+    choices = [_choices(part) if n % 2 else [part] for n, part in enumerate(parts)]
+    count = math.prod(map(len, choices))
+    if count > MAX_SHARDS:
         raise ValueError(f"--source {printable(pattern)}: stands for {count} files, not 1 to {MAX_SHARDS}")
-    width = len(limits[1]) if limits else 0
-    choices = [f"{n:0{width}}" for n in range(first, last + 1)] if limits else found[1].split(",")
-    return [pattern[: found.start()] + choice + end for choice in choices for end in rest]
+    return ["".join(names) for names in itertools.product(*choices)]
+
+
+def _choices(inside: str) -> list[str]:
+    limits = _RANGE.fullmatch(inside)
+    if limits is None:
+        return inside.split(",") if "," in inside else [f"{{{inside}}}"]
+    first, last = map(int, limits.groups())
+    if not 0 <= last - first < MAX_SHARDS:
+        raise ValueError(f"--source: {{{inside}}} stands for {last - first + 1} files, not 1 to {MAX_SHARDS}")
+    padded = any(limit.startswith("0") and limit != "0" for limit in limits.groups())
+    width = max(map(len, limits.groups())) if padded else 0
+    return [f"{n:0{width}}" for n in range(first, last + 1)]

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kamim.batch import Batch
 from kamim.bench.train import Ours, bench
-from kamim.compose.evaluation import run_evaluation
-from kamim.compose.training import run_pretrain
-from kamim.config import Evaluation, Pretrain, load
+from kamim.evaluation.run import run_evaluation
+from kamim.training.config import Evaluation, Pretrain, load
+from kamim.training.run import run_pretrain
 from pipelines.augment import mixed_batch
+from pipelines.batch import Batch
 from preprocess.build import build
 from preprocess.plan import make_job
 from preprocess.sources import list_source, photograph

@@ -2,7 +2,7 @@
 
 Source: the paper's evaluation recipe, each part in torchvision v2's definition, pixel for pixel. What changes one image
 is done by the loader's threads, while the image is in a core's cache; what mixes a batch, on its device. Every random
-decision is drawn from kamim.rng: a sample is augmented alike in whatever batch it stands.
+decision is drawn from kamim.method.rng: a sample is augmented alike in whatever batch it stands.
 """
 
 import math
@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from kamim import rng
-from kamim.batch import Batch, normalise
-from kamim.kernels import kernel
+from kamim.method import rng
+from kamim.method.kernels import kernel
+from pipelines.batch import Batch, normalise
 from pipelines.operations import BINS, OPS, apply_operation, tables
 
 ERASE_P, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)  # how often; share of the area; height / width

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 from numba import carray
 
-from kamim import geometry
-from kamim import keypoints as kp
 from kamim.detectors import detector
-from kamim.kernels import kernel
-from kamim.store import Keypoints
-from kamim.words import pointer16
+from kamim.method import geometry
+from kamim.method import keypoints as kp
+from kamim.method.kernels import kernel
+from kamim.method.simd import pointer16
+from kamim.storage.store import Keypoints
 
 
 class Scratch:
@@ -27,7 +27,7 @@ class Crops(NamedTuple):
     """Crops of n samples, and how they were taken.
 
     indices: int64 [n], their numbers. sizes: int [n, 2], (height, width) of the stored images. views: int64 [n, 6],
-    see kamim.geometry. pixels: uint8 [n, R, R, 3].
+    see kamim.method.geometry. pixels: uint8 [n, R, R, 3].
     """
 
     indices: np.ndarray

@@ -7,8 +7,8 @@ does, bringing neighbours to where they are wanted, moves two pixels at a time a
 
 import numpy as np
 
-from kamim.kernels import kernel
-from kamim.words import high16, load8, store8
+from kamim.method.kernels import kernel
+from kamim.method.simd import high16, load8, store8
 
 _PIXEL = np.uint64(24)  # bits
 _FIRST = np.uint64(0xFFFFFF)

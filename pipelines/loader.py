@@ -18,9 +18,9 @@ import numpy as np
 import simplejpeg
 import torch
 
-from kamim import geometry
-from kamim.batch import Batch
-from kamim.store import Images
+from kamim.method import geometry
+from kamim.storage.store import Images
+from pipelines.batch import Batch
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
 from pipelines.plan import Part, Plan

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
 
-from kamim.kernels import kernel
+from kamim.method.kernels import kernel
 
 OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",

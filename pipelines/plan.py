@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from kamim import rng
+from kamim.method import rng
 
 
 @dataclass(frozen=True)
 class Part:
-    """One micro-batch: which samples (int64 [B]), of which epoch and step. last and share: see kamim.batch.Batch."""
+    """One micro-batch: which samples (int64 [B]), of which epoch and step. last and share: see Batch."""
 
     indices: np.ndarray
     epoch: int

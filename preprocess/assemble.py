@@ -12,9 +12,10 @@ import zarr
 from safetensors.numpy import load_file
 
 import kamim
-from kamim import beton, escape, geometry, store
 from kamim.detectors import detector
-from kamim.store import IMAGES, Manifest, Store
+from kamim.method import geometry
+from kamim.storage import beton, escape, store
+from kamim.storage.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
 from preprocess.plan import Plan
 from preprocess.record import Rows, image_rows, join, keypoint_rows

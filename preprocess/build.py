@@ -13,8 +13,8 @@ from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 
-from kamim import store
-from kamim.store import Job
+from kamim.storage import store
+from kamim.storage.store import Job
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
 from preprocess.estimate import Estimate, disk_needed, estimate, sample

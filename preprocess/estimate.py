@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim.store import Job
+from kamim.storage.store import Job
 from preprocess.decode import Undecodable, decode
 from preprocess.plan import Plan, make_plan
 from preprocess.record import record

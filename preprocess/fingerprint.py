@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim import store
+from kamim.storage import store
 from preprocess.decode import Undecodable
 from preprocess.sources import Item, Read, Source, printable
 

@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 
 import kamim
-from kamim import beton, geometry, store
 from kamim.detectors import detector, origin
-from kamim.store import Job, Manifest
+from kamim.method import geometry
+from kamim.storage import beton, store
+from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 from preprocess.decode import Undecodable, decode
 from preprocess.sources import Item, Source

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import simplejpeg
 
-from kamim import geometry
 from kamim.detectors import detect_packed, detector
-from kamim.store import IMAGES, Job
+from kamim.method import geometry
+from kamim.storage.store import IMAGES, Job
 from preprocess.decode import decode_plain_jpeg
 from preprocess.resize import resize_antialiased, resize_plain
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kamim import store
-from kamim.store import Job, Manifest, Store
+from kamim.storage import store
+from kamim.storage.store import Job, Manifest, Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
 from preprocess.build import Found, Say, in_order, make_shards, stopping

@@ -8,7 +8,7 @@ are resized without it, and FAST in particular finds fewer keypoints on smoother
 import cv2
 import numpy as np
 
-from kamim.kernels import kernel
+from kamim.method.kernels import kernel
 
 REACH = 2  # source pixels on either side that the bicubic kernel reaches, at scale 1
 

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from kamim import store
-from kamim.escape import one_line
-from kamim.store import Job
+from kamim.storage import store
+from kamim.storage.escape import one_line
+from kamim.storage.store import Job
 from preprocess.decode import Undecodable, decode
 from preprocess.record import Rows, join, record
 from preprocess.sources import Item, Read, printable

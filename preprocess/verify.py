@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim import store
-from kamim.geometry import POSITION_UNIT
-from kamim.store import IMAGES, Keypoints, Manifest, Store
+from kamim.method.geometry import POSITION_UNIT
+from kamim.storage import store
+from kamim.storage.store import IMAGES, Keypoints, Manifest, Store
 from preprocess.assemble import DAMAGE
 from preprocess.decode import Undecodable, decode
 

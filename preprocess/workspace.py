@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from kamim import lock, store
-from kamim.store import Job, Manifest
+from kamim.storage import lock, store
+from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from kamim.store import Encoding, Job
+from kamim.storage.store import Encoding, Job
 from preprocess.build import build
 from preprocess.plan import make_job
 from preprocess.sources import Source, list_source
@@ -107,8 +107,8 @@ def make_store(source: Path, out: Path, backend: str = "zarr", **options: Any) -
 
 def small_pages(patch: pytest.MonkeyPatch) -> None:
     """Pages of zarr arrays that small stores fill more than one of."""
-    patch.setattr("kamim.store.IMAGE_PAGE_BYTES", 1 << 15)
-    patch.setattr("kamim.store.KEYPOINT_PAGE_ROWS", 1 << 11)
+    patch.setattr("kamim.storage.store.IMAGE_PAGE_BYTES", 1 << 15)
+    patch.setattr("kamim.storage.store.KEYPOINT_PAGE_ROWS", 1 << 11)
 
 
 @pytest.fixture(scope="session")

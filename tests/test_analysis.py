@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from kamim import checkpoint, page
 from kamim.analysis import embed, measures, tables
+from kamim.analysis.analyze import load_subject
 from kamim.analysis.attention import blocks, watched
 from kamim.analysis.collect import (
     Curves,
@@ -28,11 +28,12 @@ from kamim.analysis.collect import (
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures, plan
 from kamim.analysis.run import file_stem
 from kamim.analysis.subjects import Subject, timm_encoder
-from kamim.batch import Batch, normalise
 from kamim.cli import app
-from kamim.compose.analysis import load_subject
-from kamim.config import Pretrain, load
-from kamim.models import MaskedImageModel, build_encoder
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.reporting import page
+from kamim.training import checkpoint
+from kamim.training.config import Pretrain, load
+from pipelines.batch import Batch, normalise
 
 SIDE, PATCH = 12, 16
 REFERENCE = Path(__file__).parents[2] / "shared/data/analysis.npz"

@@ -9,19 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(file for room in ("kamim", "preprocess", "pipelines") for file in (ROOT / room).glob("**/*.py"))
-KNOWS_EVERYBODY = ("kamim.cli", "kamim.compose", "kamim.demo", "kamim.bench", "kamim.__main__")
+KNOWS_EVERYBODY = ("kamim.cli", "kamim.compose", "kamim.bench.demo", "kamim.bench", "kamim.__main__")
 KERNELS = {  # and what each may know
-    "kamim.kernels": set(),
-    "kamim.words": set(),
-    "kamim.rng": {"kamim.kernels"},
-    "kamim.geometry": {"kamim.kernels", "kamim.rng"},
-    "kamim.masking": {"kamim.kernels", "kamim.rng"},
-    "kamim.keypoints": {"kamim.kernels", "kamim.words", "kamim.geometry"},
-    "kamim.weighting": set(),
-    "kamim.batch": set(),
-    "kamim.paged": set(),
-    "kamim.beton": {"kamim.paged"},
-    "kamim.store": {"kamim.beton", "kamim.paged", "kamim.keypoints"},
+    "kamim.method.kernels": set(),
+    "kamim.method.simd": set(),
+    "kamim.method.rng": {"kamim.method.kernels"},
+    "kamim.method.geometry": {"kamim.method.kernels", "kamim.method.rng"},
+    "kamim.method.masking": {"kamim.method.kernels", "kamim.method.rng"},
+    "kamim.method.keypoints": {"kamim.method.kernels", "kamim.method.simd", "kamim.method.geometry"},
+    "kamim.method.weighting": set(),
+    "pipelines.batch": set(),
+    "kamim.storage.mmap_array": set(),
+    "kamim.storage.beton": {"kamim.storage.mmap_array"},
+    "kamim.storage.store": {"kamim.storage.beton", "kamim.storage.mmap_array", "kamim.method.keypoints"},
 }
 
 
@@ -49,8 +49,8 @@ def test_imports_point_one_way(file: Path) -> None:
         assert found <= KERNELS[module]
     if module.startswith("kamim.detectors"):
         assert {other for other in found if not other.startswith("kamim.detectors")} <= {
-            "kamim.keypoints",
-            "kamim.kernels",
+            "kamim.method.keypoints",
+            "kamim.method.kernels",
         }
     if module.startswith(KNOWS_EVERYBODY):
         return

@@ -16,10 +16,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kamim import rng
-from kamim.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from kamim.store import Store
+from kamim.method import rng
+from kamim.storage.store import Store
 from pipelines import augment
+from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from pipelines.loader import Crop, Loader
 from pipelines.operations import OPS, apply_operation, tables
 from pipelines.plan import Plan

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from kamim.bench import evaluate, fidelity, loader, pixels, preprocess, startup, train
 from kamim.cli import app
-from kamim.models import MaskedImageModel
-from kamim.store import Store, ZarrImages
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage.store import Store, ZarrImages
 from preprocess.decode import decode
 from preprocess.record import stored_image
 from preprocess.sources import list_source

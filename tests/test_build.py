@@ -15,10 +15,10 @@ from conftest import BACKENDS, Inline, has_ffcv, make_store, plan_job, small_pag
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim import store
 from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
-from kamim.store import Job, Store
+from kamim.storage import store
+from kamim.storage.store import Job, Store
 from preprocess import build as building
 from preprocess import executors
 from preprocess.assemble import Files

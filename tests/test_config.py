@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kamim.checkpoint import Checkpoint
-from kamim.config import Evaluation, Pretrain, dump, load
+from kamim.training.checkpoint import Checkpoint
+from kamim.training.config import Evaluation, Pretrain, dump, load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDED = ("data.store=s", "out=o")

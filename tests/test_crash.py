@@ -16,7 +16,7 @@ from camera import Camera, tree, watched
 from conftest import Inline, has_ffcv, plan_job, small_pages
 from PIL import Image
 
-from kamim import beton
+from kamim.storage import beton
 from preprocess import estimate, executors
 from preprocess.build import build
 from preprocess.repair import repair

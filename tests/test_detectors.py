@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import kamim.detectors
 from kamim.cli import app
-from kamim.config import Weighting, load
 from kamim.detectors import DETECTORS, detect_packed, detector, names
-from kamim.geometry import whole_views
-from kamim.keypoints import Group, Rules, quantise
-from kamim.store import Store
+from kamim.method.geometry import whole_views
+from kamim.method.keypoints import Group, Rules, quantise
+from kamim.storage.store import Store
+from kamim.training.config import Weighting, load
 from pipelines.counts import Crops, OnlineCounts, Scratch
 
 SHARED = Path(__file__).parents[2] / "shared/data/imagenet-sample/train"

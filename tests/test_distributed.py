@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from kamim import checkpoint
-from kamim.compose.training import run_replay
+from kamim.training import checkpoint
+from kamim.training.run import run_replay
 
 HELPER = """  # trains runs given as JSON: [[ranks, stop after step or 0, arguments of test_pretrain.config], ...]
 import json, os, signal, socket, sys, traceback
 import torch
 from test_pretrain import config
-from kamim import distributed, pretrain
-from kamim.compose.training import run_pretrain, training_batches
-from kamim.store import Store
+from kamim.training import distributed
+from kamim.training import pretrain
+from kamim.training.run import run_pretrain, training_batches
+from kamim.storage.store import Store
 
 torch.set_num_threads(1)
 asked = json.loads(sys.argv[1])

@@ -8,8 +8,8 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
+from kamim.bench import doctor
 from kamim.cli import app
-from kamim.compose import doctor
 
 runner = CliRunner()
 

@@ -22,14 +22,17 @@ from rich.console import Console
 from test_architecture import MODULES, name
 from typer.testing import CliRunner
 
-from kamim import checkpoint, escape, grid, metrics, page
 from kamim.analysis import figures as analysis
 from kamim.cli import app, console
 from kamim.cli.console import bar
-from kamim.escape import cell, literal, one_line, printable, text_of
 from kamim.evaluation import figures as evaluation
-from kamim.models import MaskedImageModel
-from kamim.store import Store, seal
+from kamim.evaluation import grid
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.reporting import page
+from kamim.storage import escape
+from kamim.storage.escape import cell, literal, one_line, printable, text_of
+from kamim.storage.store import Store, seal
+from kamim.training import checkpoint, metrics
 
 HOSTILE = (
     r"$\bad$", "\x1b[31mred\x1b[0m", "[bold]rich[/]", ":smile:", "=HYPERLINK(1)", "@SUM(1)",

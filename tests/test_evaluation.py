@@ -18,22 +18,22 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from kamim import checkpoint
-from kamim.batch import Batch, normalise
 from kamim.cli import app
-from kamim.compose.checkpoints import load_subject, subject_to_be
-from kamim.compose.evaluation import _setting, run_evaluation
-from kamim.compose.modes import TASKS, make_optimizer
-from kamim.compose.setting import Samples, Setting
-from kamim.compose.training import run_pretrain
-from kamim.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
-from kamim.distributed import World
 from kamim.evaluation import classify, probe
 from kamim.evaluation.finetune import Averaged, Classifier, parameter_groups
-from kamim.evaluation.readout import Pixels, Readout, fixed, resolve, tokens_after
-from kamim.loop import Run, train
-from kamim.models import build_encoder
-from kamim.store import Store
+from kamim.evaluation.modes import TASKS, make_optimizer
+from kamim.evaluation.run import _setting, run_evaluation
+from kamim.evaluation.setting import Samples, Setting
+from kamim.evaluation.subject import load_subject, subject_to_be
+from kamim.models.masked_image_model import build_encoder
+from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
+from kamim.storage.store import Store
+from kamim.training import checkpoint
+from kamim.training.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
+from kamim.training.distributed import World
+from kamim.training.run import run_pretrain
+from kamim.training.trainer import Run, train
+from pipelines.batch import Batch, normalise
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -359,11 +359,11 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
 ) -> None:
     config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
     first = run(config, "knn")
-    monkeypatch.setattr("kamim.compose.modes.knn", None)
+    monkeypatch.setattr("kamim.evaluation.modes.knn", None)
     assert run(config, "knn") == first
     with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 asked for\)"):
         run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
-    monkeypatch.setattr("kamim.compose.evaluation._run", None)  # the second is looked at before the first begins
+    monkeypatch.setattr("kamim.evaluation.run._run", None)  # the second is looked at before the first begins
     two = {"checkpoint": (f"new={pretrained}", str(pretrained)), "out": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"holds another evaluation \(batch_size 10 there, 9 asked for\)"):
         run(evaluation("", stores["zarr"], "batch_size=9", **two), "knn")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from kamim import geometry, rng
+from kamim.method import geometry, rng
 
 
 def torchvision_box(height: int, width: int, scale: tuple[float, float], index: int) -> tuple[int, int, int, int]:

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from test_pretrain import losses
 from typer.testing import CliRunner
 
-from kamim import distributed, grid
 from kamim.cli import app
-from kamim.compose import grid as compose
-from kamim.config import load
+from kamim.evaluation import grid
+from kamim.evaluation import run_grid as compose
+from kamim.evaluation.grid import Grid
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
-from kamim.grid import Grid
+from kamim.training import distributed
+from kamim.training.config import load
 
 TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
 

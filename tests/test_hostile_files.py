@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 from skimage import data
 from test_decode import FILES, PHOTO, encoded, huge_jpeg, noise, pillow, png_chunk, refusal
 
-from kamim.store import REJECTS, Store
+from kamim.storage.store import REJECTS, Store
 from pipelines.loader import Loader, SampleError
 from pipelines.plan import Plan
 from preprocess.build import Stopped

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 from typer.testing import CliRunner
 
-from kamim import checkpoint, interop
 from kamim.cli import app
-from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder
+from kamim.models import interop
+from kamim.models.masked_image_model import ARCHITECTURES, MaskedImageModel, build_encoder
+from kamim.training import checkpoint
 
 State = dict[str, Tensor]
 

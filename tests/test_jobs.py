@@ -16,9 +16,9 @@ from conftest import BACKENDS, Inline, make_store, plan_job, small_pages
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim import store
 from kamim.cli import RESUMABLE, app
-from kamim.store import Store
+from kamim.storage import store
+from kamim.storage.store import Store
 from preprocess import build as building
 from preprocess import executors
 from preprocess.build import Stopped, build, build_share, publish_shares

@@ -6,18 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kamim import kernels
+from kamim.method import kernels
 
 CALLER = """
 from kamim.callee import callee
-from kamim.kernels import kernel
+from kamim.method.kernels import kernel
 
 @kernel
 def caller():
     return callee()
 """
 CALLEE = """
-from kamim.kernels import kernel
+from kamim.method.kernels import kernel
 
 @kernel
 def callee():

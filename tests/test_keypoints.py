@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kamim import keypoints as kp
-from kamim.keypoints import Group, Rules
+from kamim.method import keypoints as kp
+from kamim.method.keypoints import Group, Rules
 
 
 def drawn(xy: np.ndarray, height: int, width: int) -> np.ndarray:

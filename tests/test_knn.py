@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from kamim.evaluation.knn import knn
-from kamim.evaluation.places import places
-from kamim.evaluation.subset import n_per_class
+from kamim.models.knn import knn
+from kamim.models.places import places
+from pipelines.subset import n_per_class
 
 CPU = torch.device("cpu")
 

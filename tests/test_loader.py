@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
-from kamim import geometry
-from kamim.keypoints import keypoint_map, map_counts
-from kamim.store import Store
+from kamim.method import geometry
+from kamim.method.keypoints import keypoint_map, map_counts
+from kamim.storage.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.crop import crop_resize
 from pipelines.loader import Crop, Loader, SampleError, feed

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kamim.batch import Batch
-from kamim.masking import block_masks
-from kamim.store import Store
+from kamim.method.masking import block_masks
+from kamim.storage.store import Store
+from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, Crops, Scratch
 from pipelines.loader import Crop, Loader, SampleError
 from pipelines.plan import Plan

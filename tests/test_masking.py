@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kamim.masking import block_masks, masked_count
+from kamim.method.masking import block_masks, masked_count
 
 
 @pytest.mark.parametrize(

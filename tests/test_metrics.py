@@ -16,11 +16,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pretrain import WORLD, config, quiet
 
-from kamim import machine, metrics
 from kamim.cli.console import note
-from kamim.compose.training import run_pretrain
-from kamim.config import Log
-from kamim.metrics import Metrics, Waits
+from kamim.training import machine, metrics
+from kamim.training.config import Log
+from kamim.training.metrics import Metrics, Waits
+from kamim.training.run import run_pretrain
 
 
 class Listener:

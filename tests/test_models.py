@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kamim.models import ARCHITECTURES, MaskedImageModel, build_encoder, expand_mask
+from kamim.models.masked_image_model import ARCHITECTURES, MaskedImageModel, build_encoder, expand_mask
 
 PAPER_MILLIONS = {"vit_tiny": 5.5, "vit_small": 21.6, "vit_base": 85.7, "swin_tiny": 27.5, "swin_base": 86.7}
 

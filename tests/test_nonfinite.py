@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from test_pretrain import config, quiet
 from typer.testing import CliRunner
 
-from kamim import checkpoint, pretrain
 from kamim.cli import app
-from kamim.compose.training import run_pretrain, run_replay
-from kamim.nonfinite import NonFinite
+from kamim.training import checkpoint, pretrain
+from kamim.training.nonfinite import NonFinite
+from kamim.training.run import run_pretrain, run_replay
 from pipelines.plan import Plan
 
 BAD = 5  # the step, of 8, whose loss is not finite
@@ -197,7 +197,7 @@ def poison(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
         weights[rows[0]] = float("nan")
         return weights
 
-    monkeypatch.setattr("kamim.replay.reconstruct", seen)
+    monkeypatch.setattr("kamim.training.replay.reconstruct", seen)
     monkeypatch.setattr(pretrain, "reconstruct", seen)
     monkeypatch.setattr(pretrain, "counts_to_weights", spoilt)
 

@@ -10,10 +10,11 @@ from PIL import Image
 from test_metrics import board
 from test_pretrain import config, quiet, weights
 
-from kamim import metrics, plots
-from kamim.compose.evaluation import run_evaluation
-from kamim.compose.training import run_pretrain
-from kamim.config import Evaluation, load
+from kamim.evaluation.run import run_evaluation
+from kamim.reporting import plots
+from kamim.training import metrics
+from kamim.training.config import Evaluation, load
+from kamim.training.run import run_pretrain
 from pipelines.loader import Loader
 
 

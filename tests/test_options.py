@@ -11,16 +11,17 @@ from safetensors.torch import save_file
 from test_pretrain import WORLD, config, losses, quiet, weights
 from torch import Tensor
 
-from kamim import checkpoint, interop
-from kamim.batch import normalise
-from kamim.compose.checkpoints import load_subject
-from kamim.compose.training import run_pretrain
-from kamim.config import Compute, Pretrain, load
-from kamim.loop import autocast
-from kamim.models import MaskedImageModel, build_encoder
-from kamim.objective import denormalise_patches, normalise_patches
-from kamim.pretrain import build_optimizer, prepare, to_pixels
-from kamim.weighting import counts_to_weights
+from kamim.evaluation.subject import load_subject
+from kamim.method.objective import denormalise_patches, normalise_patches
+from kamim.method.weighting import counts_to_weights
+from kamim.models import interop
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.training import checkpoint
+from kamim.training.config import Compute, Pretrain, load
+from kamim.training.pretrain import build_optimizer, prepare, to_pixels
+from kamim.training.run import run_pretrain
+from kamim.training.trainer import autocast
+from pipelines.batch import normalise
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from kamim import store as stores
 from kamim.cli import app
-from kamim.compose.training import check_area, online_differs
-from kamim.config import Pretrain, Weighting
-from kamim.store import Store
+from kamim.storage import store as stores
+from kamim.storage.store import Store
+from kamim.training.config import Pretrain, Weighting
+from kamim.training.run import check_area, online_differs
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 from preprocess.build import build
@@ -63,7 +63,7 @@ def test_images_larger_than_a_page_get_larger_pages(
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
     for name in "ab":
         Image.fromarray(noise).save(tmp_path / f"source/class/{name}.jpg", quality=100, subsampling=0)
-    monkeypatch.setattr("kamim.beton.PAGE_SIZE", 1 << 16)
+    monkeypatch.setattr("kamim.storage.beton.PAGE_SIZE", 1 << 16)
     made = Store(make_store(tmp_path / "source", tmp_path / "out", backend, encoding="original"))
     content = (tmp_path / "source/class/a.jpg").read_bytes()
     assert len(content) > 1 << 16

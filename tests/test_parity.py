@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from kamim import keypoints as kp
-from kamim.batch import normalise
 from kamim.detectors import DETECTORS, detector
-from kamim.objective import masked_l1
-from kamim.weighting import counts_to_weights
+from kamim.method import keypoints as kp
+from kamim.method.objective import masked_l1
+from kamim.method.weighting import counts_to_weights
+from pipelines.batch import normalise
 
 Golden = Mapping[str, np.ndarray]
 OWN = Path(__file__).parent / "fixtures/parity.npz"

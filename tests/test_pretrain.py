@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from skimage import data
 
-from kamim import checkpoint, schedule
-from kamim.batch import Batch
-from kamim.compose.training import run_pretrain
-from kamim.config import Optim, Pretrain, load
-from kamim.distributed import World
-from kamim.loop import Outcome
-from kamim.models import MaskedImageModel
-from kamim.pretrain import pretrain
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.training import checkpoint, schedule
+from kamim.training.config import Optim, Pretrain, load
+from kamim.training.distributed import World
+from kamim.training.pretrain import pretrain
+from kamim.training.run import run_pretrain
+from kamim.training.trainer import Outcome
+from pipelines.batch import Batch
 
 WORLD = World(0, 1, torch.device("cpu"))
 

@@ -7,8 +7,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from kamim.batch import IMAGENET_MEAN, IMAGENET_STD, denormalise, normalise
 from kamim.evaluation.reconstruct import CONVENTIONS, Honest, Paper
+from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, denormalise, normalise
 
 CPU = torch.device("cpu")
 SIDE = 64

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kamim import geometry
-from kamim.store import Job
+from kamim.method import geometry
+from kamim.storage.store import Job
 from preprocess.decode import decode
 from preprocess.record import join, record
 

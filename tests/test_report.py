@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kamim import page
-from kamim.checkpoint import Checkpoint
-from kamim.compose import checkpoints, modes
-from kamim.config import Evaluation, Pretrain, load
-from kamim.evaluation import paper
+from kamim.evaluation import modes, paper, subject
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, flat, save_report
-from kamim.plots import reconstruction_sheet
-from kamim.pretrain import _FREE
+from kamim.reporting import page
+from kamim.reporting.plots import reconstruction_sheet
+from kamim.training.checkpoint import Checkpoint
+from kamim.training.config import Evaluation, Pretrain, load
+from kamim.training.pretrain import _FREE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 READ = {"block": 8, "pooling": "mean", "norm": "none"}
@@ -31,8 +30,8 @@ def pretraining(*overrides: str, preset: str = "vit_base_kamim", step: int = 100
     config = load(Pretrain, CONFIGS / f"pretrain/{preset}.yaml", overrides)
     found = Checkpoint(Path("runs/x"), "pretrain", step, config.model_dump(mode="json"), True, "ab" * 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kamim.compose.checkpoints.store.read_manifest", lambda path: WHOLE)
-        made = checkpoints._pretraining(found)
+        patch.setattr("kamim.evaluation.subject.store.read_manifest", lambda path: WHOLE)
+        made = subject._pretraining(found)
     assert made is not None
     return made
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kamim import rng
+from kamim.method import rng
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from test_pretrain import config, quiet
 from typer.testing import CliRunner
 
-from kamim import metrics, report
 from kamim.cli import app
-from kamim.compose.training import run_pretrain
+from kamim.training import metrics, report
+from kamim.training.run import run_pretrain
 
 
 @pytest.fixture(scope="module")

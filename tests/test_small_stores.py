@@ -11,11 +11,11 @@ from conftest import make_store
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim import checkpoint
 from kamim.bench import evaluate, loader, startup
 from kamim.cli import app
-from kamim.models import MaskedImageModel
-from kamim.store import Store
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage.store import Store
+from kamim.training import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from test_pretrain import WORLD, config
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from kamim import rng
-from kamim.batch import Batch, normalise
-from kamim.compose.training import run_pretrain, run_replay
-from kamim.config import Compute
 from kamim.evaluation import classify, finetune
-from kamim.metrics import read
-from kamim.models import MaskedImageModel, build_encoder
-from kamim.pretrain import steps
-from kamim.stochastic_depth import DropPath, draw_paths
+from kamim.method import rng
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.models.stochastic_depth import DropPath, draw_paths
+from kamim.training.config import Compute
+from kamim.training.metrics import read
+from kamim.training.pretrain import steps
+from kamim.training.run import run_pretrain, run_replay
+from pipelines.batch import Batch, normalise
 
 SEED, EPOCH, RATE = 5, 2, 0.5
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kamim import checkpoint
 from kamim.cli import RESUMABLE, app
-from kamim.config import Pretrain
-from kamim.distributed import World
+from kamim.training import checkpoint
+from kamim.training.config import Pretrain
+from kamim.training.distributed import World
 
 GIVEN = (
     "data.resolution=64", "data.workers=1", "model.name=vit_demo", "optim.batch_size=12", "optim.warmup_epochs=1",
@@ -57,7 +57,7 @@ def test_a_signal_before_the_first_step_exits_with_75_too(
     def prepare(config: Pretrain, world: World) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("kamim.pretrain.prepare", prepare)
+    monkeypatch.setattr("kamim.training.pretrain.prepare", prepare)
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'run'}", *GIVEN)
     assert (code, said) == (75, "stopped at once; the same command again continues from the newest checkpoint\n")
 

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim import beton, geometry, paged, store
 from kamim.cli import app
 from kamim.detectors import DETECTORS, detect_packed
-from kamim.store import Store
+from kamim.method import geometry
+from kamim.storage import beton, mmap_array, store
+from kamim.storage.store import Store
 from preprocess.resize import resize_antialiased
 
 DETECTED = ("fast", "sift", "orb")
@@ -124,7 +125,7 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
 
 
 def written(path: Path, items: list[np.ndarray], page_rows: int) -> list[int]:
-    writer = paged.PagedWriter(zarr.create_group(path), "a", items[0].shape[1:], items[0].dtype, page_rows)
+    writer = mmap_array.PagedWriter(zarr.create_group(path), "a", items[0].shape[1:], items[0].dtype, page_rows)
     starts = [writer.append(item) for item in items]
     writer.close()
     return starts
@@ -140,7 +141,7 @@ def test_items_come_back_whole_and_never_cross_a_page(
     random = np.random.default_rng(len(lengths))
     items = [random.integers(0, 1 << 16, (n, *shape)).astype(np.uint16) for n in (*lengths, 1)]
     starts = written(path, items, 10)
-    reader = paged.PagedReader(path / "a")
+    reader = mmap_array.PagedReader(path / "a")
     plain = zarr.open_array(path / "a", mode="r")[:]  # any zarr reader
     for start, item in zip(starts, items, strict=True):
         assert start % 10 + len(item) <= 10
@@ -156,7 +157,7 @@ def test_items_come_back_whole_and_never_cross_a_page(
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (8, 3), (20, 1), (3, -1), (1 << 62, 1)])
 def test_rows_outside_the_pages_have_no_address(tmp_path: Path, start: int, count: int) -> None:
     written(tmp_path / "paged", [np.zeros(7, np.uint16)] * 2, 10)
-    reader = paged.PagedReader(tmp_path / "paged/a")
+    reader = mmap_array.PagedReader(tmp_path / "paged/a")
     with pytest.raises(IndexError, match="rows lie outside the pages"):
         reader.addresses(np.array([0, start]), np.array([7, count]))
 
@@ -169,7 +170,7 @@ def test_an_item_larger_than_a_page_is_refused(tmp_path: Path) -> None:
 def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
     items = [np.zeros((n, 2), np.uint16) for n in (0, 10, 0, 0)]
     starts = written(tmp_path, items, 10)
-    reader = paged.PagedReader(tmp_path / "a")
+    reader = mmap_array.PagedReader(tmp_path / "a")
     assert [reader.rows(start, len(item)).shape for start, item in zip(starts, items, strict=True)] == [
         (0, 2), (10, 2), (0, 2), (0, 2),
     ]  # fmt: skip
@@ -177,20 +178,20 @@ def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
 
 def test_an_array_without_rows_opens(tmp_path: Path) -> None:
     written(tmp_path, [np.zeros(0, np.uint8)], 10)
-    assert paged.PagedReader(tmp_path / "a").rows(0, 0).shape == (0,)
+    assert mmap_array.PagedReader(tmp_path / "a").rows(0, 0).shape == (0,)
 
 
 def test_pages_of_zeros_survive(tmp_path: Path) -> None:
     items = [np.zeros(10, np.uint8), np.zeros(7, np.uint8), np.ones(4, np.uint8)]
     starts = written(tmp_path, items, 10)
-    reader = paged.PagedReader(tmp_path / "a")
+    reader = mmap_array.PagedReader(tmp_path / "a")
     for start, item in zip(starts, items, strict=True):
         np.testing.assert_array_equal(reader.rows(start, len(item)), item)
 
 
 def test_items_are_read_only_views_of_a_file(tmp_path: Path) -> None:
     starts = written(tmp_path, [np.arange(5, dtype=np.uint8)], 10)
-    rows = paged.PagedReader(tmp_path / "a").rows(starts[0], 5)
+    rows = mmap_array.PagedReader(tmp_path / "a").rows(starts[0], 5)
     assert isinstance(rows.base.base, np.memmap)
     assert not rows.flags.writeable
 
@@ -388,6 +389,6 @@ def test_verify_finds_missing_and_extra_files(copy: Path) -> None:
 def test_a_large_store_does_not_use_up_file_descriptors(tmp_path: Path) -> None:
     """ImageNet's FAST keypoints, and every larger total, are some 64 to 128 mapped files."""
     for total in (1, 10**6, 2 * 10**9, 10**11):
-        rows = paged.page_rows(total, 1 << 20)
+        rows = mmap_array.page_rows(total, 1 << 20)
         assert rows >= 1 << 20
         assert total / rows <= 64

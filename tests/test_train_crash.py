@@ -17,12 +17,14 @@ import torch
 from camera import Camera, watched
 from safetensors.torch import load_file
 
-from kamim import checkpoint, config, metrics, models, pretrain
-from kamim.compose.training import run_pretrain
-from kamim.config import Pretrain, load
+from kamim.models import masked_image_model
+from kamim.training import checkpoint, config, metrics, pretrain
+from kamim.training.config import Pretrain, load
+from kamim.training.run import run_pretrain
 
-SMALL: Mapping[str, models.Architecture] = {
-    **models.ARCHITECTURES, "vit_demo": models._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2)
+SMALL: Mapping[str, masked_image_model.Architecture] = {
+    **masked_image_model.ARCHITECTURES,
+    "vit_demo": masked_image_model._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
 }  # fmt: skip
 
 
@@ -46,7 +48,7 @@ class Unheard(metrics.Files):
 def small() -> Iterator[None]:
     """A model that saves in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (models, config, pretrain):
+        for module in (masked_image_model, config, pretrain):
             patch.setattr(module, "ARCHITECTURES", SMALL)
         patch.setattr(metrics, "TensorBoard", Unheard)  # it writes from a thread of its own
         yield
@@ -122,7 +124,7 @@ def test_a_run_killed_at_any_write_ends_the_same(
     assert_same(world / "run", whole)
     monkeypatch.undo()
     monkeypatch.setattr(metrics, "TensorBoard", Unheard)
-    for module in (models, config, pretrain):
+    for module in (masked_image_model, config, pretrain):
         monkeypatch.setattr(module, "ARCHITECTURES", SMALL)
     assert len(camera.killed) > 40
     for copy in camera.killed:
@@ -136,7 +138,7 @@ import os, signal, sys, threading
 from pathlib import Path
 import torch
 import test_train_crash as own
-from kamim.compose.training import run_pretrain
+from kamim.training.run import run_pretrain
 
 torch.set_num_threads(1)
 for module in (own.models, own.config, own.pretrain):

@@ -11,9 +11,9 @@ import zarr
 from conftest import BACKENDS, Inline, make_store, plan_job, small_pages
 from typer.testing import CliRunner
 
-from kamim import store
 from kamim.cli import app
-from kamim.store import Store
+from kamim.storage import store
+from kamim.storage.store import Store
 from preprocess import executors
 from preprocess.assemble import take_apart
 from preprocess.build import build

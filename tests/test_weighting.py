@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kamim.objective import masked_l1
-from kamim.weighting import counts_to_weights, weights
+from kamim.method.objective import masked_l1
+from kamim.method.weighting import counts_to_weights, weights
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.25, 1.0])

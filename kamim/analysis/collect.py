@@ -15,8 +15,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from kamim.analysis import measures
 from kamim.analysis.attention import watched
 from kamim.analysis.subjects import Subject
-from kamim.batch import Batch, normalise
-from kamim.weighting import counts_to_weights
+from kamim.method.weighting import counts_to_weights
+from pipelines.batch import Batch, normalise
 
 FEATURE_IMAGES = 1024  # for rank, uniformity and CKA, whose cost is quadratic in images
 WEIGHT_CELL, TEMPERATURE = 8, 0.25  # W of the paper's best model: FAST, w_ps 8, T 0.25

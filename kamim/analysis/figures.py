@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from kamim.escape import literal
-from kamim.plots import COLOURS, GREY, depth_axis, look, panels, reconstruction_sheet, styled
+from kamim.reporting.plots import COLOURS, GREY, depth_axis, look, panels, reconstruction_sheet, styled
+from kamim.storage.escape import literal
 
 Numbers = Mapping[str, Mapping[str, Any]]
 

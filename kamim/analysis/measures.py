@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim import rng
+from kamim.method import rng
 
 NMI_EPSILON = 1e-8  # added to every weight, so that zeros have a logarithm
 FOURIER_EPSILON = 1e-6

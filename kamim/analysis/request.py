@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kamim import rng
 from kamim.analysis import embed
 from kamim.analysis.collect import WEIGHT_CELL
 from kamim.analysis.subjects import Subject
-from kamim.batch import Batch
-from kamim.escape import one_line
+from kamim.method import rng
+from kamim.storage.escape import one_line
+from pipelines.batch import Batch
 
 FIGURES = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "features", "cka", "weights", "probe")
 NEED_VIT = {"5", "6", "7", "8", "9", "10"}

@@ -11,14 +11,14 @@ import torch
 from matplotlib.figure import Figure
 
 import kamim
-from kamim import page
 from kamim.analysis import figures, tables
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
 from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
 from kamim.analysis.subjects import Subject
-from kamim.batch import denormalise, normalise
-from kamim.masking import block_masks
-from kamim.models import expand_mask
+from kamim.method.masking import block_masks
+from kamim.models.masked_image_model import expand_mask
+from kamim.reporting import page
+from pipelines.batch import denormalise, normalise
 
 CAPTIONS = {
     "2": "Figure 2. Original, masked, and what each checkpoint makes of the masked patches.",

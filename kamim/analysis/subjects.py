@@ -14,9 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from kamim.analysis.attention import blocks
-from kamim.escape import one_line
-from kamim.interop import check_tensor
-from kamim.models import MaskedImageModel
+from kamim.models.interop import check_tensor
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage.escape import one_line
 
 
 @dataclass(frozen=True, eq=False)

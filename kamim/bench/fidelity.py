@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kamim import geometry
-from kamim import keypoints as kp
 from kamim.bench import originals
 from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
-from kamim.weighting import counts_to_weights
+from kamim.method import geometry
+from kamim.method import keypoints as kp
+from kamim.method.weighting import counts_to_weights
 from preprocess.plan import make_job
 from preprocess.resize import resize_plain
 from preprocess.sources import Source

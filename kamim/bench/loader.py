@@ -23,13 +23,13 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kamim import beton
 from kamim.bench import startup
 from kamim.bench.originals import accepted, check_jpeg, read
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
 from kamim.bench.startup import Bare
-from kamim.store import Images, Keypoints, Store
-from kamim.weighting import counts_to_weights
+from kamim.method.weighting import counts_to_weights
+from kamim.storage import beton
+from kamim.storage.store import Images, Keypoints, Store
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan

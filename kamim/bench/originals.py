@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kamim.store import Store
+from kamim.storage.store import Store
 from preprocess.assemble import stored_rejects
 from preprocess.decode import Undecodable, decode
 from preprocess.sources import Item, Source, printable

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import grid_sample
 
-from kamim import geometry
-from kamim.store import Job
+from kamim.method import geometry
+from kamim.storage.store import Job
 from pipelines.crop import crop_resize
 from preprocess.decode import decode
 from preprocess.record import stored_image

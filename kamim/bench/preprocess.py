@@ -23,9 +23,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from kamim import machine
 from kamim.detectors import detector
-from kamim.store import Job
+from kamim.storage.store import Job
+from kamim.training import machine
 from preprocess.decode import Undecodable, decode
 from preprocess.plan import make_job
 from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels

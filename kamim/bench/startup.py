@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from kamim import paged
 from kamim.detectors import detector
-from kamim.store import ImageReader, Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage import mmap_array
+from kamim.storage.store import ImageReader, Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
@@ -70,7 +70,7 @@ def write_images(path: str, folder: str, images: int) -> int:
         for array in {"start", "length", "size", "label", "frame", "counts"} & set(group.array_keys()):
             values = np.asarray(group[array])
             del group[array]
-            paged.create(group, array, np.repeat(values, images, axis=0))
+            mmap_array.create(group, array, np.repeat(values, images, axis=0))
     return images
 
 

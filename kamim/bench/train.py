@@ -26,19 +26,19 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kamim import loop, machine
-from kamim.batch import IMAGENET_MEAN, IMAGENET_STD
 from kamim.bench.loader import PATCH_SIZE, RESOLUTION, ReferenceDataset, one_thread
 from kamim.bench.rounds import Run, interleaved
-from kamim.compose.training import training_batches
-from kamim.config import Pretrain, load
-from kamim.distributed import World
-from kamim.masking import masked_count
-from kamim.metrics import Metrics, Waits, sinks
-from kamim.models import MaskedImageModel, build_encoder
-from kamim.objective import masked_l1
-from kamim.pretrain import prepare, steps
-from kamim.store import Store
+from kamim.method.masking import masked_count
+from kamim.method.objective import masked_l1
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.storage.store import Store
+from kamim.training import machine, trainer
+from kamim.training.config import Pretrain, load
+from kamim.training.distributed import World
+from kamim.training.metrics import Metrics, Waits, sinks
+from kamim.training.pretrain import prepare, steps
+from kamim.training.run import training_batches
+from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source
 
 Pass = Callable[[], Iterator[float]]  # does its steps; yields after each the seconds it waited for data
@@ -65,7 +65,7 @@ class Ours:
         optim, first = self._config.optim, self._done
         self._done += self._length
         for step, values in steps(self._config, network, self._batches(first, self._done), self._world):
-            norm = loop.update(model, optimizer, optim.clip_grad, values["loss"])
+            norm = trainer.update(model, optimizer, optim.clip_grad, values["loss"])
             metrics.add(step, optim.lr, {**values, **norm})
             yield float(values["data_wait"])
 
@@ -114,7 +114,7 @@ class Plain:
         for batch in waits:
             images, weights, mask = (tensor.to(self._device) for tensor in batch)
             patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # of 16 px
-            with loop.autocast(self._config.compute, self._device):
+            with trainer.autocast(self._config.compute, self._device):
                 made = model(images, bool_masked_pos=patches).reconstruction
             loss = masked_l1(images, made, mask, weights)
             loss.backward()

@@ -36,9 +36,9 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of images, masks, t-SNE and intervals.")] = 0,
 ) -> None:
     """The paper's analyses of one or several checkpoints side by side: figures 2 to 10 and more."""
+    from kamim.analysis.analyze import run_analysis
     from kamim.analysis.request import Request, parse_figures, parse_query, read_probes
-    from kamim.compose.analysis import run_analysis
-    from kamim.store import Store
+    from kamim.storage.store import Store
 
     chosen = {"queries": tuple(parse_query(text) for text in query)} if query else {}
     request = Request(

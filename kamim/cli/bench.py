@@ -30,7 +30,7 @@ def bench_loader(
 ) -> None:
     """Images per second of the loader, the released code's way, stock FFCV, and JPEG decoding alone."""
     from kamim.bench.loader import bench
-    from kamim.store import Store
+    from kamim.storage.store import Store
     from preprocess.sources import list_source
 
     check_folder("--json", json_out)
@@ -111,7 +111,7 @@ def bench_fidelity(
 def bench_eval(
     store: Annotated[Path, typer.Option(help="A JPEG store of --source.")],
     source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
-    model: Annotated[str, typer.Option(help="A key of kamim.models.ARCHITECTURES.")] = "vit_base",
+    model: Annotated[str, typer.Option(help="A key of kamim.models.masked_image_model.ARCHITECTURES.")] = "vit_base",
     resolution: Annotated[int, typer.Option(help="Side of the images in px.")] = 192,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
@@ -119,7 +119,7 @@ def bench_eval(
 ) -> None:
     """Augmentation beside torchvision's, the frozen pass beside a whole one, the probe sweep beside one probe."""
     from kamim.bench.evaluate import bench
-    from kamim.store import Store
+    from kamim.storage.store import Store
     from preprocess.sources import list_source
 
     check_folder("--json", json_out)
@@ -136,7 +136,7 @@ def bench_train(
     store: Annotated[Path, typer.Option(help="A store of --source, with FAST keypoints.")],
     source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="A ViT of kamim.models.ARCHITECTURES.")] = "vit_base",
+    model: Annotated[str, typer.Option(help="A ViT of kamim.models.masked_image_model.ARCHITECTURES.")] = "vit_base",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Steps per pass.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,

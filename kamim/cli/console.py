@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from kamim.escape import one_line, printable
+from kamim.storage.escape import one_line, printable
 
 
 class _Console(Console):
@@ -179,8 +179,8 @@ ConfigFile = Annotated[
 
 
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
-    """kamim.config.Weighting of what the options say."""
-    from kamim.config import Weighting, load
+    """kamim.training.config.Weighting of what the options say."""
+    from kamim.training.config import Weighting, load
 
     keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
     return load(Weighting, None, given=keys)

@@ -19,8 +19,8 @@ def doctor(
 
     Exit code 1: something is wrong, or the loader would be.
     """
-    from kamim.compose.doctor import examine
-    from kamim.config import Pretrain, load
+    from kamim.bench.doctor import examine
+    from kamim.training.config import Pretrain, load
 
     given = [f"data.store={store}", "out=unused", *(overrides or ())]
     resolved = load(Pretrain, config, given) if config is not None or overrides else None

@@ -11,7 +11,7 @@ import typer
 from kamim.cli.console import app, check_folder, out_console, says_errors, write_json
 
 if TYPE_CHECKING:
-    from kamim.checkpoint import Checkpoint
+    from kamim.training.checkpoint import Checkpoint
 
 
 @app.command(name="import")
@@ -22,7 +22,8 @@ def import_(
     resolution: Annotated[int | None, typer.Option(help="Side of the images; default: as trained.")] = None,
 ) -> None:
     """Makes a checkpoint of weights from elsewhere."""
-    from kamim import checkpoint, interop
+    from kamim.models import interop
+    from kamim.training import checkpoint
 
     made = interop.load(file, resolution)
     checkpoint.save_imported(out, made.architecture, made.resolution, made.state, made.has_head)
@@ -40,7 +41,7 @@ def export(
     """Writes weights for others: timm's create_model(..., checkpoint_path=OUT) loads the encoder, or Hugging Face's
     from_pretrained(OUT) the whole.
     """
-    from kamim.checkpoint import read
+    from kamim.training.checkpoint import read
 
     check_folder("--out", out)
     (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
@@ -49,8 +50,8 @@ def export(
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A path to write to, which becomes `out` once it is whole; nobody else writes there."""
-    from kamim import lock
-    from kamim.store import publish
+    from kamim.storage import lock
+    from kamim.storage.store import publish
 
     partial = out.with_name(f"{out.name}.partial")
     with lock.alone(out, "--out"):
@@ -70,8 +71,8 @@ def _remove(path: Path) -> None:
 
 
 def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
-    from kamim import interop
-    from kamim.checkpoint import save_tensors
+    from kamim.models import interop
+    from kamim.training.checkpoint import save_tensors
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already; choose another or remove it")
@@ -85,9 +86,9 @@ def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
 
 
 def _export_timm(found: "Checkpoint", out: Path) -> None:
-    from kamim import interop
-    from kamim.checkpoint import save_tensors
-    from kamim.models import ARCHITECTURES
+    from kamim.models import interop
+    from kamim.models.masked_image_model import ARCHITECTURES
+    from kamim.training.checkpoint import save_tensors
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")

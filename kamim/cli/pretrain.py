@@ -37,7 +37,7 @@ def pretrain(
 
     Stopped by SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
     """
-    from kamim.config import Pretrain, dump, load
+    from kamim.training.config import Pretrain, dump, load
 
     resolved = load(Pretrain, config, overrides or ())
     if print_config:
@@ -48,7 +48,7 @@ def pretrain(
     title = f"pretrain {method} {resolved.model.name}"
     try:
         with terminable(), bar(title, images=resolved.optim.batch_size) as update:
-            from kamim.compose.training import run_pretrain
+            from kamim.training.run import run_pretrain
 
             outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), resume == "never")
     except KeyboardInterrupt:
@@ -73,8 +73,8 @@ def replay(
     """Computes one step of a run again and shows the loss of every sample, the worst first."""
     import numpy as np
 
-    from kamim.compose.training import run_replay
-    from kamim.plots import reconstruction_sheet
+    from kamim.reporting.plots import reconstruction_sheet
+    from kamim.training.run import run_replay
 
     check_folder("--out", out)
     check_folder("--plot", plot)

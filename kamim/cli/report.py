@@ -12,6 +12,6 @@ from kamim.cli.console import app, out_console, says_errors
 @says_errors
 def report(run: Annotated[Path, typer.Argument(help="A pretraining run's folder.")]) -> None:
     """Makes RUN/report.html: configuration, machine, curves, panels; of a run that is done, stopped or going on."""
-    from kamim.report import save_report
+    from kamim.training.report import save_report
 
     out_console.print(f"{save_report(run)}")

@@ -34,7 +34,7 @@ def weights(
     """Keypoints and weights W (Eq. 2) of an image as it is, without a resize."""
     import numpy as np
 
-    from kamim.compose.pictures import image_weights, plot_weights
+    from kamim.cli.pictures import image_weights, plot_weights
     from preprocess.decode import decode
 
     weighting = weighting_of(detector, footprint, patch_size, temperature)
@@ -58,7 +58,7 @@ def weights(
 
 def show_store(path: Path) -> None:
     """A line on what a store is."""
-    from kamim.store import Store
+    from kamim.storage.store import Store
 
     manifest = Store(path).manifest
     size = sum(_sizes(path).values())
@@ -72,7 +72,7 @@ def show_store(path: Path) -> None:
 
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes on disk of each component."""
-    from kamim.store import component_of
+    from kamim.storage.store import component_of
 
     sizes: dict[str, int] = {}
     for file in path.rglob("*"):
@@ -88,7 +88,7 @@ def info(
     path: Path, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False
 ) -> None:
     """What a store holds."""
-    from kamim.store import Store
+    from kamim.storage.store import Store
 
     manifest, sizes = Store(path).manifest, _sizes(path)
     if as_json:
@@ -113,7 +113,7 @@ def verify(
     workers: Annotated[int, typer.Option(min=0, help="For --repair: processes; 0: one per core.")] = 0,
 ) -> None:
     """Compares every file with its checksum; exit code 1 and a list where something is wrong."""
-    from kamim.store import Store
+    from kamim.storage.store import Store
     from preprocess.verify import problems
 
     if repair:
@@ -157,8 +157,8 @@ def preview(
     seed: Annotated[int, typer.Option(help="Which crops.")] = 0,
 ) -> None:
     """A sheet of random crops as training sees them, with keypoints and weights."""
-    from kamim.compose import pictures
-    from kamim.store import Store
+    from kamim.cli import pictures
+    from kamim.storage.store import Store
 
     check_folder("--out", out)
     pictures.preview(Store(path), weighting_of(detector, footprint, patch_size, temperature), images, seed, out)

@@ -28,13 +28,13 @@ def sweep(
     ] = None,
 ) -> None:
     """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
-    from kamim.config import load
-    from kamim.grid import Grid
+    from kamim.evaluation.grid import Grid
+    from kamim.training.config import load
 
     grid = load(Grid, file, overrides or ())
     try:
         with terminable(), bar("sweep") as update:
-            from kamim.compose.grid import run_grid
+            from kamim.evaluation.run_grid import run_grid
 
             made = run_grid(
                 grid,

@@ -14,7 +14,7 @@ from kamim.detectors import plugins
 from kamim.detectors.contract import Detector, Found
 from kamim.detectors.fast import Fast
 from kamim.detectors.opencv import Orb, Sift
-from kamim.keypoints import quantise
+from kamim.method.keypoints import quantise
 
 __all__ = ["DETECTORS", "Detector", "Found", "detect_packed", "detector", "names", "origin"]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from kamim.keypoints import Rules
+from kamim.method.keypoints import Rules
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Detector(Protocol):
 
     @property
     def frames(self) -> int:
-        """On how many canonical frames of an image its keypoints are stored: see kamim.geometry.canonical_frames."""
+        """On how many canonical frames of an image its keypoints are stored: see geometry.canonical_frames."""
         ...
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:

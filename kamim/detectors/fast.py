@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from kamim.detectors.contract import Found, grey
-from kamim.kernels import kernel
-from kamim.keypoints import Group, Rules
+from kamim.method.kernels import kernel
+from kamim.method.keypoints import Group, Rules
 
 THRESHOLD = 10
 BORDER = 3

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from kamim.detectors.contract import Found
-from kamim.keypoints import Group, Rules
+from kamim.method.keypoints import Group, Rules
 
 
 def _found(keypoints: tuple[cv2.KeyPoint, ...], group: np.ndarray) -> Found:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kamim.detectors.contract import Found, grey
-from kamim.keypoints import Group, Rules
+from kamim.method.keypoints import Group, Rules
 
 GROUP = "kamim.detectors"
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kamim.batch import Batch, normalise
-from kamim.config import Compute
-from kamim.distributed import World
-from kamim.evaluation.places import places
-from kamim.loop import Batches, Gradients, Steps, autocast, synchronised
-from kamim.stochastic_depth import draw_paths
+from kamim.models.places import places
+from kamim.models.stochastic_depth import draw_paths
+from kamim.training.config import Compute
+from kamim.training.distributed import World
+from kamim.training.trainer import Batches, Gradients, Steps, autocast, synchronised
+from pipelines.batch import Batch, normalise
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim.batch import normalise
-from kamim.config import Compute
-from kamim.distributed import World
-from kamim.evaluation.readout import Encoder, Readout, blocks, fixed
-from kamim.loop import Batches, Progress, autocast
-from kamim.store import write_whole
+from kamim.models.readout import Encoder, Readout, blocks, fixed
+from kamim.storage.store import write_whole
+from kamim.training.config import Compute
+from kamim.training.distributed import World
+from kamim.training.trainer import Batches, Progress, autocast
+from pipelines.batch import normalise
 
 SAVE_EVERY = 100  # steps between two marks of how far it is
 

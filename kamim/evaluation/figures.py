@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kamim.escape import literal
-from kamim.evaluation.sweep import Row, best_by_readout
-from kamim.plots import GREY, depth_axis, look, panels, styled
+from kamim.evaluation.probe_sweep import Row, best_by_readout
+from kamim.reporting.plots import GREY, depth_axis, look, panels, styled
+from kamim.storage.escape import literal
 
 DASHES: Sequence[Any] = ("-", "--", ":", "-.")
 

@@ -6,7 +6,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kamim.evaluation.readout import depth, prefix, tokens_after
+from kamim.models.readout import depth, prefix, tokens_after
 
 
 class Classifier(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from kamim.geometry import CROP_RATIO
+from kamim.method.geometry import CROP_RATIO
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's numb
 def quoted(result: Mapping[str, Any]) -> Quote:
     """The paper's numbers of the same setting; {} if it has none, or if the result does not state all that is compared.
 
-    result: of `kamim eval`; its "pretraining" is that of kamim.compose.checkpoints.
+    result: of `kamim eval`; its "pretraining" is that of kamim.evaluation.subject.
     """
     mode, architecture, pretraining = result["mode"], result["architecture"], result.get("pretraining") or {}
     if architecture not in TABLE_1 or not _agrees(PRETRAINING, pretraining):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from kamim.config import Compute
-from kamim.evaluation.readout import Encoder, Readout, fixed, prefix, tokens_after
-from kamim.loop import should_compile
+from kamim.models.readout import Encoder, Readout, fixed, prefix, tokens_after
+from kamim.training.config import Compute
+from kamim.training.trainer import should_compile
 
 
 class Frozen:
@@ -39,7 +39,7 @@ class Head(nn.Module):
     """
 
     def __init__(self, readout: Readout, shape: torch.Size, classes: int, init_std: float | None = None):
-        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.config.Linprobe."""
+        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.training.config.Linprobe."""
         super().__init__()
         self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
         self.batch = nn.BatchNorm1d(shape[-1], 1e-6, affine=False) if readout.norm == "batch" else nn.Identity()

@@ -13,7 +13,7 @@ from torchmetrics.aggregation import MaxMetric, MeanMetric, MinMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from kamim.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
+from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 
 class Paper:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import kamim
-from kamim import page
 from kamim.evaluation import figures
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.sweep import best, best_by_readout
+from kamim.evaluation.probe_sweep import best, best_by_readout
+from kamim.reporting import page
 
 Result = Mapping[str, Any]
 FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings

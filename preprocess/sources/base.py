@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim.escape import printable as printable  # what the sources name comes from outside
+from kamim.storage.escape import printable as printable  # what the sources name comes from outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read

@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from kamim import rng
+from kamim.method import rng
 from preprocess.sources.base import Item, Source
 
 # Photographs in the wheels of scikit-image and scikit-learn, large and varied enough to cut patches from.

@@ -1,0 +1,153 @@
+"""`kamim doctor`: what this machine and a store are good for, what holds a training up, and what to change."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice, repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kamim.storage.store import Store
+from kamim.training import distributed, machine, pretrain, trainer
+from kamim.training.config import Pretrain
+from kamim.training.distributed import World
+from kamim.training.run import online_differs, training_batches
+from pipelines.batch import Batch
+
+BATCH = {"cuda": 256, "cpu": 16}  # images of a measured step, at most the configuration's
+STEPS = {"cuda": 20, "cpu": 3}
+SECONDS = 4.0  # for which the loader is measured
+SPARE = 1.1  # a loader this much faster than the model keeps it busy
+
+Say = Callable[[str], None]
+
+
+def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
+    """Says what there is, line by line; with a configuration, also rates. Returns whether all is well.
+
+    Raises ValueError where there is no store, or where the configuration does not fit it.
+    """
+    for name, value in machine.describe().items():
+        text = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
+        say(f"{name:14} {text}")
+    opened = Store(store)
+    manifest = opened.manifest
+    job = manifest.job
+    encoding = {"jpeg": f"JPEG q{job.quality}", "raw": "raw", "original": "original files"}[job.encoding]
+    say(
+        f"{'store':14} {store}: {manifest.count:,} images of {len(manifest.classes):,} classes, {encoding} "
+        f"({job.images}), for {job.resolution} px; keypoints: {', '.join(opened.detectors) or 'none'}; "
+        f"{manifest.rejects} rejected"
+    )
+    wrong = list(_out_of_range(opened))
+    for line in wrong:
+        say(f"{'':14} {line}")
+    say(
+        f"{'':14} " + ("put it right with `kamim store verify --repair`" if wrong else
+        "every image and keypoint lies within its file; `kamim store verify --deep` reads all of them")
+    )  # fmt: skip
+    if config is None or wrong:
+        return not wrong
+    return _rates(config, opened, say)
+
+
+def _out_of_range(opened: Store) -> Iterator[str]:
+    ranges = {"images": opened.images.in_range()}
+    ranges |= {name: opened.keypoints(name).in_range() for name in opened.detectors}
+    for component, inside in ranges.items():
+        if len(inside) != len(opened) or not inside.all():
+            yield f"{component}: {int((~inside).sum())} of {len(inside):,} images lie outside their file"
+
+
+def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
+    """Measures loader and model, and says which one the other waits for, and what helps."""
+    world = distributed.start(config.compute.device)
+    _, batches = training_batches(config, opened, world)
+    if line := online_differs(config, opened):
+        say(f"{'note':14} {line}")
+    first = next(iter(batches(0, 1)))
+    loader = _loader_rate(batches)
+    model = _model_rate(config, first, world)
+    threads = config.data.workers or machine.describe()["cores"]
+    say(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
+    say(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
+    if loader >= SPARE * model:
+        say(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
+        for line in _for_the_model(config, world):
+            say(f"{'':14} {line}")
+        return True
+    say(f"{'bottleneck':14} the loader: it gives {loader / model:.0%} of what the model takes")
+    for line in _for_the_loader(config, opened, model, loader / threads):
+        say(f"{'':14} {line}")
+    return False
+
+
+def _loader_rate(batches: trainer.Batches) -> float:
+    """Images per second, after the first batches have filled the buffers."""
+    seen, start = 0, 0.0
+    for number, batch in enumerate(batches(0, 1 << 40)):
+        if number < 4:
+            start = time.perf_counter()
+            continue
+        seen += len(batch)
+        if time.perf_counter() - start > SECONDS:
+            break
+    return seen / (time.perf_counter() - start)
+
+
+def _model_rate(config: Pretrain, batch: Batch, world: World) -> float:
+    """Images per second of whole steps on one batch that is there already."""
+    kind = world.device.type
+    size, count = min(BATCH[kind], len(batch)), STEPS[kind]
+    counts = None if batch.counts is None else batch.counts[:size].clone()
+    given = replace(
+        batch, images=batch.images[:size].clone(), counts=counts, labels=batch.labels[:size], last=True, share=1.0,
+        indices=batch.indices[:size],
+    ).to(world.device)  # fmt: skip
+    model, network, optimizer = pretrain.prepare(config, world)
+    start = 0.0
+    for step, values in pretrain.steps(config, network, _again(given, 2 + count), world):
+        trainer.update(model, optimizer, config.optim.clip_grad, values["loss"])
+        if step <= 1:  # compiled and warm
+            _finish(world)
+            start = time.perf_counter()
+    _finish(world)
+    return size * count / (time.perf_counter() - start)
+
+
+def _again(batch: Batch, times: int) -> Iterable[Batch]:
+    return (replace(given, step=step) for step, given in enumerate(islice(repeat(batch), times)))
+
+
+def _finish(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def _for_the_model(config: Pretrain, world: World) -> Iterator[str]:
+    if world.device.type == "cpu":
+        yield "a GPU would help; this is what training on processors is like"
+        return
+    if config.compute.precision == "fp32":
+        yield "compute.precision=bf16 is faster"
+    if not trainer.should_compile(config.compute, world.device):
+        yield "compute.compile=true is faster"
+    if torch.cuda.device_count() > 1:
+        yield f"torchrun --nproc_per_node {torch.cuda.device_count()} -m kamim pretrain ... takes all GPUs"
+
+
+def _for_the_loader(config: Pretrain, opened: Store, model: float, each: float) -> Iterator[str]:
+    cores, needed = machine.describe()["cores"], int(np.ceil(SPARE * model / each))
+    threads = config.data.workers or cores
+    if threads < min(needed, cores):
+        yield f"data.workers={min(needed, cores)}: this machine has {cores} cores"
+    if needed > cores:
+        yield f"{needed} cores would do, if they scale; this machine has {cores}"
+    if config.weighting is not None and config.weighting.keypoints == "online":
+        yield "weighting.keypoints=store: keypoints are found on every crop now"
+    if opened.manifest.job.encoding == "original":
+        yield "kamim preprocess --images-as resized: images that crops need no larger decode several times as fast"
+    if opened.manifest.job.encoding == "jpeg":
+        yield "kamim preprocess --encoding raw: several times as fast and about eight times as large"

@@ -1,0 +1,77 @@
+"""Keypoints and weights of single images, and sheets of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kamim.detectors import detector
+from kamim.method import keypoints as kp
+from kamim.method.weighting import counts_to_weights, density, weights
+from kamim.reporting import plots
+from kamim.storage.store import Store
+from kamim.training.config import Weighting
+from pipelines.counts import CachedCounts
+from pipelines.loader import Crop, Loader
+from pipelines.plan import Plan
+
+
+@dataclass(frozen=True)
+class ImageWeights:
+    """What KAMIM sees in one image: keypoints found, map F bool [H, W], Omega and W float32 [g, g]."""
+
+    rgb: np.ndarray
+    keypoints: int
+    bitmap: np.ndarray
+    omega: np.ndarray
+    weights: np.ndarray
+
+
+def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
+    """Keypoints and weights of an image (uint8 [H, W, 3]) as it is.
+
+    A last row or column of cells that the image fills only in part is left out, as Eq. 2's convolution does.
+    Raises ValueError for an image smaller than one cell.
+    """
+    height, width = rgb.shape[:2]
+    patch = weighting.patch_size
+    if min(height, width) < patch:
+        raise ValueError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
+    found = detector(weighting.detector).detect(rgb)
+    bitmap = kp.keypoint_map(found.xy, height, width, weighting.footprint)
+    omega = density(torch.from_numpy(kp.map_counts(bitmap, patch)), patch)
+    return ImageWeights(rgb, len(found.xy), bitmap, omega.numpy(), weights(omega, weighting.temperature).numpy())
+
+
+def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:
+    """One row per image: as it is, its keypoints, its weights."""
+    rows = [(name, image.rgb, image.bitmap, image.weights) for name, image in images.items()]
+    plots.weights_sheet(rows, weighting.patch_size, _caption(weighting), file)
+
+
+def _caption(weighting: Weighting) -> str:
+    return f"{weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature}"
+
+
+def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Path) -> None:
+    """A sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
+    job = store.manifest.job
+    patch = weighting.patch_size
+    if job.resolution % patch:
+        raise ValueError(f"--patch-size {patch}: must divide the store's resolution {job.resolution}")
+    count = min(count, len(store))
+    fine = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, 1)  # cells of one pixel: F itself
+    plan = Plan(len(store), count, count, seed)
+    batch = next(iter(Loader(store, plan, job.resolution, crop=Crop(job.crop_scale), counter=fine).steps(0, 1)))
+    assert batch.counts is not None
+    rows = []
+    for i in range(count):
+        bitmap = batch.counts[i].numpy() > 0
+        counts = torch.from_numpy(kp.map_counts(bitmap, patch))
+        weights = counts_to_weights(counts, patch, weighting.temperature).numpy()
+        label = int(batch.labels[i])
+        name = store.manifest.classes[label] if label >= 0 else ""
+        rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, weights))
+    plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)

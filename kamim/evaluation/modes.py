@@ -1,0 +1,278 @@
+"""The evaluation modes: each checks what it is given, then says how its work is done."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.optim import Lars
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from torch.nn.parallel import DistributedDataParallel
+
+from kamim.evaluation import classify, finetune, paper, probe
+from kamim.evaluation.probe_sweep import best, sweep
+from kamim.evaluation.reconstruct import CONVENTIONS
+from kamim.evaluation.setting import Samples, Setting, Task, features_of, labelled, task
+from kamim.evaluation.subject import Subject
+from kamim.method.masking import block_masks
+from kamim.models.knn import knn
+from kamim.models.masked_image_model import build_encoder, expand_mask
+from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
+from kamim.training.checkpoint import Keep
+from kamim.training.config import ClassifierOptim, Finetune, Linprobe
+from kamim.training.distributed import World
+from kamim.training.trainer import Batches, Progress, Run, should_compile, train
+from pipelines.augment import Augment, mixed_batch
+from pipelines.batch import Batch, denormalise, normalise
+from pipelines.loader import Crop
+from pipelines.plan import Plan
+
+SHOWN = "shown.npz"  # of a reconstruction: originals, masks, made, as plots.reconstruction_sheet takes them
+CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
+
+
+def linprobe_task(setting: Setting, subject: Subject) -> Task:
+    """One linear layer on a frozen encoder."""
+    config, options, samples = setting.config, _clipped(setting.config.linprobe, subject), labelled(setting)
+    readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
+    check(subject.encoder, readout)
+    _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
+    plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        device = setting.world.device
+        frozen = probe.Frozen(subject.encoder, readout, config.compute, device)
+        torch.manual_seed(config.seed)
+        head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
+        run = Run(
+            folder, "linprobe", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(1),
+        )  # fmt: skip
+        batches, finish = _training(options.augment, setting, samples, subject.resolution, plan)
+        network = _parallel(head, setting.world)
+        made = classify.gradients(network, frozen, batches, finish, config.compute, config.seed, setting.world)
+        groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
+        _train(run, head, make_optimizer(groups, options.optim), made, setting.world, progress)
+        return _accuracy(setting, subject, head, frozen)
+
+    about = {
+        "protocol": options.protocol, "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
+        "epochs": options.optim.epochs, "options": options.model_dump(mode="json"),
+    }  # fmt: skip
+    return task("linprobe", setting, subject, about, run)
+
+
+def finetune_task(setting: Setting, subject: Subject) -> Task:
+    """Everything trains."""
+    config, options, samples = setting.config, _clipped(setting.config.finetune, subject), labelled(setting)
+    if isinstance(subject.encoder, Pixels):
+        raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
+    _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
+    plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(subject.about["architecture"], subject.resolution, options.drop_path)
+        encoder.load_state_dict(subject.encoder.state_dict())
+        model = finetune.Classifier(encoder, len(samples.classes)).to(setting.world.device)
+        groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
+        averaged = finetune.Averaged(model, options.ema)
+        run = Run(
+            folder, "finetune", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
+            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(options.keep_checkpoints),
+        )  # fmt: skip
+        network = _parallel(model, setting.world)
+        if should_compile(config.compute, setting.world.device):
+            network.compile()
+        batches, finish = _training("paper", setting, samples, subject.resolution, plan)
+        made = classify.gradients(network, _as_it_is, batches, finish, config.compute, config.seed, setting.world)
+        optimizer = make_optimizer(groups, options.optim)
+        _train(run, averaged, optimizer, made, setting.world, progress, averaged.update)
+        return _accuracy(setting, subject, averaged.best, _as_it_is)
+
+    about = {"protocol": "paper", "epochs": options.optim.epochs, "options": options.model_dump(mode="json")}
+    return task("finetune", setting, subject, about, run)
+
+
+def knn_task(setting: Setting, subject: Subject) -> Task:
+    """Nearest neighbours among the training samples."""
+    options, samples = setting.config.knn, labelled(setting)
+    readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
+    check(subject.encoder, readout)
+    _check_size("knn.k", max(options.k), samples)
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        features = features_of(setting, subject, [readout], folder, progress)
+        found = knn(
+            features[0][readout], samples.labels, features[1][readout], setting.val.labels, len(samples.classes),
+            setting.world.device, lambda done, total: progress(done, total, {}), options.k, options.temperature,
+        )  # fmt: skip
+        return {"k": found}
+
+    about = {
+        "protocol": options.protocol, "block": readout.block, "pooling": readout.pooling, "norm": readout.norm,
+        "options": options.model_dump(mode="json"),
+    }  # fmt: skip
+    return task("knn", setting, subject, about, run)
+
+
+def sweep_task(setting: Setting, subject: Subject) -> Task:
+    """Linear probes of every block, pooling, norm and learning rate at once."""
+    options, samples, encoder = setting.config.sweep, labelled(setting), subject.encoder
+    _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
+    readouts = [
+        Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
+        for norm in options.norms if pooling != "cls" or prefix(encoder)
+    ]  # fmt: skip
+    if not readouts:
+        raise ValueError(f"sweep.poolings = {list(options.poolings)}: {subject.name} has no class token; add mean")
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        train, val = features_of(setting, subject, readouts, folder, progress)
+        rows = sweep(
+            {readout: (train[readout], val[readout]) for readout in readouts}, samples.labels, setting.val.labels,
+            len(samples.classes), options.lrs, options.optim, setting.config.seed, setting.world.device,
+            lambda done, total: progress(done, total, {}),
+        )  # fmt: skip
+        return {"rows": rows, "best": best(rows)}
+
+    about = {"protocol": "sweep", "epochs": options.optim.epochs, "options": options.model_dump(mode="json")}
+    return task("probe-sweep", setting, subject, about, run)
+
+
+def reconstruct_task(setting: Setting, subject: Subject) -> Task:
+    """How well masked validation images are reconstructed, and a picture of some."""
+    options, model = setting.config.reconstruct, subject.model
+    if model is None:
+        raise ValueError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
+    ratio = options.mask_ratio or subject.mask.ratio
+    grid = subject.resolution // subject.mask.patch_size
+
+    def made_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Reconstructions [B, 3, R, R], and which of their pixels are masked, bool [B, R, R]."""
+        device = setting.world.device
+        mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(device)
+        with torch.no_grad():  # fp32, as the released code's notebook
+            return model(normalise(batch.images), mask), expand_mask(mask, subject.resolution)
+
+    def run(folder: Path, progress: Progress) -> dict[str, Any]:
+        world, plan = setting.world, setting.in_order(setting.val)
+        model.to(world.device).eval()
+        metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
+        for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
+            if len(batch):  # a rank may have none of a short last step
+                made, masked = made_of(batch)
+                for metric in metrics.values():
+                    metric.update(batch.images, made, masked)
+            progress(batch.step + 1, plan.steps_per_epoch, {})
+        found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
+        if world.is_main:
+            for batch in setting.batches(setting.val, subject.resolution, _spread(setting.val, options.shown))(0, 1):
+                made, masked = made_of(batch)
+                np.savez(
+                    folder / SHOWN,
+                    originals=batch.images.cpu(),
+                    masks=masked.cpu(),
+                    made=denormalise(made).cpu(),
+                )
+        return found
+
+    about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json"), "train": None}
+    return task("reconstruct", setting, subject, about, run)
+
+
+TASKS: Mapping[str, Callable[[Setting, Subject], Task]] = {
+    "linprobe": linprobe_task, "knn": knn_task, "finetune": finetune_task, "reconstruct": reconstruct_task,
+    "probe-sweep": sweep_task,
+}  # fmt: skip
+
+
+def _spread(samples: Samples, count: int) -> Plan:
+    """A batch of `count` samples from all over a store, which is often sorted by class; for one process."""
+    count = min(count, len(samples.numbers))
+    chosen = samples.numbers[np.linspace(0, len(samples.numbers) - 1, count).astype(np.int64)]
+    return Plan(count, count, count, seed=0, shuffle=False, listed=chosen)
+
+
+def _training(
+    augment: str, setting: Setting, samples: Samples, resolution: int, plan: Plan
+) -> tuple[Batches, classify.Finish]:
+    """Augmented batches, and what is still to be done to each of them."""
+    classes = len(samples.classes)
+    if augment == "paper":
+        batches = setting.batches(samples, resolution, plan, augment=Augment(resolution))
+        return batches, partial(mixed_batch, num_classes=classes, seed=setting.config.seed)
+
+    def unmixed(batch: Batch) -> tuple[Tensor, Tensor]:
+        return normalise(batch.images), one_hot(batch.labels, classes).float()
+
+    return setting.batches(samples, resolution, plan, crop=CROP), unmixed
+
+
+O = TypeVar("O", Linprobe, Finetune)
+
+
+def _clipped(options: O, subject: Subject) -> O:
+    """The options, with the released code's clip_grad for the subject's architecture where none is given."""
+    if "clip_grad" in options.optim.model_fields_set:
+        return options
+    clip_grad = paper.CLIP_GRAD["swin" if isinstance(subject.encoder, SwinTransformer) else "vit"]
+    return options.model_copy(update={"optim": options.optim.model_copy(update={"clip_grad": clip_grad})})
+
+
+def _check_size(key: str, size: int, samples: Samples) -> None:
+    """Raises ValueError where so many training samples are not there."""
+    if size > len(samples.numbers):
+        raise ValueError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+
+
+def _as_it_is(images: Tensor) -> Tensor:
+    return images
+
+
+def _parallel(model: nn.Module, world: World) -> nn.Module:
+    return DistributedDataParallel(model) if world.size > 1 else model
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    """With the rates of before the first step."""
+    if optim.algorithm == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
+    parts = [part for group in groups for part in _lars_parts(group)]
+    made: torch.optim.Optimizer = Lars(parts, lr=optim.lr, momentum=0.9)
+    return made
+
+
+def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Matrices, whose rate adapts even where they have no weight decay, and vectors, which have neither: as MAE's."""
+    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
+    return [
+        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
+    ]  # fmt: skip
+
+
+def _train(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, made: Any, world: World, progress: Progress,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    if not train(run, model, optimizer, made, world, progress, after_step).finished:
+        raise KeyboardInterrupt
+
+
+def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: classify.Read) -> dict[str, float]:
+    plan = setting.in_order(setting.val)
+    batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
+    return classify.accuracy(network, read, batches, setting.world)
+
+
+def applies(mode: str, subject: Subject) -> bool:
+    """Whether a checkpoint has what a mode needs."""
+    if mode == "finetune":
+        return not isinstance(subject.encoder, Pixels)
+    return mode != "reconstruct" or subject.model is not None

@@ -1,0 +1,1 @@
+"""The paper: geometry, keypoint maps, masks, weights and losses."""

@@ -1,0 +1,331 @@
+"""Keypoints of the canonical frame -> counts in the cells of one crop.
+
+remap places stored positions in the crop, raster draws their footprint into a bit map F, cell_counts
+counts F's pixels per w_ps x w_ps cell. All three run without the GIL on scratch the caller owns.
+
+Footprints. `ring`: what cv2.drawKeypoints leaves above zero on a black canvas, an anti-aliased circle of
+radius 3 px around the position rounded to 1/16 px; the released code weighs with this. `point`: the one
+pixel that holds the position; the paper's text says this.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from kamim.method.geometry import POSITION_UNIT, axis_map
+from kamim.method.kernels import kernel
+from kamim.method.simd import load8, store8
+
+FOOTPRINTS = ("ring", "point")
+REACH = 4  # a stamp covers pixels -REACH .. REACH + 1 around the pixel that holds the position
+STAMP_ROWS = 2 * REACH + 2
+STAMP_WORDS = 3  # of four rows, 16 bits each
+# OpenCV clips a ring's segments at the canvas border, which changes pixels INSIDE the canvas too; so the
+# columns (and rows) within BORDER of either side have stamps of their own. Class 0 .. BORDER - 1: distance
+# from the near side; BORDER: interior; then the distance from the far side.
+BORDER = 4
+CLASSES = 2 * BORDER + 1
+WORD = 64
+MARGIN = 8  # bits of a bit map's rows before the first pixel, and at least so many behind the last: room for stamps
+_ROUNDER = 1.5 * 2.0**52  # added to a float64 and taken off again, it rounds as rint does, in any number of lanes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keypoints of an image that share a rule of survival (a pyramid level, or all of them).
+
+    border: px of the crop in which the detector is blind: edge coordinates outside [border, side - border)
+        are dropped. cap: at most so many are kept, the first in stored order (strongest first); 0: no cap.
+    """
+
+    border: float
+    cap: int = 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a detector would do on the crop itself, as far as positions found elsewhere can tell.
+
+    groups: one per stored group. snap: the detector reports whole pixels, so remapped centres are rounded.
+    """
+
+    groups: tuple[Group, ...]
+    snap: bool = False
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """(borders float64 [G], caps int64 [G], snap), as the kernel takes them."""
+        return (
+            np.array([g.border for g in self.groups], np.float64),
+            np.array([g.cap for g in self.groups], np.int64),
+            self.snap,
+        )
+
+
+@functools.cache
+def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
+    """Footprints for every border class and sub-pixel phase: uint64 [class y, class x, phase y, phase x, STAMP_WORDS].
+
+    phases: how many, from 0 on, along each axis; 1 is enough where all positions are whole pixels. Bit b of row r
+    is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y); a row takes 16 bits, so a word holds
+    four. Ring stamps are drawn by OpenCV itself, so they are its rings, whatever its version. Raises ValueError for an
+    unknown footprint.
+    """
+    if footprint not in FOOTPRINTS:
+        raise ValueError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
+    words = np.zeros((CLASSES, CLASSES, phases, phases, STAMP_WORDS), np.uint64)
+    table = words.view(np.uint16)
+    if footprint == "point":
+        half = POSITION_UNIT // 2  # a centre at phase >= 1/2 lies in the next pixel
+        for fy in range(phases):
+            for fx in range(phases):
+                table[:, :, fy, fx, REACH + (fy >= half)] = 1 << (REACH + (fx >= half))
+        return words
+    side = 4 * BORDER + STAMP_ROWS
+    places = [*range(BORDER), side // 2, *range(side - BORDER, side)]
+    bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint16)
+    black = np.zeros((side, side, 3), np.uint8)
+    maps = np.zeros((phases**2, *[side + 2 * STAMP_ROWS] * 2), np.bool_)  # with room around for stamps at a border
+    for (cy, y), (cx, x) in itertools.product(enumerate(places), repeat=2):
+        for canvas, (fy, fx) in zip(maps, np.ndindex(phases, phases), strict=True):
+            at = cv2.KeyPoint(x + fx / POSITION_UNIT, y + fy / POSITION_UNIT, 1.0)
+            drawn = cv2.drawKeypoints(black, [at], None, color=(255, 255, 255))
+            canvas[STAMP_ROWS:-STAMP_ROWS, STAMP_ROWS:-STAMP_ROWS] = drawn[..., 0]
+        top, left = y - REACH + STAMP_ROWS, x - REACH + STAMP_ROWS
+        stamp = maps[:, top : top + STAMP_ROWS, left : left + STAMP_ROWS] @ bits
+        table[cy, cx, ..., :STAMP_ROWS] = stamp.reshape(phases, phases, STAMP_ROWS)
+    return words
+
+
+def raster_scratch(height: int, width: int) -> np.ndarray:
+    """An empty bit map F of height x width pixels, with margins for stamps: uint64 [rows, words].
+
+    Pixel (x, y) is bit MARGIN + x of row REACH + y.
+    """
+    return np.zeros((height + STAMP_ROWS + 1, -(-(width + 2 * MARGIN) // WORD)), np.uint64)
+
+
+def pixels(bitmap: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels of a bit map: bool [height, width]."""
+    bits = np.unpackbits(bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    return bits[REACH : REACH + height, MARGIN : MARGIN + width]
+
+
+@kernel
+def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
+    """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
+
+    positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
+    many belong to each group, in order; frame, size: (height, width) of the canonical frame and of the image that
+    `view` (see kamim.method.geometry) refers to; out: int32 [>= K, 2] (x, y).
+    """
+    ax, bx = axis_map(view[1], view[3], side, view[5])
+    ay, by = axis_map(view[0], view[2], side, view[4])
+    # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
+    ax, bx = ax * size[1] / frame[1] / POSITION_UNIT, bx + ax * 0.5 * size[1] / frame[1]
+    ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
+    words, points = positions.reshape(positions.size).view(np.uint32), out.reshape(out.size).view(np.int64)
+    inside = np.empty(len(positions), np.uint8)
+    kept, stop = np.uint64(0), 0  # unsigned, and so an index that needs no check
+    for group in range(len(borders)):
+        start, stop, before = stop, stop + int(counts[group]), kept
+        low, high = borders[group], side - borders[group]
+        _place(words[start:stop], ax, bx, ay, by, low, high, snap, points[start:], inside)
+        for k in range(stop - start):  # without a branch: every point is moved, and the next one over a lost one
+            points[kept] = points[start + k]
+            kept += np.uint64(inside[k])
+        if caps[group] > 0:
+            kept = min(kept, before + np.uint64(caps[group]))
+    return int(kept)
+
+
+@kernel
+def _place(positions, ax, bx, ay, by, low, high, snap, points, inside):
+    """remap's points of one group, lost ones, too, and which of them lie inside.
+
+    Each position and each point is one word, x in its lower half, so that compilers work on several at a time.
+    """
+    for k in range(len(positions)):
+        x = np.int32(positions[k] & np.uint32(0xFFFF)) * ax + bx
+        y = np.int32(positions[k] >> np.uint32(16)) * ay + by
+        inside[k] = (low <= x) & (x < high) & (low <= y) & (y < high)
+        if snap:  # the pixel that holds the edge coordinate is the rounded centre
+            px, py = np.int32(x) * POSITION_UNIT, np.int32(y) * POSITION_UNIT
+        else:
+            px = max(np.int32((x - 0.5) * POSITION_UNIT + _ROUNDER - _ROUNDER), np.int32(0))
+            py = max(np.int32((y - 0.5) * POSITION_UNIT + _ROUNDER - _ROUNDER), np.int32(0))
+        points[k] = np.int64(px) | (np.int64(py) << np.int64(32))
+
+
+@kernel
+def _border_class(i, side):
+    if i < BORDER:
+        return i
+    if i >= side - BORDER:
+        return i - side + CLASSES
+    return BORDER
+
+
+@kernel
+def _draw(points, height, width, table, bitmap):
+    """raster, on what is drawn already. Its innards are no function of their own: LLVM would call it for each point."""
+    drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
+    for k in range(len(points)):
+        x, y = points[k, 0], points[k, 1]
+        column, row = x >> 4, y >> 4
+        stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
+        upper, middle, lower = stamp[0], stamp[1], stamp[2]  # read before anything is written, which could be the table
+        left = column + MARGIN - REACH
+        at, shift = row * pitch + (left >> 3), np.uint64(left & 7)
+        for r in range(STAMP_ROWS):  # in every row a word that starts at a byte
+            rows = upper if r < 4 else middle if r < 8 else lower
+            store8(drawn, at, load8(drawn, at) | (((rows >> np.uint64(16 * (r % 4))) & np.uint64(0xFFFF)) << shift))
+            at += pitch
+
+
+@kernel
+def raster(points, count, height, width, table, bitmap):
+    """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
+
+    bitmap: raster_scratch(height, width); it is cleared first. Every point lies within the crop.
+    """
+    bitmap[:] = 0
+    _draw(points[:count], height, width, table, bitmap)
+
+
+def runs(table: np.ndarray) -> np.ndarray:
+    """The unbroken runs of pixels in a footprint on a whole pixel, far from borders: int64 [R, 3] (length, row, bit).
+
+    table: as stamps gives it. Sorted; bit and row as in stamps.
+    """
+    rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
+    edges = np.diff(np.pad(rows.astype(np.int64), ((0, 0), (1, 1))), axis=1)
+    (row, start), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    return np.array(sorted(zip(end - start, row, start, strict=True)), np.int64)
+
+
+@kernel
+def raster_whole(points, count, height, width, table, runs, bitmap, dots):
+    """raster, for points on whole pixels: several times as fast where there are many.
+
+    Inside, their footprints are all alike: a bit map of the points alone is widened, step by step, to every length of
+    the footprint's runs (see runs), and put in the runs' places. dots: two of raster_scratch.
+    """
+    bitmap[:] = 0
+    dots[:] = 0
+    words, flat = bitmap.shape[1], bitmap.reshape(bitmap.size)
+    wide, wider = dots[0].reshape(bitmap.size)[: height * words], dots[1].reshape(bitmap.size)[: height * words]
+    bytes_of_dots = wide.view(np.uint8)
+    inner_width, inner_height = np.uint32(max(width - 2 * BORDER, 0)), np.uint32(max(height - 2 * BORDER, 0))
+    for k in range(count):
+        x, y = points[k, 0], points[k, 1]
+        column, row = np.uint32((x >> 4) - BORDER), np.uint32((y >> 4) - BORDER)  # the last ones where less than 0
+        if (column < inner_width) & (row < inner_height):
+            left = column + np.uint32(BORDER + MARGIN - REACH)
+            at = (row + np.uint32(BORDER)) * np.uint32(8 * words) + (left >> np.uint32(3))
+            bytes_of_dots[at] |= np.uint8(1) << np.uint8(left & np.uint32(7))
+        else:
+            _draw(points[k : k + 1], height, width, table, bitmap)
+    length = 1
+    for i in range(len(runs)):
+        while length < runs[i, 0]:
+            step = min(length, runs[i, 0] - length)
+            wider[:] = wide
+            _add_moved(wide, step, wider)
+            wide, wider, length = wider, wide, length + step
+        _add_moved(wide, runs[i, 2], flat[runs[i, 1] * words :])
+
+
+@kernel
+def _add_moved(source, by, to):
+    """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. What leaves the last word is lost."""
+    if by == 0:
+        for i in range(len(source)):
+            to[i] |= source[i]
+        return
+    shift, carry = np.uint64(by), np.uint64(WORD - by)
+    to[0] |= source[0] << shift
+    near, rest = source[1:], to[1:]
+    for i in range(len(near)):
+        rest[i] |= (near[i] << shift) | (source[i] >> carry)
+
+
+@kernel
+def _byte_counts(v):
+    """Bits set in each byte of a word, as bytes of a word."""
+    v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    return (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+
+
+@kernel
+def _popcount(v):
+    return (_byte_counts(v) * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@kernel
+def _counts_of_bytes(bitmap, patch_size, counts):
+    """cell_counts where cells are whole bytes wide: eight columns of eight pixels at a time."""
+    bands, words = patch_size // 8, bitmap.shape[1]
+    drawn = bitmap[REACH : REACH + 8 * bands * len(counts)].copy().reshape(-1)
+    for i in range(len(drawn)):
+        drawn[i] = _byte_counts(drawn[i])
+    for band in range(bands * len(counts)):  # 8 rows of at most 8 bits fit a byte
+        sums = drawn[8 * words * band : 8 * words * (band + 1)]
+        for r in range(1, 8):
+            for word in range(words):
+                sums[word] += sums[r * words + word]
+        row, in_bytes = counts[band // bands], sums.view(np.uint8)[MARGIN // 8 :]
+        for byte in range(bands):
+            for column in range(len(row)):
+                row[column] += np.int16(in_bytes[column * bands + byte])
+
+
+@kernel
+def cell_counts(bitmap, patch_size, counts):
+    """Pixels of F set in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
+
+    int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181.
+    """
+    counts[:] = 0
+    if patch_size % 8 == 0:
+        _counts_of_bytes(bitmap, patch_size, counts)
+        return
+    for y in range(counts.shape[0] * patch_size):
+        for j in range(counts.shape[1]):
+            total = np.uint64(0)
+            at, end = MARGIN + j * patch_size, MARGIN + (j + 1) * patch_size
+            while at < end:  # a cell may span words
+                n = min(end, (at // WORD + 1) * WORD) - at
+                bits = bitmap[y + REACH, at // WORD] >> np.uint64(at % WORD)
+                if n < WORD:
+                    bits &= (np.uint64(1) << np.uint64(n)) - np.uint64(1)
+                total += _popcount(bits)
+                at += n
+            counts[y // patch_size, j] += np.int16(total)
+
+
+def quantise(xy: np.ndarray) -> np.ndarray:
+    """Pixel centres in px (float32 [K, 2]) -> int32 [K, 2] in 1/16 px, rounded as cv2.drawKeypoints rounds."""
+    return np.rint(np.asarray(xy, np.float32) * POSITION_UNIT).astype(np.int32)
+
+
+def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.ndarray:
+    """The map F of keypoints found on an image itself: bool [height, width].
+
+    xy: float32 [K, 2], pixel centres in px; those that round to outside the image are left out.
+    """
+    points = quantise(xy).reshape(-1, 2)
+    inside = (points >= 0).all(1) & (points[:, 0] < width * POSITION_UNIT) & (points[:, 1] < height * POSITION_UNIT)
+    bitmap = raster_scratch(height, width)
+    raster(points[inside], int(inside.sum()), height, width, stamps(footprint), bitmap)
+    return pixels(bitmap, height, width)
+
+
+def map_counts(bitmap: np.ndarray, patch_size: int) -> np.ndarray:
+    """Cells of a map F (bool [H, W]) counted: int16 [H // w_ps, W // w_ps]; a partial last cell is left out."""
+    height, width = (side // patch_size * patch_size for side in bitmap.shape)
+    cells = bitmap[:height, :width].reshape(height // patch_size, patch_size, width // patch_size, patch_size)
+    return cells.sum(axis=(1, 3), dtype=np.int16)

@@ -1,0 +1,35 @@
+"""SimMIM's mask: whole blocks, a fixed number of them per image."""
+
+import math
+
+import numpy as np
+
+from kamim.method import rng
+from kamim.method.kernels import kernel
+
+
+def masked_count(grid: int, ratio: float) -> int:
+    """How many of grid * grid blocks are masked: ceil(ratio * blocks), as SimMIM rounds."""
+    return math.ceil(ratio * grid * grid)
+
+
+@kernel
+def _shuffle_masks(masks, seed, epoch, indices, count):
+    blocks = masks.shape[1]
+    order = np.empty(blocks, np.int64)
+    for row in range(len(indices)):
+        order[:] = np.arange(blocks)
+        for i in range(count):  # the first `count` steps of Fisher-Yates
+            j = i + int(rng.unit(seed, epoch, indices[row], rng.MASK, i) * (blocks - i))
+            order[i], order[j] = order[j], order[i]
+            masks[row, order[i]] = True
+
+
+def block_masks(seed: int, epoch: int, indices: np.ndarray, grid: int, ratio: float) -> np.ndarray:
+    """Masks of the samples `indices` in `epoch`: bool [B, grid, grid], True where masked (M in Eq. 1 and 3).
+
+    Exactly masked_count(grid, ratio) blocks of every image are masked, uniformly among all such choices.
+    """
+    masks = np.zeros((len(indices), grid * grid), np.bool_)
+    _shuffle_masks(masks, seed, epoch, np.asarray(indices, np.int64), masked_count(grid, ratio))
+    return masks.reshape(-1, grid, grid)

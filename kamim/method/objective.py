@@ -1,0 +1,41 @@
+"""The training objective: Eq. 1 (SimMIM) and Eq. 3 (KAMIM), in fp32 whatever the model computes in."""
+
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from kamim.models.masked_image_model import expand_mask
+
+
+def masked_l1(images: Tensor, reconstruction: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the masked pixels of W |x_hat - x| (Eq. 3), or of |x_hat - x| without weights (Eq. 1).
+
+    images, reconstruction: [B, 3, R, R] in normalised units. mask: bool [B, g, g], True where masked.
+    weights: [B, c, c], W of Eq. 2. Blocks and cells are repeated to pixels. As the released code divides:
+    by the number of masked pixels, + 1e-5, and by the 3 channels. Returns a scalar, float32.
+    """
+    side = images.shape[-1]
+    masked = expand_mask(mask, side).unsqueeze(1).float()
+    error = (reconstruction.float() - images.float()).abs()
+    scale = masked if weights is None else masked * expand_mask(weights, side).unsqueeze(1)
+    return (error * scale).sum() / (masked.sum() + 1e-5) / images.shape[1]
+
+
+def normalise_patches(images: Tensor, patch_size: int) -> Tensor:
+    """The images with every patch of patch_size px at mean 0 and variance 1 over its pixels and channels (MAE's).
+
+    images: [B, 3, R, R]. Returns float32 of the same shape.
+    """
+    patches, mean, deviation = _patches(images, patch_size)
+    return pixel_shuffle((patches - mean) / deviation, patch_size)
+
+
+def denormalise_patches(normalised: Tensor, images: Tensor, patch_size: int) -> Tensor:
+    """The inverse of normalise_patches, with the mean and deviation of the images' own patches."""
+    _, mean, deviation = _patches(images, patch_size)
+    return pixel_shuffle(pixel_unshuffle(normalised.float(), patch_size) * deviation + mean, patch_size)
+
+
+def _patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches, float32 [B, 3 * p * p, R / p, R / p], their mean and deviation [B, 1, R / p, R / p]."""
+    patches = pixel_unshuffle(images.float(), patch_size)
+    return patches, patches.mean(dim=1, keepdim=True), (patches.var(dim=1, keepdim=True) + 1e-6).sqrt()

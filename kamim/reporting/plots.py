@@ -1,0 +1,148 @@
+"""Pictures: keypoints and weights over images, reconstructions. One style, readable in print."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kamim.storage.escape import literal
+
+matplotlib.use("Agg")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#666666"
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "figure.constrained_layout.w_pad": 0.08, "lines.linewidth": 1.6, "lines.markersize": 4.5, "pdf.fonttype": 42,
+    "axes.prop_cycle": cycler(color=COLOURS),
+}  # fmt: skip
+styled = matplotlib.rc_context(STYLE)
+RING_COLOUR = np.array([230, 159, 0], np.uint8)  # Okabe and Ito's orange
+MASK_GREY = 128
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th checkpoint, told apart without colour too."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def panels(count: int, rows: int = 1, side: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x count axes, each side x height inches."""
+    figure = Figure(figsize=(side * count, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, count, squeeze=False)
+
+
+def depth_axis(axes: Axes, label: str) -> None:
+    """Whole blocks along x."""
+    axes.set_xlabel("depth (block)")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    axes.imshow(image)
+    axes.set_axis_off()
+    axes.set_title(literal(title), fontsize=9)
+
+
+def _with_map(rgb: np.ndarray, bitmap: np.ndarray) -> np.ndarray:
+    """The image, dimmed, with the map F painted over it."""
+    painted = (rgb * 0.6).astype(np.uint8)
+    painted[bitmap] = RING_COLOUR
+    return painted
+
+
+def _weights(figure: Figure, axes: Axes, rgb: np.ndarray, weights: np.ndarray, patch_size: int, title: str) -> None:
+    """W as a heat map over the grey image, logarithmic, with its scale."""
+    axes.imshow(rgb.mean(axis=2), cmap="gray")
+    extent = (-0.5, weights.shape[1] * patch_size - 0.5, weights.shape[0] * patch_size - 0.5, -0.5)
+    heat = axes.imshow(
+        weights, cmap="viridis", alpha=0.75, extent=extent, norm=LogNorm(1, max(float(weights.max()), 2.0)),
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02)
+    bar.set_ticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"], minor=False, fontsize=7)
+    bar.minorticks_off()
+
+
+def weights_sheet(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], patch_size: int, caption: str, file: Path
+) -> None:
+    """One row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights."""
+    heights = [2.9 * rgb.shape[0] / rgb.shape[1] + 0.25 for _, rgb, _, _ in rows]
+    figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
+    figure.suptitle(literal(caption), fontsize=10)
+    lines = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
+    for line, (title, rgb, bitmap, weights) in zip(lines, rows, strict=True):
+        _image(line[0], rgb, title)
+        _image(line[1], _with_map(rgb, bitmap), f"map F, density {bitmap.mean():.3f}")
+        _weights(figure, line[2], rgb, weights, patch_size, f"W: mean {weights.mean():.2f}, max {weights.max():.1f}")
+    figure.savefig(file, dpi=110)
+
+
+def reconstruction_sheet(
+    originals: np.ndarray, masks: np.ndarray, reconstructions: Sequence[tuple[str, np.ndarray]], caption: str
+) -> Figure:
+    """Columns are images: original, masked, and what each named model makes of the masked patches (figure 2).
+
+    originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True where masked. Visible patches
+    are shown as they are.
+    """
+    return _sheet(_reconstructions(originals, masks, reconstructions), caption)
+
+
+def panel_sheet(
+    originals: np.ndarray, masks: np.ndarray, made: np.ndarray, bitmaps: np.ndarray | None, weights: np.ndarray | None,
+    caption: str,
+) -> Figure:  # fmt: skip
+    """As reconstruction_sheet, of one model; and, where there are any, maps F (bool [N, R, R]) and W ([N, g, g])."""
+    rows = _reconstructions(originals, masks, [("reconstructed", made)])
+    if bitmaps is not None and weights is not None:
+        painted = [_with_map(image, bitmap) for image, bitmap in zip(originals, bitmaps, strict=True)]
+        shades = colormaps["viridis"](np.log(weights) / np.log(max(float(weights.max()), 2.0)))[..., :3]
+        rows += [("keypoints", np.stack(painted)), (f"W, 1 to {weights.max():.1f}", (shades * 255).astype(np.uint8))]
+    return _sheet(rows, caption)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGB, uint8 [H, W, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _reconstructions(
+    originals: np.ndarray, masks: np.ndarray, made: Sequence[tuple[str, np.ndarray]]
+) -> list[tuple[str, np.ndarray]]:
+    hidden = masks[..., None]
+    rows = [("original", originals), ("masked", np.where(hidden, np.uint8(MASK_GREY), originals))]
+    return rows + [(name, np.where(hidden, images, originals)) for name, images in made]
+
+
+def _sheet(rows: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
+    """A named row of images [N, H, W, 3] below another."""
+    count = len(rows[0][1])
+    figure = Figure(figsize=(1.25 * count + 0.5, 1.3 * len(rows) + 0.4), layout="constrained")
+    figure.suptitle(literal(caption), fontsize=10)
+    for line, (name, images) in zip(figure.subplots(len(rows), count, squeeze=False), rows, strict=True):
+        for axes, image in zip(line, images, strict=True):
+            _image(axes, image)
+        line[0].set_axis_on()
+        line[0].set_xticks([])
+        line[0].set_yticks([])
+        line[0].spines[:].set_visible(False)
+        line[0].set_ylabel(literal(name), fontsize=9)
+    return figure

@@ -1,0 +1,1 @@
+"""The format of a store, and the files it is made of."""

@@ -1,0 +1,115 @@
+"""FFCV's .beton file, version 2, as far as a store uses it: one image field, one int field.
+
+The layout, little-endian:
+
+    HEADER, then FIELD x 2, then SAMPLE x num_samples            from byte 0
+    pages of page_size bytes, holding the images                 from the next multiple of page_size
+    ALLOCATION x num_samples                                     at header.alloc_table_ptr
+
+Reading needs these dtypes and nothing else. Writing goes through the ffcv package's own fields and page
+allocator, in this process: its DatasetWriter would start processes of its own, encode every image a second
+time, and wait for ever if one of them died.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kamim.storage.mmap_array import power_of_two
+
+VERSION = 2
+INT_FIELD, IMAGE_FIELD = 1, 2  # type ids
+JPG, RAW = 0, 1  # image modes
+PAGE_SIZE = 1 << 23  # ffcv's default; files with larger images have larger pages
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+
+class Beton:
+    """Read-only view of a .beton: sizes [N, 2] (height, width), labels int64 [N], and every image's bytes."""
+
+    def __init__(self, path: Path):
+        """Raises ValueError where the file is not what a store writes."""
+        header = np.fromfile(path, HEADER, 1)
+        if len(header) == 0 or header[0]["version"] != VERSION:
+            raise ValueError(f"{path}: not an FFCV file of version {VERSION}")
+        count, table = int(header[0]["num_samples"]), int(header[0]["alloc_table_ptr"])
+        fields = np.fromfile(path, FIELD, int(header[0]["num_fields"]), offset=HEADER.itemsize)
+        if fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
+            raise ValueError(f"{path}: fields of types {fields['type_id'].tolist()}, expected an image and an integer")
+        samples = np.fromfile(path, SAMPLE, count, offset=HEADER.itemsize + fields.nbytes)
+        allocations = np.fromfile(path, ALLOCATION, offset=table)
+        if len(samples) != count or len(allocations) != count:
+            raise ValueError(f"{path}: truncated, {count} samples announced")
+        self.labels = samples["label"].astype(np.int64)
+        self.sizes = np.stack([samples["image"]["height"], samples["image"]["width"]], axis=1)
+        self.raw = bool(count) and bool((samples["image"]["mode"] == RAW).all())
+        self._start = samples["image"]["data_ptr"].astype(np.int64)
+        self._length = np.zeros(count, np.int64)
+        self._length[allocations["sample_id"]] = allocations["size"]
+        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array slices faster
+
+    def data(self, index: int) -> np.ndarray:
+        """Encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
+        return self._bytes[self._start[index] : self._start[index] + self._length[index]]
+
+    def in_range(self) -> np.ndarray:
+        """Whether each image's bytes lie within the file: bool [N]."""
+        return (self._length > 0) & (self._start >= 0) & (self._start <= len(self._bytes) - self._length)
+
+
+def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0) -> None:
+    """Writes `count` images, each (bytes uint8 [n], height, width, label, raw). Needs the ffcv package.
+
+    largest: bytes of the largest image, where that may be more than PAGE_SIZE.
+    """
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+    page_size = max(PAGE_SIZE, power_of_two(largest))
+    fields: dict[str, Any] = {"image": RGBImageField(), "label": IntField()}
+    header = np.zeros(1, HeaderType)
+    descriptors = np.zeros(len(fields), FieldDescType)
+    for descriptor, type_id, (name, field) in zip(descriptors, (IMAGE_FIELD, INT_FIELD), fields.items(), strict=True):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        descriptor["arguments"] = field.to_binary()[0]
+    metadata = np.zeros(count, get_metadata_type(list(fields.values())))
+    image_meta, label_meta = (metadata[name] for name in metadata.dtype.names)  # type: ignore[union-attr]
+    start = header.nbytes + descriptors.nbytes + metadata.nbytes
+    allocator = MemoryAllocator(str(path), start, page_size)
+    path.write_bytes(bytes(start))
+    allocator.__enter__()
+    try:
+        for index, (data, height, width, label, raw) in enumerate(images):
+            allocator.set_current_sample(index)
+            pointer, memory = allocator.malloc(data.nbytes)
+            memory[:] = data
+            image_meta[index] = (IMAGE_MODES["raw" if raw else "jpg"], width, height, pointer)
+            fields["label"].encode(label_meta[index : index + 1], label, allocator.malloc)
+    finally:
+        allocator.__exit__(None, None, None)
+    with path.open("r+b") as file:
+        table = file.seek(0, 2)
+        header[0] = (CURRENT_VERSION, len(fields), page_size, count, table)
+        file.write(np.array(allocator.allocations, ALLOC_TABLE_TYPE).tobytes())  # tofile hides a full disk's errno
+        file.seek(0)
+        for block in (header, descriptors, metadata):
+            file.write(block.tobytes())

@@ -1,0 +1,1 @@
+"""Pretraining: the loop, its configuration, checkpoints, metrics and callbacks."""

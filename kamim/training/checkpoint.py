@@ -1,0 +1,311 @@
+"""Checkpoints: a directory of safetensors and JSON, written beside and renamed. Nothing is unpickled.
+
+RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
+                                     optimizer.safetensors  the optimiser's state, as <parameter>.<field>
+                                     state.json          kind of run, step, configuration, versions, checksums
+
+What has a final name was whole and durable when it got it. A name that ends in .partial is of something half-written or
+half-removed, which the next save clears away.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import kamim
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage import lock
+from kamim.storage.escape import one_line
+from kamim.storage.store import checksum, fsync, make_durable
+from kamim.training.config import Pretrain, load
+
+FORMAT = 1
+STATE = "state.json"
+MODEL: Literal["model.safetensors"] = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+PARTIAL = ".partial"
+Kind = Literal["pretrain", "linprobe", "finetune"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `newest` so many, and those at multiples of `every` steps for good."""
+
+    newest: int
+    every: int | None = None
+
+    def drops(self, steps: list[int]) -> list[int]:
+        """Those of `steps`, ascending, that need not stay."""
+        return [step for step in steps[: -self.newest] if not self.every or step % self.every]
+
+
+class State(pydantic.BaseModel):
+    """state.json, as another may have written it. checksums: sha256 of the other files, by name."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    format: Literal[1]
+    kamim: str
+    torch: str
+    kind: Kind = "pretrain"
+    step: Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+    config: dict[str, Any]
+    has_head: bool
+    checksums: dict[Literal["model.safetensors", "optimizer.safetensors"], str]
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> Self:
+        if MODEL not in self.checksums:
+            raise ValueError(f"names no checksum of {MODEL}")
+        return self
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state of a run of `kind`. step: optimiser steps done. weights: sha256 of model.safetensors.
+
+    has_head: false for an imported encoder without a pixel head.
+    """
+
+    path: Path
+    kind: Kind
+    step: int
+    settings: dict[str, Any]
+    has_head: bool
+    weights: str
+
+    @cached_property
+    def config(self) -> Pretrain:
+        """How it was pretrained. Raises ValueError where it is no pretraining checkpoint."""
+        if self.kind != "pretrain":
+            raise ValueError(f"{self.path}: is of kind {self.kind}, not a pretraining checkpoint")
+        return _pretraining(self.settings)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Weights by parameter name. Raises ValueError where the file is not safetensors."""
+        return _load_tensors(self.path / MODEL)
+
+    def build_model(self) -> MaskedImageModel:
+        """The model of this checkpoint, on the CPU, weights loaded. Raises ValueError for weights of another model."""
+        name, resolution, state = self.config.model.name, self.config.data.resolution, self.model_state()
+        with torch.device("meta"):  # weights are compared before the model takes any memory
+            own = MaskedImageModel(name, resolution).state_dict()
+        expected = {key for key in own if self.has_head or key.startswith("encoder.")}  # an encoder may come alone
+        _check_fits(self.path, state, {key: own[key] for key in own if key in expected})
+        model = MaskedImageModel(name, resolution, self.config.model.drop_path)
+        model.load_state_dict(state, strict=self.has_head)
+        return model
+
+
+def save(
+    run: Path, step: int, kind: Kind, config: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, keep: Keep
+) -> Path:
+    """Writes RUN/checkpoints/step-*, durable and whole; once it stands, drops those that need not stay.
+
+    Later ones than `step` are dropped, too: the run went back behind them, as they were damaged. Raises OSError
+    where it cannot be written (a full disk); what was there before is there still.
+    """
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    files = {MODEL: weights, OPTIMIZER: _optimizer_state(model, optimizer)}
+    final = _write(_path(run, step), step, kind, config, files, has_head=True)
+    for later in [other for other in saved(run) if other > step]:
+        _remove(_path(run, later))
+    tidy(run, step, keep)
+    return final
+
+
+def tidy(run: Path, step: int, keep: Keep) -> None:
+    """Drops checkpoints up to `step` that need not stay, and what is half-written or half-removed."""
+    for old in keep.drops([other for other in saved(run) if other <= step]):
+        _remove(_path(run, old))
+    for left in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
+    """Writes weights from elsewhere as a checkpoint at `path`. Raises ValueError where something is there."""
+    given = {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
+    config = load(Pretrain, None, given=given)
+    with lock.alone(path, "--out"):
+        if path.exists():
+            raise ValueError(f"--out {path}: is there already; choose another or remove it")
+        return _write(path, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
+
+
+def _write(
+    final: Path, step: int, kind: Kind, config: Mapping[str, Any], files: dict[str, dict[str, Tensor]], has_head: bool
+) -> Path:
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_tensors(tensors, partial / name)
+        state = {
+            "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
+            "step": step, "config": config, "has_head": has_head,
+            "checksums": {name: checksum(partial / name) for name in files},
+        }  # fmt: skip
+        (partial / STATE).write_text(json.dumps(state, indent=2))
+        make_durable(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final}: cannot be written: {one_line(error)}") from error
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    fsync(final.parent)
+    return final
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file with the mode that new files have, where the library gives it 0600. Raises OSError."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})  # which transformers asks for
+    except SafetensorError as error:  # its own for a full disk
+        raise OSError(f"{file}: {error}") from error
+    os.umask(mask := os.umask(0))  # can only be read by setting it
+    file.chmod(0o666 & ~mask)
+
+
+def _remove(path: Path) -> None:
+    """Its name goes first, so that what is half-removed is not taken for a checkpoint."""
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")), ignore_errors=True)
+
+
+def _path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def saved(run: Path) -> list[int]:
+    """Steps of a run's checkpoints, ascending, whole or not."""
+    found = (re.fullmatch("step-([0-9]{8,})", path.name) for path in (run / "checkpoints").glob("step-*"))
+    return sorted(int(name[1]) for name in found if name)
+
+
+def at(run: Path, step: int) -> Checkpoint:
+    """A run's checkpoint after `step` steps. Raises ValueError where it is missing or damaged."""
+    found = read(_path(run, step))
+    if found.step != step:
+        raise ValueError(f"{found.path / STATE}: is of step {found.step}, its folder of step {step}")
+    return found
+
+
+def latest(run: Path, most: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run directory (of at most `most` steps), or None where it has none.
+
+    Damaged ones are passed over with a warning. Raises ValueError where all are damaged.
+    """
+    problem = None
+    for step in reversed([step for step in saved(run) if most is None or step <= most]):
+        try:
+            found = at(run, step)
+        except (ValueError, OSError) as error:
+            problem = error
+            log.warning("%s; taking the checkpoint before", error)
+        else:
+            return found
+    if problem is not None:
+        raise ValueError(f"{run}: has no checkpoint that is whole; remove {run / 'checkpoints'} to start anew")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint directory, or the newest one of a run directory. Raises ValueError where it is neither."""
+    file = path / STATE
+    if not file.is_file():
+        found = latest(path)
+        if found is None:
+            raise ValueError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
+        return found
+    try:
+        state = State.model_validate_json(file.read_bytes())
+        if state.kind == "pretrain":
+            _pretraining(state.config)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        said = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise ValueError(f"{file}: not a checkpoint's state: {one_line(said)}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not a checkpoint's state: {one_line(error)}") from error
+    for name, expected in state.checksums.items():
+        if not (path / name).is_file() or checksum(path / name) != expected:
+            raise ValueError(f"{path / name}: is missing or damaged")
+    return Checkpoint(path, state.kind, state.step, state.config, state.has_head, state.checksums[MODEL])
+
+
+def _pretraining(settings: dict[str, Any]) -> Pretrain:
+    return load(Pretrain, None, given=settings)
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, LookupError) as error:  # LookupError: of a dtype that torch does not have
+        raise ValueError(f"{file}: not a file of tensors: {one_line(error)}") from error
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Loads weights and optimiser state. Raises ValueError for another architecture, or another optimiser's state."""
+    load_weights(checkpoint, model)
+    file = checkpoint.path / OPTIMIZER
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, value in _load_tensors(file).items():
+        name, _, field = key.rpartition(".")
+        shape = () if field == "step" else own[name].shape if name in own else None
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{file}: {key} is {_about(value)}, which is not of this model's optimiser")
+        fields.setdefault(name, {})[field] = value
+    if fields and fields.keys() != own.keys():
+        raise ValueError(f"{file}: lacks the state of {min(own.keys() ^ fields.keys())}")
+    for name in fields:  # fused AdamW keeps its step on the device too
+        optimizer.state[own[name]] = {f: v.to(own[name].device) for f, v in fields[name].items()}
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Loads weights into `model`. Raises ValueError, naming the first difference, for another architecture."""
+    state = checkpoint.model_state()
+    _check_fits(checkpoint.path, state, model.state_dict())
+    model.load_state_dict(state)
+
+
+def _check_fits(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming the first difference, where weights are not a model's by name, shape and type."""
+    for name in sorted(own.keys() | state.keys()):
+        there, here = (_about(d[name]) if name in d else "nothing" for d in (state, own))
+        if there != here:
+            raise ValueError(
+                f"{path}: holds another architecture than the model asked for "
+                f"({name} is {there} in the checkpoint, {here} in the model)"
+            )
+
+
+def _about(tensor: Tensor) -> str:
+    """Its shape, and its type unless that is floating-point."""
+    shape = str(tuple(tensor.shape))
+    return shape if tensor.is_floating_point() else f"{shape} of {tensor.dtype}"
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{field}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state[parameter].items()
+    }

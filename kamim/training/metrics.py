@@ -1,0 +1,330 @@
+"""What a run says while it goes: metrics.jsonl and TensorBoard always, Weights & Biases where asked for.
+
+RUN/metrics.jsonl   one line per optimiser step
+RUN/panels/         pictures, as step-<steps done>.png
+RUN/tensorboard/    the same numbers and pictures
+"""
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kamim.storage.escape import one_line
+from kamim.storage.store import write_whole
+from kamim.training.config import Log
+
+Values = Mapping[str, float]
+T = TypeVar("T")
+FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where numbers and pictures go. A step comes once, steps come in order."""
+
+    def numbers(self, step: int, values: Values) -> None:
+        """Of one step."""
+
+    def panel(self, step: int, rgb: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3]."""
+
+    def flush(self) -> None:
+        """Makes what came so far outlive this process."""
+
+    def close(self) -> None:
+        """After the last step."""
+
+
+class Files:
+    """metrics.jsonl and panels/. Lines of steps from `first` on, of a run that got further before, are dropped.
+
+    What finds no room on the disk waits: lines for the next; a panel is left out.
+    """
+
+    def __init__(self, run: Path, first: int):
+        self._run = run
+        self._panels = run / "panels"
+        file = run / FILE
+        write_whole(file, b"".join(line for line, values in _lines(file) if values["step"] < first))
+        self._stream = file.open("ab", buffering=0)
+        self._unwritten = b""
+
+    def numbers(self, step: int, values: Values) -> None:
+        """See Sink. What is not finite is null."""
+        late = bool(self._unwritten)
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._unwritten += json.dumps({"step": step, **line}).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not late:
+                warn(self._run, f"step {step}: {FILE} is behind, the run goes on: {error}")
+
+    def panel(self, step: int, rgb: np.ndarray) -> None:
+        """See Sink."""
+        try:
+            self._panels.mkdir(exist_ok=True)
+            stream = io.BytesIO()
+            Image.fromarray(rgb).save(stream, "png")
+            write_whole(self._panels / f"step-{step:08d}.png", stream.getvalue())
+        except OSError as error:
+            warn(self._run, f"step {step}: no panel, the run goes on: {error}")
+
+    def flush(self) -> None:
+        """See Sink. Raises OSError where a line finds no room."""
+        self._write()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """See Sink."""
+        self._stream.close()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+
+
+class TensorBoard:
+    """Event files. TensorBoard leaves out what a run before this one said of steps from `first` on."""
+
+    def __init__(self, run: Path, first: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+
+    def numbers(self, step: int, values: Values) -> None:
+        """See Sink."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def panel(self, step: int, rgb: np.ndarray) -> None:
+        """See Sink."""
+        self._writer.add_image("panel", rgb, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """See Sink."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See Sink."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases, which ignores steps that it has. RUN/wandb-id tells it that a resumed run is the same one."""
+
+    def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        file = run / "wandb-id"
+        if not file.exists():
+            write_whole(file, secrets.token_hex(8).encode())
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=project, name=run.name, id=file.read_text(), resume="allow", dir=str(run), config=dict(config)
+        )
+
+    def numbers(self, step: int, values: Values) -> None:
+        """See Sink."""
+        self._run.log(dict(values), step=step)
+
+    def panel(self, step: int, rgb: np.ndarray) -> None:
+        """See Sink."""
+        self._run.log({"panel": self._image(rgb)}, step=step)
+
+    def flush(self) -> None:
+        """It keeps its own files."""
+
+    def close(self) -> None:
+        """See Sink."""
+        self._run.finish()
+
+
+def check(log: Log) -> None:
+    """Before any work. Raises ValueError for a sink that is not installed."""
+    if log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")
+
+
+def sinks(run: Path, first: int, log: Log, config: Mapping[str, Any]) -> list[Sink]:
+    """Of a run that begins at step `first`, and whose folder is there."""
+    made: list[Sink] = [Files(run, first), TensorBoard(run, first)]
+    if log.wandb:
+        made.append(Wandb(run, "kamim" if log.wandb is True else log.wandb, config))
+    return made
+
+
+def read(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, as far as they are whole, nan for null; none where there is no file."""
+    return [
+        {name: math.nan if value is None else value for name, value in values.items()}
+        for _, values in _lines(run / FILE)
+    ]  # fmt: skip
+
+
+def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they say, up to the first that is not whole: a machine that went down may leave anything."""
+    for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not line.endswith(b"\n") or not isinstance(values, dict) or type(values.get("step")) is not int:
+            return
+        if not all(value is None or isinstance(value, float) or _is_int64(value) for value in values.values()):
+            return
+        yield line, values
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def warn(run: Path, line: str) -> None:
+    """Says a line on stderr, and in RUN/log.txt where there is room for it."""
+    log.warning(line)
+    with suppress(OSError), (run / "log.txt").open("a") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
+
+
+def refuse(step: int, values: Values) -> None:
+    """Raises FloatingPointError for a loss or a gradient that is not finite."""
+    for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
+
+
+class Metrics:
+    """Numbers of steps on their way to the sinks. Nothing here waits for a step before the next one is queued.
+
+    newest: what was written last. check(step, numbers): raises for what must stop the run. A sink beside Files that
+    finds no room on the disk is left out from then on.
+    """
+
+    def __init__(self, sinks: Iterable[Sink], check: Callable[[int, Values], None] = refuse):
+        self._check = check
+        self.newest: dict[str, float] = {}
+        self._sinks = list(sinks)
+        self._waiting: _Waiting | None = None
+        self.restart()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell(lambda sink: sink.close())
+
+    def restart(self) -> None:
+        """What has passed since the last step is not the next one's."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, lr: float, values: Mapping[str, Tensor | float]) -> None:
+        """Takes the numbers of a step that has just been queued; writes those of the step before.
+
+        values: samples, loss and grad_norm at least. Adds images_per_second and, where there is data_wait (seconds),
+        data_wait_share of the step's time.
+        """
+        waiting = _Waiting(step, {**values, "lr": lr})
+        self._write()
+        waiting.seconds = time.perf_counter() - self._clock
+        self.restart()
+        self._waiting = waiting
+
+    def note(self, values: Values) -> None:
+        """Adds to the step that was taken last."""
+        assert self._waiting is not None
+        self._waiting.plain.update(values)
+
+    def panel(self, step: int, rgb: np.ndarray) -> None:
+        """Shows a picture, uint8 [H, W, 3]."""
+        self._tell(lambda sink: sink.panel(step, rgb))
+
+    def flush(self) -> None:
+        """Writes all there is, to stay. Raises what check does, and OSError where metrics.jsonl finds no room."""
+        self._write()
+        self._tell(lambda sink: sink.flush())
+
+    def _tell(self, tell: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except OSError as error:
+                if isinstance(sink, Files):
+                    raise
+                log.warning("%s is left out, the run goes on: %s", type(sink).__name__, error)
+                self._sinks.remove(sink)
+
+    def _write(self) -> None:
+        if self._waiting is None:
+            return
+        step, values = self._waiting.step, self._waiting.read()
+        self._waiting = None
+        self.newest = {"step": step, **values}
+        self._check(step, self.newest)
+        self._tell(lambda sink: sink.numbers(step, values))
+
+
+class _Waiting:
+    """A step's numbers, those on the device on their way to the host, behind the step's own work and no other.
+
+    seconds: that the step took.
+    """
+
+    seconds: float
+
+    def __init__(self, step: int, values: Mapping[str, Tensor | float]):
+        self.step = step
+        self.plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        self._names = list(tensors)
+        stacked = torch.stack([value.detach().float() for value in tensors.values()])
+        self._copied = stacked.to("cpu", non_blocking=True)  # pinned there, where it comes from a GPU
+        self._done = torch.cuda.current_stream(stacked.device).record_event() if stacked.is_cuda else None
+
+    def read(self) -> dict[str, float]:
+        """Waits for the step, not for what was queued behind it."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers = {**dict(zip(self._names, self._copied.tolist(), strict=True)), **self.plain}
+        numbers["images_per_second"] = numbers["samples"] / self.seconds
+        if "data_wait" in numbers:
+            numbers["data_wait_share"] = numbers["data_wait"] / self.seconds
+        return {name: value if name == "lr" else round(value, 6) for name, value in numbers.items()}
+
+
+class Waits(Generic[T]):
+    """The same batches, and the seconds that their user has waited for them."""
+
+    def __init__(self, batches: Iterable[T]):
+        self._batches = batches
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        batches = iter(self._batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def take(self) -> float:
+        """Seconds since they were asked for last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

@@ -24,7 +24,7 @@ from PIL import Image
 from kamim.bench.train import Ours, bench
 from kamim.evaluation.run import run_evaluation
 from kamim.training.config import Evaluation, Pretrain, load
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 from pipelines.augment import mixed_batch
 from pipelines.batch import Batch
 from preprocess.build import build
@@ -62,7 +62,7 @@ def same_losses(folder: Path) -> dict[str, Any]:
             "optim.batch_size=85", "optim.warmup_epochs=0", f"compute.device={device}",
             f"compute.precision={precision}", f"compute.compile={compiled}",
         ])  # fmt: skip
-        run_pretrain(config, lambda *_: None)
+        pretrain(config, lambda *_: None)
         made[name] = np.array(losses(folder / name))
     return {
         name: float(np.abs(made[name] / made["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")

@@ -27,6 +27,7 @@ from pipelines.plan import Part, Plan
 
 _LOG = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 PREFETCH = 3  # micro-batches under way beside the one in use
 # Samples a thread takes at a time: many, since going from decoding to counting and back empties the processor's caches;
 # few enough for every thread to have two chunks to come.
@@ -65,8 +66,8 @@ class Loader:
 
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: where the keypoint
     counts come from, or None for none. augment: what changes each image once it is cropped, in the worker threads.
-    pin: buffers in pinned memory, for copies to a GPU. on_error: whether a sample that cannot be loaded stops the
-    iteration, or is left out of its batch, counted and logged.
+    device: where batches are delivered; to a GPU they are copied while the one before is in use. on_error: whether a
+    sample that cannot be loaded stops the iteration, or is left out of its batch, counted and logged.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
@@ -80,7 +81,8 @@ class Loader:
 
     def __init__(
         self, store: Images, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
-        augment: Augment | None = None, workers: int | None = None, pin: bool = False, on_error: OnError = "stop",
+        augment: Augment | None = None, workers: int | None = None, device: torch.device = CPU,
+        on_error: OnError = "stop",
     ):  # fmt: skip
         self.plan = plan
         self.step = 0
@@ -92,7 +94,7 @@ class Loader:
         self._counter = counter
         self._augment = augment
         self._workers = workers or len(os.sched_getaffinity(0))
-        self._pin = pin
+        self._device = device
         self._on_error = on_error
         self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max())
         self._thread = threading.local()
@@ -106,11 +108,15 @@ class Loader:
             yield batch
 
     def steps(self, first: int, stop: int) -> Iterator[Batch]:
-        """The micro-batches of optimiser steps first .. stop - 1.
+        """The micro-batches of optimiser steps first .. stop - 1, on the device.
 
         Raises SampleError where a sample cannot be loaded (with on_error skip, where a whole micro-batch cannot).
         Leaving the iteration early stops the threads.
         """
+        return _copied(self._on_host(first, stop), self._device)
+
+    def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
+        """The micro-batches in the ring of buffers."""
         slots = deque(self._slot() for _ in range(PREFETCH + 1))
         pending: deque[tuple[Part, _Slot, list[Future[None]]]] = deque()
         chunk = min(max(PREFETCH * self.plan.largest_part // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
@@ -134,11 +140,11 @@ class Loader:
 
     def _slot(self) -> _Slot:
         n, side = self.plan.largest_part, self._resolution
-        images = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
+        images = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         if self._counter is None:
             return _Slot(images, None)
         cells = side // self._counter.patch_size
-        return _Slot(images, torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._pin))
+        return _Slot(images, torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._device.type == "cuda"))
 
     def _batch(self, part: Part, slot: _Slot) -> Batch:
         indices = part.indices
@@ -236,7 +242,7 @@ class _ThreadScratch(Scratch):
         self.pixels = np.empty(3 * largest, np.uint8)
 
 
-def feed(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches on `device`, each copied while the one before it is being used."""
     if device.type != "cuda":
         yield from batches

@@ -12,22 +12,24 @@ from pathlib import Path
 import pytest
 
 from kamim.training import checkpoint
-from kamim.training.run import run_replay
+from kamim.training.replay import replay
 
 HELPER = """  # trains runs given as JSON: [[ranks, stop after step or 0, arguments of test_pretrain.config], ...]
 import json, os, signal, socket, sys, traceback
 import torch
 from test_pretrain import config
+from dataclasses import replace
+from kamim.method.masking import block_masks
 from kamim.training import distributed
-from kamim.training import pretrain
-from kamim.training.run import run_pretrain, training_batches
+from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.training.data import training_loader
 from kamim.storage.store import Store
 
 torch.set_num_threads(1)
 asked = json.loads(sys.argv[1])
 given = config(*asked[0][2])
-for batch in training_batches(given, Store(given.data.store), distributed.start("cpu"))[1](0, 1):
-    pretrain.block_masks(0, 0, batch.indices, 2, 0.5)  # kernels are loaded once for all
+for batch in training_loader(given, Store(given.data.store), distributed.start("cpu")).steps(0, 1):
+    block_masks(0, 0, batch.indices, 2, 0.5)  # kernels are loaded once for all
 for ranks, stop, (out, store, *more) in asked:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,18 +42,19 @@ for ranks, stop, (out, store, *more) in asked:
                 RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )
             seen = []
-            def batch_loss(given, network, batch, device, plain=pretrain.batch_loss):
+            skips = any(option == "on_nonfinite=skip" for option in more)
+            def losses(objective, batch, plain=MaskedReconstruction.__call__):
                 if batch.share:
                     seen.append([batch.step, batch.indices.tolist()])
-                loss, weights = plain(given, network, batch, device)
-                spoilt = given.on_nonfinite == "skip" and [batch.step, rank] == [3, 1]
-                return loss * (float("nan") if spoilt else 1), weights
-            pretrain.batch_loss = batch_loss
+                made = plain(objective, batch)
+                spoilt = skips and [batch.step, rank] == [3, 1]
+                return replace(made, loss=made.loss * (float("nan") if spoilt else 1))
+            MaskedReconstruction.__call__ = losses
             def progress(done, total, metrics):
                 if done == stop and rank == ranks - 1:  # one rank alone hears of it
                     os.kill(os.getpid(), signal.SIGUSR1)
             try:
-                run_pretrain(config(out, store, *more), progress)
+                pretrain(config(out, store, *more), progress)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -134,7 +137,7 @@ def test_a_run_goes_on_behind_and_before_a_short_step(runs: Path) -> None:
     parts = [seen(runs / "shortmoved", ranks) for ranks in (1, 4, 2)]
     assert [sorted(part) for part in parts] == [[0, 1, 2], [3], [4, 5, 6, 7]]
     assert parts[0] | parts[1] | parts[2] == seen(runs / "short1", 1)
-    assert len(run_replay(runs / "shortmoved", 3, "cpu").samples) == 3
+    assert len(replay(runs / "shortmoved", 3, "cpu").samples) == 3
 
 
 def test_one_ranks_trouble_is_everyones(runs: Path) -> None:
@@ -145,6 +148,6 @@ def test_one_ranks_trouble_is_everyones(runs: Path) -> None:
     ranks = json.loads((run / "nonfinite/step-00000003.json").read_text())["ranks"]
     assert [i for rank in ranks for part in rank for i in part["indices"]] == seen(run, 2)[3]
     assert [part["loss"] == "nan" for rank in ranks for part in rank] == [False] * 3 + [True] * 3
-    found = run_replay(run, None, "cpu")
+    found = replay(run, None, "cpu")
     assert [sample.index for sample in found.samples] == seen(run, 2)[3]
     assert sum(sample.loss for sample in found.samples[:2]) / 2 == pytest.approx(ranks[0][0]["loss"], rel=1e-4)

@@ -20,19 +20,20 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.evaluation import classify, probe
-from kamim.evaluation.finetune import Averaged, Classifier, parameter_groups
+from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
 from kamim.evaluation.modes import TASKS, make_optimizer
 from kamim.evaluation.run import _setting, run_evaluation
-from kamim.evaluation.setting import Samples, Setting
+from kamim.evaluation.setting import Setting
 from kamim.evaluation.subject import load_subject, subject_to_be
+from pipelines.samples import all_samples
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
 from kamim.storage.store import Store
 from kamim.training import checkpoint
 from kamim.training.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
 from kamim.training.distributed import World
-from kamim.training.run import run_pretrain
-from kamim.training.trainer import Run, train
+from kamim.training.pretrain import pretrain
+from kamim.training.trainer import Run, Trainer
 from pipelines.batch import Batch, normalise
 
 CLASSES = 4
@@ -69,10 +70,10 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
         return normalise(batch.images), nn.functional.one_hot(batch.labels, CLASSES).float()
 
     folder.mkdir()
-    made = classify.gradients(head, frozen, batches, plain, Compute(), 0, WORLD)
+    objective = classify.CrossEntropy(head, frozen, plain, Compute(), 0)
     optimizer = torch.optim.AdamW(head.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     run = Run(folder, "linprobe", {}, optim, steps_per_epoch=4, every=100, keep=checkpoint.Keep(1))
-    assert train(run, head, optimizer, made, WORLD, lambda *_: None).finished
+    assert Trainer(run, head, head, optimizer, objective, batches, WORLD).fit(lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
     return classify.accuracy(head, frozen, val, WORLD)
@@ -171,7 +172,7 @@ def test_the_protocol_of_mae_norms_twice_and_begins_small() -> None:
 
 def test_the_moving_average_is_that_of_the_steps() -> None:
     model = Classifier(build_encoder("vit_demo", 32), 3)
-    averaged = Averaged(model, 0.75)
+    averaged = ModelEma(model, 0.75)
     expected = None
     for step in range(4):
         with torch.no_grad():
@@ -190,7 +191,7 @@ def pretrained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         f"data.store={stores['zarr']}", "data.resolution=64", "model.name=vit_demo", f"out={out}",
         "optim.batch_size=12", "optim.epochs=1", "optim.warmup_epochs=0", "compute.device=cpu",
     ]  # fmt: skip
-    run_pretrain(load(Pretrain, None, given), lambda *_: None)
+    pretrain(load(Pretrain, None, given), lambda *_: None)
     return out
 
 
@@ -312,20 +313,16 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(
 ) -> None:  # fmt: skip
     more = (f"{mode}.checkpoint_epochs=1", *options)
     (undisturbed,) = run(evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "a"), mode)
-    steps = classify.gradients
+    train_step = Trainer.train_step
 
-    def killed(*given: Any) -> Any:
-        def some(first: int, stop: int) -> Any:
-            for step, values in steps(*given)(first, stop):
-                if step == 3:
-                    raise SystemError("killed")
-                yield step, values
-
-        return some
+    def killed(trainer: Trainer, step: int, micro_batches: Any) -> Any:
+        if step == 3:
+            raise SystemError("killed")
+        return train_step(trainer, step, micro_batches)
 
     config = evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "b")
     with monkeypatch.context() as patched, pytest.raises(SystemError):
-        patched.setattr(classify, "gradients", killed)
+        patched.setattr(Trainer, "train_step", killed)
         run(config, mode)
     assert run(config, mode) == [undisturbed]
     for a, b in ((tmp_path / run / f"run/{mode}" for run in "ab"),):

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from kamim.models.knn import knn
 from kamim.models.places import places
-from pipelines.subset import n_per_class
+from pipelines.samples import n_per_class
 
 CPU = torch.device("cpu")
 

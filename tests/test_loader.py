@@ -19,7 +19,7 @@ from kamim.method.keypoints import keypoint_map, map_counts
 from kamim.storage.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.crop import crop_resize
-from pipelines.loader import Crop, Loader, SampleError, feed
+from pipelines.loader import Crop, Loader, SampleError
 from pipelines.plan import Plan
 
 
@@ -180,12 +180,6 @@ def test_a_bad_sample_is_named_and_nothing_hangs(store: Store, monkeypatch: pyte
     with pytest.raises(SampleError, match="sample 3: "):
         load(store)
     assert not [t for t in threading.enumerate() if t.name.startswith("kamim-loader")]
-
-
-def test_feeding_a_cpu_passes_batches_on(store: Store) -> None:
-    plan = Plan(len(store), 6, 6, seed=0)
-    steps = Loader(store, plan, 64, workers=1).steps(0, 2)
-    assert [len(batch) for batch in feed(steps, torch.device("cpu"))] == [6, 6]
 
 
 def test_nothing_draws_from_a_global_generator(store: Store) -> None:

@@ -19,8 +19,8 @@ from test_pretrain import WORLD, config, quiet
 from kamim.cli.console import note
 from kamim.training import machine, metrics
 from kamim.training.config import Log
-from kamim.training.metrics import Metrics, Waits
-from kamim.training.run import run_pretrain
+from kamim.training.metrics import Metrics, TimedBatches
+from kamim.training.pretrain import pretrain
 
 
 class Listener:
@@ -90,11 +90,11 @@ def test_waits_add_up_what_the_user_waited_and_nothing_else(monkeypatch: pytest.
             yield i
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    waits, taken = Waits(batches()), []
+    waits, taken = TimedBatches(batches()), []
     for batch in waits:
         clock[0] += 100  # the user is slower
         if batch:
-            taken.append(waits.take())
+            taken.append(waits.pop_seconds())
     assert taken == [4, 2]
 
 
@@ -112,9 +112,9 @@ def resumed(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
     given = config(run, stores["zarr"], "checkpoint_epochs=2", "panel_epochs=1")
     with pytest.raises(Killed):
-        run_pretrain(given, kill)
+        pretrain(given, kill)
     assert [line["step"] for line in metrics.read(run)] == [0, 1, 2, 3, 4]
-    assert run_pretrain(given, quiet).finished
+    assert pretrain(given, quiet).finished
     return run
 
 
@@ -148,9 +148,9 @@ def test_a_run_stopped_by_a_signal_has_every_step_once(stores: dict[str, Path], 
             os.kill(os.getpid(), signal.SIGTERM)
 
     given = config(tmp_path / "run", stores["zarr"])
-    assert not run_pretrain(given, stop).finished
+    assert not pretrain(given, stop).finished
     assert [event.step for event in board(given.out).Scalars("loss")] == [0, 1, 2]
-    run_pretrain(given, quiet)
+    pretrain(given, quiet)
     assert [event.step for event in board(given.out).Scalars("loss")] == list(range(8))
 
 
@@ -161,7 +161,7 @@ def test_a_finished_run_trains_and_says_nothing_more(resumed: Path, stores: dict
         return {file: file.stat().st_mtime_ns for file in files}
 
     before = stamps()
-    run_pretrain(config(resumed, stores["zarr"], "checkpoint_epochs=2", "panel_epochs=1"), quiet)
+    pretrain(config(resumed, stores["zarr"], "checkpoint_epochs=2", "panel_epochs=1"), quiet)
     assert stamps() == before
 
 
@@ -195,8 +195,8 @@ def test_wandb_is_told_where_asked(stores: dict[str, Path], tmp_path: Path, monk
             os.kill(os.getpid(), signal.SIGTERM)
 
     given = config(tmp_path / "run", stores["zarr"], "log.wandb=points")
-    run_pretrain(given, stop)
-    run_pretrain(given, quiet)
+    pretrain(given, stop)
+    pretrain(given, quiet)
     assert [begun["project"] for begun in fake.begun] == ["points", "points"]
     assert fake.begun[0]["id"] == fake.begun[1]["id"]
     assert fake.begun[0]["config"]["model"]["name"] == "vit_demo"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from test_pretrain import config, quiet
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.training import checkpoint, pretrain
+from kamim.training import checkpoint
+from kamim.training import pretrain as pretraining
 from kamim.training.nonfinite import NonFinite
-from kamim.training.run import run_pretrain, run_replay
+from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.training.replay import replay
+from kamim.training.trainer import Losses
+from pipelines.batch import Batch
 from pipelines.plan import Plan
 
 BAD = 5  # the step, of 8, whose loss is not finite
@@ -37,24 +42,24 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, sample: int, value: float, *, gradient: bool = False) -> None:
     """From here on the loss (or its gradient alone) of every batch of step BAD with the sample is `value`."""
-    batch_loss = pretrain.batch_loss
+    losses = MaskedReconstruction.__call__
 
-    def spoilt(given: Any, network: Any, batch: Any, device: Any) -> Any:
-        loss, weights = batch_loss(given, network, batch, device)
+    def spoilt(objective: MaskedReconstruction, batch: Batch) -> Losses:
+        made = losses(objective, batch)
         if batch.step == BAD and sample in batch.indices:
             if gradient:
-                loss.register_hook(lambda grad: grad * value)
+                made.loss.register_hook(lambda grad: grad * value)
             else:
-                loss = loss * value
-        return loss, weights
+                made = replace(made, loss=made.loss * value)
+        return made
 
-    monkeypatch.setattr(pretrain, "batch_loss", spoilt)
+    monkeypatch.setattr(MaskedReconstruction, "__call__", spoilt)
 
 
 @pytest.fixture(scope="module")
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_pretrain(config(out, store, "model.drop_path=0.2", "optim.micro_batch=8"), quiet).finished
+    assert pretrain(config(out, store, "model.drop_path=0.2", "optim.micro_batch=8"), quiet).finished
     return out
 
 
@@ -88,7 +93,7 @@ def test_the_run_stops_in_the_state_of_before_the_step(
         with pytest.raises(
             NonFinite, match=rf"step 5: {what} is (inf|nan); stopped before it, see .*step-00000005.json"
         ):
-            run_pretrain(given, quiet)
+            pretrain(given, quiet)
     assert checkpoint.saved(given.out) == [4, 5]
     assert lines(given.out) == lines(finished)[:5]
     # ... bit by bit what a run that was stopped there by hand has saved.
@@ -98,12 +103,12 @@ def test_the_run_stops_in_the_state_of_before_the_step(
         if done == BAD:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run_pretrain(stopped, stop).step == BAD
+    assert pretrain(stopped, stop).step == BAD
     mine, by_hand = state(given.out, BAD), state(stopped.out, BAD)
     assert mine.keys() == by_hand.keys()
     assert all(torch.equal(mine[name], value) for name, value in by_hand.items())
     # Resumed without the trouble, it ends as if there had been none.
-    assert run_pretrain(given, quiet).finished
+    assert pretrain(given, quiet).finished
     assert lines(given.out) == lines(finished)
 
 
@@ -116,7 +121,7 @@ def test_the_record_says_what_was_computed_on(store: Path, tmp_path: Path, monke
     given = config(tmp_path / "run", store, "optim.micro_batch=8")
     spoil(monkeypatch, a_sample(store, given), float("nan"))
     with pytest.raises(NonFinite):
-        run_pretrain(given, quiet)
+        pretrain(given, quiet)
     record = json.loads((given.out / "nonfinite/step-00000005.json").read_text())
     assert (record["step"], record["seed"], record["loss"]) == (5, 3, "nan")
     ((first, second),) = record["ranks"]
@@ -131,7 +136,7 @@ def test_skipping_leaves_the_step_out_and_counts_it(
     given = config(tmp_path / "run", store, "model.drop_path=0.2", "optim.micro_batch=8", "on_nonfinite=skip")
     with monkeypatch.context() as patch:
         spoil(patch, a_sample(store, given), float("nan"))
-        assert run_pretrain(given, quiet).finished
+        assert pretrain(given, quiet).finished
     made = lines(given.out)
     assert [line.pop("skipped") for line in made] == [0, 0, 0, 0, 0, 1, 0, 0]
     assert made[:BAD] == lines(finished)[:BAD]
@@ -146,9 +151,9 @@ def test_skipping_ends_where_nothing_else_would_come(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(tmp_path / "run", store, "on_nonfinite=skip", "optim.epochs=12")
-    monkeypatch.setattr(pretrain, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(pretraining, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; no use to go on"):
-        run_pretrain(given, quiet)
+        pretrain(given, quiet)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
@@ -162,10 +167,10 @@ def test_a_replay_computes_the_step_again(
     poison(sample, monkeypatch)
     if policy == "stop":
         with pytest.raises(NonFinite):
-            run_pretrain(given, quiet)
+            pretrain(given, quiet)
     else:
-        run_pretrain(given, quiet)
-    found = run_replay(given.out, None, "cpu")
+        pretrain(given, quiet)
+    found = replay(given.out, None, "cpu")
     assert (found.step, found.began) == (BAD, 5 if policy == "stop" else 4)
     assert [s.index for s in found.samples] == [i for part in indices_of(given.out) for i in part]
     assert not np.isfinite(found.loss)
@@ -185,35 +190,29 @@ def test_a_replay_computes_the_step_again(
 
 def poison(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on W of a sample in epoch 2 is no number, wherever it is computed, as a fault of the data would be."""
-    counts_to_weights, reconstruct = pretrain.counts_to_weights, pretrain.reconstruct
-    rows: list[np.ndarray] = []
+    reconstruct = MaskedReconstruction.reconstruct
 
-    def seen(given: Any, network: Any, batch: Any, device: Any) -> Any:
-        rows[:] = [np.flatnonzero((batch.indices == sample) & (batch.epoch == BAD // 2))]
-        return reconstruct(given, network, batch, device)
+    def spoilt(objective: MaskedReconstruction, batch: Batch) -> Any:
+        target, made, weights = reconstruct(objective, batch)
+        assert weights is not None
+        weights[np.flatnonzero((batch.indices == sample) & (batch.epoch == BAD // 2))] = float("nan")
+        return target, made, weights
 
-    def spoilt(*arguments: Any) -> torch.Tensor:
-        weights = counts_to_weights(*arguments).clone()
-        weights[rows[0]] = float("nan")
-        return weights
-
-    monkeypatch.setattr("kamim.training.replay.reconstruct", seen)
-    monkeypatch.setattr(pretrain, "reconstruct", seen)
-    monkeypatch.setattr(pretrain, "counts_to_weights", spoilt)
+    monkeypatch.setattr(MaskedReconstruction, "reconstruct", spoilt)
 
 
 def test_any_step_replays(finished: Path) -> None:
     """7 from its checkpoint's step and one step on; 1 from the beginning, as the checkpoints before it are gone."""
     for step, began in ((7, 6), (1, 0)):
-        found = run_replay(finished, step, "cpu")
+        found = replay(finished, step, "cpu")
         assert found.began == began
         assert round(found.loss, 6) == lines(finished)[step]["loss"]
 
 
 def test_what_cannot_be_replayed(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a run of `kamim pretrain` \(no config.yaml\)"):
-        run_replay(tmp_path, None, "cpu")
+        replay(tmp_path, None, "cpu")
     with pytest.raises(ValueError, match="had no step whose loss was not finite; name another with --step"):
-        run_replay(finished, None, "cpu")
+        replay(finished, None, "cpu")
     with pytest.raises(ValueError, match="--step 8: the run has steps 0 to 7"):
-        run_replay(finished, 8, "cpu")
+        replay(finished, 8, "cpu")

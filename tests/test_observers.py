@@ -14,7 +14,7 @@ from kamim.evaluation.run import run_evaluation
 from kamim.reporting import plots
 from kamim.training import metrics
 from kamim.training.config import Evaluation, load
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 from pipelines.loader import Loader
 
 
@@ -28,14 +28,14 @@ def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 epochs of 2 steps, looked at after every second epoch."""
     out = tmp_path_factory.mktemp("runs") / "watched"
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2, per_class: 6}}"
-    assert run_pretrain(config(out, store, "panel_epochs=2", probe), quiet).finished
+    assert pretrain(config(out, store, "panel_epochs=2", probe), quiet).finished
     return out
 
 
 @pytest.fixture(scope="module")
 def unwatched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unwatched"
-    run_pretrain(config(out, store, "panel_epochs=null"), quiet)
+    pretrain(config(out, store, "panel_epochs=null"), quiet)
     return out
 
 
@@ -66,8 +66,8 @@ def test_a_resumed_run_shows_the_same_panel(watched: Path, store: Path, tmp_path
 
     given = config(tmp_path / "run", store, "panel_epochs=2")
     with pytest.raises(Killed):
-        run_pretrain(given, kill)
-    run_pretrain(given, quiet)
+        pretrain(given, kill)
+    pretrain(given, quiet)
     for file in sorted((watched / "panels").iterdir()):
         assert (tmp_path / "run/panels" / file.name).read_bytes() == file.read_bytes()
 
@@ -84,7 +84,7 @@ def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None
 def test_a_store_without_labels_is_refused_before_any_work(store: Path, tmp_path: Path) -> None:
     given = config(tmp_path / "run", store, f"probe={{train: {store}, val: {tmp_path / 'none'}}}")
     with pytest.raises(ValueError, match="none"):
-        run_pretrain(given, quiet)
+        pretrain(given, quiet)
     assert not (tmp_path / "run").exists()
 
 
@@ -106,6 +106,6 @@ def test_a_panel_leaves_out_what_the_run_does(store: Path, tmp_path: Path, monke
         return decode(self, index, scratch)
 
     monkeypatch.setattr(Loader, "_decode", damaged)
-    run_pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2"), quiet)
+    pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2"), quiet)
     assert [line["samples"] for line in metrics.read(tmp_path / "run")].count(11) == 2
     assert (tmp_path / "run/panels/step-00000004.png").is_file()

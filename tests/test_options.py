@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_pretrain import WORLD, config, losses, quiet, weights
+from test_pretrain import config, losses, quiet, weights
 from torch import Tensor
 
 from kamim.evaluation.subject import load_subject
@@ -18,8 +18,8 @@ from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
 from kamim.training.config import Compute, Pretrain, load
-from kamim.training.pretrain import build_optimizer, prepare, to_pixels
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import build_optimizer, pretrain
+from kamim.training.reconstruction import Reconstruction
 from kamim.training.trainer import autocast
 from pipelines.batch import normalise
 
@@ -46,7 +46,7 @@ def test_normalised_weights_have_mean_one_and_the_same_ratios() -> None:
 
 
 def test_a_run_with_normalised_weights(store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "run", store, "weighting.normalize=true", "optim.epochs=2"), quiet)
+    pretrain(config(tmp_path / "run", store, "weighting.normalize=true", "optim.epochs=2"), quiet)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["weight_mean"] for line in lines] == pytest.approx([1.0] * 4, abs=1e-5)
     assert all(line["weight_max"] > 1.5 for line in lines)
@@ -73,8 +73,8 @@ def test_normalised_patches_equal_the_obvious_loop(p: int) -> None:
 
 def test_a_run_on_normalised_patches_reconstructs_no_pixels(store: Path, tmp_path: Path) -> None:
     given = ("weighting=null", "optim.epochs=2")
-    run_pretrain(config(tmp_path / "run", store, "norm_pix_loss=true", *given), quiet)
-    run_pretrain(config(tmp_path / "plain", store, *given), quiet)
+    pretrain(config(tmp_path / "run", store, "norm_pix_loss=true", *given), quiet)
+    pretrain(config(tmp_path / "plain", store, *given), quiet)
     assert losses(tmp_path / "run") != losses(tmp_path / "plain")
     assert 0.5 < losses(tmp_path / "run")[0] < 1.5  # of numbers of variance 1, nearly nothing predicted
     assert load_subject(str(tmp_path / "run")).model is None
@@ -86,7 +86,7 @@ def test_what_has_no_weight_decay(name: str) -> None:
     """MAE's rule, by the names: biases, norms, tokens and positions."""
     given = (f"model.name={name}", "data.store=s", "out=o", "optim.decay_all=false")
     made = load(Pretrain, None, given)
-    model = prepare(made, WORLD)[0]
+    model = MaskedImageModel(name, 192)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     decayed, spared = build_optimizer(made, model).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
@@ -100,11 +100,11 @@ def test_what_has_no_weight_decay(name: str) -> None:
 
 def test_a_run_without_decay_of_vectors_resumes(store: Path, tmp_path: Path) -> None:
     given = ("optim.decay_all=false", "optim.epochs=2", "optim.weight_decay=0.5")
-    run_pretrain(config(tmp_path / "run", store, *given), quiet)
+    pretrain(config(tmp_path / "run", store, *given), quiet)
     (tmp_path / "run/checkpoints/step-00000004/state.json").unlink()
     before = weights_at(tmp_path / "run", 2)
-    run_pretrain(config(tmp_path / "run", store, *given), quiet)
-    run_pretrain(config(tmp_path / "whole", store, *given), quiet)
+    pretrain(config(tmp_path / "run", store, *given), quiet)
+    pretrain(config(tmp_path / "whole", store, *given), quiet)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert not torch.equal(before["mask_token"], weights(tmp_path / "run")["mask_token"])
 
@@ -116,11 +116,11 @@ def weights_at(run: Path, step: int) -> dict[str, Tensor]:
 def test_a_duration_in_steps(store: Path, tmp_path: Path) -> None:
     """Five steps of a store with two an epoch: the last checkpoint is the end's."""
     given = ("optim.duration=5 steps", "optim.warmup=1 steps", "checkpoint_epochs=2")
-    outcome = run_pretrain(config(tmp_path / "run", store, *given), quiet)
+    outcome = pretrain(config(tmp_path / "run", store, *given), quiet)
     assert (outcome.step, outcome.finished) == (5, True)
     assert checkpoint.saved(tmp_path / "run") == [4, 5]
     with pytest.raises(ValueError, match="optim: a warm-up of 9 steps"):
-        run_pretrain(config(tmp_path / "none", store, "optim.duration=5 steps", "optim.warmup=9 steps"), quiet)
+        pretrain(config(tmp_path / "none", store, "optim.duration=5 steps", "optim.warmup=9 steps"), quiet)
     assert not (tmp_path / "none").exists()
 
 
@@ -128,15 +128,15 @@ FIRST = ("optim.epochs=1", "optim.warmup_epochs=0", "optim.lr=1e-12", "optim.war
 
 
 def test_a_run_begins_with_anothers_weights(store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "first", store, "optim.epochs=2"), quiet)
+    pretrain(config(tmp_path / "first", store, "optim.epochs=2"), quiet)
     for source in (tmp_path / "first", tmp_path / "first/checkpoints/step-00000004"):
         run = tmp_path / f"from {source.name}"
-        run_pretrain(config(run, store, f"init_from={source}", *FIRST), quiet)
+        pretrain(config(run, store, f"init_from={source}", *FIRST), quiet)
         for name, value in weights(tmp_path / "first").items():
             torch.testing.assert_close(weights(run)[name], value, atol=1e-9, rtol=0)
     # Resumed, it goes on from its own state, even where what it began with is gone.
     (tmp_path / "first").rename(tmp_path / "gone")
-    run_pretrain(config(run, store, f"init_from={source}", *FIRST), quiet)
+    pretrain(config(run, store, f"init_from={source}", *FIRST), quiet)
 
 
 def test_a_run_begins_with_weights_from_elsewhere_at_another_resolution(store: Path, tmp_path: Path) -> None:
@@ -145,11 +145,12 @@ def test_a_run_begins_with_weights_from_elsewhere_at_another_resolution(store: P
     elsewhere = build_encoder("vit_demo", 96).state_dict()
     save_file(elsewhere, tmp_path / "vit.safetensors")
     given = config(tmp_path / "run", store, f"init_from={tmp_path / 'vit.safetensors'}", *FIRST)
-    run_pretrain(given, quiet)
+    pretrain(given, quiet)
     made = weights(tmp_path / "run")
     assert made["encoder.pos_embed"].shape == (1, 17, 128)
     fitted = interop.convert(elsewhere, 64).state
-    random = prepare(given, WORLD)[0].state_dict()
+    torch.manual_seed(given.seed)
+    random = MaskedImageModel("vit_demo", 64).state_dict()
     assert not torch.allclose(fitted["encoder.pos_embed"], random["encoder.pos_embed"])
     for name, value in made.items():
         torch.testing.assert_close(value, fitted.get(name, random[name]), atol=1e-9, rtol=0)
@@ -169,7 +170,7 @@ def test_what_a_run_cannot_begin_with_is_told_before_any_work(
     save_file(MaskedImageModel("vit_tiny", 64).state_dict(), tmp_path / "tiny.safetensors")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match=f"init_from = {tmp_path / what}: .*{re.escape(message)}"):
-        run_pretrain(config(tmp_path / "run", store, f"init_from={tmp_path / what}"), quiet)
+        pretrain(config(tmp_path / "run", store, f"init_from={tmp_path / what}"), quiet)
     assert not (tmp_path / "run").exists()
 
 
@@ -191,4 +192,5 @@ def test_what_is_shown_of_normalised_targets_are_pixels(tmp_path: Path) -> None:
     given = config(tmp_path / "run", tmp_path, "norm_pix_loss=true")
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8))
     images = normalise(pixels)
-    assert torch.equal(to_pixels(given, normalise_patches(images, 16), images), pixels)
+    made = Reconstruction(images, torch.ones(2, 2, 2, dtype=torch.bool), normalise_patches(images, 16))
+    assert torch.equal(made.pixels(given.normalised_patches), pixels)

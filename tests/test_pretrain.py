@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 from skimage import data
 
 from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage.store import Store
 from kamim.training import checkpoint, schedule
 from kamim.training.config import Optim, Pretrain, load
+from kamim.training.data import training_loader
 from kamim.training.distributed import World
-from kamim.training.pretrain import pretrain
-from kamim.training.run import run_pretrain
-from kamim.training.trainer import Outcome
+from kamim.training.pretrain import build_trainer, pretrain
+from kamim.training.trainer import Batches, Outcome
 from pipelines.batch import Batch
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -52,8 +54,18 @@ def store(stores: dict[str, Path]) -> Path:
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of 8 steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_pretrain(config(out, store), quiet).finished
+    assert pretrain(config(out, store), quiet).finished
     return out
+
+
+def train_on(given: Pretrain, batches: Batches, steps_per_epoch: int) -> None:
+    """Pretrains on batches of the test's own."""
+    loader = training_loader(given, Store(given.data.store), WORLD)
+    trainer = build_trainer(given, loader, WORLD)
+    trainer.batches, trainer.run = batches, replace(trainer.run, steps_per_epoch=steps_per_epoch, every=1 << 30)
+    given.out.mkdir()
+    trainer.__post_init__()
+    trainer.fit(quiet)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +75,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_replays_exactly(finished: Path, store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "again", store), quiet)
+    pretrain(config(tmp_path / "again", store), quiet)
     assert losses(tmp_path / "again") == losses(finished)
     for name, value in weights(finished).items():
         assert torch.equal(value, weights(tmp_path / "again")[name])
@@ -77,9 +89,9 @@ def test_a_stopped_run_resumes_exactly(finished: Path, store: Path, tmp_path: Pa
         if done == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    outcome = run_pretrain(config(tmp_path / "run", store), stop)
+    outcome = pretrain(config(tmp_path / "run", store), stop)
     assert (outcome.step, outcome.finished) == (at, False)
-    assert run_pretrain(config(tmp_path / "run", store), quiet).finished
+    assert pretrain(config(tmp_path / "run", store), quiet).finished
     assert losses(tmp_path / "run") == losses(finished)
     for name, value in weights(finished).items():
         assert torch.equal(value, weights(tmp_path / "run")[name])
@@ -94,9 +106,9 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(finished: Path, store: 
             raise Killed
 
     with pytest.raises(Killed):
-        run_pretrain(config(tmp_path / "run", store), kill)
+        pretrain(config(tmp_path / "run", store), kill)
     (tmp_path / "run/checkpoints/step-00000006.partial").mkdir()  # died while writing
-    assert run_pretrain(config(tmp_path / "run", store), quiet).finished
+    assert pretrain(config(tmp_path / "run", store), quiet).finished
     assert losses(tmp_path / "run") == losses(finished)
 
 
@@ -105,11 +117,11 @@ def test_a_finished_run_does_nothing_more(finished: Path, store: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in (finished, *finished.rglob("*"))}
 
     before = left()
-    assert run_pretrain(config(finished, store, "data.workers=2"), quiet) == Outcome(8, 8, finished=True)
+    assert pretrain(config(finished, store, "data.workers=2"), quiet) == Outcome(8, 8, finished=True)
     assert left() == before
     (finished / "report.html").write_text("of a step before")
     os.utime(finished / "report.html", (0, 0))  # as where a kill came before the last one
-    run_pretrain(config(finished, store), quiet)
+    pretrain(config(finished, store), quiet)
     assert ": done. Last loss" in (finished / "report.html").read_text()
 
 
@@ -120,9 +132,9 @@ def test_a_run_has_its_folder_for_itself(store: Path, tmp_path: Path) -> None:
     def meanwhile(done: int, total: int, metrics: dict[str, float]) -> None:
         for name in ("run", "link"):
             with pytest.raises(ValueError, match=f"out = {tmp_path / name}: another process works there now"):
-                run_pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
+                pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
 
-    assert run_pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished
+    assert pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished
     assert not (tmp_path / "run.lock").exists()
 
 
@@ -132,10 +144,10 @@ def test_a_second_request_to_stop_is_the_same_one_but_for_ctrl_c(store: Path, tm
             os.kill(os.getpid(), number)
 
     said_twice = partial(stop, (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
-    assert run_pretrain(config(tmp_path / "run", store), said_twice) == Outcome(0, 1, finished=False)
+    assert pretrain(config(tmp_path / "run", store), said_twice) == Outcome(0, 1, finished=False)
     with pytest.raises(KeyboardInterrupt):
-        run_pretrain(config(tmp_path / "run", store), partial(stop, (signal.SIGINT, signal.SIGINT)))
-    assert run_pretrain(config(tmp_path / "run", store), quiet) == Outcome(1, 8, finished=True)
+        pretrain(config(tmp_path / "run", store), partial(stop, (signal.SIGINT, signal.SIGINT)))
+    assert pretrain(config(tmp_path / "run", store), quiet) == Outcome(1, 8, finished=True)
 
 
 def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
@@ -145,13 +157,13 @@ def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
 
 
 def test_micro_batches_add_up_to_the_whole_batch(finished: Path, store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "run", store, "optim.micro_batch=5"), quiet)
+    pretrain(config(tmp_path / "run", store, "optim.micro_batch=5"), quiet)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
 
 
 def test_simmim_is_kamim_with_weights_of_one(finished: Path, store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "simmim", store, "weighting=null"), quiet)
-    run_pretrain(config(tmp_path / "hot", store, "weighting.temperature=1e9"), quiet)
+    pretrain(config(tmp_path / "simmim", store, "weighting=null"), quiet)
+    pretrain(config(tmp_path / "hot", store, "weighting.temperature=1e9"), quiet)
     assert losses(tmp_path / "simmim") == pytest.approx(losses(tmp_path / "hot"), rel=1e-4)
     assert losses(tmp_path / "simmim")[0] < losses(finished)[0]
 
@@ -166,42 +178,42 @@ def test_it_learns(tmp_path: Path, store: Path) -> None:
             yield Batch(images, None, torch.zeros(4, dtype=torch.int64), np.arange(4), 0, step, True, 1.0)
 
     given = config(tmp_path / "run", store, "weighting=null", "optim.lr=2e-3", "checkpoint_epochs=4")
-    pretrain(given, batches, 25, WORLD, quiet)
+    train_on(given, batches, 25)
     made = losses(tmp_path / "run")
     assert sum(made[-3:]) < 0.4 * sum(made[:3])
 
 
 def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
-    run_pretrain(config(tmp_path / "run", store, "weighting.keypoints=online", "optim.epochs=2"), quiet)
+    pretrain(config(tmp_path / "run", store, "weighting.keypoints=online", "optim.epochs=2"), quiet)
     assert len(losses(tmp_path / "run")) == 4
 
 
 def test_another_configuration_in_the_same_place_is_refused(finished: Path, store: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(lr: 0.0008 there, lr: 0.001 asked"):
-        run_pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
+        pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
 
 
 def test_what_does_not_shape_a_run_may_change_when_it_resumes(finished: Path, store: Path) -> None:
     before = losses(finished)
     given = config(finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2")
-    assert run_pretrain(given, quiet).finished
+    assert pretrain(given, quiet).finished
     assert losses(finished) == before
 
 
 def test_a_store_of_smaller_images_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="were stored for 64 px, too small for 96 px"):
-        run_pretrain(config(tmp_path / "run", store, "data.resolution=96", "weighting=null"), quiet)
+        pretrain(config(tmp_path / "run", store, "data.resolution=96", "weighting=null"), quiet)
 
 
 def test_keypoints_of_another_resolution_are_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its keypoints are for resolution 64"):
-        run_pretrain(config(tmp_path / "run", store, "data.resolution=96"), quiet)
+        pretrain(config(tmp_path / "run", store, "data.resolution=96"), quiet)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_detector_the_store_lacks_is_refused(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no 'orb' keypoints, only fast, sift; .*--detectors orb, adds them"):
-        run_pretrain(config(tmp_path / "run", store, "weighting.detector=orb"), quiet)
+        pretrain(config(tmp_path / "run", store, "weighting.detector=orb"), quiet)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: Path) -> None:
@@ -215,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: Path) ->
             )  # fmt: skip
 
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
-        pretrain(config(tmp_path / "run", store), broken, 10, WORLD, quiet)
+        train_on(config(tmp_path / "run", store), broken, 10)
 
 
 def test_a_damaged_checkpoint_is_noticed(finished: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.training import metrics, report
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def finished(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("runs") / "<b>run"
     store = stores["zarr"]
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2}}"
-    run_pretrain(config(out, store, "panel_epochs=2", probe), quiet)
+    pretrain(config(out, store, "panel_epochs=2", probe), quiet)
     return out
 
 

@@ -16,10 +16,12 @@ from kamim.evaluation import classify, finetune
 from kamim.method import rng
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.stochastic_depth import DropPath, draw_paths
-from kamim.training.config import Compute
+from kamim.training.checkpoint import Keep
+from kamim.training.config import Compute, Optim
 from kamim.training.metrics import read
-from kamim.training.pretrain import steps
-from kamim.training.run import run_pretrain, run_replay
+from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.training.replay import replay
+from kamim.training.trainer import Objective, Run, Trainer
 from pipelines.batch import Batch, normalise
 
 SEED, EPOCH, RATE = 5, 2, 0.5
@@ -154,13 +156,24 @@ def in_parts(batch: Batch, size: int) -> Iterator[Batch]:
         )  # fmt: skip
 
 
+def one_step(model: nn.Module, objective: Objective, batches: list[Batch], out: Path) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of a step."""
+    gradients: list[Tensor] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
+    )
+    run = Run(out, "pretrain", {}, Optim(clip_grad=None), 20, 20, Keep(1))
+    logged = Trainer(run, model, model, optimizer, objective, lambda *_: batches, WORLD).train_step(0, batches)
+    return float(logged["loss"]), gradients
+
+
 def pretrained(batches: list[Batch], tmp_path: Path) -> tuple[float, list[Tensor]]:
     """Loss and gradients of one step of pretraining."""
     given = config(tmp_path, tmp_path, "weighting=null", f"model.drop_path={RATE}")
     torch.manual_seed(0)
     model = MaskedImageModel("vit_demo", 64, RATE)
-    ((_, values),) = steps(given, model, batches, WORLD)
-    return float(values["loss"]), [p.grad for p in model.parameters() if p.grad is not None]
+    return one_step(model, MaskedReconstruction(given, model), batches, tmp_path)
 
 
 def finetuned(batches: list[Batch], tmp_path: Path) -> tuple[float, list[Tensor]]:
@@ -171,9 +184,8 @@ def finetuned(batches: list[Batch], tmp_path: Path) -> tuple[float, list[Tensor]
     def finish(batch: Batch) -> tuple[Tensor, Tensor]:
         return normalise(batch.images), one_hot(batch.labels, 3).float()
 
-    made = classify.gradients(model, lambda images: images, lambda *_: batches, finish, Compute(), SEED, WORLD)
-    ((_, values),) = made(0, 1)
-    return float(values["loss"]), [p.grad for p in model.parameters() if p.grad is not None]
+    objective = classify.CrossEntropy(model, lambda images: images, finish, Compute(), SEED)
+    return one_step(model, objective, batches, tmp_path)
 
 
 @pytest.mark.parametrize("trained", [pretrained, finetuned])
@@ -192,5 +204,5 @@ def test_micro_batches_do_not_change_a_step(
 def test_a_replayed_step_is_the_runs(stores: dict[str, Path], tmp_path: Path) -> None:
     given = config(tmp_path / "run", stores["zarr"], f"model.drop_path={RATE}", "optim.micro_batch=5",
                    "optim.epochs=2")  # fmt: skip
-    run_pretrain(given, lambda done, total, metrics: None)
-    assert run_replay(tmp_path / "run", 3, "cpu").loss == pytest.approx(read(tmp_path / "run")[3]["loss"], abs=1e-6)
+    pretrain(given, lambda done, total, metrics: None)
+    assert replay(tmp_path / "run", 3, "cpu").loss == pytest.approx(read(tmp_path / "run")[3]["loss"], abs=1e-6)

@@ -15,6 +15,7 @@ from kamim.cli import RESUMABLE, app
 from kamim.training import checkpoint
 from kamim.training.config import Pretrain
 from kamim.training.distributed import World
+from pipelines.loader import Loader
 
 GIVEN = (
     "data.resolution=64", "data.workers=1", "model.name=vit_demo", "optim.batch_size=12", "optim.warmup_epochs=1",
@@ -54,10 +55,10 @@ def test_a_signal_saves_the_state_and_exits_with_75(number: signal.Signals, stor
 def test_a_signal_before_the_first_step_exits_with_75_too(
     number: signal.Signals, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(config: Pretrain, world: World) -> None:
+    def prepare(config: Pretrain, loader: Loader, world: World) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("kamim.training.pretrain.prepare", prepare)
+    monkeypatch.setattr("kamim.training.pretrain.build_trainer", prepare)
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'run'}", *GIVEN)
     assert (code, said) == (75, "stopped at once; the same command again continues from the newest checkpoint\n")
 
@@ -72,7 +73,7 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
     assert invoke("--resume", "never", *given)[0] == 0
     code, said = invoke("--resume", "never", *given)
     assert code == 1
-    assert "holds a run already; choose another out=..., or --resume auto goes on" in said
+    assert "holds a run already; choose another out=..., or --resume auto to continue it" in said
     assert invoke("--resume", "auto", *given)[0] == 0
     code, said = invoke(*given)
     assert (code, said) == (0, f"{tmp_path / 'run'}: 4 steps, all done before; {tmp_path / 'run/report.html'}\n")

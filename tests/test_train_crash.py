@@ -18,9 +18,10 @@ from camera import Camera, watched
 from safetensors.torch import load_file
 
 from kamim.models import masked_image_model
-from kamim.training import checkpoint, config, metrics, pretrain
+from kamim.training import checkpoint, config, metrics
+from kamim.training import pretrain as pretraining
 from kamim.training.config import Pretrain, load
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 
 SMALL: Mapping[str, masked_image_model.Architecture] = {
     **masked_image_model.ARCHITECTURES,
@@ -48,7 +49,7 @@ class Unheard(metrics.Files):
 def small() -> Iterator[None]:
     """A model that saves in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (masked_image_model, config, pretrain):
+        for module in (masked_image_model, config, pretraining):
             patch.setattr(module, "ARCHITECTURES", SMALL)
         patch.setattr(metrics, "TensorBoard", Unheard)  # it writes from a thread of its own
         yield
@@ -96,7 +97,7 @@ def store(stores: dict[str, Path]) -> Path:
 @pytest.fixture(scope="module")
 def finished(store: Path, small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert run_pretrain(asked(out, store), quiet).finished
+    assert pretrain(asked(out, store), quiet).finished
     return out
 
 
@@ -120,15 +121,15 @@ def test_a_run_killed_at_any_write_ends_the_same(
 
     monkeypatch.setattr(checkpoint, "save_file", save_seen)
     with watched(camera):
-        run_pretrain(asked(world / "run", store), lambda done, total, metrics: camera())  # and after every step
+        pretrain(asked(world / "run", store), lambda done, total, metrics: camera())  # and after every step
     assert_same(world / "run", whole)
     monkeypatch.undo()
     monkeypatch.setattr(metrics, "TensorBoard", Unheard)
-    for module in (masked_image_model, config, pretrain):
+    for module in (masked_image_model, config, pretraining):
         monkeypatch.setattr(module, "ARCHITECTURES", SMALL)
     assert len(camera.killed) > 40
     for copy in camera.killed:
-        assert run_pretrain(asked(copy / "run", store), quiet).finished
+        assert pretrain(asked(copy / "run", store), quiet).finished
         assert_same(copy / "run", whole)
         shutil.rmtree(copy)
 
@@ -138,7 +139,7 @@ import os, signal, sys, threading
 from pathlib import Path
 import torch
 import test_train_crash as own
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
 for module in (own.models, own.config, own.pretrain):
@@ -162,7 +163,7 @@ for name in numbers:
         else:
             masked = own.pretrain.masked_l1
             own.pretrain.masked_l1 = lambda *given: (count(), masked(*given))[1]
-        run_pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
+        pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)
 """
@@ -177,7 +178,7 @@ def test_what_real_kills_leave_is_continued(whole: dict[str, Any], store: Path, 
     )  # fmt: skip
     assert [int(status) for status in killed.stdout.split()] == [signal.SIGKILL] * len(numbers)
     for number in numbers:
-        assert run_pretrain(asked(tmp_path / number, store), quiet).finished
+        assert pretrain(asked(tmp_path / number, store), quiet).finished
         assert_same(tmp_path / number, whole)
 
 
@@ -211,9 +212,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert checkpoint.read(run).step == 4
     assert "step-00000006" in caplog.text
     assert "taking the checkpoint before" in caplog.text
-    assert run_pretrain(asked(run, store, "keep_checkpoints=1"), quiet).finished
+    assert pretrain(asked(run, store, "keep_checkpoints=1"), quiet).finished
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
-    assert run_pretrain(asked(run, store), quiet).finished
+    assert pretrain(asked(run, store), quiet).finished
     weights = load_file(run / "checkpoints/step-00000006/model.safetensors")
     assert all(
         torch.equal(weights[name], value)
@@ -228,7 +229,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
     for file in run.glob("checkpoints/*/model.safetensors"):
         harm(file)
     with pytest.raises(ValueError, match=r"has no checkpoint that is whole; remove .*checkpoints to start anew"):
-        run_pretrain(asked(run, store), quiet)
+        pretrain(asked(run, store), quiet)
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
@@ -241,9 +242,9 @@ def test_a_stop_behind_a_damaged_checkpoint_keeps_the_newer_state(
     def stop(done: int, total: int, metrics: dict[str, float]) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    assert run_pretrain(asked(run, store, "keep_checkpoints=1"), stop).step == 5
+    assert pretrain(asked(run, store, "keep_checkpoints=1"), stop).step == 5
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
-    assert run_pretrain(asked(run, store), quiet).finished
+    assert pretrain(asked(run, store), quiet).finished
     assert ended(run)["metrics"] == whole["metrics"]
 
 
@@ -257,7 +258,7 @@ def test_the_newest_and_every_so_many_stay(store: Path, tmp_path: Path) -> None:
         "optim.epochs=5",
         "optim.warmup_epochs=1",
     )
-    run_pretrain(asked(tmp_path / "run", store, *more), quiet)
+    pretrain(asked(tmp_path / "run", store, *more), quiet)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "step-00000004", "step-00000008", "step-00000010"
     ]  # fmt: skip
@@ -291,7 +292,7 @@ def test_a_full_disk_does_not_end_a_run(
             room_ends.__exit__(None, None, None)
             assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
 
-    assert run_pretrain(asked(tmp_path / "run", store), progress).finished
+    assert pretrain(asked(tmp_path / "run", store), progress).finished
     assert (sizes["model"] > room) == (room == 20_000)
     assert caplog.text.count("step 4: no checkpoint, the run goes on: ") == 1
     assert "step 4: no checkpoint" in (tmp_path / "run/log.txt").read_text()
@@ -309,7 +310,7 @@ def test_a_last_checkpoint_that_finds_no_room_is_an_error(store: Path, tmp_path:
 
     try:
         with pytest.raises(OSError, match=r"step-00000006: cannot be written: .*File too large"):
-            run_pretrain(asked(tmp_path / "run", store), progress)
+            pretrain(asked(tmp_path / "run", store), progress)
     finally:
         room_ends.__exit__(None, None, None)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
@@ -327,6 +328,6 @@ def test_metrics_that_find_no_room_are_written_later(
         if done == 5:
             room_ends.__exit__(None, None, None)
 
-    assert run_pretrain(asked(tmp_path / "run", store), progress).finished
+    assert pretrain(asked(tmp_path / "run", store), progress).finished
     assert caplog.text.count("metrics.jsonl is behind, the run goes on") == 1
     assert ended(tmp_path / "run")["metrics"] == whole["metrics"]

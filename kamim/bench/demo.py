@@ -15,7 +15,7 @@ from kamim.cli import pictures
 from kamim.evaluation.run import run_evaluation
 from kamim.storage.store import Store
 from kamim.training.config import Evaluation, Pretrain, Weighting, load
-from kamim.training.run import run_pretrain
+from kamim.training.pretrain import pretrain
 from kamim.training.trainer import Progress
 from preprocess.build import build
 from preprocess.plan import make_job
@@ -43,7 +43,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
         _preprocess(split, path, runs["KAMIM"].data.resolution, update)
     for name, config in runs.items():
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
-        if not run_pretrain(config, _named(update, name)).finished:
+        if not pretrain(config, _named(update, name)).finished:
             raise ValueError("the demo was stopped; the same command again continues")
     console.print("linear probes of random weights, SimMIM and KAMIM")
     checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))

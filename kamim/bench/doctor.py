@@ -1,20 +1,22 @@
 """`kamim doctor`: what this machine and a store are good for, what holds a training up, and what to change."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kamim.storage.store import Store
-from kamim.training import distributed, machine, pretrain, trainer
+from kamim.training import distributed, machine
 from kamim.training.config import Pretrain
+from kamim.training.data import online_differs, training_loader
 from kamim.training.distributed import World
-from kamim.training.run import online_differs, training_batches
+from kamim.training.pretrain import build_trainer
+from kamim.training.trainer import should_compile
 from pipelines.batch import Batch
+from pipelines.loader import Loader
 
 BATCH = {"cuda": 256, "cpu": 16}  # images of a measured step, at most the configuration's
 STEPS = {"cuda": 20, "cpu": 3}
@@ -64,12 +66,12 @@ def _out_of_range(opened: Store) -> Iterator[str]:
 def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
     """Measures loader and model, and says which one the other waits for, and what helps."""
     world = distributed.start(config.compute.device)
-    _, batches = training_batches(config, opened, world)
+    batches = training_loader(config, opened, world)
     if line := online_differs(config, opened):
         say(f"{'note':14} {line}")
-    first = next(iter(batches(0, 1)))
+    first = next(iter(batches.steps(0, 1)))
     loader = _loader_rate(batches)
-    model = _model_rate(config, first, world)
+    model = _model_rate(config, batches, first, world)
     threads = config.data.workers or machine.describe()["cores"]
     say(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
     say(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
@@ -84,10 +86,10 @@ def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
     return False
 
 
-def _loader_rate(batches: trainer.Batches) -> float:
+def _loader_rate(batches: Loader) -> float:
     """Images per second, after the first batches have filled the buffers."""
     seen, start = 0, 0.0
-    for number, batch in enumerate(batches(0, 1 << 40)):
+    for number, batch in enumerate(batches.steps(0, 1 << 40)):
         if number < 4:
             start = time.perf_counter()
             continue
@@ -97,7 +99,7 @@ def _loader_rate(batches: trainer.Batches) -> float:
     return seen / (time.perf_counter() - start)
 
 
-def _model_rate(config: Pretrain, batch: Batch, world: World) -> float:
+def _model_rate(config: Pretrain, batches: Loader, batch: Batch, world: World) -> float:
     """Images per second of whole steps on one batch that is there already."""
     kind = world.device.type
     size, count = min(BATCH[kind], len(batch)), STEPS[kind]
@@ -106,19 +108,15 @@ def _model_rate(config: Pretrain, batch: Batch, world: World) -> float:
         batch, images=batch.images[:size].clone(), counts=counts, labels=batch.labels[:size], last=True, share=1.0,
         indices=batch.indices[:size],
     ).to(world.device)  # fmt: skip
-    model, network, optimizer = pretrain.prepare(config, world)
+    trainer = build_trainer(config, batches, world)
     start = 0.0
-    for step, values in pretrain.steps(config, network, _again(given, 2 + count), world):
-        trainer.update(model, optimizer, config.optim.clip_grad, values["loss"])
+    for step in range(2 + count):
+        trainer.train_step(step, [replace(given, step=step)])
         if step <= 1:  # compiled and warm
             _finish(world)
             start = time.perf_counter()
     _finish(world)
     return size * count / (time.perf_counter() - start)
-
-
-def _again(batch: Batch, times: int) -> Iterable[Batch]:
-    return (replace(given, step=step) for step, given in enumerate(islice(repeat(batch), times)))
 
 
 def _finish(world: World) -> None:
@@ -132,7 +130,7 @@ def _for_the_model(config: Pretrain, world: World) -> Iterator[str]:
         return
     if config.compute.precision == "fp32":
         yield "compute.precision=bf16 is faster"
-    if not trainer.should_compile(config.compute, world.device):
+    if not should_compile(config.compute, world.device):
         yield "compute.compile=true is faster"
     if torch.cuda.device_count() > 1:
         yield f"torchrun --nproc_per_node {torch.cuda.device_count()} -m kamim pretrain ... takes all GPUs"

@@ -32,12 +32,13 @@ from kamim.method.masking import masked_count
 from kamim.method.objective import masked_l1
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.store import Store
-from kamim.training import machine, trainer
+from kamim.training import machine
 from kamim.training.config import Pretrain, load
+from kamim.training.data import training_loader
 from kamim.training.distributed import World
-from kamim.training.metrics import Metrics, Waits, sinks
-from kamim.training.pretrain import prepare, steps
-from kamim.training.run import training_batches
+from kamim.training.metrics import Metrics, TimedBatches, sinks
+from kamim.training.pretrain import build_trainer
+from kamim.training.trainer import Trainer, autocast, by_step
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source
 
@@ -50,24 +51,25 @@ class Ours:
     def __init__(self, config: Pretrain, length: int):
         """Raises ValueError for a store that cannot be trained on so."""
         self._config, self._length, self._world = config, length, World(0, 1, _device())
-        _, self._batches = training_batches(config, Store(config.data.store), self._world)
+        self._loader = training_loader(config, Store(config.data.store), self._world)
         self._done = 0
 
     @cached_property
-    def _made(self) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer, Metrics]:
+    def _made(self) -> tuple[Trainer, Metrics]:
         self._config.out.mkdir()
-        said = Metrics(sinks(self._config.out, 0, self._config.log, {}))
-        return (*prepare(self._config, self._world), said)
+        logs = Metrics(sinks(self._config.out, 0, self._config.log, {}))
+        return build_trainer(self._config, self._loader, self._world), logs
 
     def __call__(self) -> Iterator[float]:
         """One pass."""
-        model, network, optimizer, metrics = self._made
-        optim, first = self._config.optim, self._done
-        self._done += self._length
-        for step, values in steps(self._config, network, self._batches(first, self._done), self._world):
-            norm = trainer.update(model, optimizer, optim.clip_grad, values["loss"])
-            metrics.add(step, optim.lr, {**values, **norm})
-            yield float(values["data_wait"])
+        trainer, metrics = self._made
+        first, self._done = self._done, self._done + self._length
+        batches = TimedBatches(self._loader.steps(first, self._done))
+        for step, micro_batches in by_step(batches):
+            logged = trainer.train_step(step, micro_batches)
+            waited = batches.pop_seconds()
+            metrics.add(step, self._config.optim.lr, {**logged, "data_wait": waited})
+            yield waited
 
 
 class OnlineDataset(ReferenceDataset):
@@ -110,11 +112,11 @@ class Plain:
     def __call__(self) -> Iterator[float]:
         """One pass."""
         model, optimizer = self._made
-        waits = Waits(self._loader)
+        waits = TimedBatches(self._loader)
         for batch in waits:
             images, weights, mask = (tensor.to(self._device) for tensor in batch)
             patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # of 16 px
-            with trainer.autocast(self._config.compute, self._device):
+            with autocast(self._config.compute, self._device):
                 made = model(images, bool_masked_pos=patches).reconstruction
             loss = masked_l1(images, made, mask, weights)
             loss.backward()
@@ -122,7 +124,7 @@ class Plain:
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # for its log
-            yield waits.take()
+            yield waits.pop_seconds()
 
 
 def hugging_face(name: str) -> Any:

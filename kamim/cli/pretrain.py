@@ -48,9 +48,9 @@ def pretrain(
     title = f"pretrain {method} {resolved.model.name}"
     try:
         with terminable(), bar(title, images=resolved.optim.batch_size) as update:
-            from kamim.training.run import run_pretrain
+            from kamim.training.pretrain import pretrain as train
 
-            outcome = run_pretrain(resolved, lambda done, total, m: update(done, total, note(m)), resume == "never")
+            outcome = train(resolved, lambda done, total, m: update(done, total, note(m)), resume == "never")
     except KeyboardInterrupt:
         say("stopped at once; the same command again continues from the newest checkpoint")
         raise typer.Exit(RESUMABLE) from None
@@ -74,13 +74,13 @@ def replay(
     import numpy as np
 
     from kamim.reporting.plots import reconstruction_sheet
-    from kamim.training.run import run_replay
+    from kamim.training.replay import replay as replay_step
 
     check_folder("--out", out)
     check_folder("--plot", plot)
     if plot is not None and plot.suffix != ".png":
         raise ValueError(f"--plot {plot}: must end in .png")
-    found = run_replay(run, step, device)
+    found = replay_step(run, step, device)
     title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
     out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")
     for sample in found.worst[:WORST]:

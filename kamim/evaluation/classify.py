@@ -1,6 +1,7 @@
 """Training and measuring a classifier, be it one layer or the whole network."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +11,30 @@ from kamim.models.places import places
 from kamim.models.stochastic_depth import draw_paths
 from kamim.training.config import Compute
 from kamim.training.distributed import World
-from kamim.training.trainer import Batches, Gradients, Steps, autocast, synchronised
+from kamim.training.trainer import Losses, autocast
 from pipelines.batch import Batch, normalise
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes
 
 
-def gradients(
-    network: nn.Module, read: Read, batches: Batches, finish: Finish, compute: Compute, seed: int, world: World
-) -> Gradients:
-    """Of the cross entropy between network(read(images)) and finish's targets."""
+@dataclass
+class CrossEntropy:
+    """The cross entropy between network(read(images)) and the targets: an objective of the Trainer."""
 
-    def steps(first: int, stop: int) -> Steps:
-        network.train()
-        total = torch.zeros((), device=world.device)
-        for batch in batches(first, stop):
-            images, targets = finish(batch)
-            draw_paths(network, seed, batch.epoch, batch.indices, world.device)
-            with synchronised(network, batch, world):
-                with autocast(compute, world.device):
-                    logits = network(read(images))
-                loss = cross_entropy(logits.float(), targets)
-                (loss * (batch.share * world.size)).backward()  # DDP averages over ranks
-            total += loss.detach() * batch.share
-            if batch.last:
-                yield batch.step, {"loss": world.sum(total.clone())}
-                total.zero_()
+    network: nn.Module
+    read: Read
+    finish: Finish
+    compute: Compute
+    seed: int
 
-    return steps
+    def __call__(self, batch: Batch) -> Losses:
+        """Of a micro-batch."""
+        images, targets = self.finish(batch)
+        draw_paths(self.network, self.seed, batch.epoch, batch.indices, images.device)
+        with autocast(self.compute, images.device):
+            logits = self.network(self.read(images))
+        return Losses(cross_entropy(logits.float(), targets))
 
 
 def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: World) -> dict[str, float]:

@@ -14,19 +14,20 @@ from kamim.models.readout import Encoder, Readout, blocks, fixed
 from kamim.storage.store import write_whole
 from kamim.training.config import Compute
 from kamim.training.distributed import World
-from kamim.training.trainer import Batches, Progress, autocast
+from kamim.training.trainer import Progress, autocast
 from pipelines.batch import normalise
+from pipelines.loader import Loader
 
 SAVE_EVERY = 100  # steps between two marks of how far it is
 
 
 def extract(
-    encoder: Encoder, readouts: Sequence[Readout], batches: Batches, steps: int, samples: np.ndarray,
+    encoder: Encoder, readouts: Sequence[Readout], loader: Loader, samples: np.ndarray,
     compute: Compute, world: World, folder: Path, progress: Progress,
 ) -> dict[Readout, Tensor]:  # fmt: skip
     """Every readout's features bfloat16 [N, D] of the N samples (their numbers, ascending), mapped from `folder`.
 
-    batches covers the samples in `steps` steps. Each rank writes its own rows. Interrupted, it goes on where it
+    An epoch of the loader covers the samples. Each rank writes its own rows. Interrupted, it goes on where it
     was, in steps of the same size; done, it only maps.
     """
     encoder = encoder.to(world.device).eval().requires_grad_(False)
@@ -38,7 +39,8 @@ def extract(
     world.barrier()
     last = max(readout.block for readout in readouts)
     files: dict[Readout, np.memmap] = {}
-    for batch in batches(done, steps):
+    steps = loader.plan.steps_per_epoch
+    for batch in loader.steps(done, steps):
         with torch.no_grad(), autocast(compute, world.device):
             found: dict[Readout, Tensor] = {}
             for number, tokens in blocks(encoder, normalise(batch.images), last):

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
         return logits
 
 
-class Averaged(nn.Module):
+class ModelEma(nn.Module):
     """A classifier and, with a decay, the exponential moving average of its weights; saved as one."""
 
     def __init__(self, model: Classifier, decay: float | None):

@@ -11,52 +11,53 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.nn.parallel import DistributedDataParallel
 
-from kamim.evaluation import classify, finetune, paper, probe
+from kamim.evaluation import finetune, paper, probe
+from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
 from kamim.evaluation.probe_sweep import best, sweep
 from kamim.evaluation.reconstruct import CONVENTIONS
-from kamim.evaluation.setting import Samples, Setting, Task, features_of, labelled, task
+from kamim.evaluation.setting import Setting, Task, features_of, task
 from kamim.evaluation.subject import Subject
-from kamim.method.masking import block_masks
 from kamim.models.knn import knn
-from kamim.models.masked_image_model import build_encoder, expand_mask
+from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
-from kamim.training.checkpoint import Keep
-from kamim.training.config import ClassifierOptim, Finetune, Linprobe
+from kamim.training.checkpoint import Keep, Kind
+from kamim.training.config import ClassifierOptim, Compute, Finetune, Linprobe
+from kamim.training.data import whole_images
 from kamim.training.distributed import World
-from kamim.training.trainer import Batches, Progress, Run, should_compile, train
+from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.augment import Augment, mixed_batch
-from pipelines.batch import Batch, denormalise, normalise
-from pipelines.loader import Crop
-from pipelines.plan import Plan
+from pipelines.batch import Batch, normalise
+from pipelines.loader import Crop, Loader
+from pipelines.samples import Samples
 
 SHOWN = "shown.npz"  # of a reconstruction: originals, masks, made, as plots.reconstruction_sheet takes them
+NOT_COMPILED = Compute(compile=False)  # of a head, which costs next to nothing
+FP32 = Compute(precision="fp32")  # of reconstructions, as in the released code's notebook
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
 
 
 def linprobe_task(setting: Setting, subject: Subject) -> Task:
     """One linear layer on a frozen encoder."""
-    config, options, samples = setting.config, _clipped(setting.config.linprobe, subject), labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.linprobe, subject), setting.labelled()
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
     _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
-    plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         device = setting.world.device
         frozen = probe.Frozen(subject.encoder, readout, config.compute, device)
         torch.manual_seed(config.seed)
         head = probe.build_head(frozen, readout, subject.resolution, len(samples.classes), device, options.init_std)
-        run = Run(
-            folder, "linprobe", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(1),
-        )  # fmt: skip
-        batches, finish = _training(options.augment, setting, samples, subject.resolution, plan)
-        network = _parallel(head, setting.world)
-        made = classify.gradients(network, frozen, batches, finish, config.compute, config.seed, setting.world)
+        loader, finish = _training(options.augment, setting, samples, subject.resolution, options.optim)
+        network = parallel(head, NOT_COMPILED, setting.world)
         groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
-        _train(run, head, make_optimizer(groups, options.optim), made, setting.world, progress)
+        trainer = Trainer(
+            _run("linprobe", folder, options, loader, Keep(1)), head, network, make_optimizer(groups, options.optim),
+            CrossEntropy(network, frozen, finish, config.compute, config.seed), loader.steps, setting.world,
+        )  # fmt: skip
+        _fit(trainer, progress)
         return _accuracy(setting, subject, head, frozen)
 
     about = {
@@ -68,11 +69,10 @@ def linprobe_task(setting: Setting, subject: Subject) -> Task:
 
 def finetune_task(setting: Setting, subject: Subject) -> Task:
     """Everything trains."""
-    config, options, samples = setting.config, _clipped(setting.config.finetune, subject), labelled(setting)
+    config, options, samples = setting.config, _clipped(setting.config.finetune, subject), setting.labelled()
     if isinstance(subject.encoder, Pixels):
         raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
-    plan = setting.plan(samples, options.optim.batch_size, options.optim.micro_batch)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         torch.manual_seed(config.seed)
@@ -80,19 +80,17 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
         encoder.load_state_dict(subject.encoder.state_dict())
         model = finetune.Classifier(encoder, len(samples.classes)).to(setting.world.device)
         groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
-        averaged = finetune.Averaged(model, options.ema)
-        run = Run(
-            folder, "finetune", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            every=options.checkpoint_epochs * plan.steps_per_epoch, keep=Keep(options.keep_checkpoints),
+        ema = finetune.ModelEma(model, options.ema)
+        network = parallel(model, config.compute, setting.world)
+        loader, finish = _training("paper", setting, samples, subject.resolution, options.optim)
+        trainer = Trainer(
+            _run("finetune", folder, options, loader, Keep(options.keep_checkpoints)), ema, network,
+            make_optimizer(groups, options.optim),
+            CrossEntropy(network, _as_it_is, finish, config.compute, config.seed), loader.steps, setting.world,
+            after_update=ema.update,
         )  # fmt: skip
-        network = _parallel(model, setting.world)
-        if should_compile(config.compute, setting.world.device):
-            network.compile()
-        batches, finish = _training("paper", setting, samples, subject.resolution, plan)
-        made = classify.gradients(network, _as_it_is, batches, finish, config.compute, config.seed, setting.world)
-        optimizer = make_optimizer(groups, options.optim)
-        _train(run, averaged, optimizer, made, setting.world, progress, averaged.update)
-        return _accuracy(setting, subject, averaged.best, _as_it_is)
+        _fit(trainer, progress)
+        return _accuracy(setting, subject, ema.best, _as_it_is)
 
     about = {"protocol": "paper", "epochs": options.optim.epochs, "options": options.model_dump(mode="json")}
     return task("finetune", setting, subject, about, run)
@@ -100,7 +98,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
 
 def knn_task(setting: Setting, subject: Subject) -> Task:
     """Nearest neighbours among the training samples."""
-    options, samples = setting.config.knn, labelled(setting)
+    options, samples = setting.config.knn, setting.labelled()
     readout = Readout(resolve(subject.encoder, options.block), options.pooling, options.norm)
     check(subject.encoder, readout)
     _check_size("knn.k", max(options.k), samples)
@@ -122,7 +120,7 @@ def knn_task(setting: Setting, subject: Subject) -> Task:
 
 def sweep_task(setting: Setting, subject: Subject) -> Task:
     """Linear probes of every block, pooling, norm and learning rate at once."""
-    options, samples, encoder = setting.config.sweep, labelled(setting), subject.encoder
+    options, samples, encoder = setting.config.sweep, setting.labelled(), subject.encoder
     _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
     readouts = [
         Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
@@ -149,39 +147,34 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     options, model = setting.config.reconstruct, subject.model
     if model is None:
         raise ValueError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
-    ratio = options.mask_ratio or subject.mask.ratio
-    grid = subject.resolution // subject.mask.patch_size
+    mask = subject.mask.model_copy(update={"ratio": options.mask_ratio or subject.mask.ratio})
 
-    def made_of(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Reconstructions [B, 3, R, R], and which of their pixels are masked, bool [B, R, R]."""
-        device = setting.world.device
-        mask = torch.from_numpy(block_masks(setting.config.seed, 0, batch.indices, grid, ratio)).to(device)
-        with torch.no_grad():  # fp32, as the released code's notebook
-            return model(normalise(batch.images), mask), expand_mask(mask, subject.resolution)
+    def reconstructed(batch: Batch) -> Reconstruction:
+        with torch.no_grad():
+            return reconstruct(model, batch, mask, setting.config.seed, 0, FP32)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
-        world, plan = setting.world, setting.in_order(setting.val)
+        world, loader = setting.world, setting.in_order(setting.val, subject.resolution)
         model.to(world.device).eval()
         metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
-        for batch in setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch):
+        steps = loader.plan.steps_per_epoch
+        for batch in loader.steps(0, steps):
             if len(batch):  # a rank may have none of a short last step
-                made, masked = made_of(batch)
+                made = reconstructed(batch)
                 for metric in metrics.values():
-                    metric.update(batch.images, made, masked)
-            progress(batch.step + 1, plan.steps_per_epoch, {})
+                    metric.update(batch.images, made.output, made.masked_pixels)
+            progress(batch.step + 1, steps, {})
         found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
         if world.is_main:
-            for batch in setting.batches(setting.val, subject.resolution, _spread(setting.val, options.shown))(0, 1):
-                made, masked = made_of(batch)
-                np.savez(
-                    folder / SHOWN,
-                    originals=batch.images.cpu(),
-                    masks=masked.cpu(),
-                    made=denormalise(made).cpu(),
-                )
+            batch = _spread(setting, subject.resolution, options.shown)
+            made = reconstructed(batch)
+            np.savez(
+                folder / SHOWN, originals=batch.images.cpu(), masks=made.masked_pixels.cpu(),
+                made=made.pixels(None).cpu(),
+            )  # fmt: skip
         return found
 
-    about = {"protocol": "paper", "mask_ratio": ratio, "options": options.model_dump(mode="json"), "train": None}
+    about = {"protocol": "paper", "mask_ratio": mask.ratio, "options": options.model_dump(mode="json"), "train": None}
     return task("reconstruct", setting, subject, about, run)
 
 
@@ -191,26 +184,35 @@ TASKS: Mapping[str, Callable[[Setting, Subject], Task]] = {
 }  # fmt: skip
 
 
-def _spread(samples: Samples, count: int) -> Plan:
-    """A batch of `count` samples from all over a store, which is often sorted by class; for one process."""
-    count = min(count, len(samples.numbers))
-    chosen = samples.numbers[np.linspace(0, len(samples.numbers) - 1, count).astype(np.int64)]
-    return Plan(count, count, count, seed=0, shuffle=False, listed=chosen)
+def _spread(setting: Setting, resolution: int, count: int) -> Batch:
+    """`count` validation samples from all over the store, which is often sorted by class; for one process."""
+    numbers = setting.val.numbers
+    count = min(count, len(numbers))
+    chosen = Samples(setting.val.store, numbers[np.linspace(0, len(numbers) - 1, count).astype(np.int64)])
+    loader = whole_images(chosen, resolution, count, setting.config.workers, World(0, 1, setting.world.device))
+    return next(iter(loader.steps(0, 1)))
 
 
 def _training(
-    augment: str, setting: Setting, samples: Samples, resolution: int, plan: Plan
-) -> tuple[Batches, classify.Finish]:
+    augment: str, setting: Setting, samples: Samples, resolution: int, optim: ClassifierOptim
+) -> tuple[Loader, Finish]:
     """Augmented batches, and what is still to be done to each of them."""
     classes = len(samples.classes)
     if augment == "paper":
-        batches = setting.batches(samples, resolution, plan, augment=Augment(resolution))
-        return batches, partial(mixed_batch, num_classes=classes, seed=setting.config.seed)
+        loader = setting.training(samples, resolution, optim, augment=Augment(resolution))
+        return loader, partial(mixed_batch, num_classes=classes, seed=setting.config.seed)
 
     def unmixed(batch: Batch) -> tuple[Tensor, Tensor]:
         return normalise(batch.images), one_hot(batch.labels, classes).float()
 
-    return setting.batches(samples, resolution, plan, crop=CROP), unmixed
+    return setting.training(samples, resolution, optim, crop=CROP), unmixed
+
+
+def _run(kind: Kind, folder: Path, options: Linprobe | Finetune, loader: Loader, keep: Keep) -> Run:
+    """Where a classifier's training keeps its state."""
+    per_epoch = loader.plan.steps_per_epoch
+    every = options.checkpoint_epochs * per_epoch
+    return Run(folder, kind, options.model_dump(mode="json"), options.optim, per_epoch, every, keep)
 
 
 O = TypeVar("O", Linprobe, Finetune)
@@ -234,10 +236,6 @@ def _as_it_is(images: Tensor) -> Tensor:
     return images
 
 
-def _parallel(model: nn.Module, world: World) -> nn.Module:
-    return DistributedDataParallel(model) if world.size > 1 else model
-
-
 def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
     """With the rates of before the first step."""
     if optim.algorithm == "adamw":
@@ -257,18 +255,15 @@ def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _train(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, made: Any, world: World, progress: Progress,
-    after_step: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    if not train(run, model, optimizer, made, world, progress, after_step).finished:
+def _fit(trainer: Trainer, progress: Progress) -> None:
+    if not trainer.fit(progress).finished:
         raise KeyboardInterrupt
 
 
-def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: classify.Read) -> dict[str, float]:
-    plan = setting.in_order(setting.val)
-    batches = setting.batches(setting.val, subject.resolution, plan)(0, plan.steps_per_epoch)
-    return classify.accuracy(network, read, batches, setting.world)
+def _accuracy(setting: Setting, subject: Subject, network: nn.Module, read: Read) -> dict[str, float]:
+    loader = setting.in_order(setting.val, subject.resolution)
+    batches = loader.steps(0, loader.plan.steps_per_epoch)
+    return accuracy(network, read, batches, setting.world)
 
 
 def applies(mode: str, subject: Subject) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kamim.evaluation import report
 from kamim.evaluation.modes import SHOWN, TASKS, applies
-from kamim.evaluation.setting import Samples, Setting, Task
+from kamim.evaluation.setting import Setting, Task
 from kamim.evaluation.subject import Subject, load_subject
 from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
@@ -19,10 +19,10 @@ from kamim.storage import lock
 from kamim.storage.store import Store, write_whole
 from kamim.training import distributed
 from kamim.training.config import Evaluation
+from kamim.training.data import check_area
 from kamim.training.distributed import World
-from kamim.training.run import check_area
 from kamim.training.trainer import Progress
-from pipelines.subset import n_per_class
+from pipelines.samples import all_samples, some_per_class
 
 
 def run_evaluation(
@@ -88,15 +88,10 @@ def _setting(config: Evaluation, world: World, subjects: Sequence[Subject]) -> S
     for subject in subjects:
         for store in filter(None, (train, val)):
             check_area(store, subject.resolution, smallest_crop=1.0)
-    samples = [
-        None if store is None else Samples(store, np.arange(len(store)), store.manifest.classes)
-        for store in (train, val)
-    ]
-    if config.per_class is not None and train is not None and (train.images.labels >= 0).all():
-        chosen = n_per_class(train.images.labels, config.per_class, config.seed)
-        samples[0] = Samples(train, chosen, train.manifest.classes)
-    assert samples[1] is not None
-    return Setting(config, world, samples[0], samples[1])
+    samples = None if train is None else all_samples(train)
+    if config.per_class is not None and train is not None:
+        samples = some_per_class(train, config.per_class, config.seed)
+    return Setting(config, world, samples, all_samples(val))
 
 
 def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progress]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from kamim.evaluation.grid import Grid, Table
 from kamim.evaluation.run import run_evaluation, tasks_of
 from kamim.evaluation.subject import subject_to_be
 from kamim.storage import lock
-from kamim.training import distributed
-from kamim.training.run import check_pretrain, run_pretrain
+from kamim.training import distributed, pretrain
 from kamim.training.trainer import Progress
 
 
@@ -23,11 +22,11 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
     world = distributed.start(evaluation.compute.device)  # one group of processes for all that follows
     try:
         for _, config in runs:
-            check_pretrain(config)
+            pretrain.check(config)
         tasks_of(evaluation, sweep.modes, [subject_to_be(name, config) for name, config in runs], world)
         with lock.alone(sweep.out, "out =", world):
             for number, (name, config) in enumerate(runs, 1):
-                if not run_pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
+                if not pretrain.pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
                     raise KeyboardInterrupt
             results = run_evaluation(evaluation, sweep.modes, progress)
             made = grid.table(sweep, results)

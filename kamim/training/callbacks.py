@@ -1,98 +1,147 @@
-"""What looks at a model while it trains: pictures of what it makes of a few samples, and what its features are worth.
+"""What runs between steps: a panel of reconstructions, and a kNN probe of the features.
 
 Neither trains anything, draws from a generator or leaves a trace in the model, so a run with them is the run without.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kamim.method.keypoints import map_counts
-from kamim.method.masking import block_masks
 from kamim.method.weighting import counts_to_weights
 from kamim.models.knn import knn
-from kamim.models.masked_image_model import MaskedImageModel, expand_mask
+from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
 from kamim.reporting import plots
+from kamim.storage.store import Store
 from kamim.training.config import Compute, Pretrain
+from kamim.training.data import check_area, shown_samples, whole_images
+from kamim.training.distributed import World
 from kamim.training.metrics import Metrics
-from kamim.training.pretrain import to_pixels
-from kamim.training.trainer import Observer, autocast
-from pipelines.batch import Batch, normalise, upload
+from kamim.training.reconstruction import reconstruct
+from kamim.training.trainer import Callback, Trainer, autocast
+from pipelines.batch import Batch, normalise
+from pipelines.samples import Samples, all_samples, check_labels, some_per_class
 
 NEIGHBOURS = 20
+SHOWN = 8  # samples in a panel
+BATCH = 256  # images of a step of the probe
 
 
-def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callable[[], Batch]) -> Observer:
+@dataclass(frozen=True)
+class Probe:
+    """The labelled samples of a run's online probe."""
+
+    train: Samples
+    val: Samples
+
+
+def open_probe(config: Pretrain) -> Probe | None:
+    """The stores of config.probe, if there is one. Raises ValueError where they cannot be probed on."""
+    if config.probe is None:
+        return None
+    train, val = Store(config.probe.train), Store(config.probe.val)
+    for store in (train, val):
+        check_area(store, config.data.resolution, smallest_crop=1.0)
+    samples, per_class = all_samples(train), config.probe.per_class
+    if per_class is not None and (train.images.labels >= 0).all():
+        smallest = int(np.bincount(train.images.labels).min())
+        samples = some_per_class(train, min(per_class, smallest), config.seed)
+    try:
+        check_labels(samples, all_samples(val))
+    except ValueError as error:
+        raise ValueError(f"probe: {error}") from None
+    return Probe(samples, all_samples(val))
+
+
+def of_run(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
+    """The callbacks that a run's configuration asks for."""
+    model, device, per_epoch = trainer.model, trainer.world.device, trainer.run.steps_per_epoch
+    assert isinstance(model, MaskedImageModel)
+    requested = []
+    if probe is not None and config.probe is not None:
+        requested.append(knn_probe(config, model, config.probe.every_epochs * per_epoch, probe, device))
+    if config.panel_epochs is not None:
+        samples = partial(shown_samples, config, store, SHOWN, device)
+        requested.append(panel(config, model, config.panel_epochs * per_epoch, samples))
+    return requested
+
+
+def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callable[[], Batch]) -> Callback:
     """Shows the samples every so many steps: masked, reconstructed, and for KAMIM their keypoints and weights.
 
     samples: always the same, on the model's device; counts, if any, in cells of one pixel, which is the map F.
     """
 
-    def look(step: int, metrics: Metrics) -> None:
-        batch = samples()
-        device = batch.images.device
-        grid = config.data.resolution // config.mask.patch_size
-        mask = upload(block_masks(config.seed, 0, batch.indices, grid, config.mask.ratio), device)
-        images = normalise(batch.images)
-        with _looked_at(model), autocast(config.compute, device):
-            made = model.forward(images, mask)  # not compiled: it would be once more, for this size
+    def run(step: int, metrics: Metrics) -> None:
+        batch, weighting = samples(), config.weighting
+        with _evaluating(model):  # not compiled, which would be done once more for this size
+            made = reconstruct(model, batch, config.mask, config.seed, 0, config.compute)
         bitmaps = weights = None
-        if config.weighting is not None and batch.counts is not None:
+        if weighting is not None and batch.counts is not None:
             bitmaps = batch.counts.cpu().numpy() > 0
-            counts = torch.stack([torch.from_numpy(map_counts(f, config.weighting.patch_size)) for f in bitmaps])
-            weights = counts_to_weights(counts, config.weighting.patch_size, config.weighting.temperature).numpy()
+            counts = torch.stack([torch.from_numpy(map_counts(f, weighting.patch_size)) for f in bitmaps])
+            weights = counts_to_weights(counts, weighting.patch_size, weighting.temperature).numpy()
         figure = plots.panel_sheet(
-            batch.images.cpu().numpy(), expand_mask(mask, config.data.resolution).cpu().numpy(),
-            to_pixels(config, made, images).cpu().numpy(), bitmaps, weights, f"after {step} steps",
+            batch.images.cpu().numpy(), made.masked_pixels.cpu().numpy(),
+            made.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",
         )  # fmt: skip
         metrics.panel(step, plots.pixels(figure))
 
-    return Observer(every, look)
+    return Callback(every, run)
 
 
-def knn_probe(
-    compute: Compute, model: MaskedImageModel, every: int, classes: int, train: Callable[[], Iterable[Batch]],
-    val: Callable[[], Iterable[Batch]],
-) -> Observer:  # fmt: skip
-    """Notes knn_top1 every so many steps: per cent of val whose class NEIGHBOURS samples of train vote for.
+def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Probe, device: torch.device) -> Callback:
+    """Logs knn_top1 every so many steps: per cent of val whose class NEIGHBOURS samples of train vote for.
 
-    Features are those of `kamim eval --mode knn`. train, val: labelled batches on the model's device.
+    Features are those of `kamim eval --mode knn`.
     """
-    encoder = model.encoder
-    readout = Readout(resolve(encoder, "paper"), "mean", "none")
+    alone = World(0, 1, device)  # the first process does it alone
+    readout = Readout(resolve(model.encoder, "paper"), "mean", "none")
 
-    def features(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        found, labels = [], []
-        for batch in batches:
-            with autocast(compute, batch.images.device):
-                *_, (_, tokens) = blocks(encoder, normalise(batch.images), readout.block)
-                found.append(fixed(encoder, tokens, readout).float())
-            labels.append(batch.labels.clone())  # the loader may use its memory again
-        return torch.cat(found), torch.cat(labels)
+    def features(samples: Samples) -> tuple[Tensor, Tensor]:
+        loader = whole_images(samples, config.data.resolution, BATCH, config.data.workers, alone)
+        return _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
 
-    def look(step: int, metrics: Metrics) -> None:
-        with _looked_at(model):
-            known, known_labels = features(train())
-            asked, labels = features(val())
-            k = min(NEIGHBOURS, len(known))
-            made = knn(
-                known, known_labels, asked, labels, classes, known.device, lambda done, total: None, ks=(k,)
-            )  # fmt: skip
-        metrics.note({"knn_top1": made[str(k)]["top1"]})
+    def run(step: int, metrics: Metrics) -> None:
+        with _evaluating(model):
+            known, known_labels = features(probe.train)
+            asked, labels = features(probe.val)
+        k = min(NEIGHBOURS, len(known))
+        found = knn(
+            known, known_labels, asked, labels, len(probe.train.classes), known.device, lambda done, total: None,
+            ks=(k,),
+        )  # fmt: skip
+        metrics.note({"knn_top1": found[str(k)]["top1"]})
 
-    return Observer(every, look)
+    return Callback(every, run)
+
+
+def _features(
+    model: MaskedImageModel, readout: Readout, batches: Iterable[Batch], compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """float32 [N, D] and labels int64 [N]."""
+    found, labels = [], []
+    for batch in batches:
+        with autocast(compute, batch.images.device):
+            *_, (_, tokens) = blocks(model.encoder, normalise(batch.images), readout.block)
+            found.append(fixed(model.encoder, tokens, readout).float())
+        labels.append(batch.labels.clone())  # the loader reuses its memory
+    return torch.cat(found), torch.cat(labels)
 
 
 @contextmanager
-def _looked_at(model: MaskedImageModel) -> Iterator[None]:
-    """Inside, the model evaluates and keeps no gradients; behind it, it trains again if it did."""
-    was = model.training
+def _evaluating(model: MaskedImageModel) -> Iterator[None]:
+    """Inside, the model evaluates and keeps no gradients; after it, it trains again if it did."""
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was)
+        model.train(training)

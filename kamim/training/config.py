@@ -314,6 +314,11 @@ class Pretrain(Section):
         ARCHITECTURES[self.model.name].check_resolution(r)
         return self
 
+    @property
+    def normalised_patches(self) -> int | None:
+        """Side in px of the patches whose targets norm_pix_loss normalises; None without it."""
+        return ARCHITECTURES[self.model.name].stride if self.norm_pix_loss else None
+
 
 PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     "paper": {},

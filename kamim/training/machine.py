@@ -39,7 +39,7 @@ def keep_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def note_start(run: Path, step: int, steps: int, world: World) -> None:
+def log_start(run: Path, step: int, steps: int, world: World) -> None:
     """Adds a line to RUN/starts.jsonl: when, from which step of how many, and on what the run goes on."""
     run.mkdir(parents=True, exist_ok=True)
     start = {

@@ -202,7 +202,7 @@ def warn(run: Path, line: str) -> None:
         file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
 
 
-def refuse(step: int, values: Values) -> None:
+def check_finite(step: int, values: Values) -> None:
     """Raises FloatingPointError for a loss or a gradient that is not finite."""
     for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
         if not math.isfinite(value):
@@ -216,7 +216,7 @@ class Metrics:
     finds no room on the disk is left out from then on.
     """
 
-    def __init__(self, sinks: Iterable[Sink], check: Callable[[int, Values], None] = refuse):
+    def __init__(self, sinks: Iterable[Sink], check: Callable[[int, Values], None] = check_finite):
         self._check = check
         self.newest: dict[str, float] = {}
         self._sinks = list(sinks)
@@ -307,8 +307,8 @@ class _Waiting:
         return {name: value if name == "lr" else round(value, 6) for name, value in numbers.items()}
 
 
-class Waits(Generic[T]):
-    """The same batches, and the seconds that their user has waited for them."""
+class TimedBatches(Generic[T]):
+    """The same batches, and how long their user has waited for them."""
 
     def __init__(self, batches: Iterable[T]):
         self._batches = batches
@@ -324,7 +324,7 @@ class Waits(Generic[T]):
                 return
             yield batch
 
-    def take(self) -> float:
-        """Seconds since they were asked for last."""
+    def pop_seconds(self) -> float:
+        """Seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

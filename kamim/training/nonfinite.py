@@ -33,7 +33,7 @@ class NonFinite(FloatingPointError):
         self.step = step
 
 
-class Guard:
+class NonFiniteGuard:
     """Of a fused optimiser. policy: stop, or skip the step's update and go on."""
 
     def __init__(self, optimizer: Optimizer, policy: Literal["stop", "skip"], run: Path, seed: int, world: World):

@@ -1,90 +1,129 @@
-"""Pretraining: SimMIM and KAMIM. It takes any iterable of Batch and knows nothing of where batches come from."""
+"""Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from kamim.method.masking import block_masks
-from kamim.method.objective import denormalise_patches, masked_l1, normalise_patches
+from kamim.method.objective import masked_l1
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
-from kamim.models.masked_image_model import ARCHITECTURES, MaskedImageModel
-from kamim.models.stochastic_depth import draw_paths
+from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
-from kamim.storage.store import MANIFEST, write_whole
-from kamim.training import checkpoint, machine
-from kamim.training.config import Pretrain, dump, load
+from kamim.storage.store import Store
+from kamim.training import callbacks, checkpoint, distributed, machine, metrics, report, run_folder
+from kamim.training.config import Pretrain
+from kamim.training.data import online_differs, training_loader
 from kamim.training.distributed import World
-from kamim.training.metrics import Waits
-from kamim.training.nonfinite import Guard
-from kamim.training.trainer import (
-    Batches,
-    Observer,
-    Outcome,
-    Progress,
-    Run,
-    Steps,
-    autocast,
-    should_compile,
-    synchronised,
-    train,
-)
-from pipelines.batch import Batch, denormalise, normalise, upload
-
-CONFIG = "config.yaml"  # of a run
-Observe = Callable[[MaskedImageModel], Sequence[Observer]]
+from kamim.training.nonfinite import NonFiniteGuard
+from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
+from pipelines.batch import Batch
+from pipelines.loader import Loader
 
 
-def pretrain(
-    config: Pretrain, batches: Batches, steps_per_epoch: int, world: World, progress: Progress,
-    observe: Observe = lambda model: (), fresh: bool = False,
-) -> Outcome:  # fmt: skip
-    """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last epoch.
+def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
+    """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last step.
 
-    observe: what looks at the model meanwhile. fresh: there must be no run in config.out. Raises ValueError where there
-    is, or one of another configuration, or one that another process trains now, and for an init_from that does not fit;
-    kamim.training.nonfinite.NonFinite for a loss that is not finite.
+    fresh: there must be no run in config.out. Raises ValueError for a configuration that does not fit its store or this
+    machine, before anything is written; for a folder that holds a run of another configuration, or one that another
+    process trains now; and for an init_from that does not fit. Raises NonFinite for a loss that is not finite.
     """
-    total, _, _ = config.optim.schedule(steps_per_epoch)  # what does not fit is told before anything is written
+    with _world(config) as world:
+        store, loader, probe = _checked(config, world)
+        if world.is_main and (line := online_differs(config, store)):
+            metrics.log.warning(line)
+        with lock.alone(config.out, "out =", world):
+            run_folder.check_free(config, fresh)
+            trainer = build_trainer(config, loader, world)
+            if config.init_from is not None and not checkpoint.saved(config.out):
+                initialise(trainer.model, config)
+            trainer.callbacks = callbacks.of_run(config, trainer, store, probe)
+            world.barrier()  # every rank has looked at the folder
+            total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
+            if world.is_main and total not in checkpoint.saved(config.out):
+                run_folder.claim(config)
+            world.barrier()
+            outcome = trainer.fit(progress)
+        if world.is_main and not report.is_current(config.out):
+            report.save_report(config.out)
+        world.barrier()  # torchrun ends the other ranks once one leaves to be resumed
+        return outcome
+
+
+def check(config: Pretrain) -> None:
+    """Runs the same validation as pretrain, except the checks of config.out. Raises ValueError."""
+    with _world(config) as world:
+        _checked(config, world)
+
+
+@contextmanager
+def _world(config: Pretrain) -> Iterator[World]:
+    world = distributed.start(config.compute.device)
+    try:
+        yield world
+    finally:
+        distributed.stop()
+
+
+def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.Probe | None]:
+    """What a run trains on and is probed by. Raises ValueError for what cannot be."""
+    metrics.check(config.log)
+    store = Store(config.data.store)
+    loader = training_loader(config, store, world)
+    config.optim.schedule(loader.plan.steps_per_epoch)
     autocast(config.compute, world.device)
-    with lock.alone(config.out, "out =", world):
-        _check_place(config, fresh)
-        model, network, optimizer = prepare(config, world)
-        if config.init_from is not None and not checkpoint.saved(config.out):
-            initialise(model, config)
-        world.barrier()  # everyone has looked
-        if world.is_main and total not in checkpoint.saved(config.out):
-            _claim(config)
-        world.barrier()
-        run = Run(
-            config.out, "pretrain", config.model_dump(mode="json"), config.optim, steps_per_epoch,
-            every=config.checkpoint_epochs * steps_per_epoch,
-            keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * steps_per_epoch or None),
-            log=config.log, observers=observe(model),
-        )  # fmt: skip
-        guard = Guard(optimizer, config.on_nonfinite, config.out, config.seed, world)
-
-        def made(first: int, stop: int) -> Steps:
-            return steps(config, network, batches(first, stop), world, guard)
-
-        return train(run, model, optimizer, made, world, progress, guard=guard)
+    return store, loader, callbacks.open_probe(config)
 
 
-def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
-    """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
+def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
+    """A trainer of a new model: random weights from the seed, AdamW, and the guard against what is not finite."""
     if world.device.type == "cpu":
         machine.keep_memory()
     torch.manual_seed(config.seed)
     model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
-    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
-    if should_compile(config.compute, world.device):
-        network.compile()
-    return model, network, build_optimizer(config, model)
+    network = parallel(model, config.compute, world)
+    optimizer = build_optimizer(config, model)
+    per_epoch = loader.plan.steps_per_epoch
+    run = Run(
+        config.out, "pretrain", config.model_dump(mode="json"), config.optim, per_epoch,
+        every=config.checkpoint_epochs * per_epoch,
+        keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * per_epoch or None),
+        log=config.log,
+    )  # fmt: skip
+    guard = NonFiniteGuard(optimizer, config.on_nonfinite, config.out, config.seed, world)
+    objective = MaskedReconstruction(config, network)
+    return Trainer(run, model, network, optimizer, objective, loader.steps, world, guard=guard)
 
 
-def initialise(model: MaskedImageModel, config: Pretrain) -> None:
+class MaskedReconstruction:
+    """Eq. 1 or Eq. 3 of a micro-batch: an objective of the Trainer."""
+
+    def __init__(self, config: Pretrain, network: nn.Module):
+        self._config = config
+        self._network = network
+
+    def __call__(self, batch: Batch) -> Losses:
+        """The loss; for KAMIM also the mean and the largest W."""
+        target, made, weights = self.reconstruct(batch)
+        loss = masked_l1(target, made.output, made.mask, weights)
+        if weights is None:
+            return Losses(loss)
+        return Losses(loss, {"weight_mean": weights.mean()}, {"weight_max": weights.max()})
+
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Reconstruction, Tensor | None]:
+        """The target [B, 3, R, R], its reconstruction, and the weights W [B, c, c] or None."""
+        config, weighting = self._config, self._config.weighting
+        made = reconstruct(self._network, batch, config.mask, config.seed, batch.epoch, config.compute)
+        weights = None
+        if weighting is not None:
+            assert batch.counts is not None, "KAMIM needs keypoint counts"
+            weights = counts_to_weights(batch.counts, weighting.patch_size, weighting.temperature, weighting.normalize)
+        return made.target(config.normalised_patches), made, weights
+
+
+def initialise(model: nn.Module, config: Pretrain) -> None:
     """Loads config.init_from, positions interpolated for another resolution; what it lacks stays random.
 
     Raises ValueError where it cannot be read or is of another architecture.
@@ -115,104 +154,3 @@ def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Op
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
     )  # fmt: skip
-
-
-def steps(
-    config: Pretrain, network: nn.Module, batches: Iterable[Batch], world: World, guard: Guard | None = None
-) -> Steps:
-    """Gradients of one optimiser step at a time: yields it and its samples, loss, mean and largest W over all ranks."""
-    network.train()
-    sums = torch.zeros(3, device=world.device)  # of samples, of loss and of mean W
-    largest = torch.zeros((), device=world.device)
-    waits = Waits(batches)
-    for batch in waits:
-        taken = batch if len(batch) else batch.stand_in()
-        with synchronised(network, batch, world):
-            loss, weights = batch_loss(config, network, taken, world.device)
-            (loss * (taken.share * world.size)).backward()  # DDP averages over ranks
-        if guard is not None:
-            guard.see(batch, loss.detach())
-        sums[0] += len(batch)
-        sums[1] += loss.detach() * taken.share
-        if weights is not None:
-            sums[2] += weights.mean() * taken.share
-            largest = torch.maximum(largest, weights.max())
-        if batch.last:
-            total = world.sum(sums.clone())
-            parts = {"weight_mean": total[2], "weight_max": world.largest(largest)} if weights is not None else {}
-            yield batch.step, {"samples": total[0], "loss": total[1], **parts, "data_wait": waits.take()}
-            sums.zero_()
-            largest = torch.zeros_like(largest)
-
-
-def batch_loss(
-    config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Eq. 1 or Eq. 3 of one batch, and the weights W [B, c, c] if there are any."""
-    target, reconstruction, mask, weights = reconstruct(config, network, batch, device)
-    return masked_l1(target, reconstruction, mask, weights), weights
-
-
-def reconstruct(
-    config: Pretrain, network: nn.Module, batch: Batch, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What masked_l1 takes: target and reconstruction [B, 3, R, R], mask bool [B, g, g], W [B, c, c] or None."""
-    grid = config.data.resolution // config.mask.patch_size
-    mask = upload(block_masks(config.seed, batch.epoch, batch.indices, grid, config.mask.ratio), device)
-    weights = None
-    if config.weighting is not None:
-        assert batch.counts is not None, "KAMIM needs keypoint counts"
-        w = config.weighting
-        weights = counts_to_weights(batch.counts, w.patch_size, w.temperature, w.normalize)
-    images = normalise(batch.images)
-    draw_paths(network, config.seed, batch.epoch, batch.indices, device)
-    with autocast(config.compute, device):
-        reconstruction = network(images, mask)
-    target = normalise_patches(images, ARCHITECTURES[config.model.name].stride) if config.norm_pix_loss else images
-    return target, reconstruction, mask, weights
-
-
-def to_pixels(config: Pretrain, reconstruction: Tensor, images: Tensor) -> Tensor:
-    """What the model makes of normalised images, to look at: uint8 [B, R, R, 3].
-
-    With norm_pix_loss it makes no pixels; the patches then have the mean and deviation of the images'.
-    """
-    if config.norm_pix_loss:
-        reconstruction = denormalise_patches(reconstruction, images, ARCHITECTURES[config.model.name].stride)
-    return denormalise(reconstruction.float().nan_to_num())
-
-
-def _check_place(config: Pretrain, fresh: bool) -> None:
-    """Raises ValueError where another run lives in config.out, or any, if it must be fresh, or a store."""
-    file = config.out / CONFIG
-    if (config.out / MANIFEST).is_file():
-        raise ValueError(f"out = {config.out}: is a store; choose another out=...")
-    if not file.is_file():
-        return
-    if fresh:
-        raise ValueError(f"out = {config.out}: holds a run already; choose another out=..., or --resume auto goes on")
-    if difference := _difference(load(Pretrain, file), config):
-        raise ValueError(
-            f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
-            "or remove it"
-        )
-
-
-def _claim(config: Pretrain) -> None:
-    """Writes the configuration into config.out."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_whole(config.out / CONFIG, dump(config).encode())
-
-
-# What a resumed run may change: none of it says which samples are trained on, or how.
-_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
-         "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
-         "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
-
-
-def _difference(there: Pretrain, asked: Pretrain) -> str:
-    """The first key on which the runs differ, with both values, or nothing."""
-    old, new = (dump(config, exclude=_FREE).splitlines() for config in (there, asked))
-    pairs = zip(old, new, strict=False)
-    changed = next((f"{a.strip()} there, {b.strip()} asked for" for a, b in pairs if a != b), "")
-    return changed or ("other keys" if len(old) != len(new) else "")

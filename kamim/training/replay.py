@@ -1,6 +1,6 @@
 """One step of a run again, sample by sample: from the newest checkpoint before it, through the steps in between."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kamim.method.objective import masked_l1
-from kamim.models.masked_image_model import MaskedImageModel, expand_mask
-from kamim.training import schedule
-from kamim.training.config import Pretrain
+from kamim.storage.store import Store
+from kamim.training import distributed, machine, nonfinite
+from kamim.training.config import Pretrain, load
+from kamim.training.data import training_loader
 from kamim.training.distributed import World
-from kamim.training.nonfinite import Guard
-from kamim.training.pretrain import initialise, prepare, reconstruct, steps, to_pixels
-from kamim.training.trainer import Batches, resume, update
-from pipelines.batch import Batch, normalise
+from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
+from kamim.training.run_folder import CONFIG
+from kamim.training.trainer import Trainer, by_step
+from pipelines.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -49,47 +50,65 @@ class Replayed:
         return sorted(self.samples, key=lambda sample: (np.isfinite(sample.loss), -sample.loss))
 
 
-def replay(
-    config: Pretrain, run: Path, step: int, batches: Batches, ranks: Sequence[Batches], steps_per_epoch: int,
-    device: torch.device,
-) -> Replayed:  # fmt: skip
-    """What `step` of the run computed. batches: of all ranks as one; ranks: of each of those that trained.
+def replay(run: Path, step: int | None, device: str) -> Replayed:
+    """What `step` of a run computed; None: the newest step that was not finite. device: auto, cuda or cpu.
 
-    On a CPU the numbers are the run's, bit by bit, if the steps in between were computed by one process.
+    On a CPU the numbers are the run's, bit by bit, if the steps in between were computed by one process. Raises
+    ValueError where there is no such run or step.
     """
-    world = World(0, 1, device)
-    model, _, optimizer = prepare(config, world)
-    began = resume(run, model, optimizer, world, most=step)
-    if began == 0 and config.init_from is not None:
-        initialise(model, config)
-    guard = Guard(optimizer, "skip", run, config.seed, world)
-    scheduler = schedule.cosine(optimizer, config.optim, steps_per_epoch)
-    for at, values in steps(config, model, batches(began, step), world):
-        scheduler.step_update(at)
-        update(model, optimizer, config.optim.clip_grad, values["loss"], guard)
-    model.train()
-    loss, samples = torch.zeros((), device=device), []
-    for its in ranks:
-        for batch in its(step, step + 1):
-            if not len(batch):  # a rank may have none of a short step
-                continue
-            whole, parts = _samples(config, model, batch, device)
-            loss += whole * batch.share
-            samples += parts
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
+    config = load(Pretrain, run / CONFIG)
+    recorded = nonfinite.recorded(run)
+    if step is None and not recorded:
+        raise ValueError(f"{run}: had no step whose loss was not finite; name another with --step")
+    step = max(recorded) if step is None else step
+    world, store = distributed.start(device), Store(config.data.store)
+    loader = training_loader(config, store, world)
+    total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
+    if not 0 <= step < total:
+        raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
+    trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
+    began = _bring_to(step, trainer, config)
+    ranks = recorded.get(step) or next((s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1)
+    loss, samples = torch.zeros((), device=world.device), []
+    for batch in _of_ranks(config, store, step, ranks, world.device):
+        whole, parts = _samples(config, trainer, batch)
+        loss += whole * batch.share
+        samples += parts
     return Replayed(step, began, float(loss), tuple(samples))
 
 
-def _samples(
-    config: Pretrain, model: MaskedImageModel, batch: Batch, device: torch.device
-) -> tuple[Tensor, list[Sample]]:
+def _bring_to(step: int, trainer: Trainer, config: Pretrain) -> int:
+    """Brings the model to its state before `step`. Returns the step of the checkpoint that this began at."""
+    began = trainer.resume(at_most=step)
+    if began == 0 and config.init_from is not None:
+        initialise(trainer.model, config)
+    for at, micro_batches in by_step(trainer.batches(began, step)):
+        trainer.train_step(at, micro_batches)
+    trainer.network.train()
+    return began
+
+
+def _of_ranks(config: Pretrain, store: Store, step: int, ranks: int, device: torch.device) -> Iterator[Batch]:
+    """The micro-batches that had samples, of each of the ranks that trained."""
+    for rank in range(ranks):
+        loader = training_loader(config, store, World(rank, ranks, device))
+        yield from (batch for batch in loader.steps(step, step + 1) if len(batch))
+
+
+def _samples(config: Pretrain, trainer: Trainer, batch: Batch) -> tuple[Tensor, list[Sample]]:
     """The loss of a micro-batch, and of each of its samples."""
+    assert isinstance(trainer.objective, MaskedReconstruction)
     with torch.no_grad():
-        target, made, mask, weights = reconstruct(config, model, batch, device)
+        target, made, weights = trainer.objective.reconstruct(batch)
         rows = [slice(i, i + 1) for i in range(len(batch))]
-        losses = [masked_l1(target[i], made[i], mask[i], None if weights is None else weights[i]) for i in rows]
-        whole = masked_l1(target, made, mask, weights)
-    images, pixels = batch.images.cpu().numpy(), to_pixels(config, made, normalise(batch.images)).cpu().numpy()
-    masked = expand_mask(mask, target.shape[-1]).cpu().numpy()
+        losses = [
+            masked_l1(target[i], made.output[i], made.mask[i], None if weights is None else weights[i]) for i in rows
+        ]
+        whole = masked_l1(target, made.output, made.mask, weights)
+    images, pixels = batch.images.cpu().numpy(), made.pixels(config.normalised_patches).cpu().numpy()
+    masked = made.masked_pixels.cpu().numpy()
     return whole, [
         Sample(
             int(batch.indices[i]), float(losses[i]), None if weights is None else float(weights[i].max()),

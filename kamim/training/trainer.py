@@ -1,6 +1,10 @@
-"""What every training loop shares: optimiser steps, metrics, checkpoints, resuming, stopping when asked.
+"""The training loop. Pretraining, the linear probe and fine-tuning use it; only their objectives differ.
 
-A loop is a model, an optimiser and a generator of gradients; what a step's loss is, only the generator knows.
+for step in range(first, total):
+    for batch in the step's micro-batches:
+        loss = objective(batch)                # Eq. 1, Eq. 3, or a classifier's cross entropy
+        (loss * batch.share).backward()
+    clip; optimiser; schedule; metrics; callbacks; checkpoint; stop
 """
 
 import math
@@ -10,42 +14,62 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from kamim.training import checkpoint, machine, schedule
 from kamim.training.config import Compute, Log, Optim
 from kamim.training.distributed import World
-from kamim.training.metrics import Metrics, refuse, sinks, warn
-from kamim.training.nonfinite import Guard, NonFinite
+from kamim.training.metrics import Metrics, TimedBatches, check_finite, sinks, warn
+from kamim.training.nonfinite import NonFinite, NonFiniteGuard
 from pipelines.batch import Batch
 
-Batches = Callable[[int, int], Iterable[Batch]]  # steps first .. stop - 1, on the device
-Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, newest metrics
-# Steps first .. stop - 1: leaves a step's gradients in place, then yields it and what to log: "loss" at least, and
-# "samples" where steps differ in them.
-Steps = Iterator[tuple[int, dict[str, Tensor | float]]]
-Gradients = Callable[[int, int], Steps]
+Batches = Callable[[int, int], Iterable[Batch]]  # (first, stop): the micro-batches of these steps, on the device
+Progress = Callable[[int, int, Mapping[str, float]], None]  # (steps done, steps in all, newest metrics)
 
 
 @dataclass(frozen=True)
-class Observer:
-    """What looks at a run every so many steps, and at its last: look(steps done, where to say what it saw).
+class Losses:
+    """What an objective computes on a micro-batch: scalars on the device.
 
-    It runs in the first process alone, and must leave the model, its gradients and its mode as they were.
+    loss: its mean over the micro-batch's samples is minimised. means: logged as means over the step's samples; largest:
+    logged as maxima over them.
+    """
+
+    loss: Tensor
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    largest: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def __call__(self, batch: Batch) -> Losses:
+        """The losses of a micro-batch of one sample or more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Callback:
+    """Runs every `every` steps and after the last: run(steps done, metrics), in the first process alone.
+
+    It must leave the model, its gradients and its mode as they were.
     """
 
     every: int
-    look: Callable[[int, Metrics], None]
+    run: Callable[[int, Metrics], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a loop keeps its state, and for how long it runs.
+    """Where training keeps its state, and for how long it runs.
 
-    kind and config say in every checkpoint what was trained, and how; every: steps between two checkpoints.
+    kind and config are written to every checkpoint: what was trained, and how. every: steps between two checkpoints.
     """
 
     out: Path
@@ -56,106 +80,211 @@ class Run:
     every: int
     keep: checkpoint.Keep
     log: Log = field(default_factory=Log)
-    observers: Sequence[Observer] = ()
 
     def saves_at(self, step: int) -> bool:
-        """Whether there is to be a checkpoint after so many steps."""
+        """Whether a checkpoint is due after `step` steps."""
         return step % self.every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """From which step to which a run went. finished is false where a signal stopped it; it can then be resumed."""
+    """The steps that training went through: first .. step - 1. Where finished is false, it can be resumed."""
 
     first: int
     step: int
     finished: bool
 
 
-def train(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients, world: World,
-    progress: Progress, after_step: Callable[[], None] = lambda: None, guard: Guard | None = None,
-) -> Outcome:  # fmt: skip
-    """Trains from the newest checkpoint in run.out, or from the model as it is, to the last epoch.
+@dataclass
+class Trainer:
+    """Trains `model` on `batches` for as long as `run` says.
 
-    A checkpoint that cannot be written (a full disk) is left out; only the last one's absence is an error, OSError.
-    Raises FloatingPointError for a loss that is not finite; with a guard NonFinite, the state of before it saved, or
-    the step is skipped.
+    model: what checkpoints hold. network: what the objective calls, the model itself or DDP around (a part of) it.
+    guard: what happens to a step that is not finite; None stops with FloatingPointError. after_update: called after
+    every update of the weights, for moving averages.
     """
-    scheduler = schedule.cosine(optimizer, run.optim, run.steps_per_epoch)
-    first = resume(run.out, model, optimizer, world)
-    if world.is_main:
-        checkpoint.tidy(run.out, first, run.keep)
-    total, _, _ = run.optim.schedule(run.steps_per_epoch)
-    if first == total:
-        return Outcome(first, first, True)
-    if first > total:
-        raise ValueError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
-    if world.is_main:
-        machine.note_start(run.out, first, total, world)
-    step = first
 
-    def check(step: int, values: Mapping[str, float]) -> None:
-        if guard is None:
-            refuse(step, values)
-        elif (said := guard.check(step, values)) and world.is_main:
-            warn(run.out, said)
+    run: Run
+    model: nn.Module
+    network: nn.Module
+    optimizer: Optimizer
+    objective: Objective
+    batches: Batches
+    world: World
+    callbacks: Sequence[Callback] = ()
+    guard: NonFiniteGuard | None = None
+    after_update: Callable[[], None] = lambda: None
 
-    def save(step: int, last: bool) -> None:
+    def __post_init__(self) -> None:
+        self.scheduler: CosineLRScheduler = schedule.cosine(self.optimizer, self.run.optim, self.run.steps_per_epoch)
+
+    def fit(self, progress: Progress) -> Outcome:
+        """Trains from the newest checkpoint in run.out, or from the model as it is, to the last step.
+
+        SIGINT, SIGTERM and SIGUSR1 end it after a step, with a checkpoint. A checkpoint that cannot be written (a full
+        disk) is left out with a warning; for the last one OSError is raised. Raises FloatingPointError where a step is
+        not finite: with a guard NonFinite, after saving the state before that step.
+        """
+        run, world = self.run, self.world
+        total, _, _ = run.optim.schedule(run.steps_per_epoch)
+        first = done = self.resume()
+        if world.is_main:
+            checkpoint.tidy(run.out, first, run.keep)
+        if first == total:
+            return Outcome(first, first, True)
+        if first > total:
+            raise ValueError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
+        if world.is_main:
+            machine.log_start(run.out, first, total, world)
+        logs = sinks(run.out, first, run.log, run.config) if world.is_main else ()
+        with stop_requested() as stop, Metrics(logs, self._check) as metrics, self._saved_if_not_finite(metrics):
+            batches = TimedBatches(self.batches(first, total))
+            for step, micro_batches in by_step(batches):
+                logged = self.train_step(step, micro_batches)
+                metrics.add(step, self._rate(), {**logged, "data_wait": batches.pop_seconds()})
+                done = step + 1
+                progress(done, total, metrics.newest)
+                last = done == total or world.any(stop())  # one answer for all ranks: none may wait for the others
+                self._call_back(done, total, metrics)
+                if last or run.saves_at(done):
+                    self._save(done, metrics, last)
+                    world.barrier()
+                    metrics.restart()
+                if last:
+                    break
+        return Outcome(first, done, done == total)
+
+    def train_step(self, step: int, micro_batches: Iterable[Batch]) -> dict[str, Tensor | float]:
+        """One step of the optimiser, on the step's micro-batches of this rank. Returns what to log."""
+        self.scheduler.step_update(step)
+        self.network.train()
+        totals = _Totals(self.world)
+        for batch in micro_batches:
+            trained = batch if len(batch) else batch.stand_in()  # a rank without samples takes part all the same
+            with self._gradients_averaged(batch.last):
+                losses = self.objective(trained)
+                (losses.loss * (trained.share * self.world.size)).backward()  # DDP averages over the ranks
+            totals.add(len(batch), trained.share, losses)
+            if self.guard is not None:
+                self.guard.see(batch, losses.loss.detach())
+        logged = totals.over_ranks()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_grad or math.inf)
+        if self.guard is not None:
+            logged |= self.guard.gate(logged["loss"], norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_update()
+        return {**logged, "grad_norm": norm}
+
+    def resume(self, at_most: int | None = None) -> int:
+        """Restores the newest whole checkpoint (of at most `at_most` steps), if any. Returns the steps that are done.
+
+        The first process chooses for all, since they may not see the same files.
+        """
+        out, world = self.run.out, self.world
+        found = checkpoint.latest(out, at_most) if world.is_main else None
+        step = torch.tensor(-1 if found is None else found.step, device=world.device)
+        world.share(step)
+        if step < 0:
+            return 0
+        checkpoint.restore(found or checkpoint.at(out, int(step)), self.model, self.optimizer)
+        world.barrier()  # before the first process removes any
+        return int(step)
+
+    def _gradients_averaged(self, last: bool) -> AbstractContextManager[None]:
+        """Inside, a backward pass averages gradients over the ranks, but only in the step's last micro-batch."""
+        return nullcontext() if last or self.world.size == 1 else self.network.no_sync()  # type: ignore[operator]
+
+    def _rate(self) -> float:
+        """The learning rate; of the last layer, where layers differ."""
+        return float(self.optimizer.param_groups[-1]["lr"])
+
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
+        if self.guard is None:
+            check_finite(step, values)
+        elif (line := self.guard.check(step, values)) and self.world.is_main:
+            warn(self.run.out, line)
+
+    def _call_back(self, done: int, total: int, metrics: Metrics) -> None:
+        for callback in self.callbacks if self.world.is_main else ():
+            if done % callback.every == 0 or done == total:
+                callback.run(done, metrics)
+                metrics.restart()
+
+    def _save(self, step: int, metrics: Metrics, last: bool) -> None:
+        """Saves a checkpoint; before that, the metrics of the steps before it become durable."""
+        run = self.run
         try:
-            metrics.flush()  # a checkpoint stands on the lines before it
-            if world.is_main:
-                checkpoint.save(run.out, step, run.kind, run.config, model, optimizer, run.keep)
+            metrics.flush()
+            if self.world.is_main:
+                checkpoint.save(run.out, step, run.kind, run.config, self.model, self.optimizer, run.keep)
         except OSError as error:
             if last:
                 raise
-            warn(run.out, f"step {step}: no checkpoint, the run goes on: {error}")
+            warn(run.out, f"step {step}: no checkpoint, the run continues: {error}")
 
-    said = sinks(run.out, first, run.log, run.config) if world.is_main else ()
-    with _stop_asked() as stopped, Metrics(said, check) as metrics:
+    @contextmanager
+    def _saved_if_not_finite(self, metrics: Metrics) -> Iterator[None]:
+        """A step that is not finite ends the run; the state before it, which the guard has kept, is saved."""
         try:
-            for step, values in gradients(first, total):
-                scheduler.step_update(step)
-                updated = update(model, optimizer, run.optim.clip_grad, values["loss"], guard)
-                after_step()
-                rate = scheduler.optimizer.param_groups[-1]["lr"]  # of the last layer, where layers differ
-                metrics.add(step, rate, {"samples": run.optim.batch_size, **values, **updated})
-                step += 1
-                progress(step, total, metrics.newest)
-                stop = world.any(stopped())  # one answer for all ranks, or some would wait for the others for ever
-                if world.is_main:
-                    _observe(run.observers, step, total, metrics)
-                if run.saves_at(step) or step == total or stop:
-                    save(step, last=step == total or stop)
-                    world.barrier()
-                    metrics.restart()
-                if stop:
-                    break
+            yield
         except NonFinite as error:
-            if world.is_main and error.step not in checkpoint.saved(run.out):
-                save(error.step, last=False)
-            world.barrier()  # or the others' end would be the first's, too
+            if self.world.is_main and error.step not in checkpoint.saved(self.run.out):
+                self._save(error.step, metrics, last=False)
+            self.world.barrier()  # or the other ranks' end would end the first one
             raise
-    return Outcome(first, step, step == total)
 
 
-def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, most: int | None = None) -> int:
-    """Restores the newest whole checkpoint (of at most `most` steps), if there is one: how many steps are done.
+class _Totals:
+    """Sums over the micro-batches of a step."""
 
-    The first process chooses for all, who may not see the same files.
-    """
-    found = checkpoint.latest(run, most) if world.is_main else None
-    step = torch.tensor(-1 if found is None else found.step, device=world.device)
-    world.share(step)
-    if step < 0:
-        return 0
-    checkpoint.restore(found or checkpoint.at(run, int(step)), model, optimizer)
-    world.barrier()  # before the first process drops any
-    return int(step)
+    def __init__(self, world: World):
+        self._world = world
+        self._samples = 0
+        self._means: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
+
+    def add(self, samples: int, share: float, losses: Losses) -> None:
+        """Adds a micro-batch. share: of the step's samples on all ranks."""
+        self._samples += samples
+        for name, value in {"loss": losses.loss, **losses.means}.items():
+            part = value.detach() * share
+            self._means[name] = self._means[name] + part if name in self._means else part
+        for name, value in losses.largest.items():
+            self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
+
+    def over_ranks(self) -> dict[str, Tensor]:
+        """What to log of the step: samples, loss and the objective's other numbers, over all ranks."""
+        samples = torch.tensor(float(self._samples), device=self._world.device)
+        sums = self._world.sum(torch.stack([samples, *self._means.values()]))
+        logged = dict(zip(("samples", *self._means), sums, strict=True))
+        return logged | {name: self._world.largest(value) for name, value in self._largest.items()}
+
+
+def by_step(batches: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """(step, its micro-batches) of one step after the other; nothing of the next step is requested ahead."""
+    batches = iter(batches)
+
+    def until_last(batch: Batch) -> Iterator[Batch]:
+        yield batch
+        while not batch.last:
+            batch = next(batches)
+            yield batch
+
+    for batch in batches:
+        yield batch.step, until_last(batch)
+
+
+def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
+    """The model as the objective calls it: over all ranks, and compiled where `compute` says so."""
+    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
+    if should_compile(compute, world.device):
+        network.compile()
+    return network
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 autocast, or nothing. Raises ValueError where bf16 is asked for on a GPU that has none."""
+    """bf16 autocast, or nothing. Raises ValueError where bf16 is requested on a GPU that does not support it."""
     lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if lacks and compute.precision == "bf16":
         raise ValueError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
@@ -169,46 +298,23 @@ def should_compile(compute: Compute, device: torch.device) -> bool:
     return device.type == "cuda" if compute.compile == "auto" else compute.compile
 
 
-def synchronised(network: nn.Module, batch: Batch, world: World) -> AbstractContextManager[None]:
-    """Inside, a backward pass adds up gradients over ranks only where `batch` ends its step."""
-    return nullcontext() if batch.last or world.size == 1 else network.no_sync()  # type: ignore[operator]
-
-
-def _observe(observers: Sequence[Observer], step: int, total: int, metrics: Metrics) -> None:
-    for observer in observers:
-        if step % observer.every == 0 or step == total:
-            observer.look(step, metrics)
-            metrics.restart()
-
-
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float | None, loss: Tensor | float,
-    guard: Guard | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """An optimiser step with the gradients there are, clipped; drops them and returns what to log of it."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
-    skipped = {} if guard is None else guard.gate(torch.as_tensor(loss), norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, **skipped}
-
-
 @contextmanager
-def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """SIGINT, SIGTERM and SIGUSR1, inside the block, only set a flag: the step ends, the state is saved.
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT, SIGTERM and SIGUSR1 only set a flag, which the yielded function reads.
 
-    A second SIGINT, which a person sends, ends it at once; batch systems and torchrun may say the same thing twice.
+    A second SIGINT, which a person sends, raises KeyboardInterrupt at once; batch systems and torchrun may send the
+    same signal twice.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in asked:
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""What a run reads: its store's loader, and what must fit between the two."""
+
+import numpy as np
+import torch
+
+from kamim.storage.store import Store
+from kamim.training.config import Pretrain
+from kamim.training.distributed import World
+from pipelines.batch import Batch
+from pipelines.counts import CachedCounts, Counter, OnlineCounts
+from pipelines.loader import Crop, Loader
+from pipelines.plan import Plan
+from pipelines.samples import Samples
+
+
+def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
+    """The random crops, keypoint counts and order that a process of a run trains on.
+
+    Raises ValueError where the store cannot give them.
+    """
+    optim, data = config.optim, config.data
+    counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
+    check_area(store, data.resolution, data.crop_scale[0])
+    plan = Plan(
+        len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=data.drop_last, rank=world.rank,
+        world=world.size,
+    )  # fmt: skip
+    return Loader(
+        store, plan, data.resolution, crop=_crop(config), counter=counter, workers=data.workers,
+        on_error=data.on_error, device=world.device,
+    )  # fmt: skip
+
+
+def shown_samples(config: Pretrain, store: Store, count: int, device: torch.device) -> Batch:
+    """A few samples from all over the store, cropped as in the first epoch; counts in cells of one pixel: the map F."""
+    count = min(count, len(store))
+    chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
+    plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
+    loader = Loader(
+        store, plan, config.data.resolution, crop=_crop(config), counter=_counter(config, store, 1), workers=1,
+        on_error=config.data.on_error, device=device,
+    )  # fmt: skip
+    return next(iter(loader.steps(0, 1)))
+
+
+def whole_images(samples: Samples, resolution: int, batch_size: int, workers: int | None, world: World) -> Loader:
+    """Every sample once, in order, as a whole image of resolution x resolution px: what evaluation reads."""
+    size = max(min(batch_size, len(samples.numbers)), world.size)
+    plan = Plan(
+        len(samples.numbers), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size,
+        listed=samples.numbers,
+    )  # fmt: skip
+    return Loader(samples.store, plan, resolution, workers=workers, device=world.device)
+
+
+def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
+    """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
+    area = store.manifest.stored_area
+    if area is not None and area < 0.99 * resolution**2 / smallest_crop:
+        raise ValueError(
+            f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
+            f"{resolution} px; preprocess with --resolution {resolution}"
+        )
+
+
+def online_differs(config: Pretrain, store: Store) -> str:
+    """What to know of a run that detects keypoints online on images that are not the originals, else ''."""
+    online = config.weighting is not None and config.weighting.keypoints == "online"
+    if not online or store.manifest.job.encoding == "original":
+        return ""
+    return (
+        f"weighting.keypoints = online: {store.path} holds resized images, on which detectors find other "
+        "keypoints than on the originals (docs/fidelity.md); the released code's way needs a store of "
+        "`kamim preprocess --images-as original`"
+    )
+
+
+def _crop(config: Pretrain) -> Crop:
+    return Crop(config.data.crop_scale, config.data.crop_ratio)
+
+
+def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:
+    """Where the counts of a run come from, in cells of patch_size px. Raises ValueError where the store has none."""
+    weighting = config.weighting
+    if weighting is None:
+        return None
+    if weighting.keypoints == "online":
+        return OnlineCounts(weighting.detector, weighting.footprint, patch_size)
+    job, data = store.manifest.job, config.data
+    keypoints = store.keypoints(weighting.detector)
+    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+        raise ValueError(
+            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
+            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
+            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+        )
+    return CachedCounts(keypoints, weighting.footprint, patch_size)

@@ -1,0 +1,86 @@
+"""Some samples of a store: which they are, and what classes they have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kamim.method import rng
+from kamim.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Samples:
+    """numbers: of the samples in the store, int64 [N], ascending."""
+
+    store: Store
+    numbers: np.ndarray
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N], -1 without labels."""
+        return torch.from_numpy(self.store.images.labels[self.numbers])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
+        return self.store.manifest.classes
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What a result records of them."""
+        manifest = self.store.manifest
+        return {
+            "store": str(self.store.path), "dataset": manifest.job.dataset, "images": len(self.numbers),
+            "fingerprint": manifest.source,
+        }  # fmt: skip
+
+
+def all_samples(store: Store) -> Samples:
+    """Every sample of a store."""
+    return Samples(store, np.arange(len(store)))
+
+
+def some_per_class(store: Store, n: int, seed: int) -> Samples:
+    """n samples of every class, if all samples have one, else all samples."""
+    labels = store.images.labels
+    return Samples(store, n_per_class(labels, n, seed)) if (labels >= 0).all() else all_samples(store)
+
+
+def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Places of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. Pure.
+
+    Raises ValueError where a class has fewer.
+    """
+    counts = np.bincount(labels)
+    for label, count in enumerate(counts.tolist()):
+        if count < n:
+            raise ValueError(f"per_class = {n}: class {label} has {count} samples; choose at most {counts.min()}")
+    order = rng.permutation(seed, 0, len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    first = np.cumsum(counts) - counts
+    return np.sort(by_class[(first[:, None] + np.arange(n)).ravel()])
+
+
+def check_labels(train: Samples | None, val: Samples) -> Samples:
+    """The training samples. Raises ValueError if there are none, or if their classes are not the validation's."""
+    if train is None:
+        raise ValueError("--train: is missing; this mode needs a store to train on")
+    for option, samples in (("--train", train), ("--val", val)):
+        unlabelled = int((samples.labels < 0).sum())
+        if unlabelled or not samples.classes:
+            which = "no labels" if unlabelled == len(samples.numbers) else f"{unlabelled} images without a label"
+            raise ValueError(f"{option} {samples.store.path}: has {which}; this mode needs the class of every image")
+    ours, theirs = train.classes, val.classes
+    if len(ours) < 2:
+        raise ValueError(f"--train {train.store.path}: has one class; a classifier needs two or more")
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        raise ValueError(
+            f"--val {val.store.path}: its {len(theirs)} classes are not the {len(ours)} of {train.store.path} ("
+            + (f"for one, {odd[0]!r} is in one of them only)" if odd else "they are in another order)")
+        )
+    return train

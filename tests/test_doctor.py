@@ -48,7 +48,7 @@ def test_it_measures_loader_and_model(stores: dict[str, Path]) -> None:
 @pytest.mark.parametrize(("loader", "code"), [(1000.0, 0), (109.0, 1), (10.0, 1)])
 def test_it_says_who_waits(stores: dict[str, Path], loader: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_loader_rate", lambda batches: loader)
-    monkeypatch.setattr(doctor, "_model_rate", lambda config, batch, world: 100.0)
+    monkeypatch.setattr(doctor, "_model_rate", lambda *_: 100.0)
     found, said, _ = asked(stores["zarr"], *CONFIG)
     assert found == code
     if code:

@@ -136,7 +136,7 @@ def test_every_start_is_noted(resumed: Path) -> None:
 
 def test_a_start_cut_off_spoils_no_other(tmp_path: Path) -> None:
     for step in (0, 4):
-        machine.note_start(tmp_path, step, 8, WORLD)
+        machine.log_start(tmp_path, step, 8, WORLD)
         with (tmp_path / "starts.jsonl").open("a") as file:
             file.write('{"time": "2026-')  # as a machine that goes down may leave it
     assert [start["step"] for start in machine.starts(tmp_path)] == [0, 4]

@@ -65,25 +65,25 @@ def _out_of_range(opened: Store) -> Iterator[str]:
 
 def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
     """Measures loader and model, and says which one the other waits for, and what helps."""
-    world = distributed.start(config.compute.device)
-    batches = training_loader(config, opened, world)
-    if line := online_differs(config, opened):
-        say(f"{'note':14} {line}")
-    first = next(iter(batches.steps(0, 1)))
-    loader = _loader_rate(batches)
-    model = _model_rate(config, batches, first, world)
-    threads = config.data.workers or machine.describe()["cores"]
-    say(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
-    say(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
-    if loader >= SPARE * model:
-        say(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
-        for line in _for_the_model(config, world):
+    with distributed.joined(config.compute.device) as world:
+        batches = training_loader(config, opened, world)
+        if line := online_differs(config, opened):
+            say(f"{'note':14} {line}")
+        first = next(iter(batches.steps(0, 1)))
+        loader = _loader_rate(batches)
+        model = _model_rate(config, batches, first, world)
+        threads = config.data.workers or machine.describe()["cores"]
+        say(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
+        say(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
+        if loader >= SPARE * model:
+            say(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
+            for line in _for_the_model(config, world):
+                say(f"{'':14} {line}")
+            return True
+        say(f"{'bottleneck':14} the loader: it gives {loader / model:.0%} of what the model takes")
+        for line in _for_the_loader(config, opened, model, loader / threads):
             say(f"{'':14} {line}")
-        return True
-    say(f"{'bottleneck':14} the loader: it gives {loader / model:.0%} of what the model takes")
-    for line in _for_the_loader(config, opened, model, loader / threads):
-        say(f"{'':14} {line}")
-    return False
+        return False
 
 
 def _loader_rate(batches: Loader) -> float:

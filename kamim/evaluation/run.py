@@ -34,8 +34,7 @@ def run_evaluation(
 
     Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
     """
-    world = distributed.start(config.compute.device)
-    try:
+    with distributed.joined(config.compute.device) as world:
         if world.size > 1 and config.out is None:
             raise ValueError("--out: is missing; several processes need a folder that all of them see")
         tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)
@@ -48,8 +47,6 @@ def run_evaluation(
             if config.out is not None and world.is_main:
                 _report(config.out)
         return results
-    finally:
-        distributed.stop()
 
 
 @contextmanager

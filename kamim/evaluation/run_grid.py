@@ -19,8 +19,7 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
     """
     runs = [(setting.name, grid.pretraining(sweep, setting)) for setting in grid.settings(sweep)]
     evaluation = grid.evaluation(sweep)
-    world = distributed.start(evaluation.compute.device)  # one group of processes for all that follows
-    try:
+    with distributed.joined(evaluation.compute.device) as world:  # one group of processes for all that follows
         for _, config in runs:
             pretrain.check(config)
         tasks_of(evaluation, sweep.modes, [subject_to_be(name, config) for name, config in runs], world)
@@ -33,5 +32,3 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
             if world.is_main:
                 grid.save(sweep, made, results)
         return made
-    finally:
-        distributed.stop()

@@ -1,6 +1,8 @@
 """One process or many: torchrun's environment, and the few collectives the loops need."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,6 +64,16 @@ class World:
 
 
 _joined = 0  # starts that were not stopped yet
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Inside, this process belongs to torchrun's group, if there is one. See start."""
+    world = start(device)
+    try:
+        yield world
+    finally:
+        stop()
 
 
 def start(device: str) -> World:

@@ -1,8 +1,5 @@
 """Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +27,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
     machine, before anything is written; for a folder that holds a run of another configuration, or one that another
     process trains now; and for an init_from that does not fit. Raises NonFinite for a loss that is not finite.
     """
-    with _world(config) as world:
+    with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
         if world.is_main and (line := online_differs(config, store)):
             metrics.log.warning(line)
@@ -54,17 +51,8 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
 
 def check(config: Pretrain) -> None:
     """Runs the same validation as pretrain, except the checks of config.out. Raises ValueError."""
-    with _world(config) as world:
+    with distributed.joined(config.compute.device) as world:
         _checked(config, world)
-
-
-@contextmanager
-def _world(config: Pretrain) -> Iterator[World]:
-    world = distributed.start(config.compute.device)
-    try:
-        yield world
-    finally:
-        distributed.stop()
 
 
 def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.Probe | None]:

@@ -63,20 +63,23 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
     if step is None and not recorded:
         raise ValueError(f"{run}: had no step whose loss was not finite; name another with --step")
     step = max(recorded) if step is None else step
-    world, store = distributed.start(device), Store(config.data.store)
-    loader = training_loader(config, store, world)
-    total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
-    if not 0 <= step < total:
-        raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
-    trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
-    began = _bring_to(step, trainer, config)
-    ranks = recorded.get(step) or next((s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1)
-    loss, samples = torch.zeros((), device=world.device), []
-    for batch in _of_ranks(config, store, step, ranks, world.device):
-        whole, parts = _samples(config, trainer, batch)
-        loss += whole * batch.share
-        samples += parts
-    return Replayed(step, began, float(loss), tuple(samples))
+    with distributed.joined(device) as world:
+        store = Store(config.data.store)
+        loader = training_loader(config, store, world)
+        total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
+        if not 0 <= step < total:
+            raise ValueError(f"--step {step}: the run has steps 0 to {total - 1}")
+        trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
+        began = _bring_to(step, trainer, config)
+        ranks = recorded.get(step) or next(
+            (s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1
+        )
+        loss, samples = torch.zeros((), device=world.device), []
+        for batch in _of_ranks(config, store, step, ranks, world.device):
+            whole, parts = _samples(config, trainer, batch)
+            loss += whole * batch.share
+            samples += parts
+        return Replayed(step, began, float(loss), tuple(samples))
 
 
 def _bring_to(step: int, trainer: Trainer, config: Pretrain) -> int:

@@ -16,6 +16,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # SOURCE: a folder of class folders of photographs, such as ImageNet's train. Writes runs/bench/*.json.
 bench: setup

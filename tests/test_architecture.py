@@ -1,67 +1,17 @@
-"""Imports run one way (docs/architecture.md), and the repository keeps its own rules."""
+"""The repository keeps its own rules. Which way imports run, lint-imports checks (pyproject.toml)."""
 
 import ast
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(file for room in ("kamim", "preprocess", "pipelines") for file in (ROOT / room).glob("**/*.py"))
-KNOWS_EVERYBODY = ("kamim.cli", "kamim.compose", "kamim.bench.demo", "kamim.bench", "kamim.__main__")
-KERNELS = {  # and what each may know
-    "kamim.method.kernels": set(),
-    "kamim.method.simd": set(),
-    "kamim.method.rng": {"kamim.method.kernels"},
-    "kamim.method.geometry": {"kamim.method.kernels", "kamim.method.rng"},
-    "kamim.method.masking": {"kamim.method.kernels", "kamim.method.rng"},
-    "kamim.method.keypoints": {"kamim.method.kernels", "kamim.method.simd", "kamim.method.geometry"},
-    "kamim.method.weighting": set(),
-    "pipelines.batch": set(),
-    "kamim.storage.mmap_array": set(),
-    "kamim.storage.beton": {"kamim.storage.mmap_array"},
-    "kamim.storage.store": {"kamim.storage.beton", "kamim.storage.mmap_array", "kamim.method.keypoints"},
-}
+MODULES = sorted(file for package in ("kamim", "preprocess", "pipelines") for file in (ROOT / package).glob("**/*.py"))
 
 
 def name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
-
-
-def imported(file: Path) -> Iterator[str]:
-    """Modules of this project that a file imports, anywhere in it."""
-    known = {name(module) for module in MODULES}
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            members = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (member for member in members if member in known)
-            if node.module in known:
-                yield node.module
-
-
-@pytest.mark.parametrize("file", MODULES, ids=name)
-def test_imports_point_one_way(file: Path) -> None:
-    module, found = name(file), set(imported(file))
-    if module in KERNELS:
-        assert found <= KERNELS[module]
-    if module.startswith("kamim.detectors"):
-        assert {other for other in found if not other.startswith("kamim.detectors")} <= {
-            "kamim.method.keypoints",
-            "kamim.method.kernels",
-        }
-    if module.startswith(KNOWS_EVERYBODY):
-        return
-    rooms = {other.partition(".")[0] for other in found}
-    if module.startswith("kamim."):
-        assert rooms <= {"kamim"}
-    if module.startswith("preprocess"):
-        assert "pipelines" not in rooms
-    if module.startswith("pipelines"):
-        assert "preprocess" not in rooms
-    assert not any(other.startswith(KNOWS_EVERYBODY) for other in found)
 
 
 def test_nothing_is_unpickled() -> None:

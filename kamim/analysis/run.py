@@ -15,8 +15,7 @@ from kamim.analysis import figures, tables
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
 from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
 from kamim.analysis.subjects import Subject
-from kamim.method.masking import block_masks
-from kamim.models.masked_image_model import expand_mask
+from kamim.method.masking import block_masks, expand_mask
 from kamim.reporting import page
 from pipelines.batch import denormalise, normalise
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from kamim.bench import originals
 from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
 from kamim.method import keypoints as kp
-from kamim.method.weighting import counts_to_weights
+from kamim.method.weighting import keypoint_weights
 from preprocess.plan import make_job
 from preprocess.resize import resize_plain
 from preprocess.sources import Source
@@ -183,8 +182,7 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: i
 
 def _weights(counts: np.ndarray, setting: Setting) -> np.ndarray:
     """W of many crops: float64 [crops, g, g], of counts int16 [crops, g, g]."""
-    weights = counts_to_weights(torch.from_numpy(counts), setting.patch_size, setting.temperature)
-    return weights.numpy().astype(np.float64)
+    return keypoint_weights(counts, setting.patch_size, setting.temperature).astype(np.float64)
 
 
 def _share_interval(cached: np.ndarray, online: np.ndarray, moved: np.ndarray, crops: int) -> list[float]:

@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where stores, runs and pictures go.")] = Path("runs/demo"),
 ) -> None:
     """The whole way on real photographs, on a CPU: preprocess, pretrain twice, probe three times, look."""
-    from kamim.bench.demo import run_demo
+    from kamim.cli.demo_run import run_demo
 
     with bar("demo") as update:
         run_demo(out, out_console, update)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kamim.detectors import detector
 from kamim.method import keypoints as kp
-from kamim.method.weighting import counts_to_weights, density, weights
+from kamim.method.weighting import density, keypoint_weights, weights
 from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training.config import Weighting
@@ -41,8 +40,8 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
         raise ValueError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
     found = detector(weighting.detector).detect(rgb)
     bitmap = kp.keypoint_map(found.xy, height, width, weighting.footprint)
-    omega = density(torch.from_numpy(kp.map_counts(bitmap, patch)), patch)
-    return ImageWeights(rgb, len(found.xy), bitmap, omega.numpy(), weights(omega, weighting.temperature).numpy())
+    omega = density(kp.map_counts(bitmap, patch), patch)
+    return ImageWeights(rgb, len(found.xy), bitmap, omega, weights(omega, weighting.temperature))
 
 
 def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:
@@ -69,9 +68,8 @@ def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Pat
     rows = []
     for i in range(count):
         bitmap = batch.counts[i].numpy() > 0
-        counts = torch.from_numpy(kp.map_counts(bitmap, patch))
-        weights = counts_to_weights(counts, patch, weighting.temperature).numpy()
+        w = keypoint_weights(kp.map_counts(bitmap, patch), patch, weighting.temperature)
         label = int(batch.labels[i])
         name = store.manifest.classes[label] if label >= 0 else ""
-        rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, weights))
+        rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, w))
     plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)

@@ -1,7 +1,7 @@
 """A grid of pretraining runs that differ in a few keys, and the table of what their evaluation gives."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import Field
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 from kamim.reporting import page
+from kamim.reporting.flatten import flatten
 from kamim.storage.escape import printable
 from kamim.training.config import SOME, Evaluation, Pretrain, Section, load
 
@@ -82,17 +83,9 @@ S = TypeVar("S", Pretrain, Evaluation)
 
 def _resolved(kind: type[S], section: Mapping[str, Any], values: Mapping[str, Value], given: Mapping[str, Any]) -> S:
     preset = section.get("preset")
-    keys = dict(_leaves({key: value for key, value in section.items() if key != "preset"})) | dict(values)
+    keys = dict(flatten({key: value for key, value in section.items() if key != "preset"})) | dict(values)
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     return load(kind, None if preset is None else Path(preset), overrides, given)
-
-
-def _leaves(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", below) for inner, below in _leaves(value))
-        else:
-            yield key, value
 
 
 @dataclass(frozen=True)

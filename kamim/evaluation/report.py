@@ -9,6 +9,7 @@ from kamim.evaluation import figures
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.probe_sweep import best, best_by_readout
 from kamim.reporting import page
+from kamim.reporting.flatten import flat_text
 
 Result = Mapping[str, Any]
 FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings
@@ -148,16 +149,7 @@ def _quote(result: Result, name: str, digits: int = 2) -> str:
 
 def _settings(result: Result) -> str:
     """All that led to a result: every key but what was found, nested keys joined by dots."""
-    return page.table(("key", "value"), list(flat({key: result[key] for key in result if key not in FOUND})))
-
-
-def flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, value) of every leaf, nested keys joined by dots."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", below) for inner, below in flat(value))
-        else:
-            yield key, "none" if value is None else str(value)
+    return page.table(("key", "value"), flat_text({key: result[key] for key in result if key not in FOUND}))
 
 
 HEADLINES: Mapping[str, tuple[str, Callable[[Result], str]]] = {

@@ -14,6 +14,7 @@ from kamim.evaluation.modes import SHOWN, TASKS, applies
 from kamim.evaluation.setting import Setting, Task
 from kamim.evaluation.subject import Subject, load_subject
 from kamim.reporting import page
+from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage import lock
 from kamim.storage.store import Store, write_whole
@@ -114,8 +115,8 @@ def _check_free(folder: Path, settings: dict[str, Any]) -> None:
     How the checkpoint was pretrained is not compared: its weights' checksum says which one it is.
     """
     file = folder / "settings.json"
-    asked = dict(report.flat(settings))
-    there = dict(report.flat(json.loads(file.read_text()))) if file.exists() else asked
+    asked = dict(flat_text(settings))
+    there = dict(flat_text(json.loads(file.read_text()))) if file.exists() else asked
     for key in (key for key in {**there, **asked} if not key.startswith("pretraining")):
         if asked.get(key) != there.get(key):
             raise ValueError(

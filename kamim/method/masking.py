@@ -1,11 +1,15 @@
 """SimMIM's mask: whole blocks, a fixed number of them per image."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kamim.method import rng
 from kamim.method.kernels import kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def masked_count(grid: int, ratio: float) -> int:
@@ -33,3 +37,10 @@ def block_masks(seed: int, epoch: int, indices: np.ndarray, grid: int, ratio: fl
     masks = np.zeros((len(indices), grid * grid), np.bool_)
     _shuffle_masks(masks, seed, epoch, np.asarray(indices, np.int64), masked_count(grid, ratio))
     return masks.reshape(-1, grid, grid)
+
+
+def expand_mask(mask: "Tensor", side: int) -> "Tensor":
+    """[B, g, g] -> [B, side, side], every value repeated over its block. side is a multiple of g."""
+    factor = side // mask.shape[-1]
+    assert factor * mask.shape[-1] == side, (mask.shape, side)
+    return mask.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

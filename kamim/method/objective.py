@@ -1,12 +1,14 @@
 """The training objective: Eq. 1 (SimMIM) and Eq. 3 (KAMIM), in fp32 whatever the model computes in."""
 
-from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from typing import TYPE_CHECKING
 
-from kamim.models.masked_image_model import expand_mask
+from kamim.method.masking import expand_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def masked_l1(images: Tensor, reconstruction: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def masked_l1(images: "Tensor", reconstruction: "Tensor", mask: "Tensor", weights: "Tensor | None" = None) -> "Tensor":
     """Mean over the masked pixels of W |x_hat - x| (Eq. 3), or of |x_hat - x| without weights (Eq. 1).
 
     images, reconstruction: [B, 3, R, R] in normalised units. mask: bool [B, g, g], True where masked.
@@ -20,22 +22,28 @@ def masked_l1(images: Tensor, reconstruction: Tensor, mask: Tensor, weights: Ten
     return (error * scale).sum() / (masked.sum() + 1e-5) / images.shape[1]
 
 
-def normalise_patches(images: Tensor, patch_size: int) -> Tensor:
+def normalise_patches(images: "Tensor", patch_size: int) -> "Tensor":
     """The images with every patch of patch_size px at mean 0 and variance 1 over its pixels and channels (MAE's).
 
     images: [B, 3, R, R]. Returns float32 of the same shape.
     """
+    from torch.nn.functional import pixel_shuffle
+
     patches, mean, deviation = _patches(images, patch_size)
     return pixel_shuffle((patches - mean) / deviation, patch_size)
 
 
-def denormalise_patches(normalised: Tensor, images: Tensor, patch_size: int) -> Tensor:
+def denormalise_patches(normalised: "Tensor", images: "Tensor", patch_size: int) -> "Tensor":
     """The inverse of normalise_patches, with the mean and deviation of the images' own patches."""
+    from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
     _, mean, deviation = _patches(images, patch_size)
     return pixel_shuffle(pixel_unshuffle(normalised.float(), patch_size) * deviation + mean, patch_size)
 
 
-def _patches(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _patches(images: "Tensor", patch_size: int) -> "tuple[Tensor, Tensor, Tensor]":
     """Patches, float32 [B, 3 * p * p, R / p, R / p], their mean and deviation [B, 1, R / p, R / p]."""
+    from torch.nn.functional import pixel_unshuffle
+
     patches = pixel_unshuffle(images.float(), patch_size)
     return patches, patches.mean(dim=1, keepdim=True), (patches.var(dim=1, keepdim=True) + 1e-6).sqrt()

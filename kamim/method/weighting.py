@@ -1,28 +1,45 @@
-"""Eq. 2: keypoint counts -> density Omega -> weights W, on whatever device the counts are on."""
+"""Eq. 2: keypoint counts -> density Omega -> weights W. In NumPy for tools, in torch for training, on any device."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_EXPONENT = 20.0  # the released code clips Omega / T to +-20 before the exponential
 
 
-def density(counts: Tensor, patch_size: int) -> Tensor:
+def density(counts: np.ndarray, patch_size: int) -> np.ndarray:
     """Omega: the share of map pixels set in each w_ps x w_ps cell. counts [.., g, g] -> float32 in [0, 1]."""
-    return counts.to(torch.float32) / patch_size**2
+    return counts.astype(np.float32) / np.float32(patch_size**2)
 
 
-def weights(omega: Tensor, temperature: float) -> Tensor:
+def weights(omega: np.ndarray, temperature: float, normalize: bool = False) -> np.ndarray:
     """W = exp(Omega / T) / min over the image's cells (Eq. 2): [.., g, g] float32, smallest weight of an image 1.
 
-    Raises ValueError unless temperature > 0.
+    normalize: W is divided by its mean over the image, which the paper does not. Raises ValueError unless
+    temperature > 0.
     """
+    _check(temperature)
+    exponent = (omega.astype(np.float32) / np.float32(temperature)).clip(-MAX_EXPONENT, MAX_EXPONENT)
+    w = np.exp(exponent - exponent.min(axis=(-2, -1), keepdims=True))
+    return np.asarray(w / w.mean(axis=(-2, -1), keepdims=True) if normalize else w)
+
+
+def keypoint_weights(counts: np.ndarray, patch_size: int, temperature: float, normalize: bool = False) -> np.ndarray:
+    """Cell counts [.., g, g] (any integer dtype) -> W [.., g, g] float32."""
+    return weights(density(counts, patch_size), temperature, normalize)
+
+
+def counts_to_weights(counts: "Tensor", patch_size: int, temperature: float, normalize: bool = False) -> "Tensor":
+    """keypoint_weights in torch, on the device of the counts."""
+    _check(temperature)
+    exponent = (counts.float() / patch_size**2 / temperature).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    w = (exponent - exponent.amin(dim=(-2, -1), keepdim=True)).exp()
+    return w / w.mean(dim=(-2, -1), keepdim=True) if normalize else w
+
+
+def _check(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be greater than 0")
-    exponent = (omega.to(torch.float32) / temperature).clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return torch.exp(exponent - exponent.amin(dim=(-2, -1), keepdim=True))
-
-
-def counts_to_weights(counts: Tensor, patch_size: int, temperature: float, normalize: bool = False) -> Tensor:
-    """Cell counts [.., g, g] (any integer dtype) -> W [.., g, g] float32; normalize: divided by the image's mean W."""
-    made = weights(density(counts, patch_size), temperature)
-    return made / made.mean(dim=(-2, -1), keepdim=True) if normalize else made

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kamim.method.masking import expand_mask
 from kamim.models.stochastic_depth import replace_drop_paths
 
 
@@ -131,10 +132,3 @@ class MaskedImageModel(nn.Module):
         tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
         normed: Tensor = swin.norm(swin.layers(tokens))
         return normed
-
-
-def expand_mask(mask: Tensor, side: int) -> Tensor:
-    """[B, g, g] -> [B, side, side], every value repeated over its block. side is a multiple of g."""
-    factor = side // mask.shape[-1]
-    assert factor * mask.shape[-1] == side, (mask.shape, side)
-    return mask.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kamim.method.keypoints import map_counts
-from kamim.method.weighting import counts_to_weights
+from kamim.method.weighting import keypoint_weights
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
@@ -85,8 +85,8 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
         bitmaps = weights = None
         if weighting is not None and batch.counts is not None:
             bitmaps = batch.counts.cpu().numpy() > 0
-            counts = torch.stack([torch.from_numpy(map_counts(f, weighting.patch_size)) for f in bitmaps])
-            weights = counts_to_weights(counts, weighting.patch_size, weighting.temperature).numpy()
+            counts = np.stack([map_counts(f, weighting.patch_size) for f in bitmaps])
+            weights = keypoint_weights(counts, weighting.patch_size, weighting.temperature)
         figure = plots.panel_sheet(
             batch.images.cpu().numpy(), made.masked_pixels.cpu().numpy(),
             made.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",

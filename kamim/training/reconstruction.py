@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kamim.method.masking import block_masks
+from kamim.method.masking import block_masks, expand_mask
 from kamim.method.objective import denormalise_patches, normalise_patches
-from kamim.models.masked_image_model import expand_mask
 from kamim.models.stochastic_depth import draw_paths
 from kamim.training.config import Compute, Mask
 from kamim.training.trainer import autocast

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kamim.evaluation.report import flat
 from kamim.reporting import page
+from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import COLOURS, panels, styled
 from kamim.training import machine, metrics
 from kamim.training.config import Pretrain, load
@@ -50,7 +50,7 @@ def save_report(run: Path) -> Path:
         *_panels(shown),
         page.heading("How it was made"),
         _starts(starts),
-        page.folded("Configuration", page.table(("key", "value"), list(flat(config.model_dump(mode="json"))))),
+        page.folded("Configuration", page.table(("key", "value"), flat_text(config.model_dump(mode="json")))),
     ]
     page.save_page(f"Run {run.resolve().name}", parts, run / FILE)
     return run / FILE

@@ -36,7 +36,7 @@ from kamim.training.config import Pretrain, load
 from pipelines.batch import Batch, normalise
 
 SIDE, PATCH = 12, 16
-REFERENCE = Path(__file__).parents[2] / "shared/data/analysis.npz"
+REFERENCE = Path(__file__).parents[3] / "shared/data/analysis.npz"
 
 
 def offset_attention(side: int, dy: int, dx: int) -> Tensor:

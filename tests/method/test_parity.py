@@ -18,8 +18,8 @@ from kamim.method.weighting import counts_to_weights
 from pipelines.batch import normalise
 
 Golden = Mapping[str, np.ndarray]
-OWN = Path(__file__).parent / "fixtures/parity.npz"
-SHARED = Path(__file__).parents[2] / "shared/data/reference_weights.npz"
+OWN = Path(__file__).parents[1] / "fixtures/parity.npz"
+SHARED = Path(__file__).parents[3] / "shared/data/reference_weights.npz"
 
 
 @pytest.fixture(scope="module", params=["own", "shared"])

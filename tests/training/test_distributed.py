@@ -17,7 +17,7 @@ from kamim.training.replay import replay
 HELPER = """  # trains runs given as JSON: [[ranks, stop after step or 0, arguments of test_pretrain.config], ...]
 import json, os, signal, socket, sys, traceback
 import torch
-from test_pretrain import config
+from runs import config
 from dataclasses import replace
 from kamim.method.masking import block_masks
 from kamim.training import distributed
@@ -100,7 +100,7 @@ def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     done = subprocess.run(
         [sys.executable, "-c", HELPER, json.dumps([*asked, *moved, *spoilt])],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out

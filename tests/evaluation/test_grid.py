@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from test_pretrain import losses
+from runs import losses
 from typer.testing import CliRunner
 
 from kamim.cli import app
@@ -20,7 +20,7 @@ from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.training import distributed
 from kamim.training.config import load
 
-TABLE2 = Path(__file__).parents[1] / "configs/sweeps/table2.yaml"
+TABLE2 = Path(__file__).parents[2] / "configs/sweeps/table2.yaml"
 
 
 def small(out: Path, store: Path) -> dict[str, Any]:

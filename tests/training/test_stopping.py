@@ -32,7 +32,7 @@ def store(stores: dict[str, Path]) -> Path:
 def test_a_signal_saves_the_state_and_exits_with_75(number: signal.Signals, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "kamim", "pretrain", f"data.store={store}", f"out={out}", *GIVEN]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     try:
         metrics = out / "metrics.jsonl"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kamim.method.objective import masked_l1
-from kamim.method.weighting import counts_to_weights, weights
+from kamim.method.weighting import counts_to_weights, keypoint_weights, weights
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.25, 1.0])
@@ -25,14 +25,27 @@ def test_an_image_without_keypoints_weighs_one_everywhere() -> None:
 
 
 def test_extreme_temperatures_stay_finite() -> None:
-    w = weights(torch.tensor([[[0.0, 1.0]]]), 1e-3)
+    w = weights(np.array([[[0.0, 1.0]]]), 1e-3)
     assert w.flatten().tolist() == pytest.approx([1.0, math.exp(20)])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 0.25, 1.0])
+def test_numpy_and_torch_agree(temperature: float, normalize: bool) -> None:
+    counts = np.random.default_rng(0).integers(0, 65, (5, 24, 24)).astype(np.int16)
+    in_torch = counts_to_weights(torch.from_numpy(counts), 8, temperature, normalize)
+    in_numpy = keypoint_weights(counts, 8, temperature, normalize)
+    assert in_numpy.dtype == np.float32
+    assert in_torch.dtype == torch.float32
+    np.testing.assert_allclose(in_numpy, in_torch.numpy(), rtol=2e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="must be greater than 0"):
-        weights(torch.zeros(1, 2, 2), temperature)
+        weights(np.zeros((1, 2, 2)), temperature)
+    with pytest.raises(ValueError, match="must be greater than 0"):
+        counts_to_weights(torch.zeros(1, 2, 2), 8, temperature)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

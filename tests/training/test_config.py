@@ -8,7 +8,7 @@ import yaml
 from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Evaluation, Pretrain, dump, load
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 NEEDED = ("data.store=s", "out=o")
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pretrain import WORLD, config, quiet
+from runs import WORLD, board, config, quiet
 
 from kamim.cli.console import note
 from kamim.training import machine, metrics
@@ -41,12 +40,6 @@ class Listener:
 
     def close(self) -> None:
         pass
-
-
-def board(run: Path) -> EventAccumulator:
-    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    found.Reload()
-    return found
 
 
 def values(loss: float) -> dict[str, torch.Tensor | float]:

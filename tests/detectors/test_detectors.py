@@ -22,7 +22,7 @@ from kamim.storage.store import Store
 from kamim.training.config import Weighting, load
 from pipelines.counts import Crops, OnlineCounts, Scratch
 
-SHARED = Path(__file__).parents[2] / "shared/data/imagenet-sample/train"
+SHARED = Path(__file__).parents[3] / "shared/data/imagenet-sample/train"
 OWN = ("akaze", "harris", "shi_tomasi")
 runner = CliRunner()
 
@@ -158,7 +158,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def own(site: Path) -> None:
     """This project's own registrations, as pyproject.toml has them; installed or not."""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     registered = project["entry-points"]["kamim.detectors"]
     assert set(registered) == set(OWN)
     install(site, "kamim", registered)

@@ -25,7 +25,6 @@ from kamim.evaluation.modes import TASKS, make_optimizer
 from kamim.evaluation.run import _setting, run_evaluation
 from kamim.evaluation.setting import Setting
 from kamim.evaluation.subject import load_subject, subject_to_be
-from pipelines.samples import all_samples
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
 from kamim.storage.store import Store
@@ -35,6 +34,7 @@ from kamim.training.distributed import World
 from kamim.training.pretrain import pretrain
 from kamim.training.trainer import Run, Trainer
 from pipelines.batch import Batch, normalise
+from pipelines.samples import all_samples
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -385,7 +385,7 @@ def test_gradients_are_clipped_as_the_released_code_does(
 ) -> None:
     subject = subject_to_be("x", load(Pretrain, None, ["data.store=s", "out=o", f"model.name={name}"]))
     store = Store(stores["zarr"])
-    samples = Samples(store, np.arange(len(store)), store.manifest.classes)
+    samples = all_samples(store)
     for mode in ("linprobe", "finetune"):
         for given, expected in (((), clip_grad), ((f"{mode}.optim.clip_grad=null",), None)):
             config = evaluation("x", stores["zarr"], *given)
@@ -476,7 +476,7 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
 def test_the_examples_of_help_are_keys_and_files_that_there_are() -> None:
     shown = runner.invoke(app, ["eval", "--help"]).output
     override, file = re.findall(r"such as\W+([\w./=-]+)", shown)
-    made = load(Evaluation, Path(__file__).parents[1] / file, [override, "checkpoint=[x]", "val=y"])
+    made = load(Evaluation, Path(__file__).parents[2] / file, [override, "checkpoint=[x]", "val=y"])
     assert made.linprobe.optim.lr == 1e-3
 
 

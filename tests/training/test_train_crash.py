@@ -142,7 +142,7 @@ import test_train_crash as own
 from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
-for module in (own.models, own.config, own.pretrain):
+for module in (own.masked_image_model, own.config, own.pretraining):
     module.ARCHITECTURES = own.SMALL
 store, base, *numbers = sys.argv[1:]
 for name in numbers:
@@ -161,8 +161,8 @@ for name in numbers:
         if name[0] == "w":
             sys.addaudithook(watch)
         else:
-            masked = own.pretrain.masked_l1
-            own.pretrain.masked_l1 = lambda *given: (count(), masked(*given))[1]
+            masked = own.pretraining.masked_l1
+            own.pretraining.masked_l1 = lambda *given: (count(), masked(*given))[1]
         pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)

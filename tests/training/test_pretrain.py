@@ -1,7 +1,6 @@
 """The loop: it learns, it replays, it resumes, it refuses."""
 
 import itertools
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -12,37 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import WORLD, config, losses, quiet, weights
 from skimage import data
 
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
 from kamim.training import checkpoint, schedule
-from kamim.training.config import Optim, Pretrain, load
+from kamim.training.config import Optim, Pretrain
 from kamim.training.data import training_loader
-from kamim.training.distributed import World
 from kamim.training.pretrain import build_trainer, pretrain
 from kamim.training.trainer import Batches, Outcome
 from pipelines.batch import Batch
-
-WORLD = World(0, 1, torch.device("cpu"))
-
-
-def config(out: Path, store: Path, *more: str) -> Pretrain:
-    given = (
-        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}", "seed=3",
-        "optim.batch_size=12", "optim.micro_batch=12", "optim.epochs=4", "optim.warmup_epochs=1", "compute.device=cpu",
-        "checkpoint_epochs=1",
-    )  # fmt: skip
-    return load(Pretrain, None, [*given, *more])
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def quiet(done: int, total: int, metrics: dict[str, float]) -> None:
-    """No progress bar."""
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +45,6 @@ def train_on(given: Pretrain, batches: Batches, steps_per_epoch: int) -> None:
     given.out.mkdir()
     trainer.__post_init__()
     trainer.fit(quiet)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(run)
-    assert found is not None
-    return load_file(found.path / "model.safetensors")
 
 
 def test_a_run_replays_exactly(finished: Path, store: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_pretrain import config, quiet
+from runs import config, quiet
 from typer.testing import CliRunner
 
 from kamim.cli import app

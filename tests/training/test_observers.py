@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_metrics import board
-from test_pretrain import config, quiet, weights
+from runs import board, config, quiet, weights
 
 from kamim.evaluation.run import run_evaluation
 from kamim.reporting import plots

@@ -16,7 +16,7 @@ from kamim.cli import app
 from kamim.storage import store as stores
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain, Weighting
-from kamim.training.run import check_area, online_differs
+from kamim.training.data import check_area, online_differs
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 from preprocess.build import build

@@ -19,7 +19,7 @@ from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Evaluation, Pretrain, load
 from kamim.training.pretrain import _FREE
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 READ = {"block": 8, "pooling": "mean", "norm": "none"}
 WHOLE = SimpleNamespace(count=1_281_167, job=SimpleNamespace(dataset="imagenet", encoding="jpeg"))  # a manifest
 EPOCH = 625  # steps of 2048; with the last, short one 626

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_pretrain import WORLD, config
+from runs import WORLD, config
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 

@@ -22,7 +22,7 @@ from pipelines.plan import Plan
 from preprocess.build import Stopped
 from preprocess.decode import MAX_SIDE, Undecodable, decode
 
-JPEGS = Path(__file__).parent / "fixtures/jpeg"
+JPEGS = Path(__file__).parents[1] / "fixtures/jpeg"
 LARGE = Image.fromarray(data.astronaut()[:200, :300])
 BOMB = zlib.compress(bytes(9 << 20))
 PIXELS = np.asarray(PHOTO)

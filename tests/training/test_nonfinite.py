@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import config, quiet
 from safetensors.torch import load_file
-from test_pretrain import config, quiet
 from typer.testing import CliRunner
 
 from kamim.cli import app

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import config, losses, quiet, weights
 from safetensors.torch import save_file
-from test_pretrain import config, losses, quiet, weights
 from torch import Tensor
 
 from kamim.evaluation.subject import load_subject

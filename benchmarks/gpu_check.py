@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 
 from kamim.bench.train import Ours, bench
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.run import run_evaluation
-from kamim.training.config import Evaluation, Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
 from pipelines.augment import mixed_batch
 from pipelines.batch import Batch
 from preprocess.build import build

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.distributed import World
+from kamim.training.settings import load
 
 WORLD = World(0, 1, torch.device("cpu"))
 

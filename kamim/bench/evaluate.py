@@ -17,12 +17,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import even_batch, interleaved
+from kamim.evaluation.config import SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, depth, resolve
 from kamim.storage.store import ImageReader, Store
-from kamim.training.config import Compute, SweepOptim
+from kamim.training.config import Compute
 from pipelines.augment import Augment, mixed_batch
 from pipelines.loader import Loader
 from pipelines.plan import Plan

@@ -33,11 +33,12 @@ from kamim.method.objective import masked_l1
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.store import Store
 from kamim.training import machine
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.data import training_loader
 from kamim.training.distributed import World
 from kamim.training.metrics import Metrics, TimedBatches, sinks
 from kamim.training.pretrain import build_trainer
+from kamim.training.settings import load
 from kamim.training.trainer import Trainer, autocast, by_step
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source

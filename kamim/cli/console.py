@@ -180,7 +180,8 @@ ConfigFile = Annotated[
 
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
     """kamim.training.config.Weighting of what the options say."""
-    from kamim.training.config import Weighting, load
+    from kamim.training.config import Weighting
+    from kamim.training.settings import load
 
     keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
     return load(Weighting, None, given=keys)

@@ -12,10 +12,12 @@ import kamim
 from kamim.analysis.analyze import run_analysis
 from kamim.analysis.request import Request
 from kamim.cli import pictures
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.run import run_evaluation
 from kamim.storage.store import Store
-from kamim.training.config import Evaluation, Pretrain, Weighting, load
+from kamim.training.config import Pretrain, Weighting
 from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
 from kamim.training.trainer import Progress
 from preprocess.build import build
 from preprocess.plan import make_job

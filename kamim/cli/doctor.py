@@ -20,7 +20,8 @@ def doctor(
     Exit code 1: something is wrong, or the loader would be.
     """
     from kamim.bench.doctor import examine
-    from kamim.training.config import Pretrain, load
+    from kamim.training.config import Pretrain
+    from kamim.training.settings import load
 
     given = [f"data.store={store}", "out=unused", *(overrides or ())]
     resolved = load(Pretrain, config, given) if config is not None or overrides else None

@@ -45,8 +45,9 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Evaluates checkpoints: what is their representation worth."""
+    from kamim.evaluation.config import Evaluation
     from kamim.evaluation.run import run_evaluation
-    from kamim.training.config import Evaluation, load
+    from kamim.training.settings import load
 
     check_folder("--json", json_out)
     if mode not in (*MODES, "all"):

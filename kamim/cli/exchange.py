@@ -87,7 +87,7 @@ def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
 
 def _export_timm(found: "Checkpoint", out: Path) -> None:
     from kamim.models import interop
-    from kamim.models.masked_image_model import ARCHITECTURES
+    from kamim.models.architectures import ARCHITECTURES
     from kamim.training.checkpoint import save_tensors
 
     if out.suffix != ".safetensors":

@@ -37,7 +37,8 @@ def pretrain(
 
     Stopped by SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
     """
-    from kamim.training.config import Pretrain, dump, load
+    from kamim.training.config import Pretrain
+    from kamim.training.settings import dump, load
 
     resolved = load(Pretrain, config, overrides or ())
     if print_config:

@@ -29,7 +29,7 @@ def sweep(
 ) -> None:
     """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
     from kamim.evaluation.grid import Grid
-    from kamim.training.config import load
+    from kamim.training.settings import load
 
     grid = load(Grid, file, overrides or ())
     try:

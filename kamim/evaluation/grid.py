@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import Field
 
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 from kamim.reporting import page
 from kamim.reporting.flatten import flatten
 from kamim.storage.escape import printable
-from kamim.training.config import SOME, Evaluation, Pretrain, Section, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import SOME, Section, load
 
 Mode = Literal["linprobe", "finetune", "knn", "reconstruct", "probe-sweep"]
 Value = bool | int | float | str | None

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from kamim.evaluation import finetune, paper, probe
 from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
+from kamim.evaluation.config import ClassifierOptim, Finetune, Linprobe
 from kamim.evaluation.probe_sweep import best, sweep
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.setting import Setting, Task, features_of, task
@@ -22,7 +23,7 @@ from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
 from kamim.training.checkpoint import Keep, Kind
-from kamim.training.config import ClassifierOptim, Compute, Finetune, Linprobe
+from kamim.training.config import Compute
 from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.reconstruction import Reconstruction, reconstruct

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kamim.evaluation import report
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.modes import SHOWN, TASKS, applies
 from kamim.evaluation.setting import Setting, Task
 from kamim.evaluation.subject import Subject, load_subject
@@ -19,7 +20,6 @@ from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage import lock
 from kamim.storage.store import Store, write_whole
 from kamim.training import distributed
-from kamim.training.config import Evaluation
 from kamim.training.data import check_area
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress

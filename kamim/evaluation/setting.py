@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from kamim.evaluation.config import ClassifierOptim, Evaluation
 from kamim.evaluation.features import extract
 from kamim.evaluation.subject import Subject
 from kamim.models.readout import Readout
-from kamim.training.config import ClassifierOptim, Evaluation
 from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress

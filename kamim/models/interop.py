@@ -19,7 +19,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from kamim.models.masked_image_model import ARCHITECTURES, MaskedImageModel
+from kamim.models.architectures import ARCHITECTURES
+from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
 State = dict[str, Tensor]

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-Pooling = Literal["mean", "cls", "max", "cls_mean"]
-Norm = Literal["none", "token", "joint", "batch", "final"]
-Block = int | Literal["paper", "last"]
+from kamim.models.architectures import Block, Norm, Pooling
 
 PIXELS = 32  # side to which Pixels shrinks an image
 

@@ -31,7 +31,8 @@ from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.store import checksum, fsync, make_durable
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import load
 
 FORMAT = 1
 STATE = "state.json"

@@ -11,11 +11,12 @@ from torch import Tensor
 from kamim.method.objective import masked_l1
 from kamim.storage.store import Store
 from kamim.training import distributed, machine, nonfinite
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.data import training_loader
 from kamim.training.distributed import World
 from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
 from kamim.training.run_folder import CONFIG
+from kamim.training.settings import load
 from kamim.training.trainer import Trainer, by_step
 from pipelines.batch import Batch
 

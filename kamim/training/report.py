@@ -13,7 +13,8 @@ from kamim.reporting import page
 from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import COLOURS, panels, styled
 from kamim.training import machine, metrics
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import load
 
 FILE = "report.html"
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with

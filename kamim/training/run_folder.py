@@ -1,7 +1,8 @@
 """A run's folder: it holds one run, of one configuration."""
 
 from kamim.storage.store import MANIFEST, write_whole
-from kamim.training.config import Pretrain, dump, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import dump, load
 
 CONFIG = "config.yaml"
 

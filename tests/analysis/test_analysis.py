@@ -32,7 +32,8 @@ from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.reporting import page
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import load
 from pipelines.batch import Batch, normalise
 
 SIDE, PATCH = 12, 16

@@ -19,7 +19,8 @@ from kamim.detectors import DETECTORS, detect_packed, detector, names
 from kamim.method.geometry import whole_views
 from kamim.method.keypoints import Group, Rules, quantise
 from kamim.storage.store import Store
-from kamim.training.config import Weighting, load
+from kamim.training.config import Weighting
+from kamim.training.settings import load
 from pipelines.counts import Crops, OnlineCounts, Scratch
 
 SHARED = Path(__file__).parents[3] / "shared/data/imagenet-sample/train"

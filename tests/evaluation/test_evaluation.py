@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.evaluation import classify, probe
+from kamim.evaluation.config import ClassifierOptim, Evaluation
 from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
 from kamim.evaluation.modes import TASKS, make_optimizer
 from kamim.evaluation.run import _setting, run_evaluation
@@ -29,9 +30,10 @@ from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
 from kamim.storage.store import Store
 from kamim.training import checkpoint
-from kamim.training.config import ClassifierOptim, Compute, Evaluation, Pretrain, load
+from kamim.training.config import Compute, Pretrain
 from kamim.training.distributed import World
 from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
 from kamim.training.trainer import Run, Trainer
 from pipelines.batch import Batch, normalise
 from pipelines.samples import all_samples

@@ -18,7 +18,7 @@ from kamim.evaluation import run_grid as compose
 from kamim.evaluation.grid import Grid
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.training import distributed
-from kamim.training.config import load
+from kamim.training.settings import load
 
 TABLE2 = Path(__file__).parents[2] / "configs/sweeps/table2.yaml"
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from kamim.evaluation import modes, paper, subject
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, flat, save_report
 from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.training.checkpoint import Checkpoint
-from kamim.training.config import Evaluation, Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.pretrain import _FREE
+from kamim.training.settings import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 READ = {"block": 8, "pooling": "mean", "norm": "none"}

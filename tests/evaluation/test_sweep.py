@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from kamim.evaluation import probe_sweep as module
+from kamim.evaluation.config import SweepOptim
 from kamim.evaluation.probe_sweep import Probes, best, best_by_readout, sweep
 from kamim.method import rng
 from kamim.models.readout import Readout
 from kamim.training import schedule
-from kamim.training.config import SweepOptim
 
 CPU = torch.device("cpu")
 N, M, D, CLASSES = 96, 40, 12, 7

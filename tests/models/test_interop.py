@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.models import interop
-from kamim.models.masked_image_model import ARCHITECTURES, MaskedImageModel, build_encoder
+from kamim.models.architectures import ARCHITECTURES
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
 
 State = dict[str, Tensor]

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kamim.evaluation.config import Evaluation
 from kamim.training.checkpoint import Checkpoint
-from kamim.training.config import Evaluation, Pretrain, dump, load
+from kamim.training.config import Pretrain
+from kamim.training.settings import dump, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEEDED = ("data.store=s", "out=o")

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from runs import board, config, quiet, weights
 
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.run import run_evaluation
 from kamim.reporting import plots
 from kamim.training import metrics
-from kamim.training.config import Evaluation, load
 from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
 from pipelines.loader import Loader
 
 

@@ -17,9 +17,10 @@ from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
-from kamim.training.config import Compute, Pretrain, load
+from kamim.training.config import Compute, Pretrain
 from kamim.training.pretrain import build_optimizer, pretrain
 from kamim.training.reconstruction import Reconstruction
+from kamim.training.settings import load
 from kamim.training.trainer import autocast
 from pipelines.batch import normalise
 

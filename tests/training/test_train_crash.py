@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from kamim.models import masked_image_model
 from kamim.training import checkpoint, config, metrics
 from kamim.training import pretrain as pretraining
-from kamim.training.config import Pretrain, load
+from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
 
 SMALL: Mapping[str, masked_image_model.Architecture] = {
     **masked_image_model.ARCHITECTURES,

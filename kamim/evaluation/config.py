@@ -1,0 +1,200 @@
+"""Configuration of `kamim eval`: a section for every mode. Defaults are the paper's recipes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from kamim.models.architectures import Norm, Pooling
+from kamim.training.config import Compute, Optim
+from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
+
+BlockName = Count | Literal["paper", "last"]
+
+
+class ClassifierOptim(Optim):
+    """Optim, with the evaluation's defaults."""
+
+    algorithm: Literal["adamw", "sgd", "lars"] = "adamw"
+    """sgd and lars have momentum 0.9. lars is MAE's: it neither adapts the rate of vectors (biases, norms) nor decays
+    them."""
+    lr: Positive = 5e-3
+    clip_grad: Positive | None = None
+    """Largest gradient norm. If it is not given, the paper's protocol and fine-tuning clip as the released code: a Swin's
+    gradients at 1.0, a ViT's not at all."""
+    micro_batch: Count = 2048
+    warmup_lr: NotNegative = 2.5e-6
+    min_lr: NotNegative = 2.5e-6
+
+
+class FinetuneOptim(ClassifierOptim):
+    """ClassifierOptim, in micro-batches that a whole network can train on."""
+
+    micro_batch: Count = 256
+
+
+class SweepOptim(Optim):
+    """Optim, for cached features. lr is not used: see ProbeSweep.lrs."""
+
+    clip_grad: None = None
+    batch_size: Count = 1024
+    epochs: Count = 10
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+
+
+PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "paper": {},
+    # He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A.1 and main_linprobe.py.
+    "mae": {
+        "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop", "init_std": 0.01,
+        "optim": {
+            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "clip_grad": None, "batch_size": 16384,
+            "micro_batch": 2048, "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
+        },
+    },
+    # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
+    "dinov2": {
+        "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop", "init_std": 0.01,
+        "optim": {
+            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "clip_grad": None, "batch_size": 1024,
+            "micro_batch": 1024, "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
+        },
+    },
+})  # fmt: skip
+
+
+class Linprobe(Section):
+    """The linear probe."""
+
+    protocol: Literal["paper", "mae", "dinov2"] = "paper"
+    """Gives the defaults of the other keys: the paper's, MAE's or DINOv2's."""
+    block: BlockName = "paper"
+    """Whose output is read, from 1 (of a Swin: its stage), last, or paper: a ViT's 8th, a Swin's last."""
+    pooling: Pooling = "mean"
+    """Of the tokens: their mean or maximum, the class token, or class token and mean."""
+    norm: Norm = "none"
+    """token: a LayerNorm without affine; final: the encoder's own; joint: the released code's LayerNorm over tokens and
+    width (Table 5); batch: MAE's BatchNorm without affine."""
+    augment: Literal["paper", "crop"] = "paper"
+    """paper: TrivialAugmentWide, RandomErasing and MixUp or CutMix, mixed within a micro-batch. crop: a random resized
+    crop and a flip."""
+    init_std: Positive | None = None
+    """Of the layer's weights before training, with biases of 0; null is torch's own initialisation of both."""
+    optim: ClassifierOptim = ClassifierOptim()
+    checkpoint_epochs: Count = 10
+    """Epochs between two checkpoints."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol", "paper") not in PROTOCOLS:
+            return given
+        defaults = PROTOCOLS[given.get("protocol", "paper")]
+        optim = given.get("optim")
+        if isinstance(optim, Mapping | None):
+            given = {**given, "optim": {**defaults.get("optim", {}), **(optim or {})}}
+        return {**defaults, **given}
+
+
+class Finetune(Section):
+    """Fine-tuning: everything trains, by the released code's recipe."""
+
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth rate of the last block."""
+    layer_decay: Fraction | None = None
+    """Decay of the learning rate per block, from the end; null is none."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, which is then what is measured; null is none."""
+    optim: FinetuneOptim = FinetuneOptim()
+    checkpoint_epochs: Count = 5
+    """Epochs between two checkpoints."""
+    keep_checkpoints: Count = 2
+    """How many of the newest checkpoints stay."""
+
+
+KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "linprobe": {},
+    # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
+    "dino": {"k": (10, 20, 100, 200), "block": "last", "pooling": "cls", "norm": "final"},
+})  # fmt: skip
+
+
+class Knn(Section):
+    """Nearest neighbours by cosine similarity, whose votes are weighted as DINO's."""
+
+    protocol: Literal["linprobe", "dino"] = "linprobe"
+    """Gives the defaults of the other keys: linprobe reads the features of the paper's linear probe, dino those of DINO, the
+    class token of the last block after the final norm. DINO reports k = 20."""
+    k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
+    """Numbers of neighbours; each gives a result."""
+    temperature: Positive = 0.07
+    """A vote weighs exp(similarity / temperature)."""
+    block: BlockName = "paper"
+    """As in linprobe."""
+    pooling: Pooling = "mean"
+    """As in linprobe."""
+    norm: Literal["none", "token", "final"] = "none"
+    """As in linprobe."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol", "linprobe") not in KNN_PROTOCOLS:
+            return given
+        return {**KNN_PROTOCOLS[given.get("protocol", "linprobe")], **given}
+
+
+class ProbeSweep(Section):
+    """Linear probes of every block, pooling, norm and learning rate at once, on features without augmentation."""
+
+    poolings: Annotated[tuple[Literal["mean", "cls", "max"], ...], SOME] = ("mean", "cls", "max")
+    """Those that the encoder lacks (a Swin has no class token) are left out."""
+    norms: Annotated[tuple[Literal["none", "token"], ...], SOME] = ("none", "token")
+    """As in linprobe."""
+    lrs: Annotated[tuple[Positive, ...], SOME] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
+    """Learning rates."""
+    optim: SweepOptim = SweepOptim()
+
+
+class Reconstruct(Section):
+    """PSNR and SSIM of reconstructions of masked images."""
+
+    conventions: Annotated[tuple[Literal["paper", "honest"], ...], SOME] = ("paper", "honest")
+    """paper: whole images in normalised units. honest: masked pixels in grey levels."""
+    mask_ratio: Fraction | None = None
+    """Share of the blocks that are masked; null is as trained, and the released code's notebook has 0.4."""
+    shown: Count = 6
+    """Images in the picture."""
+
+
+class Evaluation(Section):
+    """`kamim eval`."""
+
+    checkpoint: Annotated[tuple[str, ...], SOME]
+    """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the same architecture
+    untrained, pixels:RUN no encoder at all."""
+    train: Path | None = None
+    """A labelled store to train on."""
+    val: Path
+    """The store that is evaluated on."""
+    per_class: Count | None = None
+    """Training samples of each class; null is all."""
+    batch_size: Count = 256
+    """Images of a batch where nothing trains."""
+    compute: Compute = Compute()
+    workers: Count | None = None
+    """Loader threads; null is one per core."""
+    seed: Seed = 0
+    """Of every random draw."""
+    out: Path | None = None
+    """Where state, features and results are kept, so that an interrupted evaluation resumes; null keeps nothing."""
+    linprobe: Linprobe = Linprobe()
+    finetune: Finetune = Finetune()
+    knn: Knn = Knn()
+    sweep: ProbeSweep = ProbeSweep()
+    reconstruct: Reconstruct = Reconstruct()

@@ -1,0 +1,173 @@
+"""How configurations are read: YAML files and key=value overrides into typed sections, checked before any work.
+
+An unknown key, a wrong type or an impossible combination is a ValueError of one line that names the key, its value and
+what is allowed. The sections themselves stand beside what they configure: kamim.training.config, kamim.evaluation.config.
+"""
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, Field
+
+from kamim.storage.escape import one_line
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def one_of(value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"must be one of {', '.join(allowed)}")
+    return value
+
+
+def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not value:
+        raise ValueError("must hold one at least")
+    return value
+
+
+SOME = AfterValidator(_some)
+DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
+
+
+def _duration(value: str) -> str:
+    if DURATION.fullmatch(value) is None:
+        raise ValueError("must be a number and its unit, such as 5000 steps, 0.5 epochs or 1e6 examples")
+    return value
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+
+
+def in_steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
+    """A Duration in optimiser steps, rounded."""
+    found = DURATION.fullmatch(duration)
+    assert found is not None, duration
+    per_unit = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}[found[2]]
+    return round(float(found[1]) * per_unit)
+
+
+_SHORT = reprlib.Repr()  # of a value in a message: YAML's aliases make a few lines endless
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+class Section(pydantic.BaseModel):
+    """A group of keys. Unknown keys are errors; values are fixed once read. The text below a key is its documentation."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> C:
+    """Reads a YAML file (or nothing), applies `key.key=value` overrides (values are YAML), checks the whole.
+
+    given: top-level keys that stand over both, taken as they are. Raises ValueError of one line.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"-c {file}: no such file")
+        try:
+            tree = yaml.safe_load(file.read_text()) or {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
+            raise ValueError(f"{file}: not YAML: {one_line(error)}") from error
+        if not isinstance(tree, dict):
+            raise ValueError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    tree.update(given or {})
+    try:
+        return kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ValueError("; ".join(_line(kind, e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: overrides are key=value, such as optim.lr=1e-3 or weighting=null")
+    *parents, name = key.split(".")
+    for parent in parents:
+        if parent in tree and tree[parent] is None:
+            raise ValueError(f"{override!r}: {parent} is null here; take a preset that has it, or set {parent}={{...}}")
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[name] = _number(yaml.safe_load(value))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ValueError(f"{override!r}: the value is not YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text and 2026-11-22 as a date; people mean a number and a name."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return str(value) if isinstance(value, date) else value
+
+
+def _line(kind: type[Section], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("float", "constrained", "literal")))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        return f"{key.rpartition('.')[0]}: has too few values"
+    if error["type"] == "missing":
+        return f"{key}: is missing; set it in the file or as {key}=..."
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; allowed are {', '.join(_fields(kind, error['loc'][:-1]))}"
+    if error["type"] == "value_error" and isinstance(error["input"], dict | Section):
+        return f"{key}.{message}" if key and " = " in message else message
+    return f"{key} = {_SHORT.repr(error['input'])}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields(kind: type[Section], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(kind.model_fields)
+
+
+def dump(config: Section, exclude: Any = None) -> str:
+    """The resolved configuration as YAML, less the keys in `exclude`; load() reads the whole back to the same."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False)
+    return text
+
+
+def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default as YAML, meaning) of every key of a section and of the sections in it, nested keys joined by dots."""
+    for name, field in kind.model_fields.items():
+        key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
+        inner = _section_in(field.annotation)
+        default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+        if inner is None or field.default is None:
+            yield key, default, meaning
+        if inner is not None:
+            yield from document(inner, f"{key}.")
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, if it does: Section, or Section | None."""
+    options = [option for option in (annotation, *get_args(annotation)) if option is not NoneType]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+
+
+def _as_yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n...\n").strip()

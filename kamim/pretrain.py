@@ -72,6 +72,7 @@ def pretrain(
 
 def prepare(config: Pretrain, world: World) -> tuple[MaskedImageModel, nn.Module, torch.optim.Optimizer]:
     """A new model, the network that computes its gradients (compiled, over all ranks), and its optimiser."""
+    machine.use_threads(config.compute.threads)
     if world.device.type == "cpu":
         machine.keep_memory()
     torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kamim import distributed, lock, page
+from kamim import distributed, lock, machine, page
 from kamim.compose.checkpoints import Subject, load_subject
 from kamim.compose.modes import SHOWN, TASKS, applies
 from kamim.compose.setting import Samples, Setting, Task
@@ -33,6 +33,7 @@ def run_evaluation(
     Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
     """
     world = distributed.start(config.compute.device)
+    machine.use_threads(config.compute.threads)
     try:
         if world.size > 1 and config.out is None:
             raise ValueError("--out: is missing; several processes need a folder that all of them see")

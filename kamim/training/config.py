@@ -249,11 +249,14 @@ class Compute(Section):
     """device: auto is cuda where there is one. precision: bf16 is autocast (weights and Eq. 1 to 3 stay fp32);
     auto is bf16 on cuda and fp32 on a CPU, where bf16 is mostly slower; `kamim eval` validates and reconstructs in fp32
     whatever is said. compile: torch.compile; auto: on cuda.
+    threads: of torch's operations on a CPU, in every process; null is OMP_NUM_THREADS if that is set (torchrun sets it
+    to 1), otherwise the number of cores that the process may use.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    threads: Count | None = None
 
 
 class Log(Section):

@@ -1,0 +1,48 @@
+"""Threads of torch on a CPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain import config
+
+from kamim import machine
+from kamim.compose.evaluation import run_evaluation
+from kamim.config import Evaluation, load
+from kamim.distributed import World
+from kamim.pretrain import prepare
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch's number of threads is set to."""
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "used"),
+    [("2", None, 2), ("2", 3, 3), ("5,2", None, 5), ("", 3, 3), ("", None, 7), ("0", None, 1)],
+)
+def test_threads_are_the_given_or_openmps_or_the_cores(
+    variable: str, given: int | None, used: int, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    machine.use_threads(given)
+    assert threads == [used]
+
+
+def test_a_run_computes_with_as_many_threads_as_it_asks_for(tmp_path: Path, threads: list[int]) -> None:
+    given = config(tmp_path, tmp_path, "compute.threads=3")
+    prepare(given, World(0, 1, torch.device("cpu")))
+    assert threads == [3]
+
+
+def test_an_evaluation_computes_with_as_many_threads_as_it_asks_for(tmp_path: Path, threads: list[int]) -> None:
+    keys = {"checkpoint": ("nowhere",), "val": tmp_path, "compute": {"threads": 3}}
+    with pytest.raises(ValueError, match="nowhere: neither a checkpoint"):
+        run_evaluation(load(Evaluation, None, given=keys), None, lambda title: lambda done, total, values: None)
+    assert threads == [3]

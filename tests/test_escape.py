@@ -29,7 +29,6 @@ from kamim.evaluation import figures as evaluation
 from kamim.evaluation import grid
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
-from kamim.storage import escape
 from kamim.storage.escape import cell, literal, one_line, printable, text_of
 from kamim.storage.store import Store, seal
 from kamim.training import checkpoint, metrics

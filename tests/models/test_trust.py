@@ -18,24 +18,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kamim import checkpoint, config, interop, metrics, models, nonfinite, pretrain
 from kamim.cli import app
-from kamim.compose.training import run_pretrain
-from kamim.config import Pretrain, load
-from kamim.models import MaskedImageModel, build_encoder
-from kamim.store import checksum
+from kamim.models import interop, masked_image_model
+from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.storage.store import checksum
+from kamim.training import checkpoint, config, metrics, nonfinite, pretrain
+from kamim.training.config import Pretrain, load
+from kamim.training.pretrain import pretrain as pretrain_run
 from preprocess.sources import list_source
 
 runner = CliRunner()
 State = dict[Any, Any]
-SMALL = {**models.ARCHITECTURES, "vit_demo": models._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2)}
+SMALL = {
+    **masked_image_model.ARCHITECTURES,
+    "vit_demo": masked_image_model._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
     """A model that is made in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (models, config, pretrain, interop):
+        for module in (masked_image_model, config, pretrain, interop):
             patch.setattr(module, "ARCHITECTURES", SMALL)
         yield
 
@@ -171,7 +175,7 @@ def test_damaged_pickles_are_one_line(vit: State, tmp_path: Path) -> None:
 def finished(small: None, stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with a checkpoint after each."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    run_pretrain(of(out, stores["zarr"]), lambda *_: None)
+    pretrain_run(of(out, stores["zarr"]), lambda *_: None)
     return out
 
 
@@ -315,7 +319,7 @@ def test_a_step_that_is_not_the_folders_or_not_the_runs(run: Path, stores: dict[
     (run / NEWEST / "state.json").write_text(json.dumps({**state, "step": 9}))
     (run / NEWEST).rename(run / "checkpoints/step-00000009")
     with pytest.raises(ValueError, match="its newest checkpoint is of step 9, but the run has 2 steps"):
-        run_pretrain(of(run, stores["zarr"]), lambda *_: None)
+        pretrain_run(of(run, stores["zarr"]), lambda *_: None)
     (run / "checkpoints/step-²").mkdir()
     assert checkpoint.saved(run) == [1, 9]
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import config
+from runs import WORLD, config
 
-from kamim import machine
-from kamim.compose.evaluation import run_evaluation
-from kamim.config import Evaluation, load
-from kamim.distributed import World
-from kamim.pretrain import prepare
+from kamim.evaluation.run import run_evaluation
+from kamim.storage.store import Store
+from kamim.training import machine
+from kamim.training.config import Evaluation, load
+from kamim.training.data import training_loader
+from kamim.training.pretrain import build_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,11 @@ def test_threads_are_the_given_or_openmps_or_the_cores(
     assert threads == [used]
 
 
-def test_a_run_computes_with_as_many_threads_as_it_asks_for(tmp_path: Path, threads: list[int]) -> None:
-    given = config(tmp_path, tmp_path, "compute.threads=3")
-    prepare(given, World(0, 1, torch.device("cpu")))
+def test_a_run_computes_with_as_many_threads_as_it_asks_for(
+    stores: dict[str, Path], tmp_path: Path, threads: list[int]
+) -> None:
+    given = config(tmp_path, stores["zarr"], "compute.threads=3")
+    build_trainer(given, training_loader(given, Store(stores["zarr"]), WORLD), WORLD)
     assert threads == [3]
 
 

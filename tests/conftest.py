@@ -1,6 +1,7 @@
 """Small stores, made once a session from photographs that scikit-image ships."""
 
 import importlib.util
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from preprocess.sources import Source, list_source
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
 BACKENDS = ("zarr", "ffcv") if HAS_FFCV else ("zarr",)
 
-torch.set_num_threads(1)  # several workers share two cores; spinning threads of each would fight
+# Several workers share two cores; spinning threads of each would fight. compute.threads defaults to the variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def build_store(source: Path, out: Path, backend: str = "zarr", detectors: tuple[str, ...] = ("fast", "sift")) -> Path:

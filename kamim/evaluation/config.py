@@ -23,8 +23,8 @@ class ClassifierOptim(Optim):
     them."""
     lr: Positive = 5e-3
     clip_grad: Positive | None = None
-    """Largest gradient norm. If it is not given, the paper's protocol and fine-tuning clip as the released code: a Swin's
-    gradients at 1.0, a ViT's not at all."""
+    """Largest gradient norm. If it is not given, the paper's protocol and fine-tuning clip as the released code: a
+    Swin's gradients at 1.0, a ViT's not at all."""
     micro_batch: Count = 2048
     warmup_lr: NotNegative = 2.5e-6
     min_lr: NotNegative = 2.5e-6
@@ -128,8 +128,8 @@ class Knn(Section):
     """Nearest neighbours by cosine similarity, whose votes are weighted as DINO's."""
 
     protocol: Literal["linprobe", "dino"] = "linprobe"
-    """Gives the defaults of the other keys: linprobe reads the features of the paper's linear probe, dino those of DINO, the
-    class token of the last block after the final norm. DINO reports k = 20."""
+    """Gives the defaults of the other keys: linprobe reads the features of the paper's linear probe, dino those of
+    DINO, the class token of the last block after the final norm. DINO reports k = 20."""
     k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
     """Numbers of neighbours; each gives a result."""
     temperature: Positive = 0.07
@@ -176,8 +176,8 @@ class Evaluation(Section):
     """`kamim eval`."""
 
     checkpoint: Annotated[tuple[str, ...], SOME]
-    """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the same architecture
-    untrained, pixels:RUN no encoder at all."""
+    """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the same
+    architecture untrained, pixels:RUN no encoder at all."""
     train: Path | None = None
     """A labelled store to train on."""
     val: Path

@@ -19,7 +19,7 @@ from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage import lock
 from kamim.storage.store import Store, write_whole
-from kamim.training import distributed
+from kamim.training import distributed, machine
 from kamim.training.data import check_area
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress
@@ -36,6 +36,7 @@ def run_evaluation(
     Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
     """
     with distributed.joined(config.compute.device) as world:
+        machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
             raise ValueError("--out: is missing; several processes need a folder that all of them see")
         tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)

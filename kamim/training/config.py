@@ -58,7 +58,8 @@ class Data(Section):
     crop_ratio: tuple[Positive, Positive] = CROP_RATIO
     """Smallest and largest ratio of a crop's width to its height."""
     drop_last: bool = True
-    """Whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the released code's."""
+    """Whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the released
+    code's."""
     workers: Count | None = None
     """Loader threads; null is one per core."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -187,13 +188,13 @@ class Compute(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto is cuda where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda, and fp32 on a CPU, where bf16 is mostly
-    slower. `kamim eval` validates and reconstructs in fp32 whatever this says."""
+    """bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda, and fp32 on a CPU, where bf16 is
+    mostly slower. `kamim eval` validates and reconstructs in fp32 whatever this says."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to torch.compile; auto does on cuda."""
     threads: Count | None = None
-    """Threads of torch's operations on a CPU, in every process; null is OMP_NUM_THREADS if that is set (torchrun sets it
-    to 1), otherwise the number of cores that the process may use."""
+    """Threads of torch's operations on a CPU, in every process; null is OMP_NUM_THREADS if that is set (torchrun sets
+    it to 1), otherwise the number of cores that the process may use."""
 
 
 class Log(Section):
@@ -226,11 +227,11 @@ class Pretrain(Section):
     """null is SimMIM (Eq. 1), otherwise KAMIM (Eq. 3)."""
     optim: PretrainOptim = PretrainOptim()
     norm_pix_loss: bool = False
-    """Whether the target of every patch is normalised by its own mean and deviation, as MAE's. A patch is what one output
-    token reconstructs: 16 px of a ViT, 32 px of a Swin."""
+    """Whether the target of every patch is normalised by its own mean and deviation, as MAE's. A patch is what one
+    output token reconstructs: 16 px of a ViT, 32 px of a Swin."""
     init_from: Path | None = None
-    """A run, a checkpoint or a file that `kamim import` reads, whose weights the run begins with; null begins with random
-    ones."""
+    """A run, a checkpoint or a file that `kamim import` reads, whose weights the run begins with; null begins with
+    random ones."""
     compute: Compute = Compute()
     out: Path
     """The run's folder."""

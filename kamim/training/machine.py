@@ -39,6 +39,13 @@ def keep_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def use_threads(threads: int | None) -> None:
+    """Sets the number of threads of torch's operations on a CPU; None: see kamim.training.config.Compute."""
+    openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by level of nesting, of which torch has one
+    default = int(openmp) if openmp.isdecimal() else len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(default, 1))
+
+
 def log_start(run: Path, step: int, steps: int, world: World) -> None:
     """Adds a line to RUN/starts.jsonl: when, from which step of how many, and on what the run goes on."""
     run.mkdir(parents=True, exist_ok=True)

@@ -197,9 +197,10 @@ def _is_int64(value: object) -> bool:
 
 def warn(run: Path, line: str) -> None:
     """Says a line on stderr, and in RUN/log.txt where there is room for it."""
-    log.warning(line)
+    line = one_line(line)
+    log.warning("%s", line)
     with suppress(OSError), (run / "log.txt").open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
 
 
 def check_finite(step: int, values: Values) -> None:

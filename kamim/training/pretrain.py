@@ -67,6 +67,7 @@ def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.P
 
 def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
     """A trainer of a new model: random weights from the seed, AdamW, and the guard against what is not finite."""
+    machine.use_threads(config.compute.threads)
     if world.device.type == "cpu":
         machine.keep_memory()
     torch.manual_seed(config.seed)

@@ -1,7 +1,7 @@
 """How configurations are read: YAML files and key=value overrides into typed sections, checked before any work.
 
-An unknown key, a wrong type or an impossible combination is a ValueError of one line that names the key, its value and
-what is allowed. The sections themselves stand beside what they configure: kamim.training.config, kamim.evaluation.config.
+An unknown key, a wrong type or an impossible combination is a ValueError of one line that names the key, its value
+and what is allowed. The sections stand beside what they configure: kamim.training.config, kamim.evaluation.config.
 """
 
 import re
@@ -26,6 +26,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 def one_of(value: str, allowed: Sequence[str]) -> str:
+    """The value. Raises ValueError unless it is allowed."""
     if value not in allowed:
         raise ValueError(f"must be one of {', '.join(allowed)}")
     return value
@@ -63,7 +64,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 class Section(pydantic.BaseModel):
-    """A group of keys. Unknown keys are errors; values are fixed once read. The text below a key is its documentation."""
+    """A group of keys. Unknown keys are errors; values are fixed once read. The text below a key documents it."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -151,7 +152,7 @@ def dump(config: Section, exclude: Any = None) -> str:
 
 
 def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, default as YAML, meaning) of every key of a section and of the sections in it, nested keys joined by dots."""
+    """(key, default as YAML, meaning) of every key of a section and of those in it, nested keys joined by dots."""
     for name, field in kind.model_fields.items():
         key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
         inner = _section_in(field.annotation)

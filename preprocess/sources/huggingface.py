@@ -6,18 +6,24 @@ A thread that reads them keeps two row groups of images.
 """
 
 import errno
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from kamim.storage.escape import one_line
+from preprocess.sources import footers
 from preprocess.sources.base import (
+    CHANGED,
     Item,
     Member,
     Source,
@@ -39,7 +45,7 @@ class _Table(Protocol):
     rows: list[int]  # of each group
 
     def column(self, group: int, name: str) -> Any:
-        """A pyarrow array of a column, or of a field of a struct."""
+        """A pyarrow array of a column, or of a field of a struct. Raises pyarrow.ArrowInvalid for a damaged one."""
 
     def bytes(self, group: int, name: str) -> int:
         """How many bytes a column has in a group."""
@@ -56,11 +62,7 @@ class _Arrow:
         self.rows = [batch.num_rows for batch in self._batches]
 
     def column(self, group: int, name: str) -> Any:
-        import pyarrow.compute as pc
-
-        top, _, field = name.partition(".")
-        column = self._batches[group].column(top)
-        return pc.struct_field(column, field) if field else column
+        return _column(self._batches[group], name)
 
     def bytes(self, group: int, name: str) -> int:
         return int(self.column(group, name).nbytes)
@@ -75,16 +77,22 @@ class _Parquet:
         self.rows = [meta.row_group(n).num_rows for n in range(meta.num_row_groups)]
 
     def column(self, group: int, name: str) -> Any:
-        import pyarrow.compute as pc
-
-        top, _, field = name.partition(".")
-        column = self._file.read_row_group(group, columns=[name], use_threads=False).column(top)
-        return pc.struct_field(column, field) if field else column
+        return _column(self._file.read_row_group(group, columns=[name], use_threads=False), name)
 
     def bytes(self, group: int, name: str) -> int:
         held = self._file.metadata.row_group(group)
         columns = (held.column(n) for n in range(held.num_columns))
         return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+
+
+def _column(rows: Any, name: str) -> Any:
+    """A column, or a field of a struct, of a RecordBatch or Table, validated: pyarrow trusts the offsets it reads."""
+    import pyarrow.compute as pc
+
+    top, _, field = name.partition(".")
+    column = rows.column(top)
+    column.validate(full=True)
+    return pc.struct_field(column, field) if field else column
 
 
 class _Columns(NamedTuple):
@@ -98,10 +106,21 @@ class _Held(threading.local):
 
     def __init__(self) -> None:
         self.table = lru_cache(maxsize=8)(_opened)
-        self.images = lru_cache(maxsize=2)(lambda file, group, column: self.table(file).column(group, column))
+        self.images = lru_cache(maxsize=2)(self._images)
+
+    def _images(self, file: str, group: int, column: str) -> tuple[Any, int]:
+        """The images of a row group, and the mean of their sizes."""
+        table = self.table(file)
+        return table.column(group, column), _mean_size(table, group, column)
+
+
+def _mean_size(table: _Table, group: int, column: str) -> int:
+    return table.bytes(group, column) // max(table.rows[group], 1)
 
 
 def _opened(file: str) -> _Table:
+    if not Path(file).is_file():
+        raise OSError(errno.ENOENT, "no such file, or not a plain one")
     return _Parquet(file) if file.endswith(".parquet") else _Arrow(file)
 
 
@@ -114,15 +133,14 @@ def list_images(source: Path | None, split: str) -> Source:
     An item's size is the mean of its row group. Raises ValueError for files that are damaged, or hold no column of
     images, or several; and without pyarrow.
     """
-    try:
-        import pyarrow as pa
-    except ModuleNotFoundError as error:
-        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'") from error
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'")
     root = existing(source, "huggingface")
     where = printable(str(root))
     files = of_split(_files(root), split, where)
     if not files:
         raise ValueError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
+    _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
     labels: list[int | str | None] = []
     found: set[_Columns] = set()
@@ -133,8 +151,9 @@ def list_images(source: Path | None, split: str) -> Source:
             found.add(columns)
             rows += _rows(root, name, table, columns.image)
             labels += _labels(table, columns.label)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{printable(str(root / name))}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # pyarrow raises nearly every kind for a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{printable(str(root / name))}: {reason}") from error
     if len(found) > 1:
         raise ValueError(f"--source {where}: its files of --split {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
@@ -167,12 +186,23 @@ def _saved(state: Path) -> list[str]:
     return names
 
 
+def _check_footers(files: Sequence[Path]) -> None:
+    """Raises ValueError for the first parquet file whose metadata ends the process that reads them."""
+    if not files:
+        return
+    names = b"\0".join(os.fsencode(file) for file in files)
+    read = subprocess.run([sys.executable, "-P", footers.__file__], input=names, capture_output=True)
+    if read.returncode:
+        culprit = files[min(len(read.stdout), len(files) - 1)]
+        raise ValueError(f"{printable(str(culprit))}: its metadata are damaged")
+
+
 def _columns(schema: Any) -> _Columns:
     import pyarrow.types as types
 
-    features = _features((schema.metadata or {}).get(b"huggingface", b"{}"))
-    kinds = {name: str(f["_type"]) for name, f in features.items() if isinstance(f, dict) and "_type" in f}
-    images = [name for name, kind in kinds.items() if kind == "Image" and name in schema.names]
+    features = _features(schema.metadata or {})
+    kinds = {name: feature.get("_type") for name, feature in features.items() if name in schema.names}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
     images = images or [name for name in IMAGES if name in schema.names]
     if len(images) != 1:
         raise ValueError(f"needs one column of images, has {', '.join(map(printable, images)) or 'none'}")
@@ -183,30 +213,36 @@ def _columns(schema: Any) -> _Columns:
         path = images[0]
     if not (types.is_binary(image) or types.is_large_binary(image)):
         raise ValueError(f"column {printable(path)} is {image}, not the bytes of image files")
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
+    labels = [
+        name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in schema.names
+    ]
     label = next((name for name in LABELS if name in schema.names), labels[0] if len(labels) == 1 else None)
     names = features[label].get("names") if label in labels else None
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"the metadata of column {printable(label or '')} does not list the names of its classes")
-    return _Columns(path, label, None if names is None else tuple(names))
+    if names is None:
+        return _Columns(path, label, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the metadata of column {printable(str(label))} does not list the names of its classes")
+    return _Columns(path, label, tuple(names))
 
 
-def _features(metadata: bytes) -> dict[str, Any]:
-    """What `datasets` noted of each column. Raises ValueError for metadata of another form."""
+def _features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
+    """What `datasets` says of the columns, in JSON. Raises ValueError where it is of another form."""
     try:
-        features = (json.loads(metadata).get("info") or {}).get("features") or {}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its metadata is not what datasets writes: {error}") from error
-    if not isinstance(features, dict):
-        raise ValueError("its metadata is not what datasets writes: the features are no object")
-    return features
+        held = json.loads(metadata.get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata, huggingface, is not JSON: {one_line(error)}") from error
+    for key in ("info", "features"):
+        held = held.get(key, {}) if isinstance(held, dict) else None
+    if not isinstance(held, dict):
+        raise ValueError("its metadata, huggingface, is not that of datasets")
+    return {name: feature for name, feature in held.items() if isinstance(feature, dict)}
 
 
 def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
     file, time = str(root / name), (root / name).stat().st_mtime_ns
     at = 0
     for group, count in enumerate(table.rows):
-        size = table.bytes(group, image) // max(count, 1)
+        size = _mean_size(table, group, image)
         yield from (Member(f"{name}/{row}", -1, size, time, file, row) for row in range(at, at + count))
         at += count
 
@@ -219,28 +255,29 @@ def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
 def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
     if columns.classes is None:
         return name_classes(labels, f"--source {where}")
-    if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
-        raise ValueError(
-            f"--source {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
-        )
-    numbers = [-1 if label is None else int(label) for label in labels]
+    numbers = [label if isinstance(label, int) else -1 for label in labels]
+    if any(label is not None and not isinstance(label, int) for label in labels):
+        raise ValueError(f"--source {where}: column {printable(str(columns.label))} has labels that are no numbers")
     if not all(-1 <= number < len(columns.classes) for number in numbers):
         raise ValueError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
     return tuple(map(printable, columns.classes)), numbers
 
 
 def _read(column: str, item: Item) -> bytes:
-    import pyarrow as pa
-
     assert isinstance(item, Member)
     try:
         ends = list(accumulate(_held.table(item.file).rows))
         group = bisect_right(ends, item.at)
-        row = item.at - (ends[group - 1] if group else 0)
-        image = _held.images(item.file, group, column)[row]
-    except pa.ArrowException as error:
-        raise OSError(errno.EIO, " ".join(str(error).split())) from error
-    if not image.is_valid:
+        images, mean_size = _held.images(item.file, group, column)
+        image = images[item.at - (ends[group - 1] if group else 0)]
+        data = image.as_buffer() if image.is_valid else None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()) or type(error).__name__) from error
+    if mean_size != item.size:
+        raise OSError(errno.EBUSY, CHANGED)
+    if data is None:
         raise OSError(errno.ENOENT, "a row without the bytes of an image")
-    check_size(image.as_buffer().size)
-    return bytes(image.as_py())
+    check_size(data.size)
+    return bytes(data)

@@ -1,8 +1,13 @@
-"""What a progress bar says."""
+"""What a progress bar says, and what every command sets before it imports anything."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.progress import Progress
 
+import kamim.cli
 from kamim.cli import console
 
 
@@ -35,3 +40,18 @@ def test_a_task_of_one_step_is_told_even_after_another(monkeypatch: pytest.Monke
     for name in ("train", "val"):
         update(1, 1, name)
     assert [line.rpartition(", ")[2] for line in lines] == ["train", "val"]
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep(given: str | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads the variable when torch is imported, which importing the command line must not do."""
+    monkeypatch.setattr(kamim.cli, "app", lambda: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    kamim.cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == used
+    assert subprocess.run(
+        [sys.executable, "-c", "import sys, kamim.cli; sys.exit('torch' in sys.modules)"],
+        check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ).returncode == 0  # fmt: skip

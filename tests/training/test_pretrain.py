@@ -168,7 +168,9 @@ def test_another_configuration_in_the_same_place_is_refused(finished: Path, stor
 
 def test_what_does_not_shape_a_run_may_change_when_it_resumes(finished: Path, store: Path) -> None:
     before = losses(finished)
-    given = config(finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2")
+    given = config(
+        finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2", "compute.threads=1"
+    )  # fmt: skip
     assert pretrain(given, quiet).finished
     assert losses(finished) == before
 

@@ -17,16 +17,16 @@ import torch
 from camera import Camera, watched
 from safetensors.torch import load_file
 
-from kamim.models import masked_image_model
+from kamim.models import architectures, masked_image_model
 from kamim.training import checkpoint, config, metrics
 from kamim.training import pretrain as pretraining
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
 
-SMALL: Mapping[str, masked_image_model.Architecture] = {
-    **masked_image_model.ARCHITECTURES,
-    "vit_demo": masked_image_model._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
+SMALL: Mapping[str, architectures.Architecture] = {
+    **architectures.ARCHITECTURES,
+    "vit_demo": architectures._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class Unheard(metrics.Files):
 def small() -> Iterator[None]:
     """A model that saves in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (masked_image_model, config, pretraining):
+        for module in (masked_image_model, config):
             patch.setattr(module, "ARCHITECTURES", SMALL)
         patch.setattr(metrics, "TensorBoard", Unheard)  # it writes from a thread of its own
         yield
@@ -126,7 +126,7 @@ def test_a_run_killed_at_any_write_ends_the_same(
     assert_same(world / "run", whole)
     monkeypatch.undo()
     monkeypatch.setattr(metrics, "TensorBoard", Unheard)
-    for module in (masked_image_model, config, pretraining):
+    for module in (masked_image_model, config):
         monkeypatch.setattr(module, "ARCHITECTURES", SMALL)
     assert len(camera.killed) > 40
     for copy in camera.killed:
@@ -143,7 +143,7 @@ import test_train_crash as own
 from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
-for module in (own.masked_image_model, own.config, own.pretraining):
+for module in (own.masked_image_model, own.config):
     module.ARCHITECTURES = own.SMALL
 store, base, *numbers = sys.argv[1:]
 for name in numbers:

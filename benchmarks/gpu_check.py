@@ -23,7 +23,7 @@ from PIL import Image
 
 from kamim.bench.train import Ours, bench
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import run_evaluation
+from kamim.evaluation.run import evaluate
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
@@ -142,7 +142,7 @@ def same_evaluation(folder: Path) -> dict[str, Any]:
               for key in ("batch_size=64", "epochs=2", "warmup_epochs=0")),
         ])  # fmt: skip
         start = time.perf_counter()
-        results = run_evaluation(config, None, lambda title: lambda *_: None)
+        results = evaluate(config, None, lambda title: lambda *_: None)
         made[device] = {r["mode"]: shown[r["mode"]](r) for r in results} | {"seconds": time.perf_counter() - start}
     return made
 

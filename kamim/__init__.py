@@ -1,6 +1,43 @@
 """kamim: Keypoint Aware Masked Image Modelling.
 
-Rooms, and the way imports point: docs/architecture.md.
+The public names below are imported when they are first used, so that `import kamim` takes no time. Which package holds
+what: docs/architecture.md.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Store": "kamim.storage.store",
+    "Plan": "pipelines.plan",
+    "Crop": "pipelines.loader",
+    "Loader": "pipelines.loader",
+    "SampleError": "pipelines.loader",
+    "Batch": "pipelines.batch",
+    "CachedCounts": "pipelines.counts",
+    "OnlineCounts": "pipelines.counts",
+    "keypoint_weights": "kamim.method.weighting",
+    "counts_to_weights": "kamim.method.weighting",
+    "masked_l1": "kamim.method.objective",
+    "MaskedImageModel": "kamim.models.masked_image_model",
+    "Trainer": "kamim.training.trainer",
+    "Pretrain": "kamim.training.config",
+    "Evaluation": "kamim.evaluation.config",
+    "load": "kamim.training.settings",
+    "pretrain": "kamim.training.pretrain",
+    "evaluate": "kamim.evaluation.run",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'kamim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

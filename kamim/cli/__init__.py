@@ -3,7 +3,9 @@
 import os
 
 # Imported for their commands, in the order of --help.
-from kamim.cli import preprocess, store, pretrain, report, sweep, evaluate, analyze, exchange, bench, doctor, demo  # isort: skip # noqa: F401
+from kamim.cli import (  # isort: skip  # noqa: F401
+    preprocess, store, pretrain, config, report, sweep, evaluate, analyze, exchange, bench, doctor, demo,
+)  # fmt: skip
 from kamim.cli.console import RESUMABLE, app
 
 __all__ = ["RESUMABLE", "app", "main"]

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+import kamim
 from kamim.storage.escape import one_line, printable
 
 
@@ -59,8 +60,17 @@ _debug = False
 RESUMABLE = 75  # exit code of what was asked to stop and goes on when typed again (EX_TEMPFAIL)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        out_console.print(f"kamim {kamim.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     global _debug
     _debug = debug
     _explain_faults()

@@ -8,12 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import kamim
 from kamim.analysis.analyze import run_analysis
 from kamim.analysis.request import Request
 from kamim.cli import pictures
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import run_evaluation
+from kamim.evaluation.run import evaluate
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain, Weighting
 from kamim.training.pretrain import pretrain
@@ -23,7 +22,6 @@ from preprocess.build import build
 from preprocess.plan import make_job
 from preprocess.sources import list_source, photograph
 
-CONFIGS = Path(kamim.__file__).parent.parent / "configs"
 DETECTORS = ("fast", "sift", "orb")
 SHOWN = ("astronaut.png", "coffee.png", "china.jpg")  # photographs in the pictures of weights
 Update = Callable[[int, int, str], None]
@@ -35,7 +33,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     Started again, it goes on where it was. Raises ValueError where a training run was interrupted.
     """
     stores = {split: out / "stores" / split for split in ("train", "val")}
-    preset, store = CONFIGS / "pretrain/demo.yaml", f"data.store={stores['train']}"
+    preset, store = Path("demo"), f"data.store={stores['train']}"
     runs = {
         "KAMIM": load(Pretrain, preset, [store], {"out": out / "kamim"}),
         "SimMIM": load(Pretrain, preset, [store], {"out": out / "simmim", "weighting": None}),
@@ -49,8 +47,8 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
             raise ValueError("the demo was stopped; the same command again continues")
     console.print("linear probes of random weights, SimMIM and KAMIM")
     checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))
-    evaluation = load(Evaluation, CONFIGS / "eval/demo.yaml", given={"checkpoint": checkpoints, **stores})
-    results = run_evaluation(evaluation, ["linprobe"], lambda title: _named(update, title))
+    evaluation = load(Evaluation, Path("demo"), given={"checkpoint": checkpoints, **stores})
+    results = evaluate(evaluation, ["linprobe"], lambda title: _named(update, title))
     probes = {result["name"]: result for result in results}
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))

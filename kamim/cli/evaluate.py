@@ -46,7 +46,6 @@ def evaluate(
 ) -> None:
     """Evaluates checkpoints: what is their representation worth."""
     from kamim.evaluation.config import Evaluation
-    from kamim.evaluation.run import run_evaluation
     from kamim.training.settings import load
 
     check_folder("--json", json_out)
@@ -63,7 +62,9 @@ def evaluate(
     modes = None if mode == "all" else (mode,)
     try:
         with terminable(), bar("eval") as update:
-            results = run_evaluation(
+            from kamim.evaluation.run import evaluate as evaluate_all
+
+            results = evaluate_all(
                 resolved, modes,
                 lambda title: lambda done, total, m: update(done, total, note(m, title)),
             )  # fmt: skip

@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kamim.detectors import detector
 from kamim.method import keypoints as kp
 from kamim.method.weighting import density, keypoint_weights, weights
-from kamim.reporting import plots
-from kamim.storage.store import Store
 from kamim.training.config import Weighting
-from pipelines.counts import CachedCounts
-from pipelines.loader import Crop, Loader
-from pipelines.plan import Plan
+
+if TYPE_CHECKING:
+    from kamim.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
 
 def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:
     """One row per image: as it is, its keypoints, its weights."""
+    from kamim.reporting import plots
+
     rows = [(name, image.rgb, image.bitmap, image.weights) for name, image in images.items()]
     plots.weights_sheet(rows, weighting.patch_size, _caption(weighting), file)
 
@@ -54,8 +55,13 @@ def _caption(weighting: Weighting) -> str:
     return f"{weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature}"
 
 
-def preview(store: Store, weighting: Weighting, count: int, seed: int, file: Path) -> None:
+def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: Path) -> None:
     """A sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
+    from kamim.reporting import plots
+    from pipelines.counts import CachedCounts
+    from pipelines.loader import Crop, Loader
+    from pipelines.plan import Plan
+
     job = store.manifest.job
     patch = weighting.patch_size
     if job.resolution % patch:

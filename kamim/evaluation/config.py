@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
@@ -174,6 +174,8 @@ class Reconstruct(Section):
 
 class Evaluation(Section):
     """`kamim eval`."""
+
+    PRESETS: ClassVar[str] = "eval"
 
     checkpoint: Annotated[tuple[str, ...], SOME]
     """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the same

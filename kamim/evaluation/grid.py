@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -14,8 +14,8 @@ from kamim.evaluation.config import Evaluation
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 from kamim.reporting import page
-from kamim.reporting.flatten import flatten
 from kamim.storage.escape import printable
+from kamim.storage.flatten import flatten
 from kamim.training.config import Pretrain
 from kamim.training.settings import SOME, Section, load
 
@@ -24,24 +24,31 @@ Value = bool | int | float | str | None
 
 
 class Axis(Section):
-    """One key of Pretrain, and its values. name: what a run's name calls it: ps and 8 make ps8."""
+    """One key of Pretrain, and its values."""
 
     key: str
+    """Such as weighting.patch_size."""
     name: Annotated[str, Field(pattern="^[A-Za-z]+$")]
+    """What a run's name calls it: ps and 8 make ps8."""
     values: Annotated[tuple[Value, ...], SOME]
+    """Each is a run."""
 
 
 class Grid(Section):
-    """`kamim sweep`: every combination of the axes' values, each a run of its own below `out`, then evaluated.
+    """`kamim sweep`: every combination of the axes' values, each a run of its own below `out`, then evaluated."""
 
-    pretrain, evaluation: keys of Pretrain and Evaluation, and `preset`, a file whose values stand under them.
-    """
+    PRESETS: ClassVar[str] = "sweeps"
 
     pretrain: dict[str, Any]
+    """Keys of Pretrain, and `preset`, a preset's name or a file, whose values they override."""
     axes: Annotated[tuple[Axis, ...], SOME]
+    """What varies."""
     evaluation: dict[str, Any]
+    """Keys of Evaluation, and `preset`, likewise."""
     modes: Annotated[tuple[Mode, ...], SOME] = ("linprobe",)
+    """Of `kamim eval`."""
     out: Path
+    """The sweep's folder."""
 
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "Grid":

@@ -9,7 +9,7 @@ from kamim.evaluation import figures
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.probe_sweep import best, best_by_readout
 from kamim.reporting import page
-from kamim.reporting.flatten import flat_text
+from kamim.storage.flatten import flat_text
 
 Result = Mapping[str, Any]
 FOUND = ("top1", "top5", "k", "rows", "best", "paper", "honest")  # what a result holds beside its settings

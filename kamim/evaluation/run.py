@@ -15,9 +15,9 @@ from kamim.evaluation.modes import SHOWN, TASKS, applies
 from kamim.evaluation.setting import Setting, Task
 from kamim.evaluation.subject import Subject, load_subject
 from kamim.reporting import page
-from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage import lock
+from kamim.storage.flatten import flat_text
 from kamim.storage.store import Store, write_whole
 from kamim.training import distributed, machine
 from kamim.training.data import check_area
@@ -26,7 +26,7 @@ from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class
 
 
-def run_evaluation(
+def evaluate(
     config: Evaluation, modes: Sequence[str] | None, progress: Callable[[str], Progress]
 ) -> list[dict[str, Any]]:
     """Every mode on every checkpoint: a result each, with all that led to it. progress(title) shows one.

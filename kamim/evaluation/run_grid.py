@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kamim.evaluation import grid
 from kamim.evaluation.grid import Grid, Table
-from kamim.evaluation.run import run_evaluation, tasks_of
+from kamim.evaluation.run import evaluate, tasks_of
 from kamim.evaluation.subject import subject_to_be
 from kamim.storage import lock
 from kamim.training import distributed, pretrain
@@ -27,7 +27,7 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
             for number, (name, config) in enumerate(runs, 1):
                 if not pretrain.pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
                     raise KeyboardInterrupt
-            results = run_evaluation(evaluation, sweep.modes, progress)
+            results = evaluate(evaluation, sweep.modes, progress)
             made = grid.table(sweep, results)
             if world.is_main:
                 grid.save(sweep, made, results)

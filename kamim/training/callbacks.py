@@ -17,7 +17,6 @@ from kamim.method.weighting import keypoint_weights
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
-from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training.config import Compute, Pretrain
 from kamim.training.data import check_area, shown_samples, whole_images
@@ -79,6 +78,8 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
     """
 
     def run(step: int, metrics: Metrics) -> None:
+        from kamim.reporting import plots  # takes a second to import
+
         batch, weighting = samples(), config.weighting
         with _evaluating(model):  # not compiled, which would be done once more for this size
             made = reconstruct(model, batch, config.mask, config.seed, 0, config.compute)

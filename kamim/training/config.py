@@ -5,7 +5,7 @@ only what differs. `kamim config show NAME` prints every key of a preset with it
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -219,6 +219,8 @@ class OnlineProbe(Section):
 
 class Pretrain(Section):
     """`kamim pretrain`."""
+
+    PRESETS: ClassVar[str] = "pretrain"
 
     data: Data
     model: Model = Model()

@@ -9,7 +9,7 @@ from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.store import Store
-from kamim.training import callbacks, checkpoint, distributed, machine, metrics, report, run_folder
+from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
 from kamim.training.config import Pretrain
 from kamim.training.data import online_differs, training_loader
 from kamim.training.distributed import World
@@ -43,10 +43,18 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
                 run_folder.claim(config)
             world.barrier()
             outcome = trainer.fit(progress)
-        if world.is_main and not report.is_current(config.out):
-            report.save_report(config.out)
+        if world.is_main:
+            _report(config)
         world.barrier()  # torchrun ends the other ranks once one leaves to be resumed
         return outcome
+
+
+def _report(config: Pretrain) -> None:
+    """Writes report.html, unless it is that of the last step already."""
+    from kamim.training import report  # with matplotlib, which takes a second to import
+
+    if not report.is_current(config.out):
+        report.save_report(config.out)
 
 
 def check(config: Pretrain) -> None:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kamim.reporting import page
-from kamim.reporting.flatten import flat_text
 from kamim.reporting.plots import COLOURS, panels, styled
+from kamim.storage.flatten import flat_text
 from kamim.training import machine, metrics
 from kamim.training.config import Pretrain
 from kamim.training.settings import load

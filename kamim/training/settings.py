@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import pydantic
 import yaml
 from pydantic import AfterValidator, Field
 
+import kamim
 from kamim.storage.escape import one_line
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -66,6 +67,8 @@ _SHORT.maxstring = _SHORT.maxother = 200
 class Section(pydantic.BaseModel):
     """A group of keys. Unknown keys are errors; values are fixed once read. The text below a key documents it."""
 
+    PRESETS: ClassVar[str] = ""  # the folder of configs/ that holds presets of this kind
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -75,12 +78,12 @@ C = TypeVar("C", bound=Section)
 def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> C:
     """Reads a YAML file (or nothing), applies `key.key=value` overrides (values are YAML), checks the whole.
 
-    given: top-level keys that stand over both, taken as they are. Raises ValueError of one line.
+    file: a path, or the name of a preset, such as vit_base_kamim. given: top-level keys that override both, taken as
+    they are. Raises ValueError of one line.
     """
     tree: dict[str, Any] = {}
     if file is not None:
-        if not file.is_file():
-            raise ValueError(f"-c {file}: no such file")
+        file = find_preset(kind, file)
         try:
             tree = yaml.safe_load(file.read_text()) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
@@ -94,6 +97,26 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given:
         return kind.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ValueError("; ".join(_line(kind, e) for e in error.errors())) from None
+
+
+def find_preset(kind: type[Section], file: Path) -> Path:
+    """The file itself, if it exists, otherwise the preset of that name. Raises ValueError if there is neither."""
+    if file.is_file():
+        return file
+    if found := presets(kind).get(str(file).removesuffix(".yaml")):
+        return found
+    raise ValueError(f"-c {file}: neither a file nor a preset; presets are {', '.join(presets(kind)) or 'none'}")
+
+
+def presets(kind: type[Section]) -> dict[str, Path]:
+    """The presets of a kind that kamim comes with, by name."""
+    return {file.stem: file for file in sorted((_configs() / kind.PRESETS).glob("*.yaml"))} if kind.PRESETS else {}
+
+
+def _configs() -> Path:
+    """The folder configs/: within the package where kamim is installed, beside it in a clone."""
+    package = Path(kamim.__file__).parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -156,9 +179,8 @@ def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
     for name, field in kind.model_fields.items():
         key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
         inner = _section_in(field.annotation)
-        default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
         if inner is None or field.default is None:
-            yield key, default, meaning
+            yield key, "required" if field.is_required() else _as_yaml(field.default), meaning
         if inner is not None:
             yield from document(inner, f"{key}.")
 

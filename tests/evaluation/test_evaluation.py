@@ -23,7 +23,7 @@ from kamim.evaluation import classify, probe
 from kamim.evaluation.config import ClassifierOptim, Evaluation
 from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
 from kamim.evaluation.modes import TASKS, make_optimizer
-from kamim.evaluation.run import _setting, run_evaluation
+from kamim.evaluation.run import _setting, evaluate
 from kamim.evaluation.setting import Setting
 from kamim.evaluation.subject import load_subject, subject_to_be
 from kamim.models.masked_image_model import build_encoder
@@ -210,7 +210,7 @@ def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evalu
 
 
 def run(config: Evaluation, *modes: str) -> list[dict[str, Any]]:
-    return run_evaluation(config, modes, silent)
+    return evaluate(config, modes, silent)
 
 
 def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrained: Path) -> None:
@@ -347,7 +347,7 @@ def test_features_go_on_where_they_were(
         return update
 
     with pytest.raises(KeyboardInterrupt):
-        run_evaluation(config, ["knn"], stop)
+        evaluate(config, ["knn"], stop)
     mark = tmp_path / "out/run/knn/train/done.json"
     assert json.loads(mark.read_text()) == {"steps": 1}
     assert run(config, "knn") == run(evaluation(pretrained, stores["zarr"]), "knn")
@@ -492,9 +492,7 @@ def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path,
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linprobe KAMIM") == 1  # one process talks
     kamim, pixels = f"KAMIM={pretrained}", f"pixels:{pretrained}"
-    one = run_evaluation(
-        evaluation("", stores["zarr"], last, checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent
-    )
+    one = evaluate(evaluation("", stores["zarr"], last, checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent)
     made = {(result["name"], result["mode"]): result for result in one}
     assert made.keys() == {
         *(("KAMIM", mode) for mode in ("linprobe", "knn", "finetune", "reconstruct", "probe-sweep")),

@@ -13,9 +13,10 @@ import pytest
 from kamim.evaluation import modes, paper, subject
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.report import CHOICE, flat, save_report
+from kamim.evaluation.report import CHOICE, save_report
 from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
+from kamim.storage.flatten import flatten
 from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import _FREE
@@ -131,7 +132,7 @@ ELSEWHERE = {"data.store", "model.name", "seed", "data.drop_last"}  # compared b
 
 
 def keys(tree: dict[str, Any]) -> set[str]:
-    return {key for key, _ in flat(tree)}
+    return {key for key, _ in flatten(tree)}
 
 
 def test_every_key_that_shapes_a_run_is_compared() -> None:

@@ -22,7 +22,7 @@ from kamim.cli import app
 from kamim.models import architectures, interop, masked_image_model
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.store import checksum
-from kamim.training import checkpoint, config, metrics, nonfinite, pretrain
+from kamim.training import checkpoint, config, metrics, nonfinite
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain as pretrain_run
 from kamim.training.settings import load

@@ -8,7 +8,7 @@ import torch
 from runs import WORLD, config
 
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import run_evaluation
+from kamim.evaluation.run import evaluate
 from kamim.storage.store import Store
 from kamim.training import machine
 from kamim.training.data import training_loader
@@ -48,5 +48,5 @@ def test_a_run_computes_with_as_many_threads_as_it_asks_for(
 def test_an_evaluation_computes_with_as_many_threads_as_it_asks_for(tmp_path: Path, threads: list[int]) -> None:
     keys = {"checkpoint": ("nowhere",), "val": tmp_path, "compute": {"threads": 3}}
     with pytest.raises(ValueError, match="nowhere: neither a checkpoint"):
-        run_evaluation(load(Evaluation, None, given=keys), None, lambda title: lambda done, total, values: None)
+        evaluate(load(Evaluation, None, given=keys), None, lambda title: lambda done, total, values: None)
     assert threads == [3]

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import board, config, quiet, weights
 
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import run_evaluation
+from kamim.evaluation.run import evaluate
 from kamim.reporting import plots
 from kamim.training import metrics
 from kamim.training.pretrain import pretrain
@@ -76,7 +76,7 @@ def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None
     made = {line["step"]: line["knn_top1"] for line in metrics.read(watched) if "knn_top1" in line}
     assert list(made) == [3, 7]
     given = [f"checkpoint=[{watched}]", f"train={store}", f"val={store}", "per_class=6", "knn.k=[18]", "seed=3"]
-    result, = run_evaluation(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
+    result, = evaluate(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
     assert made[7] == pytest.approx(result["k"]["18"]["top1"], abs=100 / 24 + 1e-6)  # features are rounded there
     assert {event.step: event.value for event in board(watched).Scalars("knn_top1")} == pytest.approx(made)
 

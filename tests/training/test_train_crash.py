@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from kamim.models import architectures, masked_image_model
 from kamim.training import checkpoint, config, metrics
-from kamim.training import pretrain as pretraining
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load

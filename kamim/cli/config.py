@@ -1,0 +1,61 @@
+"""kamim config."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kamim.cli.console import app, out_console, says_errors
+
+if TYPE_CHECKING:
+    from kamim.training.settings import Section
+
+config_app = typer.Typer(no_args_is_help=True, help="Presets, and what their keys mean.")
+app.add_typer(config_app, name="config")
+
+
+def _kinds() -> dict[str, "type[Section]"]:
+    """The kinds of presets, by their folder in configs/."""
+    from kamim.evaluation.config import Evaluation
+    from kamim.training.config import Pretrain
+
+    return {kind.PRESETS: kind for kind in (Pretrain, Evaluation)}
+
+
+@config_app.command(name="list")
+@says_errors
+def list_presets() -> None:
+    """Lists the presets of `kamim pretrain` and `kamim eval`."""
+    from kamim.training.settings import presets
+
+    for folder, kind in _kinds().items():
+        for name in presets(kind):
+            out_console.print(f"{folder}/{name}")
+
+
+@config_app.command()
+@says_errors
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A preset, such as vit_base_kamim, or pretrain/demo where two have its name.")
+    ],
+) -> None:
+    """Prints every key of a preset: its value, its default where that is another, and its meaning."""
+    import yaml
+
+    from kamim.storage.flatten import flatten
+    from kamim.training.settings import document, presets
+
+    folder, _, stem = name.rpartition("/")
+    found = [
+        (kind, files[stem]) for at, kind in _kinds().items() if folder in ("", at) and stem in (files := presets(kind))
+    ]
+    if len(found) != 1:
+        how = (
+            f"is {' and '.join(f'{kind.PRESETS}/{stem}' for kind, _ in found)}; name one" if found else "no such preset"
+        )
+        raise ValueError(f"{name}: {how}; `kamim config list` lists them")
+    ((kind, file),) = found
+    own = dict(flatten(yaml.safe_load(file.read_text()) or {}))
+    for key, default, meaning in document(kind):
+        value = f"{own[key]} (default {default})" if key in own else default
+        out_console.print(f"{key} = {value}\n    {meaning}" if meaning else f"{key} = {value}")

@@ -1,7 +1,12 @@
 """Hugging Face data sets: Arrow as save_to_disk writes it, and parquet; images and labels by the schema."""
 
 import json
+import os
 import pickle
+import shutil
+import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -144,6 +149,79 @@ def test_a_file_cut_after_listing_is_an_unreadable_image(tmp_path: Path) -> None
         source.read(source.items[0])
 
 
+READ_ALL = """
+import sys
+from pathlib import Path
+from preprocess.sources import list_source
+source = list_source("huggingface", Path(sys.argv[1]), "train")
+for item in source.items:
+    source.read(item)
+"""
+
+
+@pytest.mark.parametrize("offsets", [(0, 2_000_000_000, 280), (-2_000_000_000, 140, 280), (280, 140, 0)])
+def test_edited_offsets_never_reach_memory(tmp_path: Path, offsets: tuple[int, ...]) -> None:
+    saved(tmp_path / "s", table())
+    arrow = tmp_path / "s/data-00000-of-00001.arrow"
+    whole = arrow.read_bytes()
+    assert whole.count(struct.pack("<3i", 0, 140, 280)) == 3
+    arrow.write_bytes(whole.replace(struct.pack("<3i", 0, 140, 280), struct.pack("<3i", *offsets)))
+    ran = subprocess.run([sys.executable, "-c", READ_ALL, tmp_path], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(f"ValueError: {arrow}: ")
+
+
+def test_metadata_on_which_pyarrow_aborts_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        parquet(tmp_path / name, table())
+    (tmp_path / "script.py").write_text("import os; print('.', end='', flush=True); os.abort()")
+    monkeypatch.setattr(huggingface.footers, "__file__", str(tmp_path / "script.py"))
+    assert f"{tmp_path / 'b.parquet'}: its metadata are damaged" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["[]", "3", '{"info": 3}', '{"info": {"features": [3]}}', "[" * 100_000, '{"info": {"features": {"image": 3}}}'],
+)
+def test_metadata_of_another_form_are_named_or_ignored(tmp_path: Path, metadata: str) -> None:
+    parquet(tmp_path / "x.parquet", table().replace_schema_metadata({"huggingface": metadata}))
+    if "image" in metadata:
+        check(list_source("huggingface", tmp_path, "train"), classes=("0", "1", "2"))
+    else:
+        assert f"{tmp_path / 'x.parquet'}: " in complaint(tmp_path)
+
+
+def read_or_not(source: Source, number: int) -> bytes | None:
+    try:
+        return source.read(source.items[number])
+    except OSError:
+        return None
+
+
+def test_a_file_replaced_after_listing_is_noticed(tmp_path: Path) -> None:
+    for kind, write in (("parquet", parquet), ("arrow", lambda file, part: saved(file.parent, part))):
+        file = tmp_path / kind / ("x.parquet" if kind == "parquet" else "data-00000-of-00001.arrow")
+        write(file, table())
+        source = list_source("huggingface", file.parent, "train")
+        other = tmp_path / "other" / kind / file.name
+        for part in (table(slice(0, 3)), table().set_column(0, "image", pa.array([b"another"] * 7))):
+            write(other, part)
+            other.rename(file)
+            huggingface._held.table.cache_clear()  # as in a worker process
+            huggingface._held.images.cache_clear()
+            found = [read_or_not(source, n) for n in range(len(source.items))]
+            assert all(data in (None, expected) for data, expected in zip(found, FILES, strict=True))
+            assert None in found
+            shutil.rmtree(other.parent)
+
+
+def test_a_pipe_is_no_data_set(tmp_path: Path) -> None:
+    saved(tmp_path / "s", table())
+    (tmp_path / "s/data-00000-of-00001.arrow").unlink()
+    os.mkfifo(tmp_path / "s/data-00000-of-00001.arrow")
+    assert "not a plain one" in complaint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
@@ -153,6 +231,9 @@ def test_a_file_cut_after_listing_is_an_unreadable_image(tmp_path: Path) -> None
         (pa.table({"image": [b"x", b"y"], "label": [0, None]}), "every image must have a label"),
         (pa.table({"image": [b"x"], "label": [1.5]}), "every image must have a label"),
         (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": ["ant"]}}), "labels 0 to 2 of 1 classes"),
+        (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": "ant"}}), "does not list the names"),
+        (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": [1, 2, 3]}}), "does not list the names"),
+        (table(features=FEATURES, label=pa.array(["ant"] * 7)), "labels are of type str"),
         (table().replace_schema_metadata({"huggingface": "{"}), "x.parquet"),
     ],
 )  # fmt: skip

@@ -6,18 +6,23 @@ A thread that reads them keeps two row groups of images.
 """
 
 import errno
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from preprocess.sources import footers
 from preprocess.sources.base import (
+    CHANGED,
     Item,
     Member,
     Source,
@@ -39,7 +44,7 @@ class _Table(Protocol):
     rows: list[int]  # of each group
 
     def column(self, group: int, name: str) -> Any:
-        """A pyarrow array of a column, or of a field of a struct."""
+        """A pyarrow array of a column, or of a field of a struct. Raises pyarrow.ArrowInvalid for a damaged one."""
 
     def bytes(self, group: int, name: str) -> int:
         """How many bytes a column has in a group."""
@@ -56,11 +61,7 @@ class _Arrow:
         self.rows = [batch.num_rows for batch in self._batches]
 
     def column(self, group: int, name: str) -> Any:
-        import pyarrow.compute as pc
-
-        top, _, field = name.partition(".")
-        column = self._batches[group].column(top)
-        return pc.struct_field(column, field) if field else column
+        return _column(self._batches[group], name)
 
     def bytes(self, group: int, name: str) -> int:
         return int(self.column(group, name).nbytes)
@@ -75,16 +76,22 @@ class _Parquet:
         self.rows = [meta.row_group(n).num_rows for n in range(meta.num_row_groups)]
 
     def column(self, group: int, name: str) -> Any:
-        import pyarrow.compute as pc
-
-        top, _, field = name.partition(".")
-        column = self._file.read_row_group(group, columns=[name], use_threads=False).column(top)
-        return pc.struct_field(column, field) if field else column
+        return _column(self._file.read_row_group(group, columns=[name], use_threads=False), name)
 
     def bytes(self, group: int, name: str) -> int:
         held = self._file.metadata.row_group(group)
         columns = (held.column(n) for n in range(held.num_columns))
         return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+
+
+def _column(rows: Any, name: str) -> Any:
+    """A column, or a field of a struct, of a RecordBatch or Table, validated: pyarrow trusts the offsets it reads."""
+    import pyarrow.compute as pc
+
+    top, _, field = name.partition(".")
+    column = rows.column(top)
+    column.validate(full=True)
+    return pc.struct_field(column, field) if field else column
 
 
 class _Columns(NamedTuple):
@@ -98,10 +105,21 @@ class _Held(threading.local):
 
     def __init__(self) -> None:
         self.table = lru_cache(maxsize=8)(_opened)
-        self.images = lru_cache(maxsize=2)(lambda file, group, column: self.table(file).column(group, column))
+        self.images = lru_cache(maxsize=2)(self._images)
+
+    def _images(self, file: str, group: int, column: str) -> tuple[Any, int]:
+        """The images of a row group, and the mean of their sizes."""
+        table = self.table(file)
+        return table.column(group, column), _mean_size(table, group, column)
+
+
+def _mean_size(table: _Table, group: int, column: str) -> int:
+    return table.bytes(group, column) // max(table.rows[group], 1)
 
 
 def _opened(file: str) -> _Table:
+    if not Path(file).is_file():
+        raise OSError(errno.ENOENT, "no such file, or not a plain one")
     return _Parquet(file) if file.endswith(".parquet") else _Arrow(file)
 
 
@@ -114,15 +132,14 @@ def list_images(source: Path | None, split: str) -> Source:
     An item's size is the mean of its row group. Raises ValueError for files that are damaged, or hold no column of
     images, or several; and without pyarrow.
     """
-    try:
-        import pyarrow as pa
-    except ModuleNotFoundError as error:
-        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'") from error
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'")
     root = existing(source, "huggingface")
     where = printable(str(root))
     files = of_split(_files(root), split, where)
     if not files:
         raise ValueError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
+    _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
     labels: list[int | str | None] = []
     found: set[_Columns] = set()
@@ -133,8 +150,9 @@ def list_images(source: Path | None, split: str) -> Source:
             found.add(columns)
             rows += _rows(root, name, table, columns.image)
             labels += _labels(table, columns.label)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{printable(str(root / name))}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # pyarrow raises nearly every kind for a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{printable(str(root / name))}: {reason}") from error
     if len(found) > 1:
         raise ValueError(f"--source {where}: its files of --split {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
@@ -165,6 +183,17 @@ def _saved(state: Path) -> list[str]:
         if Path(name).name != name or not name.endswith(".arrow"):
             raise ValueError(f"{printable(str(state))}: names {printable(name)}, not an .arrow file beside it")
     return names
+
+
+def _check_footers(files: Sequence[Path]) -> None:
+    """Raises ValueError for the first parquet file whose metadata ends the process that reads them."""
+    if not files:
+        return
+    names = b"\0".join(os.fsencode(file) for file in files)
+    read = subprocess.run([sys.executable, "-P", footers.__file__], input=names, capture_output=True)
+    if read.returncode:
+        culprit = files[min(len(read.stdout), len(files) - 1)]
+        raise ValueError(f"{printable(str(culprit))}: its metadata are damaged")
 
 
 def _columns(schema: Any) -> _Columns:
@@ -206,7 +235,7 @@ def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
     file, time = str(root / name), (root / name).stat().st_mtime_ns
     at = 0
     for group, count in enumerate(table.rows):
-        size = table.bytes(group, image) // max(count, 1)
+        size = _mean_size(table, group, image)
         yield from (Member(f"{name}/{row}", -1, size, time, file, row) for row in range(at, at + count))
         at += count
 
@@ -230,17 +259,20 @@ def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> t
 
 
 def _read(column: str, item: Item) -> bytes:
-    import pyarrow as pa
-
     assert isinstance(item, Member)
     try:
         ends = list(accumulate(_held.table(item.file).rows))
         group = bisect_right(ends, item.at)
-        row = item.at - (ends[group - 1] if group else 0)
-        image = _held.images(item.file, group, column)[row]
-    except pa.ArrowException as error:
-        raise OSError(errno.EIO, " ".join(str(error).split())) from error
-    if not image.is_valid:
+        images, mean_size = _held.images(item.file, group, column)
+        image = images[item.at - (ends[group - 1] if group else 0)]
+        data = image.as_buffer() if image.is_valid else None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()) or type(error).__name__) from error
+    if mean_size != item.size:
+        raise OSError(errno.EBUSY, CHANGED)
+    if data is None:
         raise OSError(errno.ENOENT, "a row without the bytes of an image")
-    check_size(image.as_buffer().size)
-    return bytes(image.as_py())
+    check_size(data.size)
+    return bytes(data)

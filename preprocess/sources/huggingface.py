@@ -13,14 +13,13 @@ import subprocess
 import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from kamim.storage.escape import one_line
 from preprocess.sources import footers
 from preprocess.sources.base import (
     CHANGED,
@@ -200,9 +199,9 @@ def _check_footers(files: Sequence[Path]) -> None:
 def _columns(schema: Any) -> _Columns:
     import pyarrow.types as types
 
-    features = _features(schema.metadata or {})
-    kinds = {name: feature.get("_type") for name, feature in features.items() if name in schema.names}
-    images = [name for name, kind in kinds.items() if kind == "Image"]
+    features = _features((schema.metadata or {}).get(b"huggingface", b"{}"))
+    kinds = {name: str(f["_type"]) for name, f in features.items() if isinstance(f, dict) and "_type" in f}
+    images = [name for name, kind in kinds.items() if kind == "Image" and name in schema.names]
     images = images or [name for name in IMAGES if name in schema.names]
     if len(images) != 1:
         raise ValueError(f"needs one column of images, has {', '.join(map(printable, images)) or 'none'}")
@@ -213,29 +212,23 @@ def _columns(schema: Any) -> _Columns:
         path = images[0]
     if not (types.is_binary(image) or types.is_large_binary(image)):
         raise ValueError(f"column {printable(path)} is {image}, not the bytes of image files")
-    labels = [
-        name for name, feature in features.items() if feature.get("_type") == "ClassLabel" and name in schema.names
-    ]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
     label = next((name for name in LABELS if name in schema.names), labels[0] if len(labels) == 1 else None)
     names = features[label].get("names") if label in labels else None
-    if names is None:
-        return _Columns(path, label, None)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the metadata of column {printable(str(label))} does not list the names of its classes")
-    return _Columns(path, label, tuple(names))
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"the metadata of column {printable(label or '')} does not list the names of its classes")
+    return _Columns(path, label, None if names is None else tuple(names))
 
 
-def _features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What `datasets` says of the columns, in JSON. Raises ValueError where it is of another form."""
+def _features(metadata: bytes) -> dict[str, Any]:
+    """What `datasets` noted of each column. Raises ValueError for metadata of another form."""
     try:
-        held = json.loads(metadata.get(b"huggingface", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata, huggingface, is not JSON: {one_line(error)}") from error
-    for key in ("info", "features"):
-        held = held.get(key, {}) if isinstance(held, dict) else None
-    if not isinstance(held, dict):
-        raise ValueError("its metadata, huggingface, is not that of datasets")
-    return {name: feature for name, feature in held.items() if isinstance(feature, dict)}
+        features = (json.loads(metadata).get("info") or {}).get("features") or {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its metadata is not what datasets writes: {error}") from error
+    if not isinstance(features, dict):
+        raise ValueError("its metadata is not what datasets writes: the features are no object")
+    return features
 
 
 def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
@@ -255,9 +248,11 @@ def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
 def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
     if columns.classes is None:
         return name_classes(labels, f"--source {where}")
-    numbers = [label if isinstance(label, int) else -1 for label in labels]
-    if any(label is not None and not isinstance(label, int) for label in labels):
-        raise ValueError(f"--source {where}: column {printable(str(columns.label))} has labels that are no numbers")
+    if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
+        raise ValueError(
+            f"--source {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
+        )
+    numbers = [-1 if label is None else int(label) for label in labels]
     if not all(-1 <= number < len(columns.classes) for number in numbers):
         raise ValueError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
     return tuple(map(printable, columns.classes)), numbers

@@ -21,7 +21,7 @@ KERNELS = {  # and what each may know
     "kamim.batch": set(),
     "kamim.paged": set(),
     "kamim.beton": {"kamim.paged"},
-    "kamim.store": {"kamim.beton", "kamim.paged", "kamim.keypoints"},
+    "kamim.store": {"kamim.beton", "kamim.paged", "kamim.keypoints", "kamim.geometry"},
 }
 
 

@@ -57,7 +57,10 @@ def _remapped_counts(
 ):  # fmt: skip
     """addresses [n], counts [n, G]: see Keypoints.addresses; frames, sizes [n, 2], views [n, 6]."""
     for i in range(len(out)):
-        positions = carray(pointer16(addresses[i]), (int(counts[i].sum()), 2))
+        total = int(counts[i].sum())
+        if total > len(points):
+            raise IndexError("more keypoints than there is room for")
+        positions = carray(pointer16(addresses[i]), (total, 2))
         kept = kp.remap(
             positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
         )  # fmt: skip

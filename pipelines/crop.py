@@ -61,13 +61,21 @@ def _blend_rows(upper, lower, weight, out):
 
 
 @kernel
+def _within(start, length, whole):
+    """Whether `length` samples from `start` on are some of `whole`."""
+    return start >= 0 and 0 < length <= whole - start
+
+
+@kernel
 def crop_resize(pixels, view, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
     pixels: uint8 [H, W, 3]. out: uint8 [R, R, 3]. Both contiguous. Equal to cropping, torchvision's resize with
-    antialias=False, then the flips, to within one grey level.
+    antialias=False, then the flips, to within one grey level. Raises ValueError for a crop that the image lacks.
     """
     top, left, height, width, flip_v, flip_h = view
+    if not (_within(top, height, pixels.shape[0]) and _within(left, width, pixels.shape[1])):
+        raise ValueError("the crop lies outside the image")
     side, row_bytes = out.shape[0], 3 * out.shape[1]
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
     _columns(width, flip_h, offset, weight)

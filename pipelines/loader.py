@@ -223,6 +223,7 @@ class Loader:
         return image
 
     def _views(self, indices: np.ndarray, epoch: int, sizes: np.ndarray) -> np.ndarray:
+        sizes = np.maximum(sizes, 1)  # an image of no pixels, which cannot be decoded, must not keep others from it
         if self._crop is None:
             return geometry.whole_views(sizes)
         crop = self._crop

@@ -73,14 +73,18 @@ def check_agreement(plan: Plan, shards: Files, out: Path) -> None:
 
 
 def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
-    """Links a component's files from the store `out`; copies them where the file system has no links."""
+    """Links a component's files from the store `out`; copies them where the file system has no links.
+
+    Nothing is written over: raises FileExistsError if a file is there already.
+    """
     assert plan.store is not None
     for name in filter(lambda name: store.component_of(name) == component, plan.store.checksums):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(out / name, folder / name)
         except OSError:
-            shutil.copyfile(out / name, folder / name)
+            with (out / name).open("rb") as source, (folder / name).open("xb") as copy:
+                shutil.copyfileobj(source, copy)
 
 
 def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
@@ -93,7 +97,7 @@ def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
         store.write_zarr_images(
             folder / "images.zarr", _images(shards, raw), int(lengths.sum()), "raw" if raw else "jpeg", largest
         )
-    zarr.create_group(folder / "keypoints.zarr")
+    zarr.create_group(folder / "keypoints.zarr", zarr_format=3)
     (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
 
 
@@ -122,9 +126,15 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
-    """rejects.csv of a store, by shard."""
-    with (path / store.REJECTS).open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows: list[Reject] = [list(map(escape.text_of, row)) for row in islice(csv.reader(stream), 1, None)]
+    """rejects.csv of a store, by shard. Raises ValueError unless it lists as many files as the manifest says."""
+    file = path / store.REJECTS
+    try:
+        with file.open(newline="", encoding="utf-8", errors="replace") as stream:
+            rows: list[Reject] = [list(map(escape.text_of, row)) for row in islice(csv.reader(stream), 1, None)]
+    except csv.Error as error:
+        raise ValueError(f"{file}: {error}") from error
+    if len(rows) != manifest.rejects or any(len(row) != 2 for row in rows):
+        raise ValueError(f"{file}: is not a list of {manifest.rejects} files and reasons")
     size, items = manifest.job.shard_size, manifest.job.items
     sizes = [min(size, items - at) for at in range(0, items, size)]
     ends = np.cumsum([size - count for size, count in zip(sizes, manifest.shard_counts, strict=True)])
@@ -155,7 +165,10 @@ def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) ->
 
 
 def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
-    """What gives the bytes of any of the component's shards, from the store. A damaged store may raise DAMAGE."""
+    """What gives the bytes of any of the component's shards, from the store. A damaged store may raise DAMAGE.
+
+    Damage to single images does not keep the others from being read.
+    """
     manifest = opened.manifest
     ends = np.cumsum(manifest.shard_counts)
     rejects = stored_rejects(opened.path, manifest)
@@ -169,18 +182,28 @@ def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
 
 
 # What reading a store raises where its files are not what was written.
-DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error)
+DAMAGE = (ValueError, OSError, LookupError)
 
 
 def _image_reader(opened: Store) -> Callable[[int], Rows]:
-    images = opened.images
-    return lambda i: image_rows(images.data(i), images.sizes[i], int(images.labels[i]))
+    images = opened.open_images()
+    inside = images.in_range()
+
+    def read(i: int) -> Rows:
+        if not inside[i]:
+            raise IndexError(f"image {i} lies outside its file")
+        return image_rows(images.data(i), images.sizes[i], int(images.labels[i]))
+
+    return read
 
 
 def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
-    keypoints = opened.keypoints(name)
+    keypoints = opened.open_keypoints(name)
+    inside = keypoints.in_range()
 
     def read(i: int) -> Rows:
+        if not inside[i]:
+            raise IndexError(f"the keypoints of image {i} lie outside their file")
         frames = range(keypoints.frame.shape[1])
         positions, counts = zip(*(keypoints.image(i, frame) for frame in frames), strict=True)
         return keypoint_rows(np.concatenate(positions), np.stack(counts), keypoints.frame[i])

@@ -60,6 +60,15 @@ def to_bytes(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def from_file(file: Path) -> np.ndarray:
+    """The stamps in a stamps.npy: uint64 [items]. Raises ValueError for a file that to_bytes does not write."""
+    content, header = file.read_bytes(), len(to_bytes(np.empty(0, "<u8")))
+    stamps = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
+    if to_bytes(stamps) != content:
+        raise ValueError(f"{file}: is damaged: holds no list of stamps")
+    return stamps
+
+
 def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Path) -> None:
     """Raises ValueError where the source is not the one that `made` was made from, naming the first difference."""
     common = min(len(before), len(now))

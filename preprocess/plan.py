@@ -167,15 +167,13 @@ def make_plan(
     for there in before:
         _refuse_other(there, job, space.out)
     if finished is not None:
-        for name in finished.checksums:
-            if not (space.out / name).is_file():
-                raise ValueError(f"{space.out / name}: missing; {REMEDY.format(space.out)}")
+        store.Store(space.out).check_files()
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
             if store.checksum(file) != finished.checksums[file.name]:
                 raise ValueError(f"{file}: damaged; {REMEDY.format(space.out)}")
     stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
-        fingerprint.refuse_change(np.load(space.out / store.STAMPS), stamps, source, space.out)
+        fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), stamps, source, space.out)
     if (earlier := space.begun_stamps()) is not None:
         fingerprint.refuse_change(earlier, stamps, source, space.partial)
     asked = [*(name for there in before for name in there.detectors), *job.detectors]

@@ -56,12 +56,18 @@ def keypoint_rows(positions: np.ndarray, counts: np.ndarray, frames: np.ndarray)
 
 def join(component: str, parts: Sequence[Rows]) -> Rows:
     """The rows of any number of images, in order, from those of each."""
+    parts = parts or [_no_rows(component)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _no_rows(component: str) -> Rows:
+    """The rows of no image, of the types and shapes that those of images have."""
     if component == IMAGES:
-        none = image_rows(np.empty(0, np.uint8), (0, 0), 0)
+        one = image_rows(np.empty(0, np.uint8), (0, 0), 0)
     else:
         frames, groups = detector(component).frames, len(detector(component).rules.groups)
-        none = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros((frames, groups)), np.zeros((frames, 2)))
-    return {name: np.concatenate([empty[:0], *(part[name] for part in parts)]) for name, empty in none.items()}
+        one = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros((frames, groups)), np.zeros((frames, 2)))
+    return {name: rows[:0] for name, rows in one.items()}
 
 
 def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from kamim.storage import store
 from kamim.storage.store import Job, Manifest, Store
@@ -38,6 +37,12 @@ def repair(
         if content is None:
             raise ValueError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
         manifest = store.parse_manifest(content, path)
+        for problem in found:
+            if problem.where not in (*manifest.checksums, *SEALED):
+                raise ValueError(
+                    f"{path / problem.where}: {problem.what}, although the files are as the manifest says, so that "
+                    "nothing tells what is right; preprocess it again"
+                )
         job = manifest.job.model_copy(update={"opencv": cv2.__version__})
         if space.begun() not in (None, job):
             raise ValueError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
@@ -57,7 +62,7 @@ def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: 
     stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     stored = path / store.STAMPS
     if stored.is_file() and store.checksum(stored) == manifest.source:
-        before = np.load(stored)
+        before = fingerprint.from_file(stored)
         if len(before) != len(stamps):
             fingerprint.refuse_change(before, stamps, source, path)
         stamps = before  # a copied source will do, if the same bytes come of it

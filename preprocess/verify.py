@@ -1,7 +1,8 @@
 """Whether a store is what was written."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,13 @@ import numpy as np
 
 from kamim.method.geometry import POSITION_UNIT
 from kamim.storage import store
-from kamim.storage.store import IMAGES, Keypoints, Manifest, Store
-from preprocess.assemble import DAMAGE
-from preprocess.decode import Undecodable, decode
+from kamim.storage.store import IMAGES, ImageReader, Keypoints, Manifest, Store, image_faults, keypoint_faults
+from preprocess import fingerprint
+from preprocess.assemble import DAMAGE, stored_rejects, take_apart
+from preprocess.decode import Undecodable, decode_plain_jpeg
 
 SEALED = (store.MANIFEST, store.BACKUP)
-DAMAGED, MISSING, STRANGE = "damaged", "missing", "not in the manifest"
+DAMAGED, MISSING, STRANGE, LINK = "damaged", "missing", "not in the manifest", "a link or a special file"
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Problem:
 
 
 def problems(path: Path, deep: bool = False) -> list[Problem]:
-    """Everything that is wrong with the store at `path`; deep: every image is decoded, every keypoint looked at.
+    """Everything that is wrong with the store at `path`.
 
-    Raises ValueError where there is no store, or one of another schema version.
+    deep: every image is decoded, every keypoint looked at, and every shard compared with its checksum in the manifest.
+    Raises ValueError where there is no store, or one that this version cannot read.
     """
     content = store.agreed_manifest(path)
     if content is None:
@@ -44,57 +47,84 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
 
 def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
     for name, expected in zip(SEALED, (content, store.backup_of(content)), strict=True):
-        file = path / name
-        if not file.is_file():
+        if not (path / name).exists():
             yield Problem(name, MISSING)
-        elif file.read_bytes() != expected:
+        elif store.sealed_file(path / name) != expected:
             yield Problem(name, DAMAGED)
 
 
 def _of_files(path: Path, manifest: Manifest) -> Iterator[Problem]:
     expected, found = manifest.checksums, store.checksums(path)
+    found |= dict.fromkeys(store.entries(path)[1] - {*SEALED}, LINK)
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            yield Problem(name, MISSING if name not in found else STRANGE if name not in expected else DAMAGED)
+        if name not in found:
+            yield Problem(name, MISSING)
+        elif name not in expected:
+            yield Problem(name, STRANGE)
+        elif found[name] != expected[name]:
+            yield Problem(name, LINK if found[name] == LINK else DAMAGED)
 
 
 def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
     """What is wrong although every file is as written."""
+    classes = len(opened.manifest.classes)
     try:
-        images, keypoints = opened.images, {name: opened.keypoints(name) for name in opened.detectors}
-        ranges = {IMAGES: images.in_range(), **{name: reader.in_range() for name, reader in keypoints.items()}}
+        images, keypoints = opened.open_images(), {name: opened.open_keypoints(name) for name in opened.detectors}
+        fingerprint.from_file(opened.path / store.STAMPS)
+        stored_rejects(opened.path, opened.manifest)
     except DAMAGE as error:
         yield Problem("", f"cannot be opened: {' '.join(str(error).split())}")
         return
-    frames = [reader.frame for reader in keypoints.values()]
-    held = {len(array) for array in (images.labels, images.sizes, *frames, *ranges.values())}
-    if held != {len(opened)}:
-        yield Problem(store.MANIFEST, f"says {len(opened)} images, but the arrays hold {', '.join(map(str, held))}")
-        return
-    for component, in_range in ranges.items():
-        yield from (Problem(component, f"image {i} lies outside its file") for i in np.flatnonzero(~in_range))
-        deep &= bool(in_range.all())
-    wrong = (images.labels < -1) | (images.labels >= len(opened.manifest.classes))
-    yield from (Problem(IMAGES, f"image {i} has a label without a class") for i in np.flatnonzero(wrong))
+    faults = {IMAGES: image_faults(images, classes)}
+    faults |= {name: keypoint_faults(reader) for name, reader in keypoints.items()}
+    for component, kinds in faults.items():
+        for what, wrong in kinds.items():
+            yield from (Problem(component, f"image {i} {what}") for i in np.flatnonzero(wrong))
+            deep &= not wrong.any()
     if deep:
+        shards = {component: take_apart(opened, component) for component in faults}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            for found in threads.map(partial(_of_image, opened, keypoints), range(len(opened))):
+            numbers = range(opened.manifest.job.shards)
+            for found in threads.map(partial(_of_shard, opened.manifest, images, keypoints, shards), numbers):
                 yield from found
 
 
-def _of_image(opened: Store, keypoints: Mapping[str, Keypoints], index: int) -> list[Problem]:
-    found = []
-    expected = (*map(int, opened.images.sizes[index]), 3)
-    data = opened.images.data(index)
-    try:
-        shape = expected if opened.images.raw and data.size == np.prod(expected) else decode(data.tobytes()).shape
-        if shape != expected:
-            found.append(Problem(IMAGES, f"image {index} is of shape {shape}, the store says {expected}"))
-    except Undecodable as error:
-        found.append(Problem(IMAGES, f"image {index}: {error}"))
+def _of_shard(
+    manifest: Manifest, images: ImageReader, keypoints: Mapping[str, Keypoints],
+    shards: Mapping[str, Callable[[int], bytes]], number: int,
+) -> list[Problem]:  # fmt: skip
+    """What is wrong with the images of a shard, or else with what it holds: it has to be what the store was made of."""
+    first = sum(manifest.shard_counts[:number])
+    found = [
+        problem
+        for index in range(first, first + manifest.shard_counts[number])
+        for problem in _of_image(images, keypoints, index)
+    ]
+    for component in shards.keys() - {problem.where for problem in found}:
+        if hashlib.sha256(shards[component](number)).hexdigest() != manifest.shards[component][number]:
+            found.append(Problem(component, f"shard {number + 1} does not hold what the store was made of"))
+    return found
+
+
+def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: int) -> Iterator[Problem]:
+    if not images.raw:
+        yield from _of_jpeg(images, index)
     for name, of_detector in keypoints.items():
         for number, frame in enumerate(of_detector.frame[index]):
             positions, _ = of_detector.image(index, number)
             if (positions > frame[::-1].astype(np.int64) * POSITION_UNIT).any():
-                found.append(Problem(name, f"image {index} has a keypoint outside frame {number}"))
-    return found
+                yield Problem(name, f"image {index} has a keypoint outside frame {number}")
+
+
+def _of_jpeg(images: ImageReader, index: int) -> Iterator[Problem]:
+    """What keeps the loader from decoding an image, which it does as strictly."""
+    try:
+        pixels = decode_plain_jpeg(images.data(index).tobytes())
+    except Undecodable as error:
+        yield Problem(IMAGES, f"image {index}: {error}")
+        return
+    expected = (*map(int, images.sizes[index]), 3)
+    if pixels is None:
+        yield Problem(IMAGES, f"image {index} is not a JPEG that can be decoded")
+    elif pixels.shape != expected:
+        yield Problem(IMAGES, f"image {index} is of shape {pixels.shape}, the store says {expected}")

@@ -92,9 +92,8 @@ class Workspace:
         if not (self.job_file.exists() and self.stamps_file.exists()):
             return None
         try:
-            stamps: np.ndarray = np.load(self.stamps_file)
-            return stamps
-        except (ValueError, EOFError):
+            return fingerprint.from_file(self.stamps_file)
+        except ValueError:
             raise ValueError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
     def claim(self, job: Job, stamps: np.ndarray, folders: Collection[Path], shared: bool) -> None:

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
     """Says what there is, line by line; with a configuration, also rates. Returns whether all is well.
 
-    Raises ValueError where there is no store, or where the configuration does not fit it.
+    Raises ValueError where there is no store, or a damaged one, or where the configuration does not fit it.
     """
     for name, value in machine.describe().items():
         text = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
@@ -43,24 +43,9 @@ def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
         f"({job.images}), for {job.resolution} px; keypoints: {', '.join(opened.detectors) or 'none'}; "
         f"{manifest.rejects} rejected"
     )
-    wrong = list(_out_of_range(opened))
-    for line in wrong:
-        say(f"{'':14} {line}")
-    say(
-        f"{'':14} " + ("put it right with `kamim store verify --repair`" if wrong else
-        "every image and keypoint lies within its file; `kamim store verify --deep` reads all of them")
-    )  # fmt: skip
-    if config is None or wrong:
-        return not wrong
-    return _rates(config, opened, say)
-
-
-def _out_of_range(opened: Store) -> Iterator[str]:
-    ranges = {"images": opened.images.in_range()}
-    ranges |= {name: opened.keypoints(name).in_range() for name in opened.detectors}
-    for component, inside in ranges.items():
-        if len(inside) != len(opened) or not inside.all():
-            yield f"{component}: {int((~inside).sum())} of {len(inside):,} images lie outside their file"
+    opened.check()
+    say(f"{'':14} every image and keypoint lies within its file; `kamim store verify --deep` reads all of them")
+    return True if config is None else _rates(config, opened, say)
 
 
 def _rates(config: Pretrain, opened: Store, say: Say) -> bool:

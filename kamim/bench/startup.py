@@ -62,7 +62,7 @@ def write_images(path: str, folder: str, images: int) -> int:
     every = range(keypoints.frame.shape[1])
     positions, counts = zip(*(keypoints.image(0, frame) for frame in every), strict=True)
     write_zarr_images(out / "images.zarr", [(data, height, width, 0, False)], len(data), "jpeg")
-    zarr.create_group(out / "keypoints.zarr")
+    zarr.create_group(out / "keypoints.zarr", zarr_format=3)
     one = (np.concatenate(positions), np.stack(counts).astype(np.int64), keypoints.frame[0])
     write_keypoints(out / "keypoints.zarr", "fast", [one], len(one[0]))
     for name in ("images.zarr", "keypoints.zarr/fast"):

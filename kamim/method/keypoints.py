@@ -10,6 +10,7 @@ pixel that holds the position; the paper's text says this.
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -30,6 +31,8 @@ BORDER = 4
 CLASSES = 2 * BORDER + 1
 WORD = 64
 MARGIN = 8  # bits of a bit map's rows before the first pixel, and at least so many behind the last: room for stamps
+MOST_GROUPS = 256  # of a detector
+LARGEST_CAP = 2**31 - 1
 _ROUNDER = 1.5 * 2.0**52  # added to a float64 and taken off again, it rounds as rint does, in any number of lanes
 
 
@@ -44,6 +47,13 @@ class Group:
     border: float
     cap: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a border below 0 or not finite, and for a cap that is not 0 .. LARGEST_CAP."""
+        if not 0 <= self.border < math.inf:
+            raise ValueError(f"border = {self.border}: must be 0 px or more, and finite")
+        if not 0 <= self.cap <= LARGEST_CAP:
+            raise ValueError(f"cap = {self.cap}: must be 0 (no cap) to {LARGEST_CAP}")
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -54,6 +64,11 @@ class Rules:
 
     groups: tuple[Group, ...]
     snap: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless there are 1 .. MOST_GROUPS groups."""
+        if not 1 <= len(self.groups) <= MOST_GROUPS:
+            raise ValueError(f"groups: are {len(self.groups)}, must be 1 to {MOST_GROUPS}")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """(borders float64 [G], caps int64 [G], snap), as the kernel takes them."""
@@ -120,6 +135,9 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
     many belong to each group, in order; frame, size: (height, width) of the canonical frame and of the image that
     `view` (see kamim.method.geometry) refers to; out: int32 [>= K, 2] (x, y).
+
+    Whatever the arguments hold, what survives lies within the crop, and no more than K rows of out are written: counts
+    are cut to the positions that are there, and borders below 0 count as 0.
     """
     ax, bx = axis_map(view[1], view[3], side, view[5])
     ay, by = axis_map(view[0], view[2], side, view[4])
@@ -129,9 +147,9 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     words, points = positions.reshape(positions.size).view(np.uint32), out.reshape(out.size).view(np.int64)
     inside = np.empty(len(positions), np.uint8)
     kept, stop = np.uint64(0), 0  # unsigned, and so an index that needs no check
-    for group in range(len(borders)):
-        start, stop, before = stop, stop + int(counts[group]), kept
-        low, high = borders[group], side - borders[group]
+    for group in range(min(len(borders), len(counts))):
+        start, stop, before = stop, stop + min(max(int(counts[group]), 0), len(positions) - stop), kept
+        low, high = max(borders[group], 0.0), side - max(borders[group], 0.0)
         _place(words[start:stop], ax, bx, ay, by, low, high, snap, points[start:], inside)
         for k in range(stop - start):  # without a branch: every point is moved, and the next one over a lost one
             points[kept] = points[start + k]
@@ -175,6 +193,8 @@ def _draw(points, height, width, table, bitmap):
     for k in range(len(points)):
         x, y = points[k, 0], points[k, 1]
         column, row = x >> 4, y >> 4
+        if not ((0 <= column < width) & (0 <= row < height)):
+            continue
         stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
         upper, middle, lower = stamp[0], stamp[1], stamp[2]  # read before anything is written, which could be the table
         left = column + MARGIN - REACH
@@ -189,7 +209,7 @@ def _draw(points, height, width, table, bitmap):
 def raster(points, count, height, width, table, bitmap):
     """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
 
-    bitmap: raster_scratch(height, width); it is cleared first. Every point lies within the crop.
+    bitmap: raster_scratch(height, width); it is cleared first. Points outside the crop are left out.
     """
     bitmap[:] = 0
     _draw(points[:count], height, width, table, bitmap)
@@ -287,8 +307,13 @@ def _counts_of_bytes(bitmap, patch_size, counts):
 def cell_counts(bitmap, patch_size, counts):
     """Pixels of F set in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
 
-    int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181.
+    int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181. Raises ValueError if
+    the cells are more than the bit map.
     """
+    if counts.shape[0] * patch_size > bitmap.shape[0] - STAMP_ROWS - 1 or (
+        counts.shape[1] * patch_size > WORD * bitmap.shape[1] - 2 * MARGIN
+    ):
+        raise ValueError("the cells are more than the bit map")
     counts[:] = 0
     if patch_size % 8 == 0:
         _counts_of_bytes(bitmap, patch_size, counts)

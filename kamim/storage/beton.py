@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kamim.storage.mmap_array import power_of_two
+from kamim.storage.mmap_array import file_size, power_of_two
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2  # type ids
@@ -41,36 +41,50 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 
 class Beton:
-    """Read-only view of a .beton: sizes [N, 2] (height, width), labels int64 [N], and every image's bytes."""
+    """Read-only view of a .beton: every image's bytes, and about each (N is the number of images):
+
+    sizes: uint16 [N, 2] (height, width). labels, lengths (of its bytes): int64 [N]. raw: pixels, or else JPEG.
+    """
 
     def __init__(self, path: Path):
-        """Raises ValueError where the file is not what a store writes."""
-        header = np.fromfile(path, HEADER, 1)
+        """Raises ValueError, which names the file and what is wrong, for a file that no store has."""
+        size, header = file_size(path), np.fromfile(path, HEADER, 1)
         if len(header) == 0 or header[0]["version"] != VERSION:
             raise ValueError(f"{path}: not an FFCV file of version {VERSION}")
-        count, table = int(header[0]["num_samples"]), int(header[0]["alloc_table_ptr"])
-        fields = np.fromfile(path, FIELD, int(header[0]["num_fields"]), offset=HEADER.itemsize)
+        _, field_count, page_size, count, table = header[0].item()
+        fields = np.fromfile(path, FIELD, min(field_count, 3), offset=HEADER.itemsize)
         if fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
             raise ValueError(f"{path}: fields of types {fields['type_id'].tolist()}, expected an image and an integer")
-        samples = np.fromfile(path, SAMPLE, count, offset=HEADER.itemsize + fields.nbytes)
-        allocations = np.fromfile(path, ALLOCATION, offset=table)
-        if len(samples) != count or len(allocations) != count:
-            raise ValueError(f"{path}: truncated, {count} samples announced")
+        start = HEADER.itemsize + fields.nbytes
+        if start + count * SAMPLE.itemsize > table or table + count * ALLOCATION.itemsize != size:
+            raise ValueError(
+                f"{path}: truncated or damaged, its {size} bytes do not hold {count} samples and their table"
+            )
+        samples = np.fromfile(path, SAMPLE, count, offset=start)
+        allocations = np.fromfile(path, ALLOCATION, count, offset=table)
+        images, owners = samples["image"], allocations["sample_id"]
+        if not np.array_equal(np.sort(owners), np.arange(count, dtype=np.uint64)):
+            raise ValueError(f"{path}: its allocation table does not name each of the {count} samples once")
+        modes = np.unique(images["mode"]).tolist()
+        if modes not in ([JPG], [RAW]):
+            raise ValueError(f"{path}: images of modes {modes}; expected {JPG} (JPEG) or {RAW} (raw), the same for all")
         self.labels = samples["label"].astype(np.int64)
-        self.sizes = np.stack([samples["image"]["height"], samples["image"]["width"]], axis=1)
-        self.raw = bool(count) and bool((samples["image"]["mode"] == RAW).all())
-        self._start = samples["image"]["data_ptr"].astype(np.int64)
-        self._length = np.zeros(count, np.int64)
-        self._length[allocations["sample_id"]] = allocations["size"]
+        self.sizes = np.stack([images["height"], images["width"]], axis=1)
+        self.raw = modes == [RAW]
+        pointers, lengths = np.empty((2, count), np.uint64)
+        pointers[owners], lengths[owners] = allocations["ptr"], allocations["size"]
+        self._inside = (images["data_ptr"] == pointers) & (pointers >= start + samples.nbytes) & (pointers <= table)
+        self._inside &= (lengths > 0) & (lengths <= page_size) & (lengths <= table - np.minimum(pointers, table))
+        self.lengths, self._start = lengths.astype(np.int64), pointers.astype(np.int64)
         self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array slices faster
 
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
-        return self._bytes[self._start[index] : self._start[index] + self._length[index]]
+        return self._bytes[self._start[index] : self._start[index] + self.lengths[index]]
 
     def in_range(self) -> np.ndarray:
         """Whether each image's bytes lie within the file: bool [N]."""
-        return (self._length > 0) & (self._start >= 0) & (self._start <= len(self._bytes) - self._length)
+        return self._inside
 
 
 def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0) -> None:

@@ -1,11 +1,19 @@
-"""Flat zarr arrays that map into memory.
+"""Flat zarr arrays that map into memory, and small ones that are read whole.
 
 A paged array is a one- or two-dimensional zarr v3 array, uncompressed, whose chunk (page) files are the
 plain little-endian bytes of their rows. Items are runs of rows; none crosses a page, so that every item is
 one contiguous view of one mapped file, shared by all processes of a machine. Any zarr reader opens it.
+
+Arrays are written with zarr and read without it. The metadata of an array that is read must equal, key by key, what is
+written here, and its files must have exactly the sizes that follow from it. So a file from elsewhere chooses no codec,
+no layout and no amount of memory.
 """
 
+import json
 import math
+import operator
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +21,8 @@ import numpy as np
 import zarr
 
 PAGES = 64
+METADATA = "zarr.json"
+METADATA_BYTES = 1 << 16  # of a zarr.json, at most; those written here have a few hundred
 
 
 def create(group: zarr.Group, name: str, array: np.ndarray) -> None:
@@ -77,20 +87,111 @@ class PagedWriter:
             self._flush()
 
 
-class PagedReader:
-    """Maps the pages of a paged array, read-only."""
+def file_size(file: Path) -> int:
+    """Bytes of a regular file. Raises ValueError for a missing file, and for a link, a pipe or a folder."""
+    try:
+        status = file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file}: is missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file}: is not a regular file; a store holds no links")
+    return status.st_size
 
-    def __init__(self, path: Path):
-        array = zarr.open_array(path, mode="r")
-        self._page_rows = array.chunks[0]
-        shape = (self._page_rows, *array.shape[1:])
-        tail = "/0" * (array.ndim - 1)
-        self._pages = [
-            np.asarray(np.memmap(path / f"c/{page}{tail}", dtype=array.dtype, mode="r", shape=shape))  # slices faster
-            for page in range(array.shape[0] // self._page_rows)
-        ]
-        self._empty = np.empty((0, *array.shape[1:]), array.dtype)
-        self._row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+
+def check_size(file: Path, size: int) -> None:
+    """Raises ValueError unless `file` is a regular file of `size` bytes."""
+    found = file_size(file)
+    if found != size:
+        raise ValueError(f"{file}: has {found} bytes, must have {size}")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of an array or a group, as it stands there. Raises ValueError if it is no JSON object."""
+    file = path / METADATA
+    if file_size(file) <= METADATA_BYTES:
+        try:
+            fields = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict):
+            return fields
+    raise ValueError(f"{file}: is not the metadata of a zarr array or group")
+
+
+def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ValueError for the first key whose value is not the expected one."""
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            value, allowed = (json.dumps(fields[key]) if key in fields else "missing" for fields in (found, expected))
+            raise ValueError(f"{path / METADATA}: {key!r:.40} is {value:.80}, must be {allowed}")
+
+
+def check_group(path: Path, attributes: dict[str, str]) -> None:
+    """Raises ValueError unless the metadata of the group at `path` is what zarr writes for one with the attributes."""
+    check_metadata(path, read_metadata(path), {"attributes": attributes, "zarr_format": 3, "node_type": "group"})
+
+
+def _metadata(dtype: Any, shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:
+    """What zarr.json holds for an array as this module writes it."""
+    dtype = np.dtype(dtype)
+    codec = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
+    return {
+        "zarr_format": 3, "node_type": "array", "attributes": {}, "shape": [*shape], "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*chunks]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0, "codecs": [codec], "storage_transformers": [],
+    }  # fmt: skip
+
+
+def _lengths(path: Path, fields: dict[str, Any], axes: int) -> tuple[list[int], list[int]]:
+    """The shape of an array and that of its chunks: `axes` whole numbers each, none below 0."""
+    try:
+        given = fields["shape"], fields["chunk_grid"]["configuration"]["chunk_shape"]
+        shape, chunks = ([*map(operator.index, lengths)] for lengths in given)
+        if len(shape) == len(chunks) == axes and min(*shape, *chunks) >= 0:
+            return shape, chunks
+    except (LookupError, TypeError):
+        pass
+    raise ValueError(f"{path / METADATA}: gives no shape of {axes} axes for the array and its chunks")
+
+
+def read(path: Path, dtype: Any, shape: Sequence[int | None]) -> np.ndarray:
+    """A small array as `create` writes it: `dtype` and `shape`, None for lengths that only the array knows.
+
+    zarr writes no chunk that holds nothing but zeros. An array of unknown lengths must have one, so that what it takes
+    in memory it takes on disk. Raises ValueError, which names the file and what is wrong.
+    """
+    fields = read_metadata(path)
+    found, _ = _lengths(path, fields, len(shape))
+    lengths = [have if want is None else want for have, want in zip(found, shape, strict=True)]
+    check_metadata(path, fields, _metadata(dtype, lengths, [max(length, 1) for length in lengths]))
+    chunk = path.joinpath("c", *"0" * len(shape))
+    if None not in shape and not chunk.is_symlink() and not chunk.exists():
+        return np.zeros(lengths, dtype)
+    check_size(chunk, math.prod(lengths) * np.dtype(dtype).itemsize)
+    return np.fromfile(chunk, dtype).reshape(lengths)
+
+
+class PagedReader:
+    """Maps the pages of a paged array of rows of `row_shape`, read-only.
+
+    Raises ValueError, which names the file and what is wrong.
+    """
+
+    def __init__(self, path: Path, dtype: Any, row_shape: tuple[int, ...] = ()):
+        fields = read_metadata(path)
+        (total, *_), (self._page_rows, *_) = _lengths(path, fields, 1 + len(row_shape))
+        check_metadata(path, fields, _metadata(dtype, (total, *row_shape), (self._page_rows, *row_shape)))
+        if self._page_rows < 1 or total % self._page_rows:
+            raise ValueError(f"{path / METADATA}: {total} rows are no whole pages of {self._page_rows}")
+        shape, tail = (self._page_rows, *row_shape), "/0" * len(row_shape)
+        self._row_bytes = np.dtype(dtype).itemsize * math.prod(row_shape)
+        self._pages = []
+        for page in range(total // self._page_rows):
+            file = path / f"c/{page}{tail}"
+            check_size(file, self._page_rows * self._row_bytes)
+            self._pages.append(np.asarray(np.memmap(file, dtype, "r", shape=shape)))  # a plain array slices faster
+        self._empty = np.empty((0, *row_shape), dtype)
         self._bases = np.array([page.ctypes.data for page in self._pages] or [0], np.uint64)
 
     def rows(self, start: int, count: int) -> np.ndarray:

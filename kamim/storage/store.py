@@ -19,21 +19,29 @@
 
 Sample i is the same image in every array. Paged arrays map into memory (kamim/storage/mmap_array.py). A store is made
 of components, its images and the keypoints of each detector; each was joined from shards and can be taken apart again.
+
+A store may come from anybody. What the compiled kernels and the rest of the code rely on is checked in three places:
+a manifest's names and numbers by Manifest; layout, types, shapes and sizes of files by the readers that open them; and
+every image's offsets, sizes, frames and label by image_faults and keypoint_faults, once, when Store opens a component.
 """
 
 import hashlib
 import json
 import os
+import re
+import stat
 import uuid
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import pydantic
 import zarr
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from kamim.method.geometry import MAX_FRAME_SIDE
 from kamim.method.keypoints import Rules
 from kamim.storage import beton, mmap_array
 
@@ -44,31 +52,45 @@ STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component that is not a detector's
 IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
 KEYPOINT_PAGE_ROWS = 1 << 20
+LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger ones
+MANIFEST_BYTES = 1 << 30  # at most
+IMAGE_ARRAYS = ("data", "start", "length", "size", "label")
+KEYPOINT_ARRAYS = ("frame", "positions", "start", "counts")
 
 Backend = Literal["ffcv", "zarr"]
 Encoding = Literal["jpeg", "raw", "original"]  # original: the source's own JPEG bytes, neither resized nor re-encoded
 Resize = Literal["bilinear", "bicubic"]  # how images are resized into the store: without or with antialiasing
 Fingerprint = Literal["stat", "content"]  # an item is told by key, label, size and time, or by key, label and bytes
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Job(pydantic.BaseModel):
     """Everything that shapes the bytes of a store, but the source. Equal jobs on equal sources give equal stores."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dataset: str
     split: str
     fingerprint: Fingerprint
-    items: int
+    items: PositiveInt
     detectors: tuple[str, ...]
     images: Backend
     encoding: Encoding
-    quality: int
+    quality: Annotated[int, Field(ge=1, le=100)]
     resize: Resize = "bilinear"  # what stores of schema version 3, which do not say, were made with
-    resolution: int
-    crop_scale: tuple[float, float]
-    shard_size: int
+    resolution: Annotated[int, Field(ge=16, le=1024)]
+    crop_scale: tuple[Share, Share]
+    shard_size: PositiveInt
     opencv: str  # version: its resize and its detectors shape the bytes
+
+    @pydantic.field_validator("detectors")
+    @classmethod
+    def _folder_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            _require(name.isidentifier() and name != IMAGES, f"{name!r} is no name of a detector")
+            _require(names.count(name) == 1, f"{name} is named twice")
+        return names
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -93,25 +115,69 @@ class Job(pydantic.BaseModel):
 class Manifest(pydantic.BaseModel):
     """manifest.json."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_version: int
     kamim_version: str
     job: Job
-    count: int
+    count: PositiveInt
     classes: tuple[str, ...]
-    rejects: int
-    stored_area: float | None  # px of a stored image, at most; None: images are as large as the originals
+    rejects: NonNegativeInt
+    stored_area: PositiveFloat | None  # px of a stored image, at most; None: images are as large as the originals
     rules: dict[str, Rules]
     opencv: dict[str, str]  # the version that made each component
-    shard_counts: tuple[int, ...]  # images of each shard that could be read
-    shards: dict[str, tuple[str, ...]]  # sha256 of every shard of every component
-    checksums: dict[str, str]  # sha256 of every other file but the backup, by its path within the store
+    shard_counts: tuple[NonNegativeInt, ...]  # images of each shard that could be read
+    shards: dict[str, tuple[Sha256, ...]]  # sha256 of every shard of every component
+    checksums: dict[str, Sha256]  # sha256 of every other file but the backup, by its path within the store
+
+    @pydantic.model_validator(mode="after")
+    def _agreeing(self) -> Self:
+        """Raises ValueError for numbers that disagree, and for names that no file of such a store has."""
+        job, parts = self.job, self.shard_counts
+        _require(
+            self.count + self.rejects == job.items and self.count == sum(parts),
+            f"count: is {self.count}; with {self.rejects} rejects of {job.items} items, and {sum(parts)} in shards",
+        )
+        low, high = job.crop_scale
+        _require(low <= high, f"job.crop_scale: is {low}, {high}; the first must not be larger")
+        _require(max(parts) <= job.shard_size, f"shard_counts: {max(parts)} in a shard of {job.shard_size}")
+        for key, components in (("rules", job.detectors), ("opencv", job.components), ("shards", job.components)):
+            found, expected = (", ".join(map(repr, sorted(names))) for names in (getattr(self, key), components))
+            _require(found == expected, f"{key}: is of {found}; must be of {expected}")
+        for key, values in (("shard_counts", parts), *((f"shards.{name}", of) for name, of in self.shards.items())):
+            _require(len(values) == job.shards, f"{key}: has {len(values)} of {job.shards} shards")
+        known = file_names(job)
+        for name in self.checksums:
+            _require(known.fullmatch(name) is not None, f"checksums: {name!r} is no file of such a store")
+        for name in (STAMPS, REJECTS):
+            _require(name in self.checksums, f"checksums: has no {name}")
+        return self
 
     @property
     def source(self) -> str:
         """What tells this store's source from another: the sha256 of its stamps."""
         return self.checksums[STAMPS]
+
+
+def _require(holds: bool, what: str) -> None:
+    """Raises ValueError saying `what` unless it holds."""
+    if not holds:
+        raise ValueError(what)
+
+
+def file_names(job: Job) -> re.Pattern[str]:
+    """What the files of a job's store may be called, by path within it, except the manifest and its backup.
+
+    No such name is absolute or leads out of the store.
+    """
+    array = r"(zarr\.json|c(/[0-9]+)+)"
+    images = r"images\.beton" if job.images == "ffcv" else rf"images\.zarr/(zarr\.json|{_any(IMAGE_ARRAYS)}/{array})"
+    detector = rf"{_any(job.detectors)}/(zarr\.json|{_any(KEYPOINT_ARRAYS)}/{array})"
+    return re.compile(rf"{_any((STAMPS, REJECTS))}|{images}|keypoints\.zarr/(zarr\.json|{detector})")
+
+
+def _any(names: Iterable[str]) -> str:
+    return f"({'|'.join(map(re.escape, names)) or '(?!)'})"
 
 
 def component_of(name: str) -> str:
@@ -121,10 +187,14 @@ def component_of(name: str) -> str:
 
 
 class ImageReader(Protocol):
-    """What both image backends offer."""
+    """What both image backends offer, about N images.
+
+    sizes: uint16 [N, 2] (height, width). labels, lengths (of the encoded bytes): int64 [N]. raw: pixels, or else JPEG.
+    """
 
     labels: np.ndarray
     sizes: np.ndarray
+    lengths: np.ndarray
     raw: bool
 
     def data(self, index: int) -> np.ndarray:
@@ -151,24 +221,37 @@ class Images(Protocol):
 
 
 class ZarrImages:
-    """images.zarr, read-only."""
+    """images.zarr, read-only. Raises ValueError, which names the file and what is wrong."""
 
     def __init__(self, path: Path):
-        group = zarr.open_group(path, mode="r")
-        self.labels = np.asarray(group["label"])
-        self.sizes = np.asarray(group["size"])
-        self.raw = group.attrs["encoding"] == "raw"
-        self._start = np.asarray(group["start"])
-        self._length = np.asarray(group["length"])
-        self._bytes = mmap_array.PagedReader(path / "data")
+        encoding = mmap_array.read_metadata(path).get("attributes")
+        self.raw = encoding == {"encoding": "raw"}
+        mmap_array.check_group(path, {"encoding": "raw" if self.raw else "jpeg"})
+        self.sizes = mmap_array.read(path / "size", np.uint16, (None, 2))
+        count = len(self.sizes)
+        self.labels = mmap_array.read(path / "label", np.int64, (count,))
+        self.lengths = mmap_array.read(path / "length", np.int64, (count,))
+        self._start = mmap_array.read(path / "start", np.int64, (count,))
+        self._bytes = mmap_array.PagedReader(path / "data", np.uint8)
 
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
-        return self._bytes.rows(int(self._start[index]), int(self._length[index]))
+        return self._bytes.rows(int(self._start[index]), int(self.lengths[index]))
 
     def in_range(self) -> np.ndarray:
         """Whether each image's bytes lie within the files: bool [N]."""
-        return self._bytes.holds(self._start, self._length)
+        return (self.lengths > 0) & self._bytes.holds(self._start, self.lengths)
+
+
+def image_faults(images: ImageReader, classes: int) -> dict[str, np.ndarray]:
+    """What may be wrong with single images, and with which of them it is: bool [N] each. classes: their number."""
+    pixels = images.sizes[:, 0].astype(np.int64) * images.sizes[:, 1]
+    return {
+        "lies outside its file": ~images.in_range(),
+        f"is of no size that images have, 1 to {LARGEST_IMAGE} px": (pixels < 1) | (pixels > LARGEST_IMAGE),
+        "has another number of bytes than its size needs": images.raw & (images.lengths != 3 * pixels),
+        "has a label without a class": (images.labels < -1) | (images.labels >= classes),
+    }
 
 
 def write_zarr_images(
@@ -179,7 +262,7 @@ def write_zarr_images(
 
     total_bytes: of all images; largest: of the largest, where that may be more than a page.
     """
-    group = zarr.create_group(path, attributes={"encoding": encoding})
+    group = zarr.create_group(path, zarr_format=3, attributes={"encoding": encoding})
     page_bytes = mmap_array.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, mmap_array.power_of_two(largest)))
     writer = mmap_array.PagedWriter(group, "data", (), np.uint8, page_bytes)
     rows = [
@@ -194,15 +277,24 @@ def write_zarr_images(
 
 
 class Keypoints:
-    """One detector's keypoints, read-only."""
+    """One detector's keypoints, read-only, of N images on V frames in G groups.
+
+    frame: uint16 [N, V, 2] (height, width). Raises ValueError, which names the file and what is wrong.
+    """
 
     def __init__(self, path: Path, detector: str, rules: Rules):
         self.rules = rules
-        self.frame = np.asarray(zarr.open_array(path / detector / "frame", mode="r"))
-        self._start = np.asarray(zarr.open_array(path / detector / "start", mode="r"))
-        self._counts = np.asarray(zarr.open_array(path / detector / "counts", mode="r"))
-        self._total = self._counts.sum(axis=2)
-        self._positions = mmap_array.PagedReader(path / detector / "positions")
+        folder = path / detector
+        mmap_array.check_group(path, {})
+        mmap_array.check_group(folder, {})
+        self.frame = mmap_array.read(folder / "frame", np.uint16, (None, None, 2))
+        shape = self.frame.shape[:2]
+        self._start = mmap_array.read(folder / "start", np.int64, shape)
+        self._counts = mmap_array.read(folder / "counts", np.uint32, (*shape, len(rules.groups)))
+        self._total = np.zeros(shape, np.int64)
+        for group in range(len(rules.groups)):  # several times as fast as a sum over a short last axis
+            self._total += self._counts[..., group]
+        self._positions = mmap_array.PagedReader(folder / "positions", np.uint16, (2,))
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G] of each group, in order)."""
@@ -215,13 +307,21 @@ class Keypoints:
         An address is that of positions as `image` gives them, good as long as this object lives. Raises IndexError
         where the store is damaged and they lie outside its files.
         """
-        totals = self._total[indices, frames].astype(np.int64)
+        totals = self._total[indices, frames]
         return self._positions.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
         """Whether each image's positions lie within the files: bool [N]."""
-        inside = self._positions.holds(self._start, self._total.astype(np.int64)).all(axis=1)
-        return np.asarray(inside)
+        return np.asarray(self._positions.holds(self._start, self._total).all(axis=1))
+
+
+def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
+    """What may be wrong with the keypoints of single images, and with which of them it is: bool [N] each."""
+    outside = np.asarray((keypoints.frame < 1) | (keypoints.frame > MAX_FRAME_SIDE))
+    return {
+        "lies outside its file": ~keypoints.in_range(),
+        f"has a frame that is not 1 to {MAX_FRAME_SIDE} px a side": np.asarray(outside.any(axis=(1, 2))),
+    }
 
 
 def write_keypoints(
@@ -229,7 +329,7 @@ def write_keypoints(
 ) -> None:
     """Writes keypoints.zarr/<detector>. Of every image: positions uint16 [K, 2], its frames' one after the other;
     counts int64 [V, G]; frames uint16 [V, 2]."""
-    group = zarr.open_group(path, mode="a").create_group(detector)
+    group = zarr.create_group(path / detector, zarr_format=3)
     writer = mmap_array.PagedWriter(
         group, "positions", (2,), np.uint16, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
     )
@@ -254,7 +354,7 @@ class Store:
         self.manifest = read_manifest(self.path)
 
     def __len__(self) -> int:
-        return self.manifest.count
+        return len(self.images.sizes)
 
     @property
     def detectors(self) -> tuple[str, ...]:
@@ -263,19 +363,72 @@ class Store:
 
     @cached_property
     def images(self) -> ImageReader:
-        """The images, whichever backend holds them."""
-        if self.manifest.job.images == "ffcv":
-            return beton.Beton(self.path / "images.beton")
-        return ZarrImages(self.path / "images.zarr")
+        """The images, whichever backend holds them. Raises ValueError, naming the file and what is wrong."""
+        self.check_files(IMAGES)
+        reader = self.open_images()
+        self._check(IMAGES, image_faults(reader, len(self.manifest.classes)))
+        return reader
 
     def keypoints(self, detector: str) -> Keypoints:
-        """Keypoints of `detector`. Raises ValueError, with what to do, where the store has none of it."""
+        """Keypoints of `detector`. Raises ValueError, with what to do, where the store has none, or damaged ones."""
         if detector not in self.manifest.rules:
             raise ValueError(
                 f"{self.path}: has no {detector!r} keypoints, only {', '.join(self.detectors) or 'images'}; "
                 f"the command that made it, with --detectors {detector}, adds them"
             )
-        return Keypoints(self.path / "keypoints.zarr", detector, self.manifest.rules[detector])
+        self.check_files(detector)
+        reader = self.open_keypoints(detector)
+        self._check(detector, keypoint_faults(reader))
+        return reader
+
+    def check(self) -> None:
+        """Opens all components. Raises ValueError, naming the file and what is wrong, where one is damaged."""
+        _ = self.images, *map(self.keypoints, self.detectors)
+
+    def check_files(self, component: str | None = None) -> None:
+        """Raises ValueError unless all files of a component (None: of all) are there, and no link is in the store."""
+        files, others = entries(self.path)
+        for name in sorted(others):
+            raise ValueError(f"{self.path / name}: is a link or a special file; a store has files and folders only")
+        for name in self.manifest.checksums:
+            if name not in files and component in (None, component_of(name)):
+                raise ValueError(f"{self.path / name}: is missing; {self._remedy()}")
+
+    def open_images(self) -> ImageReader:
+        """The images, where single ones may still be damaged. Raises ValueError where all of them are."""
+        path = self._file(IMAGES)
+        reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
+        self._check_count(path, len(reader.sizes))
+        if reader.raw != (self.manifest.job.encoding == "raw"):
+            raise ValueError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} says otherwise")
+        return reader
+
+    def open_keypoints(self, detector: str) -> Keypoints:
+        """Keypoints, where those of single images may still be damaged. Raises ValueError where all of them are."""
+        path = self._file(detector)
+        reader = Keypoints(path.parent, detector, self.manifest.rules[detector])
+        self._check_count(path, len(reader.frame))
+        return reader
+
+    def _file(self, component: str) -> Path:
+        """The file or folder that holds a component."""
+        if component == IMAGES:
+            return self.path / ("images.beton" if self.manifest.job.images == "ffcv" else "images.zarr")
+        return self.path / "keypoints.zarr" / component
+
+    def _check_count(self, path: Path, held: int) -> None:
+        if held != self.manifest.count:
+            raise ValueError(f"{path}: holds {held} images, but {MANIFEST} says {self.manifest.count}")
+
+    def _check(self, component: str, faults: dict[str, np.ndarray]) -> None:
+        """Raises ValueError where any image has one of the faults."""
+        for what, wrong in faults.items():
+            if wrong.any():
+                others = f", and {wrong.sum() - 1} more" if wrong.sum() > 1 else ""
+                raise ValueError(f"{self._file(component)}: image {wrong.argmax()} {what}{others}; {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return f"put it right with `kamim store verify {self.path} --repair`"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -285,6 +438,8 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
         raise ValueError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
+    if file.is_symlink() or file.stat().st_size > MANIFEST_BYTES:
+        raise ValueError(f"{file}: is a link, or larger than {MANIFEST_BYTES} bytes")
     return parse_manifest(file.read_bytes(), path)
 
 
@@ -294,18 +449,20 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(content)
         version = fields["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from error
     if version not in READABLE:
         raise ValueError(
-            f"{path}: store of schema version {version}, this kamim reads {' and '.join(map(str, READABLE))}; "
+            f"{path}: store of schema version {version!r:.40}, this kamim reads {' and '.join(map(str, READABLE))}; "
             "preprocess it again, or use the kamim that wrote it"
         )
     try:
         return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        where = ".".join(str(key) if str(key).isprintable() else repr(key) for key in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise ValueError(": ".join(filter(None, (str(file), where, what)))) from error
 
 
 def seal(path: Path, content: bytes) -> None:
@@ -324,11 +481,17 @@ def agreed_manifest(path: Path) -> bytes | None:
 
     Where one of the two files is missing, the other one's word counts.
     """
-    ours, backup = (file.read_bytes() if file.is_file() else b"" for file in (path / MANIFEST, path / BACKUP))
+    ours, backup = (sealed_file(path / name) for name in (MANIFEST, BACKUP))
     copy = backup.partition(b"\n")[2]
     if backup == backup_of(copy):
         return copy
     return ours if ours and (not backup or ours == copy or backup.startswith(backup_of(ours)[:64])) else None
+
+
+def sealed_file(file: Path) -> bytes:
+    """What the manifest or its backup holds; nothing if it is missing, no regular file, or larger than any can be."""
+    plain = file.is_file() and not file.is_symlink() and file.stat().st_size <= 2 * MANIFEST_BYTES
+    return file.read_bytes() if plain else b""
 
 
 def checksum(path: Path) -> str:
@@ -339,8 +502,19 @@ def checksum(path: Path) -> str:
 
 def checksums(path: Path, besides: Collection[str] = ()) -> dict[str, str]:
     """sha256 of every file below `path`, by relative path, sorted; not of the manifest, its backup, and `besides`."""
-    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    return {name: checksum(path / name) for name in sorted(names - {MANIFEST, BACKUP, *besides})}
+    return {name: checksum(path / name) for name in sorted(entries(path)[0] - {MANIFEST, BACKUP, *besides})}
+
+
+def entries(path: Path) -> tuple[set[str], set[str]]:
+    """What lies below `path`, by relative path: (regular files, what is neither file nor folder, such as links)."""
+    files: set[str] = set()
+    others: set[str] = set()
+    for folder, folders, names in os.walk(path):
+        for entry in (Path(folder, name) for name in (*folders, *names)):
+            mode = entry.lstat().st_mode
+            if not stat.S_ISDIR(mode):
+                (files if stat.S_ISREG(mode) else others).add(entry.relative_to(path).as_posix())
+    return files, others
 
 
 def fsync(path: Path) -> None:

@@ -63,11 +63,11 @@ def test_damage_is_said(stores: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(stores["zarr"], tmp_path / "copy")
     start = zarr.open_array(copy / "images.zarr/start", mode="r+")
     start[3] = 1 << 40
-    code, said, _ = asked(copy, *CONFIG)
+    code, said, error = asked(copy, *CONFIG)
     assert code == 1
-    assert "images: 1 of 24 images lie outside their file" in said
-    assert "kamim store verify --repair" in said
+    assert "24 images of 3 classes" in said
     assert "bottleneck" not in said
+    assert f"{copy}/images.zarr: image 3 lies outside its file; put it right with `kamim store verify" in error
 
 
 def test_mistakes_are_one_line(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -113,3 +113,70 @@ def test_remap_is_the_slow_one(seed: int, flip_v: bool, flip_h: bool, snap: bool
         np.testing.assert_allclose(edges, np.maximum(expected, 0.5), atol=(0.5 if snap else 0.5 / 16) + 1e-9, rtol=0)
     assert (out[:kept] >= 0).all()
     assert (out[:kept] < 192 * 16).all()
+
+
+# Whatever a kernel is given, it writes where it may
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.one_of(st.integers(-(2**62), 2**62), st.integers(-5, 60)), min_size=1, max_size=5),
+    st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(float("nan"))), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_remap_writes_no_more_than_it_reads_and_inside_the_crop(
+    counts: list[int], borders: list[float], snap: bool
+) -> None:
+    positions = np.random.default_rng(len(counts)).integers(0, 65536, (50, 2)).astype(np.uint16)
+    guarded = np.full((70, 2), -7, np.int32)
+    arrays = np.array(counts), np.array(borders), np.full(len(borders), -3), snap
+    kept = kp.remap(positions, *arrays, (90, 90), (90, 90), (0, 0, 90, 90, 0, 0), 64, guarded[10:60])
+    assert 0 <= kept <= 50
+    assert (guarded[:10] == -7).all()
+    assert (guarded[60:] == -7).all()
+    assert ((guarded[10 : 10 + kept] >= 0) & (guarded[10 : 10 + kept] < 64 * 16)).all()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_points_outside_are_not_drawn(whole: bool) -> None:
+    inside = np.array([[0, 0], [63, 40], [17, 63]], np.int32) * 16
+    outside = np.array([[-1, 5], [64, 5], [5, -1], [5, 64], [-(2**27), 9], [2**27 - 1, 2**27 - 1]], np.int32) * 16
+    table, bitmaps = kp.stamps("ring"), []
+    for points in (inside, np.concatenate([outside, inside, outside])):
+        height, width = kp.raster_scratch(64, 64).shape
+        memory = np.zeros((height + 100, width), np.uint64)
+        bitmap = memory[50 : 50 + height]
+        if whole:
+            kp.raster_whole(
+                points, len(points), 64, 64, table, kp.runs(table), bitmap, np.stack([kp.raster_scratch(64, 64)] * 2)
+            )
+        else:
+            kp.raster(points, len(points), 64, 64, table, bitmap)
+        bitmaps.append(bitmap.copy())
+        bitmap[:] = 0
+        assert not memory.any()
+    np.testing.assert_array_equal(*bitmaps)
+
+
+def test_more_cells_than_a_bit_map_has_are_refused() -> None:
+    for patch_size, shape in ((8, (9, 8)), (8, (8, 40)), (3, (30, 8)), (8, (400, 8))):
+        with pytest.raises(ValueError, match="the cells are more than the bit map"):
+            kp.cell_counts(kp.raster_scratch(64, 64), patch_size, np.zeros(shape, np.int16))
+
+
+@pytest.mark.parametrize("border", [-1.0, float("nan"), float("inf")])
+def test_a_border_is_a_length(border: float) -> None:
+    with pytest.raises(ValueError, match=f"border = {border}: must be 0 px or more, and finite"):
+        Group(border)
+
+
+@pytest.mark.parametrize("cap", [-1, 2**31, 10**30])
+def test_a_cap_is_a_number_of_keypoints(cap: int) -> None:
+    with pytest.raises(ValueError, match=rf"cap = {cap}: must be 0 \(no cap\) to 2147483647"):
+        Group(0.0, cap)
+
+
+@pytest.mark.parametrize("groups", [0, 257])
+def test_a_detector_has_some_groups(groups: int) -> None:
+    with pytest.raises(ValueError, match=f"groups: are {groups}, must be 1 to 256"):
+        Rules((Group(0.0),) * groups)

@@ -77,6 +77,16 @@ def test_crop_resize_is_opencvs_and_torchvisions_within_a_grey_level(seed: int, 
         assert np.abs(unflipped.astype(int) - other.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "box",
+    [(-1, 0, 5, 5), (0, -1, 5, 5), (6, 0, 5, 5), (0, 16, 5, 5), (0, 0, 0, 5), (0, 0, 5, -3), (0, 0, 2**62, 2**62)],
+)
+def test_a_crop_of_what_is_not_there_is_refused(box: tuple[int, ...]) -> None:
+    image, out = np.zeros((10, 20, 3), np.uint8), np.empty((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="the crop lies outside the image"):
+        crop_resize(image, np.array([*box, 0, 0]), out)
+
+
 def test_a_sample_is_what_torchvision_makes_of_its_box(store: Store) -> None:
     for batch in load(store, stop=4):
         for row, index in enumerate(batch["indices"]):

@@ -177,6 +177,22 @@ def test_keypoints_outside_their_files_are_left_out(store: Store) -> None:
     assert made.skipped == 1
 
 
+@pytest.mark.parametrize("crop", [Crop(), None])
+def test_an_image_of_no_pixels_is_left_out(store: Store, crop: Crop | None) -> None:
+    sizes = store.images.sizes
+    before, sizes[5] = sizes[5].copy(), 0
+    try:
+        plan = Plan(len(store), BATCH, BATCH, SEED, drop_last=False)
+        counter = CachedCounts(store.keypoints("fast"), "ring", 8)
+        made = Loader(store, plan, SIDE, crop=crop, counter=counter, workers=2, on_error="skip")
+        assert sorted(i for batch in made.steps(0, plan.steps_per_epoch) for i in batch.indices) == [
+            i for i in range(len(store)) if i != 5
+        ]
+        assert made.skipped == 1
+    finally:
+        sizes[5] = before
+
+
 def test_a_batch_of_nothing_but_damage_stops_even_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(store, monkeypatch, dict.fromkeys(range(len(store)), 30))
     with pytest.raises(SampleError, match="sample"):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kamim.cli import app
 from kamim.storage import store
 from kamim.storage.store import Store
-from preprocess import executors
+from preprocess import executors, fingerprint
 from preprocess.assemble import take_apart
 from preprocess.build import build
 from preprocess.repair import _salvage, repair
@@ -187,7 +187,7 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
     assert wrong("keypoints.zarr/fast/counts", to((4, 0, 0), 1 << 30)) == ["fast: image 4 lies outside its file"]
     assert wrong("images.zarr/label", to(5, 3)) == ["images: image 5 has a label without a class"]
     assert "cannot be opened" in wrong("images.zarr/start", to_length(11))[0]
-    assert "says 12 images, but the arrays hold" in wrong("images.zarr/label", to_length(11))[0]
+    assert "label/zarr.json: 'shape' is [11], must be [12]" in wrong("images.zarr/label", to_length(11))[0]
     assert "image 0 is of shape" in wrong("images.zarr/size", to((0, 0), 7), deep=True)[0]
     length = int(Store(path).images.data(6).size)
     assert "image 6" in wrong("images.zarr/length", to(6, length - 40), deep=True)[0]
@@ -196,7 +196,57 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
     ]
 
 
+def test_a_list_of_stamps_is_exactly_what_is_written(tmp_path: Path) -> None:
+    stamps, file = np.arange(300, dtype=np.uint64), tmp_path / "stamps.npy"
+    content = fingerprint.to_bytes(stamps)
+    file.write_bytes(content)
+    np.testing.assert_array_equal(fingerprint.from_file(file), stamps)
+    for wrong in (
+        b"", content[:100], content[:-1], content + b"\0", content.replace(b"(300,)", b"(3000000000000,)"),
+        content.replace(b"'<u8'", b"'|O'"), content.replace(b"<u8", b"<f8"),
+    ):  # fmt: skip
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"stamps\.npy: is damaged"):
+            fingerprint.from_file(file)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "file,reason\r\n", "file,reason\r\na,b\r\nc,d\r\n", "file,reason\r\nb/page.jpg\r\n", "x" * 200_000]
+)
+def test_a_list_of_rejects_that_is_none_is_found(content: str, copy: Path) -> None:
+    (copy / "rejects.csv").write_text(content)
+    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": store.checksums(copy)}
+    store.seal(copy, json.dumps(fields).encode())
+    (problem,) = problems(copy)
+    assert problem.what.startswith("cannot be opened: ")
+    assert "rejects.csv" in problem.what
+
+
 # What cannot be repaired
+
+
+def test_a_store_that_was_never_right_is_not_called_repaired(path: Path, copy: Path, source: Path) -> None:
+    if (path / "images.beton").exists():
+        pytest.skip("zarr arrays are written more easily")
+    zarr.open_array(copy / "images.zarr/start", mode="r+")[3] = 1 << 40
+    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": store.checksums(copy)}
+    store.seal(copy, json.dumps(fields).encode())
+    before = tree(copy)
+    with pytest.raises(ValueError, match="image 3 lies outside its file, although the files are as the manifest says"):
+        mend(copy, source)
+    assert tree(copy) == before
+
+
+def test_a_link_in_the_place_of_a_file_is_repaired(path: Path, copy: Path, source: Path, tmp_path: Path) -> None:
+    page = copy / "keypoints.zarr/fast/positions/c/0/0"
+    page.rename(tmp_path / "elsewhere")
+    page.symlink_to(tmp_path / "elsewhere")
+    assert [(problem.where, problem.what) for problem in problems(copy)] == [
+        ("keypoints.zarr/fast/positions/c/0/0", "a link or a special file")
+    ]
+    mend(copy, source)
+    assert tree(copy) == tree(path)
+    assert not page.is_symlink()
 
 
 def test_a_file_that_is_not_the_stores_is_left_alone(copy: Path, source: Path) -> None:

@@ -52,7 +52,7 @@ def make_job(
     defaults = DEFAULTS | {"images": "ffcv" if has_ffcv else "zarr", "encoding": "auto", "shard_size": SHARD_SIZE}
     fixed = before.model_dump(include=set(defaults)) if before else defaults
     fixed |= {name: value for name, value in given.items() if value is not None}
-    _check(fixed, detectors, has_ffcv)
+    _check(fixed, detectors)
     if fixed["encoding"] == "auto":
         small = is_small(source, geometry.stored_area(fixed["resolution"], fixed["crop_scale"]))
         fixed["encoding"] = "raw" if small else "jpeg"
@@ -84,7 +84,7 @@ def _job_at(space: Workspace) -> Job | None:
     return space.begun() or (finished.job if finished else None)
 
 
-def _check(fixed: dict[str, Any], detectors: Sequence[str], has_ffcv: bool) -> None:
+def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
     """Raises ValueError for the first parameter that is not allowed."""
     for name in detectors:
         detector(name)
@@ -94,10 +94,6 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str], has_ffcv: bool) -> N
         raise ValueError(f"--detectors {','.join(detectors)}: names one twice")
     if fixed["images"] not in ("ffcv", "zarr"):
         raise ValueError(f"--images {fixed['images']}: must be one of auto, ffcv, zarr")
-    if fixed["images"] == "ffcv" and not has_ffcv:
-        raise ValueError(
-            "--images ffcv: the ffcv package is not installed; pip install 'kamim[ffcv]', or --images zarr"
-        )
     if fixed["fingerprint"] not in ("stat", "content"):
         raise ValueError(f"--fingerprint {fixed['fingerprint']}: must be stat or content")
     resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]

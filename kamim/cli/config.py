@@ -58,4 +58,6 @@ def show(
     own = dict(flatten(yaml.safe_load(file.read_text()) or {}))
     for key, default, meaning in document(kind):
         value = f"{own[key]} (default {default})" if key in own else default
-        out_console.print(f"{key} = {value}\n    {meaning}" if meaning else f"{key} = {value}")
+        out_console.print(f"{key} = {value}")
+        if meaning:
+            out_console.print(f"    {meaning}")

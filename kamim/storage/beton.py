@@ -6,14 +6,13 @@ The layout, little-endian:
     pages of page_size bytes, holding the images                 from the next multiple of page_size
     ALLOCATION x num_samples                                     at header.alloc_table_ptr
 
-Reading needs these dtypes and nothing else. Writing goes through the ffcv package's own fields and page
-allocator, in this process: its DatasetWriter would start processes of its own, encode every image a second
-time, and wait for ever if one of them died.
+Neither reading nor writing needs the ffcv package, which imports torch. Its DatasetWriter would encode every image a
+second time, start processes of its own, and wait for ever if one of them died. Files are byte for byte what its fields
+and its page allocator make.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -88,42 +87,32 @@ class Beton:
 
 
 def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0) -> None:
-    """Writes `count` images, each (bytes uint8 [n], height, width, label, raw). Needs the ffcv package.
+    """Writes `count` images, each (bytes uint8 [n], height, width, label, raw).
 
     largest: bytes of the largest image, where that may be more than PAGE_SIZE.
     """
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
-
     page_size = max(PAGE_SIZE, power_of_two(largest))
-    fields: dict[str, Any] = {"image": RGBImageField(), "label": IntField()}
-    header = np.zeros(1, HeaderType)
-    descriptors = np.zeros(len(fields), FieldDescType)
-    for descriptor, type_id, (name, field) in zip(descriptors, (IMAGE_FIELD, INT_FIELD), fields.items(), strict=True):
-        descriptor["type_id"] = type_id
-        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-        descriptor["arguments"] = field.to_binary()[0]
-    metadata = np.zeros(count, get_metadata_type(list(fields.values())))
-    image_meta, label_meta = (metadata[name] for name in metadata.dtype.names)  # type: ignore[union-attr]
-    start = header.nbytes + descriptors.nbytes + metadata.nbytes
-    allocator = MemoryAllocator(str(path), start, page_size)
-    path.write_bytes(bytes(start))
-    allocator.__enter__()
-    try:
+    fields = np.zeros(2, FIELD)
+    for field, type_id, name in zip(fields, (IMAGE_FIELD, INT_FIELD), (b"image", b"label"), strict=True):
+        field["type_id"] = type_id
+        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+    samples, allocations = np.zeros(count, SAMPLE), np.zeros(count, ALLOCATION)
+    at = -(-(HEADER.itemsize + fields.nbytes + samples.nbytes) // page_size) * page_size  # of the page in memory
+    page, used = np.zeros(page_size, np.uint8), 0
+    with path.open("wb") as file:
+        file.seek(at)
         for index, (data, height, width, label, raw) in enumerate(images):
-            allocator.set_current_sample(index)
-            pointer, memory = allocator.malloc(data.nbytes)
-            memory[:] = data
-            image_meta[index] = (IMAGE_MODES["raw" if raw else "jpg"], width, height, pointer)
-            fields["label"].encode(label_meta[index : index + 1], label, allocator.malloc)
-    finally:
-        allocator.__exit__(None, None, None)
-    with path.open("r+b") as file:
-        table = file.seek(0, 2)
-        header[0] = (CURRENT_VERSION, len(fields), page_size, count, table)
-        file.write(np.array(allocator.allocations, ALLOC_TABLE_TYPE).tobytes())  # tofile hides a full disk's errno
+            if used + len(data) > page_size:
+                file.write(page.data)
+                page[:] = 0
+                at, used = at + page_size, 0
+            page[used : used + len(data)] = data
+            samples[index] = ((RAW if raw else JPG, width, height, at + used), label)
+            allocations[index] = (index, at + used, len(data))
+            used += len(data)
+        file.write(page.data)
+        header = np.array((VERSION, len(fields), page_size, count, file.tell()), HEADER)
+        file.write(allocations.tobytes())  # tofile hides a full disk's errno
         file.seek(0)
-        for block in (header, descriptors, metadata):
+        for block in (header, fields, samples):
             file.write(block.tobytes())

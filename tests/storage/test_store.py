@@ -4,9 +4,10 @@ import ctypes
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -197,6 +198,62 @@ def test_items_are_read_only_views_of_a_file(tmp_path: Path) -> None:
 
 
 # FFCV's format
+
+
+def written_by_ffcv(
+    path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0
+) -> None:
+    """beton.write by the ffcv package's own fields and page allocator."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+    page_size = max(beton.PAGE_SIZE, mmap_array.power_of_two(largest))
+    fields: dict[str, Any] = {"image": RGBImageField(), "label": IntField()}
+    header = np.zeros(1, HeaderType)
+    descriptors = np.zeros(len(fields), FieldDescType)
+    for descriptor, type_id, (name, field) in zip(
+        descriptors, (beton.IMAGE_FIELD, beton.INT_FIELD), fields.items(), strict=True
+    ):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        descriptor["arguments"] = field.to_binary()[0]
+    metadata = np.zeros(count, get_metadata_type(list(fields.values())))
+    image_meta, label_meta = (metadata[name] for name in metadata.dtype.names)  # type: ignore[union-attr]
+    start = header.nbytes + descriptors.nbytes + metadata.nbytes
+    allocator = MemoryAllocator(str(path), start, page_size)
+    path.write_bytes(bytes(start))
+    allocator.__enter__()
+    try:
+        for index, (data, height, width, label, raw) in enumerate(images):
+            allocator.set_current_sample(index)
+            pointer, memory = allocator.malloc(data.nbytes)
+            memory[:] = data
+            image_meta[index] = (IMAGE_MODES["raw" if raw else "jpg"], width, height, pointer)
+            fields["label"].encode(label_meta[index : index + 1], label, allocator.malloc)
+    finally:
+        allocator.__exit__(None, None, None)
+    with path.open("r+b") as file:
+        table = file.seek(0, 2)
+        header[0] = (CURRENT_VERSION, len(fields), page_size, count, table)
+        file.write(np.array(allocator.allocations, ALLOC_TABLE_TYPE).tobytes())  # tofile hides a full disk's errno
+        file.seek(0)
+        for block in (header, descriptors, metadata):
+            file.write(block.tobytes())
+
+
+@has_ffcv
+@pytest.mark.parametrize("largest", [0, beton.PAGE_SIZE + 1])
+def test_a_file_is_what_ffcv_writes(tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, over several pages."""
+    monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 14)
+    random = np.random.default_rng(0)
+    sizes = [100, 1 << 14, 9_000, 9_000, 1, (1 << 14) - 1, 40]
+    images = [(random.integers(0, 256, n).astype(np.uint8), n % 200 + 1, 7, n - 5, n % 2 == 0) for n in sizes]
+    beton.write(tmp_path / "ours", len(images), images, min(largest, 1 << 15))
+    written_by_ffcv(tmp_path / "theirs", len(images), images, min(largest, 1 << 15))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @has_ffcv

@@ -1,0 +1,122 @@
+"""Commands import what they need when they run, and a wheel needs no clone beside it."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kamim
+from kamim.cli import app
+from kamim.evaluation.config import Evaluation
+from kamim.evaluation.grid import Grid
+from kamim.training.config import Pretrain
+from kamim.training.settings import Section, document, load, presets
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "timm", "matplotlib", "torchvision", "tensorboard"}
+RUN = """
+import json, sys
+from kamim.cli import app
+try:
+    app(sys.argv[2:], standalone_mode=False)
+finally:
+    with open(sys.argv[1], "w") as file:
+        json.dump(sorted({name.partition(".")[0] for name in sys.modules}), file)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help", "--version", "config list", "config show vit_base_kamim", "weights {image}", "store info {store}",
+        "store verify {store} --deep",
+        "preprocess imagefolder --source {source} --out {out} --workers 1 --detectors fast,sift",
+    ],
+)  # fmt: skip
+def test_commands_that_train_nothing_import_no_torch(
+    command: str, stores: dict[str, Path], class_folder: Path, tmp_path: Path
+) -> None:
+    paths = {
+        "image": next(class_folder.glob("*/*.jpg")), "store": stores["zarr"], "source": class_folder,
+        "out": tmp_path / "out",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "modules"), *command.format(**paths).split()],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not HEAVY & set(json.loads((tmp_path / "modules").read_text()))
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, kamim; assert 'numpy' not in sys.modules; print(kamim.Store.__module__)"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+    )  # fmt: skip
+    assert done.stdout == "kamim.storage.store\n", done.stderr
+    for name in kamim.__all__:
+        assert getattr(kamim, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'loader'"):
+        kamim.loader  # noqa: B018
+
+
+def test_a_wheel_works_without_its_clone(tmp_path: Path) -> None:
+    """Its presets are found by name, in an empty folder."""
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("kamim-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    modules = {file.relative_to(ROOT) for package in ("kamim", "preprocess", "pipelines")
+               for file in (ROOT / package).rglob("*.py")}  # fmt: skip
+    assert modules <= {file.relative_to(tmp_path / "site") for file in (tmp_path / "site").rglob("*.py")}
+    assert (tmp_path / "site/kamim/py.typed").is_file()
+    (tmp_path / "empty").mkdir()
+    for command in (["config", "list"], ["pretrain", "-c", "demo", "--print-config"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "kamim", *command], cwd=tmp_path / "empty", capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "demo" in done.stdout
+
+
+@pytest.mark.parametrize("kind", [Pretrain, Evaluation, Grid])
+def test_every_key_says_what_it_means(kind: type[Section]) -> None:
+    keys = list(document(kind))
+    assert len({key for key, _, _ in keys}) == len(keys) > 4
+    silent = [key for key, _, meaning in keys if not meaning]
+    assert {key.rpartition(".")[2] for key in silent} <= set(document_free())
+
+
+def document_free() -> list[str]:
+    """Keys that a subclass gives another default; their meaning stands in the class that introduces them."""
+    return ["lr", "micro_batch", "warmup_lr", "min_lr", "clip_grad", "batch_size", "epochs", "warmup_epochs"]
+
+
+def test_presets_are_found_by_name() -> None:
+    assert set(presets(Pretrain)) >= {"demo", "vit_base_kamim", "swin_tiny_simmim"}
+    by_name = load(Pretrain, Path("vit_base_kamim"))
+    assert by_name == load(Pretrain, ROOT / "configs/pretrain/vit_base_kamim.yaml")
+    with pytest.raises(
+        ValueError, match="-c vit_huge: neither a file nor a preset; presets are cifar10, demo, swin_base"
+    ):
+        load(Pretrain, Path("vit_huge"))
+
+
+def test_config_show_names_value_default_and_meaning() -> None:
+    result = CliRunner().invoke(app, ["config", "show", "pretrain/demo"])
+    assert result.exit_code == 0
+    assert "data.resolution = 96 (default 192)\n    Side of the crops in px." in result.output
+    ambiguous = CliRunner().invoke(app, ["config", "show", "demo"])
+    assert ambiguous.exit_code == 1
+    assert "demo: is pretrain/demo and eval/demo; name one" in ambiguous.output
+    assert CliRunner().invoke(app, ["--version"]).output == f"kamim {kamim.__version__}\n"

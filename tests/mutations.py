@@ -263,10 +263,12 @@ def _of_manifest(path: Path, random: Random) -> str:
 
 def _sealed(path: Path) -> str:
     try:
-        reseal(path)
-    except (OSError, ValueError, AttributeError):  # there is no manifest any more
-        return "not sealed"
-    return "sealed"
+        if (path / store.MANIFEST).is_file():  # neither gone nor a pipe
+            reseal(path)
+            return "sealed"
+    except (ValueError, AttributeError):  # it holds something else
+        pass
+    return "not sealed"
 
 
 def _replace(file: Path, content: bytes) -> None:

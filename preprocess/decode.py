@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 # Limits, checked before anything is decoded.
-MAX_SIDE = 65_535  # of a JPEG, by its format
+MAX_SIDE = 65_500  # of a JPEG, by libjpeg
 MAX_PIXELS = 178_956_970  # where Pillow warns of a decompression bomb
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
 MAX_SCANNED = 200 * MAX_PIXELS  # scans of a JPEG times its pixels, as each scan visits all of them

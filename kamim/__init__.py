@@ -7,7 +7,7 @@ what: docs/architecture.md.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "Store": "kamim.storage.store",

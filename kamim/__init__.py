@@ -9,6 +9,11 @@ from typing import Any
 
 __version__ = "0.2.0"
 
+
+class KamimError(ValueError):
+    """What a user can mend. Its message is one line: what was given, what is allowed, what to do."""
+
+
 _PUBLIC = {
     "Store": "kamim.storage.store",
     "Plan": "pipelines.plan",
@@ -30,7 +35,7 @@ _PUBLIC = {
     "evaluate": "kamim.evaluation.run",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["KamimError", "__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ does, bringing neighbours to where they are wanted, moves two pixels at a time a
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.method.kernels import kernel
 from kamim.method.simd import high16, load8, store8
 
@@ -75,7 +76,7 @@ def crop_resize(pixels, view, out):
     """
     top, left, height, width, flip_v, flip_h = view
     if not (_within(top, height, pixels.shape[0]) and _within(left, width, pixels.shape[1])):
-        raise ValueError("the crop lies outside the image")
+        raise KamimError("the crop lies outside the image")
     side, row_bytes = out.shape[0], 3 * out.shape[1]
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
     _columns(width, flip_h, offset, weight)

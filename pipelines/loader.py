@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from kamim import KamimError
 from kamim.method import geometry
 from kamim.storage.store import Images
 from pipelines.batch import Batch
@@ -34,7 +35,7 @@ PREFETCH = 3  # micro-batches under way beside the one in use
 CHUNKS = (16, 128)
 
 
-class SampleError(RuntimeError):
+class SampleError(KamimError, RuntimeError):
     """A sample of the store could not be loaded; the message names the store and the sample."""
 
 
@@ -219,7 +220,7 @@ class Loader:
             return data.reshape(height, width, 3)
         image = simplejpeg.decode_jpeg(data, buffer=scratch.pixels)
         if image.shape != (height, width, 3):
-            raise ValueError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
+            raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
         return image
 
     def _views(self, indices: np.ndarray, epoch: int, sizes: np.ndarray) -> np.ndarray:

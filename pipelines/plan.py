@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.method import rng
 
 
@@ -42,9 +43,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.batch_size < self.world:
-            raise ValueError(f"batch_size = {self.batch_size}: is less than the {self.world} ranks that share it")
+            raise KamimError(f"batch_size = {self.batch_size}: is less than the {self.world} ranks that share it")
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise KamimError(
                 f"batch_size = {self.batch_size}: is more than the store's {self.samples} samples, "
                 "so that an epoch has no complete batch; choose a smaller one"
             )

@@ -12,6 +12,7 @@ import zarr
 from safetensors.numpy import load_file
 
 import kamim
+from kamim import KamimError
 from kamim.detectors import detector
 from kamim.method import geometry
 from kamim.storage import beton, escape, store
@@ -24,7 +25,7 @@ from preprocess.shards import Reject, checksum_of, column, encode, rejects_of
 Files = Mapping[str, Sequence[Path]]  # every shard's file, in order, by component
 
 
-class Disagreement(RuntimeError):
+class Disagreement(KamimError, RuntimeError):
     """Components differ on which images could be read; numbers: the shards where they do."""
 
     def __init__(self, file: str, numbers: Sequence[int]):
@@ -42,7 +43,7 @@ def assemble(plan: Plan, shards: Files, out: Path, folder: Path) -> Manifest:
     rejects = [rejects_of(file) for file in shards[plan.make[0]]]
     counts = [len(plan.items(number)) - len(listed) for number, listed in enumerate(rejects)]
     if not sum(counts):
-        raise ValueError(
+        raise KamimError(
             f"--source {plan.source.location}: none of its {plan.job.items} files is a readable image; "
             f"{rejects[0][0][0]}: {rejects[0][0][1]}"
         )
@@ -132,9 +133,9 @@ def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
         with file.open(newline="", encoding="utf-8", errors="replace") as stream:
             rows: list[Reject] = [list(map(escape.text_of, row)) for row in islice(csv.reader(stream), 1, None)]
     except csv.Error as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise KamimError(f"{file}: {error}") from error
     if len(rows) != manifest.rejects or any(len(row) != 2 for row in rows):
-        raise ValueError(f"{file}: is not a list of {manifest.rejects} files and reasons")
+        raise KamimError(f"{file}: is not a list of {manifest.rejects} files and reasons")
     size, items = manifest.job.shard_size, manifest.job.items
     sizes = [min(size, items - at) for at in range(0, items, size)]
     ends = np.cumsum([size - count for size, count in zip(sizes, manifest.shard_counts, strict=True)])

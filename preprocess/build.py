@@ -13,6 +13,7 @@ from concurrent.futures import BrokenExecutor, CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 
+from kamim import KamimError
 from kamim.storage import store
 from kamim.storage.store import Job
 from preprocess import executors
@@ -141,7 +142,7 @@ def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, l
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
     needed, free = disk_needed(found, images, one), shutil.disk_usage(space.partial).free
     if needed > free:
-        raise ValueError(
+        raise KamimError(
             f"--out {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
             f"{free / 1e9:,.2f} GB free; free some space, or choose another --out"
         )

@@ -14,6 +14,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
+from kamim import KamimError
+
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
 MAX_PIXELS = 178_956_970  # where Pillow warns of a decompression bomb
@@ -28,7 +30,7 @@ _MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
-class Undecodable(ValueError):
+class Undecodable(KamimError):
     """This file is not an image that can be trusted; the message says why."""
 
 

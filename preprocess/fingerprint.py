@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.storage import store
 from preprocess.decode import Undecodable
 from preprocess.sources import Item, Read, Source, printable
@@ -65,7 +66,7 @@ def from_file(file: Path) -> np.ndarray:
     content, header = file.read_bytes(), len(to_bytes(np.empty(0, "<u8")))
     stamps = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
     if to_bytes(stamps) != content:
-        raise ValueError(f"{file}: is damaged: holds no list of stamps")
+        raise KamimError(f"{file}: is damaged: holds no list of stamps")
     return stamps
 
 
@@ -77,7 +78,7 @@ def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Pat
         return
     first = int(differs[0]) if len(differs) else common
     what = printable(source.items[first].key) if first < len(now) else "which is gone"
-    raise ValueError(
+    raise KamimError(
         f"--source {source.location}: changed since {made} was begun ({len(before)} items then, {len(now)} now); "
         f"the first that differs is number {first}, {what}; restore the source, or choose another --out"
     )

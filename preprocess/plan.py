@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 import kamim
+from kamim import KamimError
 from kamim.detectors import detector, origin
 from kamim.method import geometry
 from kamim.storage import beton, store
@@ -89,22 +90,22 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
     for name in detectors:
         detector(name)
         if name == store.IMAGES or not name.isidentifier():
-            raise ValueError(f"--detectors {name}: a store cannot hold a detector of that name")
+            raise KamimError(f"--detectors {name}: a store cannot hold a detector of that name")
     if len(set(detectors)) != len(detectors):
-        raise ValueError(f"--detectors {','.join(detectors)}: names one twice")
+        raise KamimError(f"--detectors {','.join(detectors)}: names one twice")
     if fixed["images"] not in ("ffcv", "zarr"):
-        raise ValueError(f"--images {fixed['images']}: must be one of auto, ffcv, zarr")
+        raise KamimError(f"--images {fixed['images']}: must be one of auto, ffcv, zarr")
     if fixed["fingerprint"] not in ("stat", "content"):
-        raise ValueError(f"--fingerprint {fixed['fingerprint']}: must be stat or content")
+        raise KamimError(f"--fingerprint {fixed['fingerprint']}: must be stat or content")
     resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
+        raise KamimError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
     if not 16 <= resolution <= 1024:
-        raise ValueError(f"--resolution {resolution}: must be 16 to 1024")
+        raise KamimError(f"--resolution {resolution}: must be 16 to 1024")
     if not 1 <= fixed["quality"] <= 100:
-        raise ValueError(f"--quality {fixed['quality']}: must be 1 to 100")
+        raise KamimError(f"--quality {fixed['quality']}: must be 1 to 100")
     if fixed["encoding"] == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
-        raise ValueError(
+        raise KamimError(
             f"--encoding raw: images for --resolution {resolution} and --crop-scale {crop_scale[0]},{crop_scale[1]} "
             f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; take --encoding jpeg, or smaller images"
         )
@@ -166,7 +167,7 @@ def make_plan(
         store.Store(space.out).check_files()
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
             if store.checksum(file) != finished.checksums[file.name]:
-                raise ValueError(f"{file}: damaged; {REMEDY.format(space.out)}")
+                raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
     stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
         fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), stamps, source, space.out)
@@ -190,7 +191,7 @@ def _refuse_other(there: Job, job: Job, out: Path) -> None:
         if getattr(there, name) != getattr(job, name)
     ]
     if differences:
-        raise ValueError(
+        raise KamimError(
             f"--out {out}: is there already, of another job ({'; '.join(differences)}); "
             "remove it or choose another --out"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 
+from kamim import KamimError
 from kamim.storage import store
 from kamim.storage.store import Job, Manifest, Store
 from preprocess import fingerprint
@@ -32,20 +33,20 @@ def repair(
         found = problems(path)
         strange = [problem.where for problem in found if problem.what == STRANGE]
         if strange:
-            raise ValueError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
+            raise KamimError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
         content = store.agreed_manifest(path)
         if content is None:
-            raise ValueError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
+            raise KamimError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
         manifest = store.parse_manifest(content, path)
         for problem in found:
             if problem.where not in (*manifest.checksums, *SEALED):
-                raise ValueError(
+                raise KamimError(
                     f"{path / problem.where}: {problem.what}, although the files are as the manifest says, so that "
                     "nothing tells what is right; preprocess it again"
                 )
         job = manifest.job.model_copy(update={"opencv": cv2.__version__})
         if space.begun() not in (None, job):
-            raise ValueError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
+            raise KamimError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
         if {problem.where for problem in found} & set(SEALED):
             store.seal(path, content)
         broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
@@ -84,7 +85,7 @@ def _rebuild(plan: Plan, space: Workspace, workers: int, progress: Progress, say
     made = assemble(plan, in_order(plan, found), space.out, space.store)
     differ = [name for name in made.checksums if made.checksums[name] != plan.store.checksums.get(name)]
     if differ:
-        raise ValueError(
+        raise KamimError(
             f"{space.out / differ[0]}: comes out different with the packages of today; preprocess into another --out"
         )
 
@@ -122,7 +123,7 @@ def _check(plan: Plan, space: Workspace, found: Found) -> None:
         now = fingerprint.stamps(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
         fingerprint.refuse_change(plan.stamps, now, plan.source, space.out)
         number, component = wrong[0]
-        raise ValueError(
+        raise KamimError(
             f"--source {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "
             f"tells that the source changed; made with OpenCV {plan.store.opencv[component]}, here is {cv2.__version__}"
         )

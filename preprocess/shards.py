@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from kamim import KamimError
 from kamim.storage import store
 from kamim.storage.escape import one_line
 from kamim.storage.store import Job
@@ -41,7 +42,7 @@ def run_shard(task: Task) -> dict[str, str]:
     """
     cv2.setNumThreads(1)
     if cv2.__version__ != task.job.opencv:
-        raise ValueError(f"OpenCV {cv2.__version__} here, but the job is of OpenCV {task.job.opencv}; install the same")
+        raise KamimError(f"OpenCV {cv2.__version__} here, but the job is of OpenCV {task.job.opencv}; install the same")
     parts: dict[str, list[Rows]] = {component: [] for component in task.folders}
     rejects: list[Reject] = []
     for item in task.items:
@@ -51,7 +52,7 @@ def run_shard(task: Task) -> dict[str, str]:
         except (OSError, Undecodable) as error:
             name, reason = printable(item.key), unreadable(error)
             if task.strict:
-                raise ValueError(f"{name}: {reason} (--strict)") from error
+                raise KamimError(f"{name}: {reason} (--strict)") from error
             rejects.append((name, reason))
             continue
         for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders)).items():

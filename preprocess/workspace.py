@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
+from kamim import KamimError
 from kamim.storage import lock, store
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
@@ -46,7 +47,7 @@ class Workspace:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out {self.out}: cannot be made: {error.strerror}") from error
+            raise KamimError(f"--out {self.out}: cannot be made: {error.strerror}") from error
         busy = f"{self.lock}: another process is at work on this store; wait until it is done"
         with lock.held(self.lock, busy, shared):
             self.refuse_strangers()
@@ -59,15 +60,15 @@ class Workspace:
         if self.partial.exists() and not self.job_file.exists():  # ours where it is the rest of one being removed
             strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
             if strange:
-                raise ValueError(f"{self.partial}: is not this job's; remove it or choose another --out")
+                raise KamimError(f"{self.partial}: is not this job's; remove it or choose another --out")
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
-            raise ValueError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
+            raise KamimError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
 
     def _recover(self, shared: bool) -> None:
         cut_short = self.store.exists() and self.replaced.exists() and not self.out.exists()
         if shared:
             if cut_short:
-                raise ValueError(f"{self.partial}: its publication was cut short; finish it with --publish first")
+                raise KamimError(f"{self.partial}: its publication was cut short; finish it with --publish first")
             return
         if cut_short:
             self.store.rename(self.out)
@@ -85,7 +86,7 @@ class Workspace:
         try:
             return Job.model_validate_json(self.job_file.read_bytes())
         except pydantic.ValidationError:
-            raise ValueError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
+            raise KamimError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_stamps(self) -> np.ndarray | None:
         """The stamps of the source of the partial state. Raises ValueError where they are damaged."""
@@ -94,7 +95,7 @@ class Workspace:
         try:
             return fingerprint.from_file(self.stamps_file)
         except ValueError:
-            raise ValueError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
+            raise KamimError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
     def claim(self, job: Job, stamps: np.ndarray, folders: Collection[Path], shared: bool) -> None:
         """Says whose the partial state is from now on, and makes the folders of its shards.
@@ -103,7 +104,7 @@ class Workspace:
         """
         begun = self.begun()
         if shared and begun not in (None, job):
-            raise ValueError(
+            raise KamimError(
                 f"{self.partial}: holds a job of other parameters, which shares may be at work on; "
                 "finish it, or remove it when none is"
             )

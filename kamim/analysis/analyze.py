@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.analysis.request import Request
 from kamim.analysis.run import analyse
 from kamim.analysis.subjects import Subject, timm_encoder
@@ -37,7 +38,7 @@ def load_subject(spec: str, seed: int) -> Subject:
     """NAME=CHECKPOINT, with what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises ValueError for another."""
     name, equals, source = spec.partition("=")
     if not (name and equals and source):
-        raise ValueError(f"--checkpoint {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
+        raise KamimError(f"--checkpoint {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
     if source.startswith("timm:"):
         encoder = timm_encoder(source.removeprefix("timm:"), seed)
         about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}
@@ -54,7 +55,7 @@ def run_analysis(
     names = [spec.partition("=")[0] for spec in specs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
+            raise KamimError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
     subjects = [load_subject(spec, request.seed) for spec in specs]
     with lock.alone(out, "--out"):
         return analyse(subjects, _StoreImages(store), request, out, progress)

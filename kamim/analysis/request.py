@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.analysis import embed
 from kamim.analysis.collect import WEIGHT_CELL
 from kamim.analysis.subjects import Subject
@@ -53,8 +54,8 @@ def read_probes(file: Path) -> list[Mapping[str, Any]]:
         if results and all(isinstance(r[key], kind) for r in results for key, kind in kinds.items()):
             return results
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--probe {file}: not a result of kamim eval --json ({one_line(error)})") from error
-    raise ValueError(f"--probe {file}: holds no linear probe")
+        raise KamimError(f"--probe {file}: not a result of kamim eval --json ({one_line(error)})") from error
+    raise KamimError(f"--probe {file}: holds no linear probe")
 
 
 def probed(subject: Subject, request: Request) -> list[Mapping[str, Any]]:
@@ -70,7 +71,7 @@ def parse_figures(text: str) -> tuple[str, ...] | None:
     wanted = tuple(part.strip() for part in text.split(","))
     for part in wanted:
         if part not in FIGURES:
-            raise ValueError(f"--figures {text}: {part!r} is none; must be all, or some of {','.join(FIGURES)}")
+            raise KamimError(f"--figures {text}: {part!r} is none; must be all, or some of {','.join(FIGURES)}")
     return tuple(figure for figure in FIGURES if figure in wanted)
 
 
@@ -79,9 +80,9 @@ def parse_query(text: str) -> tuple[float, float]:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--query {text}: must be two numbers, such as 0.5,0.5") from None
+        raise KamimError(f"--query {text}: must be two numbers, such as 0.5,0.5") from None
     if not (0 <= x < 1 and 0 <= y < 1):
-        raise ValueError(f"--query {text}: must be two shares of the image's sides, from 0 to below 1")
+        raise KamimError(f"--query {text}: must be two shares of the image's sides, from 0 to below 1")
     return x, y
 
 
@@ -113,10 +114,10 @@ def choose(request: Request, source: Source) -> Chosen:
     """Images by seed. Raises ValueError for fewer than two, for more images than there are, or classes that are not."""
     total = len(source.labels)
     if total < 2:
-        raise ValueError(f"--store {source.name}: has {total} image; an analysis is over images and needs 2 or more")
+        raise KamimError(f"--store {source.name}: has {total} image; an analysis is over images and needs 2 or more")
     count = min(total, MOST_IMAGES) if request.images is None else request.images
     if not 2 <= count <= total:
-        raise ValueError(f"--images {count}: {source.name} has {total}; ask for 2 to {total}")
+        raise KamimError(f"--images {count}: {source.name} has {total}; ask for 2 to {total}")
     order = rng.permutation(request.seed, 0, total)
     titles = _titles(request.classes, source)
     if not titles:
@@ -125,7 +126,7 @@ def choose(request: Request, source: Source) -> Chosen:
     parts = [order[source.labels[order] == source.classes.index(title)][:IMAGES_PER_CLASS] for title in titles]
     for title, part in zip(titles, parts, strict=True):
         if not len(part):
-            raise ValueError(f"--classes: {source.name} has no image of class {title!r}; choose others")
+            raise KamimError(f"--classes: {source.name} has no image of class {title!r}; choose others")
     label = np.repeat(np.arange(CLASSES), [len(part) for part in parts])
     return Chosen(order[:count], np.concatenate(parts), label, titles)
 
@@ -136,13 +137,13 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
         titles = [source.classes[label] for label in np.unique(source.labels) if label >= 0]
         return tuple(titles[:CLASSES]) if len(titles) >= CLASSES else ()
     if not source.classes:
-        raise ValueError(f"--classes {','.join(wanted)}: {source.name} has no labels; leave --classes out")
+        raise KamimError(f"--classes {','.join(wanted)}: {source.name} has no labels; leave --classes out")
     for title in wanted:
         if title not in source.classes:
             some = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
-            raise ValueError(f"--classes: {title!r} is not one of the {len(source.classes)} of {source.name} ({some})")
+            raise KamimError(f"--classes: {title!r} is not one of the {len(source.classes)} of {source.name} ({some})")
     if len(set(wanted)) != CLASSES or len(wanted) != CLASSES:
-        raise ValueError(f"--classes {','.join(wanted)}: must be {CLASSES} different ones")
+        raise KamimError(f"--classes {','.join(wanted)}: must be {CLASSES} different ones")
     return wanted
 
 
@@ -172,7 +173,7 @@ def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple
         if able:
             planned[figure] = able
         elif request.figures:
-            raise ValueError(f"--figures {figure}: {reason}")
+            raise KamimError(f"--figures {figure}: {reason}")
         if len(able) < len(subjects):
             left = ", ".join(s.name for s in subjects if s not in able)
             notes.append(f"figure {figure} without {left}: {reason}")
@@ -188,4 +189,4 @@ def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple
 def _check(option: str, value: int | None, subject: Subject, most: int) -> None:
     """Raises ValueError for a layer or head that the subject does not have."""
     if value is not None and not 1 <= value <= most:
-        raise ValueError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")
+        raise KamimError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from kamim import KamimError
 from kamim.analysis.attention import blocks
 from kamim.models.interop import check_tensor
 from kamim.models.masked_image_model import MaskedImageModel
@@ -64,8 +65,8 @@ def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTran
         height, width = model.patch_embed.img_size
         if height == width:
             return model
-        raise ValueError(f"--checkpoint {name}: takes images of {height}x{width} px, the analysis needs square ones")
-    raise ValueError(
+        raise KamimError(f"--checkpoint {name}: takes images of {height}x{width} px, the analysis needs square ones")
+    raise KamimError(
         f"--checkpoint {name}: a {type(model).__name__} has no attention that the analysis knows; give a ViT or a "
         "Swin (timm's VisionTransformer or SwinTransformer)"
     )
@@ -82,7 +83,7 @@ def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
     try:
         model = timm.create_model(name, num_classes=0)
     except RuntimeError as error:
-        raise ValueError(f"--checkpoint timm:{name}: {error}; timm.list_models() names all") from error
+        raise KamimError(f"--checkpoint timm:{name}: {error}; timm.list_models() names all") from error
     encoder = checked_encoder(f"timm:{name}", model)
     if file:
         _load(encoder, Path(file))
@@ -91,16 +92,16 @@ def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
 
 def _load(encoder: nn.Module, file: Path) -> None:
     if not file.is_file():
-        raise ValueError(f"--checkpoint: {file}: no such file")
+        raise KamimError(f"--checkpoint: {file}: no such file")
     try:
         state = {key: value for key, value in load_file(file).items() if not key.startswith("head.")}
         for key, value in state.items():
             check_tensor(key, value)
     except (SafetensorError, LookupError, ValueError) as error:  # LookupError: of a dtype that torch does not have
-        raise ValueError(f"{file}: not the weights of a timm model: {one_line(error)}") from error
+        raise KamimError(f"{file}: not the weights of a timm model: {one_line(error)}") from error
     own = encoder.state_dict()
     for key in sorted(own.keys() | state.keys()):
         there, here = (tuple(d[key].shape) if key in d else "nothing" for d in (state, own))
         if there != here:
-            raise ValueError(f"{file}: another architecture ({key} is {there} in the file, {here} in the model)")
+            raise KamimError(f"{file}: another architecture ({key} is {there} in the file, {here} in the model)")
     encoder.load_state_dict(state)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kamim import KamimError
 from kamim.analysis import embed, measures
 from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image
 from kamim.analysis.subjects import Subject
@@ -61,7 +62,7 @@ def weight_correlation(curves: Curves, seed: int) -> Table:
     values = per_image(curves.correlation)
     defined = values[np.isfinite(values).all(axis=1)]
     if not len(defined):
-        raise ValueError("--figures weights: W is constant on every image; there is nothing to correlate")
+        raise KamimError("--figures weights: W is constant on every image; there is nothing to correlate")
     low, high = measures.interval(measures.bootstrap_means(defined, seed))
     return {"mean": defined.mean(axis=0), "low": low, "high": high, "images": len(defined)}
 

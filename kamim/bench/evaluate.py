@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from kamim import KamimError
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import even_batch, interleaved
 from kamim.evaluation.config import SweepOptim
@@ -115,7 +116,7 @@ def bench(
     """
     check_jpeg(store)
     if unlabelled := int((store.images.labels < 0).sum()):
-        raise ValueError(f"--store {store.path}: has {unlabelled} images without a label; this benchmark mixes labels")
+        raise KamimError(f"--store {store.path}: has {unlabelled} images without a label; this benchmark mixes labels")
     source = accepted(source, store)
     workers = len(os.sched_getaffinity(0))
     encoder = build_encoder(model, resolution)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.bench import originals
 from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
@@ -48,7 +49,7 @@ def fidelity(
     resampling the images gives. Raises ValueError if the source has fewer than `images`.
     """
     if images > len(source.items):
-        raise ValueError(f"--images {images}: --source has {len(source.items)}")
+        raise KamimError(f"--images {images}: --source has {len(source.items)}")
     chosen = np.linspace(0, len(source.items) - 1, images).astype(int)
     job = make_job(
         "imagefolder", "train", source, detectors=detectors, images="zarr", resolution=setting.resolution,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.storage.store import Store
 from preprocess.assemble import stored_rejects
 from preprocess.decode import Undecodable, decode
@@ -13,7 +14,7 @@ from preprocess.sources import Item, Source, printable
 def check_jpeg(store: Store) -> None:
     """Raises ValueError for a store of raw pixels."""
     if store.images.raw:
-        raise ValueError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
+        raise KamimError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
 
 
 def accepted(source: Source, store: Store) -> Source:
@@ -28,4 +29,4 @@ def read(source: Source, item: Item) -> tuple[bytes | np.ndarray, np.ndarray]:
     try:
         return data, decode(data)
     except Undecodable as error:
-        raise ValueError(f"--source {source.location}: {printable(item.key)}: {error}; remove it") from error
+        raise KamimError(f"--source {source.location}: {printable(item.key)}: {error}; remove it") from error

@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from kamim import KamimError
 from kamim.detectors import detector
 from kamim.storage.store import Job
 from kamim.training import machine
@@ -47,7 +48,7 @@ def bench(
     items = [item for item in source.items if _is_plain_jpeg(source.read(item))]
     size = len(items) // PARTS
     if not size:
-        raise ValueError(
+        raise KamimError(
             f"--source {source.location}: has {len(items)} readable RGB or grey JPEGs, the benchmark needs {PARTS}"
         )
     shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kamim import KamimError
 from kamim.bench.loader import PATCH_SIZE, RESOLUTION, ReferenceDataset, one_thread
 from kamim.bench.rounds import Run, interleaved
 from kamim.method.masking import masked_count
@@ -133,10 +134,10 @@ def hugging_face(name: str) -> Any:
     try:
         from transformers import ViTConfig, ViTForMaskedImageModeling
     except ImportError:
-        raise ValueError("the plain loop needs the transformers package: pip install transformers") from None
+        raise KamimError("the plain loop needs the transformers package: pip install transformers") from None
     encoder = build_encoder(name, RESOLUTION)
     if not isinstance(encoder, VisionTransformer):
-        raise ValueError(f"--model {name}: must be a ViT")
+        raise KamimError(f"--model {name}: must be a ViT")
     width, heads = encoder.embed_dim, encoder.blocks[0].attn.num_heads
     return ViTForMaskedImageModeling(ViTConfig(
         hidden_size=width, num_hidden_layers=len(encoder.blocks), num_attention_heads=heads,
@@ -211,7 +212,7 @@ def bench(
     Raises ValueError for a store that cannot be trained on so, and without the transformers package.
     """
     if length < 2:
-        raise ValueError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
+        raise KamimError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
     given = [
         f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import app, out_console, says_errors
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def show(
         how = (
             f"is {' and '.join(f'{kind.PRESETS}/{stem}' for kind, _ in found)}; name one" if found else "no such preset"
         )
-        raise ValueError(f"{name}: {how}; `kamim config list` lists them")
+        raise KamimError(f"{name}: {how}; `kamim config list` lists them")
     ((kind, file),) = found
     own = dict(flatten(yaml.safe_load(file.read_text()) or {}))
     for key, default, meaning in document(kind):

@@ -28,6 +28,7 @@ from rich.progress import (
 from rich.text import Text
 
 import kamim
+from kamim import KamimError
 from kamim.storage.escape import one_line, printable
 
 
@@ -97,7 +98,7 @@ def say(line: str) -> None:
 
 
 def says_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake becomes one line on stderr and exit code 1."""
+    """What a user can mend becomes one line and exit code 1. Anything else is a bug, and keeps its traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -105,11 +106,14 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError too
             raise
-        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        except (KamimError, OSError) as error:
             if _debug:
                 raise
             err_console.print(f"error: {one_line(error)}", style="red")
             raise typer.Exit(1) from None
+        except Exception:
+            err_console.print("this is a bug in kamim; please report it with the command and the lines below")
+            raise
 
     return wrapped
 
@@ -200,7 +204,7 @@ def weighting_of(detector: str, footprint: str, patch_size: int, temperature: fl
 def check_folder(option: str, file: Path | None) -> None:
     """Before any work: whether the file can be there at all."""
     if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
+        raise KamimError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
 
 
 def write_json(file: Path | None, content: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
     app,
@@ -50,7 +51,7 @@ def evaluate(
 
     check_folder("--json", json_out)
     if mode not in (*MODES, "all"):
-        raise ValueError(f"--mode {mode}: must be one of {', '.join(MODES)}, all")
+        raise KamimError(f"--mode {mode}: must be one of {', '.join(MODES)}, all")
     named = {"checkpoint": checkpoint, "train": train, "val": val, "out": out}
     conventions = None if convention is None else f"[{convention}]"
     shorthands = {"linprobe.norm": norm, "linprobe.protocol": protocol, "reconstruct.conventions": conventions}

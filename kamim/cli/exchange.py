@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import app, check_folder, out_console, says_errors, write_json
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
     from kamim.training.checkpoint import save_tensors
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: is there already; choose another or remove it")
+        raise KamimError(f"--out {out}: is there already; choose another or remove it")
     name, resolution = found.config.model.name, found.config.data.resolution
     config, weights = interop.to_hugging_face(found.model_state(), name, resolution, found.has_head)
     with _staged(out) as partial:
@@ -91,7 +92,7 @@ def _export_timm(found: "Checkpoint", out: Path) -> None:
     from kamim.training.checkpoint import save_tensors
 
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: must end in .safetensors")
+        raise KamimError(f"--out {out}: must end in .safetensors")
     with _staged(out) as partial:
         save_tensors(interop.to_timm(found.model_state()), partial)
     architecture = ARCHITECTURES[found.config.model.name]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.detectors import detector
 from kamim.method import keypoints as kp
 from kamim.method.weighting import density, keypoint_weights, weights
@@ -36,7 +37,7 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
     height, width = rgb.shape[:2]
     patch = weighting.patch_size
     if min(height, width) < patch:
-        raise ValueError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
+        raise KamimError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
     found = detector(weighting.detector).detect(rgb)
     bitmap = kp.keypoint_map(found.xy, height, width, weighting.footprint)
     omega = density(kp.map_counts(bitmap, patch), patch)
@@ -65,7 +66,7 @@ def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: P
     job = store.manifest.job
     patch = weighting.patch_size
     if job.resolution % patch:
-        raise ValueError(f"--patch-size {patch}: must divide the store's resolution {job.resolution}")
+        raise KamimError(f"--patch-size {patch}: must divide the store's resolution {job.resolution}")
     count = min(count, len(store))
     fine = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, 1)  # cells of one pixel: F itself
     plan = Plan(len(store), count, count, seed)

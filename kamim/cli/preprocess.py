@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import RESUMABLE, app, bar, err_console, out_console, says_errors, terminable
 from kamim.cli.store import show_store
 
@@ -60,9 +61,9 @@ def preprocess(
     if download:
         sources.download(dataset, source)
     if workers < 0:
-        raise ValueError(f"--workers {workers}: must be 0 (one per core) or more")
+        raise KamimError(f"--workers {workers}: must be 0 (one per core) or more")
     if publish and shard is not None:
-        raise ValueError(f"--publish --shard {shard}: all shares have to be done before --publish; give one of them")
+        raise KamimError(f"--publish --shard {shard}: all shares have to be done before --publish; give one of them")
     share = None if shard is None else _share(shard)
     workers = workers or len(os.sched_getaffinity(0))
     listed = sources.list_source(dataset, source, split)
@@ -109,11 +110,11 @@ def preprocess(
 def _encoding(images_as: str | None, encoding: str | None) -> Literal["auto", "jpeg", "raw", "original"] | None:
     """What --images-as and --encoding ask for together."""
     if images_as not in (None, "resized", "original"):
-        raise ValueError(f"--images-as {images_as}: must be resized or original")
+        raise KamimError(f"--images-as {images_as}: must be resized or original")
     if encoding not in (None, "jpeg", "raw"):
-        raise ValueError(f"--encoding {encoding}: must be jpeg or raw")
+        raise KamimError(f"--encoding {encoding}: must be jpeg or raw")
     if images_as == "original" and encoding is not None:
-        raise ValueError(
+        raise KamimError(
             f"--encoding {encoding}: is for resized images; with --images-as original files stay as they are"
         )
     if images_as == "original":
@@ -125,7 +126,7 @@ def _pair(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--crop-scale {text}: must be two numbers, such as 0.67,1.0") from None
+        raise KamimError(f"--crop-scale {text}: must be two numbers, such as 0.67,1.0") from None
     return low, high
 
 
@@ -135,5 +136,5 @@ def _share(text: str) -> tuple[int, int]:
     except ValueError:
         number = count = 0
     if not 1 <= number <= count:
-        raise ValueError(f"--shard {text}: must be I/N with 1 <= I <= N, such as 3/8")
+        raise KamimError(f"--shard {text}: must be I/N with 1 <= I <= N, such as 3/8")
     return number, count

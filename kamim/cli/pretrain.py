@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
     ConfigFile,
@@ -80,7 +81,7 @@ def replay(
     check_folder("--out", out)
     check_folder("--plot", plot)
     if plot is not None and plot.suffix != ".png":
-        raise ValueError(f"--plot {plot}: must end in .png")
+        raise KamimError(f"--plot {plot}: must end in .png")
     found = replay_step(run, step, device)
     title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
     out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
     app,
@@ -39,11 +40,11 @@ def weights(
 
     weighting = weighting_of(detector, footprint, patch_size, temperature)
     if not image.is_file():
-        raise ValueError(f"{image}: no such file")
+        raise KamimError(f"{image}: no such file")
     try:
         found = image_weights(decode(image.read_bytes()), weighting)
     except ValueError as error:
-        raise ValueError(f"{image}: {error}") from error
+        raise KamimError(f"{image}: {error}") from error
     w = found.weights
     out_console.print(
         f"{image}: {found.keypoints} {detector} keypoints; density mean {found.omega.mean():.4f}, "

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.detectors import plugins
 from kamim.detectors.contract import Detector, Found
 from kamim.detectors.fast import Fast
@@ -32,7 +33,7 @@ def detector(name: str) -> Detector:
     if name in DETECTORS:
         return DETECTORS[name]
     if name not in names():
-        raise ValueError(f"detector = {name!r}: must be one of {', '.join(names())}")
+        raise KamimError(f"detector = {name!r}: must be one of {', '.join(names())}")
     return plugins.load(name)
 
 

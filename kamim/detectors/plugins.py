@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.detectors.contract import Found, grey
 from kamim.method.keypoints import Group, Rules
 
@@ -29,14 +30,14 @@ def load(name: str) -> "PlugIn":
     entries = tuple(entry_points(group=GROUP, name=name))
     what = f"detector {name!r} of {' and of '.join(map(_distribution, entries))}"
     if len(entries) > 1:
-        raise ValueError(f"{what}: one name for two; uninstall one")
+        raise KamimError(f"{what}: one name for two; uninstall one")
     try:
         found = entries[0].load()
         if isinstance(found, type) or not callable(getattr(found, "detect", None)):
             raise TypeError(f"{entries[0].value} is not an object with detect(array) -> xy, response")
         return PlugIn(found, what)
     except Exception as error:  # whatever a module may do when it is imported
-        raise ValueError(f"{what}: cannot be used: {_line(error)}") from error
+        raise KamimError(f"{what}: cannot be used: {_line(error)}") from error
 
 
 def origin(name: str) -> str:
@@ -71,9 +72,9 @@ class PlugIn:
         try:
             xy, response = (np.asarray(part, np.float32) for part in self._detect(grey(rgb) if self._grey else rgb))
         except Exception as error:
-            raise ValueError(f"{self._what}: failed: {_line(error)}") from error
+            raise KamimError(f"{self._what}: failed: {_line(error)}") from error
         if response.ndim != 1 or xy.shape != (len(response), 2) or not np.isfinite(xy).all():
-            raise ValueError(
+            raise KamimError(
                 f"{self._what}: gave xy {list(xy.shape)} and response {list(response.shape)}; "
                 "needs finite xy [K, 2] and response [K]"
             )

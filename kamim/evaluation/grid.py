@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic import Field
 
+from kamim import KamimError
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
@@ -55,7 +56,7 @@ class Grid(Section):
         names = [setting.name for setting in settings(self)]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"axes = {name}: is the name of two runs; give every axis a name and every value once")
+                raise KamimError(f"axes = {name}: is the name of two runs; give every axis a name and every value once")
         return self
 
 

@@ -12,6 +12,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from kamim import KamimError
 from kamim.evaluation import finetune, paper, probe
 from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
 from kamim.evaluation.config import ClassifierOptim, Finetune, Linprobe
@@ -72,7 +73,7 @@ def finetune_task(setting: Setting, subject: Subject) -> Task:
     """Everything trains."""
     config, options, samples = setting.config, _clipped(setting.config.finetune, subject), setting.labelled()
     if isinstance(subject.encoder, Pixels):
-        raise ValueError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
+        raise KamimError(f"--checkpoint {subject.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def sweep_task(setting: Setting, subject: Subject) -> Task:
         for norm in options.norms if pooling != "cls" or prefix(encoder)
     ]  # fmt: skip
     if not readouts:
-        raise ValueError(f"sweep.poolings = {list(options.poolings)}: {subject.name} has no class token; add mean")
+        raise KamimError(f"sweep.poolings = {list(options.poolings)}: {subject.name} has no class token; add mean")
 
     def run(folder: Path, progress: Progress) -> dict[str, Any]:
         train, val = features_of(setting, subject, readouts, folder, progress)
@@ -147,7 +148,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     """How well masked validation images are reconstructed, and a picture of some."""
     options, model = setting.config.reconstruct, subject.model
     if model is None:
-        raise ValueError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
+        raise KamimError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
     mask = subject.mask.model_copy(update={"ratio": options.mask_ratio or subject.mask.ratio})
 
     def reconstructed(batch: Batch) -> Reconstruction:
@@ -230,7 +231,7 @@ def _clipped(options: O, subject: Subject) -> O:
 def _check_size(key: str, size: int, samples: Samples) -> None:
     """Raises ValueError where so many training samples are not there."""
     if size > len(samples.numbers):
-        raise ValueError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+        raise KamimError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
 
 
 def _as_it_is(images: Tensor) -> Tensor:

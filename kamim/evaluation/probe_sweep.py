@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kamim import KamimError
 from kamim.method import rng
 from kamim.models.places import places
 from kamim.models.readout import Readout
@@ -40,7 +41,7 @@ def sweep(
     progress(updates done, in all). Raises ValueError where a batch is larger than N.
     """
     if optim.batch_size > len(train_labels):
-        raise ValueError(f"batch_size = {optim.batch_size}: is more than the {len(train_labels)} training samples")
+        raise KamimError(f"batch_size = {optim.batch_size}: is more than the {len(train_labels)} training samples")
     groups = list(_groups(features, classes * len(lrs), optim.batch_size))
     steps = optim.epochs * (len(train_labels) // optim.batch_size)
     done, rows = count(1), []

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.evaluation import report
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.modes import SHOWN, TASKS, applies
@@ -38,7 +39,7 @@ def evaluate(
     with distributed.joined(config.compute.device) as world:
         machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
-            raise ValueError("--out: is missing; several processes need a folder that all of them see")
+            raise KamimError("--out: is missing; several processes need a folder that all of them see")
         tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)
         with _workplace(config.out, world) as root:
             folders = [root / task.subject.name / task.mode for task in tasks]
@@ -75,9 +76,9 @@ def tasks_of(config: Evaluation, modes: Sequence[str] | None, subjects: Sequence
 def _distinct(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
+            raise KamimError(f"--checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
         if "/" in name or name.startswith("."):
-            raise ValueError(
+            raise KamimError(
                 f"--checkpoint {name}=...: the name becomes a folder, so it must not hold / or begin with ."
             )
 
@@ -120,7 +121,7 @@ def _check_free(folder: Path, settings: dict[str, Any]) -> None:
     there = dict(flat_text(json.loads(file.read_text()))) if file.exists() else asked
     for key in (key for key in {**there, **asked} if not key.startswith("pretraining")):
         if asked.get(key) != there.get(key):
-            raise ValueError(
+            raise KamimError(
                 f"--out {folder}: holds another evaluation ({key} {there.get(key, 'nothing')} there, "
                 f"{asked.get(key, 'nothing')} asked for); choose another --out, or remove it"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kamim import KamimError
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Encoder, Pixels
@@ -34,7 +35,7 @@ def load_subject(spec: str) -> Subject:
     """
     name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
     if not source or (equals and not name):
-        raise ValueError(f"--checkpoint {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
+        raise KamimError(f"--checkpoint {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
     kind = next((kind for kind in ("random", "pixels") if source.startswith(f"{kind}:")), "")
     path = Path(source.removeprefix(f"{kind}:"))
     name = name or f"{kind} {path.resolve().name}".strip()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from kamim import KamimError
 from kamim.method.geometry import POSITION_UNIT, axis_map
 from kamim.method.kernels import kernel
 from kamim.method.simd import load8, store8
@@ -50,9 +51,9 @@ class Group:
     def __post_init__(self) -> None:
         """Raises ValueError for a border below 0 or not finite, and for a cap that is not 0 .. LARGEST_CAP."""
         if not 0 <= self.border < math.inf:
-            raise ValueError(f"border = {self.border}: must be 0 px or more, and finite")
+            raise KamimError(f"border = {self.border}: must be 0 px or more, and finite")
         if not 0 <= self.cap <= LARGEST_CAP:
-            raise ValueError(f"cap = {self.cap}: must be 0 (no cap) to {LARGEST_CAP}")
+            raise KamimError(f"cap = {self.cap}: must be 0 (no cap) to {LARGEST_CAP}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Rules:
     def __post_init__(self) -> None:
         """Raises ValueError unless there are 1 .. MOST_GROUPS groups."""
         if not 1 <= len(self.groups) <= MOST_GROUPS:
-            raise ValueError(f"groups: are {len(self.groups)}, must be 1 to {MOST_GROUPS}")
+            raise KamimError(f"groups: are {len(self.groups)}, must be 1 to {MOST_GROUPS}")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """(borders float64 [G], caps int64 [G], snap), as the kernel takes them."""
@@ -89,7 +90,7 @@ def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
     unknown footprint.
     """
     if footprint not in FOOTPRINTS:
-        raise ValueError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
+        raise KamimError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
     words = np.zeros((CLASSES, CLASSES, phases, phases, STAMP_WORDS), np.uint64)
     table = words.view(np.uint16)
     if footprint == "point":
@@ -313,7 +314,7 @@ def cell_counts(bitmap, patch_size, counts):
     if counts.shape[0] * patch_size > bitmap.shape[0] - STAMP_ROWS - 1 or (
         counts.shape[1] * patch_size > WORD * bitmap.shape[1] - 2 * MARGIN
     ):
-        raise ValueError("the cells are more than the bit map")
+        raise KamimError("the cells are more than the bit map")
     counts[:] = 0
     if patch_size % 8 == 0:
         _counts_of_bytes(bitmap, patch_size, counts)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kamim import KamimError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,4 +44,4 @@ def counts_to_weights(counts: "Tensor", patch_size: int, temperature: float, nor
 
 def _check(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature = {temperature}: must be greater than 0")
+        raise KamimError(f"temperature = {temperature}: must be greater than 0")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from kamim import KamimError
+
 Pooling = Literal["mean", "cls", "max", "cls_mean"]
 Norm = Literal["none", "token", "joint", "batch", "final"]
 Block = int | Literal["paper", "last"]
@@ -27,7 +29,7 @@ class Architecture:
         """Raises ValueError where the encoder cannot take images of this side."""
         window = self.options.get("window_size", 1)
         if resolution % (self.stride * window):
-            raise ValueError(
+            raise KamimError(
                 f"data.resolution = {resolution}: {self.timm_name} needs a multiple of {self.stride * window}"
             )
 

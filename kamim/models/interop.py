@@ -19,6 +19,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
@@ -95,13 +96,13 @@ def load(path: Path, resolution: int | None = None) -> Foreign:
     try:
         return convert(state, resolution)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise KamimError(f"{path}: {error}") from error
 
 
 def read_file(path: Path) -> State:
     """Tensors of a checkpoint file, by its own names. Raises ValueError where it holds none."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise KamimError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -110,14 +111,14 @@ def read_file(path: Path) -> State:
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises whatever a damaged or hostile pickle leads to
-        raise ValueError(f"{path}: not a checkpoint of tensors alone ({_reason(error)})") from error
+        raise KamimError(f"{path}: not a checkpoint of tensors alone ({_reason(error)})") from error
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise ValueError(f"{path}: holds no state dict")
+        raise KamimError(f"{path}: holds no state dict")
     return content
 
 
@@ -128,10 +129,10 @@ def _check_archive(path: Path) -> None:
             return  # the form of before torch 1.6
         entries = zipfile.ZipFile(file).infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise ValueError("a TorchScript program; save its state_dict() with torch.save")
+        raise KamimError("a TorchScript program; save its state_dict() with torch.save")
     inflated, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if inflated > size:
-        raise ValueError(f"{size:,} bytes that inflate to {inflated:,}; save them with torch.save, uncompressed")
+        raise KamimError(f"{size:,} bytes that inflate to {inflated:,}; save them with torch.save, uncompressed")
 
 
 def _reason(error: Exception) -> str:
@@ -159,7 +160,7 @@ def convert(state: State, resolution: int | None = None, wanted: str | None = No
         renamed["mask_token"] = renamed["mask_token"].flatten()
     architecture = _architecture(renamed)
     if wanted not in (None, architecture):
-        raise ValueError(f"these are a {architecture}'s weights, the model asked for is a {wanted}")
+        raise KamimError(f"these are a {architecture}'s weights, the model asked for is a {wanted}")
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {name: value for name, value in renamed.items() if name.startswith("encoder.")}
@@ -170,7 +171,7 @@ def convert(state: State, resolution: int | None = None, wanted: str | None = No
     expected = {name for name in model.state_dict() if has_head or name.startswith("encoder.")}
     for name in sorted(expected ^ fitted.keys()):
         where = "is missing" if name in expected else f"is not part of a {architecture}"
-        raise ValueError(f"{name} {where}; these weights are of another kind")
+        raise KamimError(f"{name} {where}; these weights are of another kind")
     return Foreign(architecture, resolution, fitted, has_head)
 
 
@@ -193,11 +194,11 @@ def _rename(state: State) -> State:
 def check_tensor(name: str, value: Tensor) -> None:
     """Raises ValueError for weights that are no plain array of floats, or larger than what their file holds of them."""
     if value.dtype not in DTYPES:
-        raise ValueError(f"{name} is {_name(value.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")
+        raise KamimError(f"{name} is {_name(value.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise ValueError(f"{name} is {_name(value.layout)} on {value.device.type}; must be a plain array")
+        raise KamimError(f"{name} is {_name(value.layout)} on {value.device.type}; must be a plain array")
     if value.nbytes > value.untyped_storage().nbytes():
-        raise ValueError(f"{name} is {list(value.shape)}, of which the file holds a part")
+        raise KamimError(f"{name} is {list(value.shape)}, of which the file holds a part")
 
 
 def _name(constant: object) -> str:
@@ -213,7 +214,7 @@ def _merge_qkv(state: State) -> State:
             found = [part for part in parts.values() if part is not None and part.ndim]
             if len({part.shape for part in found}) != 1 or len(found) < 3:
                 shapes = ", ".join(f"{p} {'missing' if t is None else list(t.shape)}" for p, t in parts.items())
-                raise ValueError(f"{name}: query, key and value must be of one shape ({shapes})")
+                raise KamimError(f"{name}: query, key and value must be of one shape ({shapes})")
             merged[name.replace(".query.", ".qkv.")] = torch.cat(found)
         elif ".attn.key." not in name and ".attn.value." not in name:
             merged[name] = value
@@ -237,16 +238,16 @@ def _signature(state: State) -> tuple[int, int, bool]:
 
 def _architecture(state: State) -> str:
     if PATCHES not in state:
-        raise ValueError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
+        raise KamimError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
     if state[PATCHES].ndim != 4:
-        raise ValueError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
+        raise KamimError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
     for name in ARCHITECTURES:
         with torch.device("meta"):
             if _shape(MaskedImageModel(name, 192)) == _signature(state):
                 return name
     width, blocks, swin = _signature(state)
     kind = "Swin" if swin else "ViT"
-    raise ValueError(f"a {kind} of width {width} with {blocks} blocks; known are {', '.join(ARCHITECTURES)}")
+    raise KamimError(f"a {kind} of width {width} with {blocks} blocks; known are {', '.join(ARCHITECTURES)}")
 
 
 def _trained_resolution(architecture: str, state: State) -> int:
@@ -259,7 +260,7 @@ def _side(positions: Tensor) -> int:
     """Tokens along a side, of a table of positions [1, 1 + side^2, D]. Raises ValueError for another shape."""
     side = math.isqrt(positions.shape[1] - 1) if positions.ndim == 3 and positions.shape[1] > 1 else 0
     if positions.ndim != 3 or positions.shape[1] != 1 + side**2 or not side:
-        raise ValueError(f"{POSITIONS} is {list(positions.shape)}, must be [1, 1 + n * n, width]")
+        raise KamimError(f"{POSITIONS} is {list(positions.shape)}, must be [1, 1 + n * n, width]")
     return side
 
 
@@ -277,7 +278,7 @@ def _fit(state: State, model: MaskedImageModel) -> State:
             window = model.encoder.get_submodule(name.removeprefix("encoder.").rpartition(".")[0]).window_size
             value = resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=wanted)
         elif value.shape != wanted:
-            raise ValueError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
+            raise KamimError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
         fitted[name] = value.detach().clone().contiguous()
     return fitted
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kamim import KamimError
 from kamim.models.places import places
 
 KS = (5, 10, 20, 100)
@@ -27,7 +28,7 @@ def knn(
     """
     for k in ks:
         if not 1 <= k <= len(train):
-            raise ValueError(f"k = {k}: must be 1 to {len(train)}, the samples there are to choose neighbours from")
+            raise KamimError(f"k = {k}: must be 1 to {len(train)}, the samples there are to choose neighbours from")
     train_labels = train_labels.to(device)
     right = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
     for at in range(0, len(val), tile):

@@ -9,6 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kamim import KamimError
 from kamim.models.architectures import Block, Norm, Pooling
 
 PIXELS = 32  # side to which Pixels shrinks an image
@@ -60,21 +61,21 @@ def resolve(encoder: Encoder, block: Block) -> int:
     if block == "paper":
         return min(8, blocks) if isinstance(encoder, VisionTransformer) else blocks
     if block > blocks:
-        raise ValueError(f"block = {block}: the encoder has blocks 1 to {blocks}")
+        raise KamimError(f"block = {block}: the encoder has blocks 1 to {blocks}")
     return block
 
 
 def check(encoder: Encoder, readout: Readout) -> None:
     """Raises ValueError where the encoder has no such tokens."""
     if "cls" in readout.pooling and prefix(encoder) == 0:
-        raise ValueError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
+        raise KamimError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
     if readout.norm in ("final", "batch") and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):
-        raise ValueError(
+        raise KamimError(
             f"norm = {readout.norm}: begins with the encoder's own norm, which is of its last block alone; block = "
             f"{readout.block} has none"
         )
     if readout.norm == "joint" and readout.pooling not in ("mean", "max"):
-        raise ValueError(f"norm = joint: is over patch tokens; pooling = {readout.pooling} reads another one")
+        raise KamimError(f"norm = joint: is over patch tokens; pooling = {readout.pooling} reads another one")
 
 
 def prefix(encoder: Encoder) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.storage.mmap_array import file_size, power_of_two
 
 VERSION = 2
@@ -49,24 +50,24 @@ class Beton:
         """Raises ValueError, which names the file and what is wrong, for a file that no store has."""
         size, header = file_size(path), np.fromfile(path, HEADER, 1)
         if len(header) == 0 or header[0]["version"] != VERSION:
-            raise ValueError(f"{path}: not an FFCV file of version {VERSION}")
+            raise KamimError(f"{path}: not an FFCV file of version {VERSION}")
         _, field_count, page_size, count, table = header[0].item()
         fields = np.fromfile(path, FIELD, min(field_count, 3), offset=HEADER.itemsize)
         if fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
-            raise ValueError(f"{path}: fields of types {fields['type_id'].tolist()}, expected an image and an integer")
+            raise KamimError(f"{path}: fields of types {fields['type_id'].tolist()}, expected an image and an integer")
         start = HEADER.itemsize + fields.nbytes
         if start + count * SAMPLE.itemsize > table or table + count * ALLOCATION.itemsize != size:
-            raise ValueError(
+            raise KamimError(
                 f"{path}: truncated or damaged, its {size} bytes do not hold {count} samples and their table"
             )
         samples = np.fromfile(path, SAMPLE, count, offset=start)
         allocations = np.fromfile(path, ALLOCATION, count, offset=table)
         images, owners = samples["image"], allocations["sample_id"]
         if not np.array_equal(np.sort(owners), np.arange(count, dtype=np.uint64)):
-            raise ValueError(f"{path}: its allocation table does not name each of the {count} samples once")
+            raise KamimError(f"{path}: its allocation table does not name each of the {count} samples once")
         modes = np.unique(images["mode"]).tolist()
         if modes not in ([JPG], [RAW]):
-            raise ValueError(f"{path}: images of modes {modes}; expected {JPG} (JPEG) or {RAW} (raw), the same for all")
+            raise KamimError(f"{path}: images of modes {modes}; expected {JPG} (JPEG) or {RAW} (raw), the same for all")
         self.labels = samples["label"].astype(np.int64)
         self.sizes = np.stack([images["height"], images["width"]], axis=1)
         self.raw = modes == [RAW]

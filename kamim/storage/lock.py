@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kamim import KamimError
+
 if TYPE_CHECKING:
     from kamim.training.distributed import World
 
@@ -33,7 +35,7 @@ def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None
         if world is not None:
             problem = world.gather(problem)[0]
         if problem:
-            raise ValueError(problem)
+            raise KamimError(problem)
         yield
 
 
@@ -62,5 +64,5 @@ def _take(file: Path, busy: str, shared: bool) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(busy) from None
+            raise KamimError(busy) from None
         os.close(descriptor)

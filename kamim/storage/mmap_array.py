@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import zarr
 
+from kamim import KamimError
+
 PAGES = 64
 METADATA = "zarr.json"
 METADATA_BYTES = 1 << 16  # of a zarr.json, at most; those written here have a few hundred
@@ -65,7 +67,7 @@ class PagedWriter:
         Raises ValueError for an item larger than a page.
         """
         if len(rows) > len(self._page):
-            raise ValueError(f"an item of {len(rows)} rows does not fit a page of {len(self._page)}")
+            raise KamimError(f"an item of {len(rows)} rows does not fit a page of {len(self._page)}")
         if self._used + len(rows) > len(self._page):
             self._flush()
         start = self._pages * len(self._page) + self._used
@@ -92,9 +94,9 @@ def file_size(file: Path) -> int:
     try:
         status = file.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file}: is missing") from None
+        raise KamimError(f"{file}: is missing") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{file}: is not a regular file; a store holds no links")
+        raise KamimError(f"{file}: is not a regular file; a store holds no links")
     return status.st_size
 
 
@@ -102,7 +104,7 @@ def check_size(file: Path, size: int) -> None:
     """Raises ValueError unless `file` is a regular file of `size` bytes."""
     found = file_size(file)
     if found != size:
-        raise ValueError(f"{file}: has {found} bytes, must have {size}")
+        raise KamimError(f"{file}: has {found} bytes, must have {size}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             fields = None
         if isinstance(fields, dict):
             return fields
-    raise ValueError(f"{file}: is not the metadata of a zarr array or group")
+    raise KamimError(f"{file}: is not the metadata of a zarr array or group")
 
 
 def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -123,7 +125,7 @@ def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
     for key in sorted(found.keys() | expected.keys()):
         if found.get(key) != expected.get(key):
             value, allowed = (json.dumps(fields[key]) if key in fields else "missing" for fields in (found, expected))
-            raise ValueError(f"{path / METADATA}: {key!r:.40} is {value:.80}, must be {allowed}")
+            raise KamimError(f"{path / METADATA}: {key!r:.40} is {value:.80}, must be {allowed}")
 
 
 def check_group(path: Path, attributes: dict[str, str]) -> None:
@@ -152,7 +154,7 @@ def _lengths(path: Path, fields: dict[str, Any], axes: int) -> tuple[list[int], 
             return shape, chunks
     except (LookupError, TypeError):
         pass
-    raise ValueError(f"{path / METADATA}: gives no shape of {axes} axes for the array and its chunks")
+    raise KamimError(f"{path / METADATA}: gives no shape of {axes} axes for the array and its chunks")
 
 
 def read(path: Path, dtype: Any, shape: Sequence[int | None]) -> np.ndarray:
@@ -183,7 +185,7 @@ class PagedReader:
         (total, *_), (self._page_rows, *_) = _lengths(path, fields, 1 + len(row_shape))
         check_metadata(path, fields, _metadata(dtype, (total, *row_shape), (self._page_rows, *row_shape)))
         if self._page_rows < 1 or total % self._page_rows:
-            raise ValueError(f"{path / METADATA}: {total} rows are no whole pages of {self._page_rows}")
+            raise KamimError(f"{path / METADATA}: {total} rows are no whole pages of {self._page_rows}")
         shape, tail = (self._page_rows, *row_shape), "/0" * len(row_shape)
         self._row_bytes = np.dtype(dtype).itemsize * math.prod(row_shape)
         self._pages = []

@@ -41,6 +41,7 @@ import pydantic
 import zarr
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from kamim import KamimError
 from kamim.method.geometry import MAX_FRAME_SIDE
 from kamim.method.keypoints import Rules
 from kamim.storage import beton, mmap_array
@@ -162,7 +163,7 @@ class Manifest(pydantic.BaseModel):
 def _require(holds: bool, what: str) -> None:
     """Raises ValueError saying `what` unless it holds."""
     if not holds:
-        raise ValueError(what)
+        raise KamimError(what)
 
 
 def file_names(job: Job) -> re.Pattern[str]:
@@ -372,7 +373,7 @@ class Store:
     def keypoints(self, detector: str) -> Keypoints:
         """Keypoints of `detector`. Raises ValueError, with what to do, where the store has none, or damaged ones."""
         if detector not in self.manifest.rules:
-            raise ValueError(
+            raise KamimError(
                 f"{self.path}: has no {detector!r} keypoints, only {', '.join(self.detectors) or 'images'}; "
                 f"the command that made it, with --detectors {detector}, adds them"
             )
@@ -389,10 +390,10 @@ class Store:
         """Raises ValueError unless all files of a component (None: of all) are there, and no link is in the store."""
         files, others = entries(self.path)
         for name in sorted(others):
-            raise ValueError(f"{self.path / name}: is a link or a special file; a store has files and folders only")
+            raise KamimError(f"{self.path / name}: is a link or a special file; a store has files and folders only")
         for name in self.manifest.checksums:
             if name not in files and component in (None, component_of(name)):
-                raise ValueError(f"{self.path / name}: is missing; {self._remedy()}")
+                raise KamimError(f"{self.path / name}: is missing; {self._remedy()}")
 
     def open_images(self) -> ImageReader:
         """The images, where single ones may still be damaged. Raises ValueError where all of them are."""
@@ -400,7 +401,7 @@ class Store:
         reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
         self._check_count(path, len(reader.sizes))
         if reader.raw != (self.manifest.job.encoding == "raw"):
-            raise ValueError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} says otherwise")
+            raise KamimError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} says otherwise")
         return reader
 
     def open_keypoints(self, detector: str) -> Keypoints:
@@ -418,14 +419,14 @@ class Store:
 
     def _check_count(self, path: Path, held: int) -> None:
         if held != self.manifest.count:
-            raise ValueError(f"{path}: holds {held} images, but {MANIFEST} says {self.manifest.count}")
+            raise KamimError(f"{path}: holds {held} images, but {MANIFEST} says {self.manifest.count}")
 
     def _check(self, component: str, faults: dict[str, np.ndarray]) -> None:
         """Raises ValueError where any image has one of the faults."""
         for what, wrong in faults.items():
             if wrong.any():
                 others = f", and {wrong.sum() - 1} more" if wrong.sum() > 1 else ""
-                raise ValueError(f"{self._file(component)}: image {wrong.argmax()} {what}{others}; {self._remedy()}")
+                raise KamimError(f"{self._file(component)}: image {wrong.argmax()} {what}{others}; {self._remedy()}")
 
     def _remedy(self) -> str:
         return f"put it right with `kamim store verify {self.path} --repair`"
@@ -435,11 +436,11 @@ def read_manifest(path: Path) -> Manifest:
     """manifest.json of the store at `path`. Raises ValueError, naming what is wrong."""
     file = path / MANIFEST
     if not file.is_file() and (path / BACKUP).is_file():
-        raise ValueError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
+        raise KamimError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
-        raise ValueError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
+        raise KamimError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
     if file.is_symlink() or file.stat().st_size > MANIFEST_BYTES:
-        raise ValueError(f"{file}: is a link, or larger than {MANIFEST_BYTES} bytes")
+        raise KamimError(f"{file}: is a link, or larger than {MANIFEST_BYTES} bytes")
     return parse_manifest(file.read_bytes(), path)
 
 
@@ -450,9 +451,9 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         fields: dict[str, Any] = json.loads(content)
         version = fields["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a manifest: {error}") from error
+        raise KamimError(f"{file}: not a manifest: {error}") from error
     if version not in READABLE:
-        raise ValueError(
+        raise KamimError(
             f"{path}: store of schema version {version!r:.40}, this kamim reads {' and '.join(map(str, READABLE))}; "
             "preprocess it again, or use the kamim that wrote it"
         )
@@ -462,7 +463,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(key) if str(key).isprintable() else repr(key) for key in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
-        raise ValueError(": ".join(filter(None, (str(file), where, what)))) from error
+        raise KamimError(": ".join(filter(None, (str(file), where, what)))) from error
 
 
 def seal(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kamim import KamimError
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
 from kamim.models.knn import knn
@@ -54,7 +55,7 @@ def open_probe(config: Pretrain) -> Probe | None:
     try:
         check_labels(samples, all_samples(val))
     except ValueError as error:
-        raise ValueError(f"probe: {error}") from None
+        raise KamimError(f"probe: {error}") from None
     return Probe(samples, all_samples(val))
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kamim
+from kamim import KamimError
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.escape import one_line
@@ -72,7 +73,7 @@ class State(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def _whole(self) -> Self:
         if MODEL not in self.checksums:
-            raise ValueError(f"names no checksum of {MODEL}")
+            raise KamimError(f"names no checksum of {MODEL}")
         return self
 
 
@@ -94,7 +95,7 @@ class Checkpoint:
     def config(self) -> Pretrain:
         """How it was pretrained. Raises ValueError where it is no pretraining checkpoint."""
         if self.kind != "pretrain":
-            raise ValueError(f"{self.path}: is of kind {self.kind}, not a pretraining checkpoint")
+            raise KamimError(f"{self.path}: is of kind {self.kind}, not a pretraining checkpoint")
         return _pretraining(self.settings)
 
     def model_state(self) -> dict[str, Tensor]:
@@ -144,7 +145,7 @@ def save_imported(path: Path, architecture: str, resolution: int, weights: dict[
     config = load(Pretrain, None, given=given)
     with lock.alone(path, "--out"):
         if path.exists():
-            raise ValueError(f"--out {path}: is there already; choose another or remove it")
+            raise KamimError(f"--out {path}: is there already; choose another or remove it")
         return _write(path, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
 
 
@@ -203,7 +204,7 @@ def at(run: Path, step: int) -> Checkpoint:
     """A run's checkpoint after `step` steps. Raises ValueError where it is missing or damaged."""
     found = read(_path(run, step))
     if found.step != step:
-        raise ValueError(f"{found.path / STATE}: is of step {found.step}, its folder of step {step}")
+        raise KamimError(f"{found.path / STATE}: is of step {found.step}, its folder of step {step}")
     return found
 
 
@@ -222,7 +223,7 @@ def latest(run: Path, most: int | None = None) -> Checkpoint | None:
         else:
             return found
     if problem is not None:
-        raise ValueError(f"{run}: has no checkpoint that is whole; remove {run / 'checkpoints'} to start anew")
+        raise KamimError(f"{run}: has no checkpoint that is whole; remove {run / 'checkpoints'} to start anew")
     return None
 
 
@@ -232,7 +233,7 @@ def read(path: Path) -> Checkpoint:
     if not file.is_file():
         found = latest(path)
         if found is None:
-            raise ValueError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
+            raise KamimError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
         return found
     try:
         state = State.model_validate_json(file.read_bytes())
@@ -241,12 +242,12 @@ def read(path: Path) -> Checkpoint:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         said = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise ValueError(f"{file}: not a checkpoint's state: {one_line(said)}") from error
+        raise KamimError(f"{file}: not a checkpoint's state: {one_line(said)}") from error
     except ValueError as error:
-        raise ValueError(f"{file}: not a checkpoint's state: {one_line(error)}") from error
+        raise KamimError(f"{file}: not a checkpoint's state: {one_line(error)}") from error
     for name, expected in state.checksums.items():
         if not (path / name).is_file() or checksum(path / name) != expected:
-            raise ValueError(f"{path / name}: is missing or damaged")
+            raise KamimError(f"{path / name}: is missing or damaged")
     return Checkpoint(path, state.kind, state.step, state.config, state.has_head, state.checksums[MODEL])
 
 
@@ -258,7 +259,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, LookupError) as error:  # LookupError: of a dtype that torch does not have
-        raise ValueError(f"{file}: not a file of tensors: {one_line(error)}") from error
+        raise KamimError(f"{file}: not a file of tensors: {one_line(error)}") from error
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
@@ -272,10 +273,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
         name, _, field = key.rpartition(".")
         shape = () if field == "step" else own[name].shape if name in own else None
         if value.shape != shape or not value.is_floating_point():
-            raise ValueError(f"{file}: {key} is {_about(value)}, which is not of this model's optimiser")
+            raise KamimError(f"{file}: {key} is {_about(value)}, which is not of this model's optimiser")
         fields.setdefault(name, {})[field] = value
     if fields and fields.keys() != own.keys():
-        raise ValueError(f"{file}: lacks the state of {min(own.keys() ^ fields.keys())}")
+        raise KamimError(f"{file}: lacks the state of {min(own.keys() ^ fields.keys())}")
     for name in fields:  # fused AdamW keeps its step on the device too
         optimizer.state[own[name]] = {f: v.to(own[name].device) for f, v in fields[name].items()}
 
@@ -292,7 +293,7 @@ def _check_fits(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tenso
     for name in sorted(own.keys() | state.keys()):
         there, here = (_about(d[name]) if name in d else "nothing" for d in (state, own))
         if there != here:
-            raise ValueError(
+            raise KamimError(
                 f"{path}: holds another architecture than the model asked for "
                 f"({name} is {there} in the checkpoint, {here} in the model)"
             )

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 import pydantic
 from pydantic import Field
 
+from kamim import KamimError
 from kamim.detectors import names as detector_names
 from kamim.method.geometry import CROP_RATIO
 from kamim.method.keypoints import FOOTPRINTS
@@ -70,7 +71,7 @@ class Data(Section):
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, key)
             if low > high:
-                raise ValueError(f"{key} = [{low}, {high}]: the first must not be larger than the second")
+                raise KamimError(f"{key} = [{low}, {high}]: the first must not be larger than the second")
         return self
 
 
@@ -141,9 +142,9 @@ class Optim(Section):
     def _ordered(self) -> Self:
         name, end = ("epochs", self.epochs) if self.cosine_epochs is None else ("cosine_epochs", self.cosine_epochs)
         if self.warmup_epochs >= end:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be less than {name} = {end}")
+            raise KamimError(f"warmup_epochs = {self.warmup_epochs}: must be less than {name} = {end}")
         if self.cosine_epochs is not None and self.cosine_epochs > self.epochs:
-            raise ValueError(f"cosine_epochs = {self.cosine_epochs}: must not be more than epochs = {self.epochs}")
+            raise KamimError(f"cosine_epochs = {self.cosine_epochs}: must not be more than epochs = {self.epochs}")
         return self
 
     def schedule(self, steps_per_epoch: int) -> tuple[int, int, int]:
@@ -175,7 +176,7 @@ class PretrainOptim(Optim):
         if self.cosine is not None:
             end = in_steps(self.cosine, self.batch_size, steps_per_epoch)
         if not warmup < end <= total:
-            raise ValueError(
+            raise KamimError(
                 f"optim: a warm-up of {warmup} steps, a cosine to step {end} and {total} steps in all do not fit "
                 "together; set duration, warmup and cosine so that warmup < cosine <= duration"
             )
@@ -272,4 +273,4 @@ class Pretrain(Section):
 
 def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
     if whole % part:
-        raise ValueError(f"{whole_name} = {whole}: must be a multiple of {name} = {part}")
+        raise KamimError(f"{whole_name} = {whole}: must be a multiple of {name} = {part}")

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from kamim import KamimError
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain
 from kamim.training.distributed import World
@@ -57,7 +58,7 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
     """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
     area = store.manifest.stored_area
     if area is not None and area < 0.99 * resolution**2 / smallest_crop:
-        raise ValueError(
+        raise KamimError(
             f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
             f"{resolution} px; preprocess with --resolution {resolution}"
         )
@@ -89,7 +90,7 @@ def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:
     job, data = store.manifest.job, config.data
     keypoints = store.keypoints(weighting.detector)
     if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
-        raise ValueError(
+        raise KamimError(
             f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
             f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
             "with --resolution and --crop-scale to match, or set weighting.keypoints=online"

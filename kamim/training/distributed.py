@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kamim import KamimError
+
 # How long a process waits for the others: the first one alone looks at a run and saves it, and a probe on many images
 # or a slow disk may take more than the 10 minutes of NCCL.
 PATIENCE = timedelta(hours=1)
@@ -84,7 +86,7 @@ def start(device: str) -> World:
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError("compute.device = 'cuda': this machine has no CUDA device; use compute.device=cpu or auto")
+        raise KamimError("compute.device = 'cuda': this machine has no CUDA device; use compute.device=cpu or auto")
     kind = "cuda" if has_cuda and device != "cpu" else "cpu"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)

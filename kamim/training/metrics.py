@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.store import write_whole
 from kamim.training.config import Log
+from kamim.training.nonfinite import Diverged
 
 Values = Mapping[str, float]
 T = TypeVar("T")
@@ -158,7 +160,7 @@ class Wandb:
 def check(log: Log) -> None:
     """Before any work. Raises ValueError for a sink that is not installed."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")
+        raise KamimError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")
 
 
 def sinks(run: Path, first: int, log: Log, config: Mapping[str, Any]) -> list[Sink]:
@@ -207,7 +209,7 @@ def check_finite(step: int, values: Values) -> None:
     """Raises FloatingPointError for a loss or a gradient that is not finite."""
     for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
+            raise Diverged(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
 
 
 class Metrics:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kamim import KamimError
 from kamim.storage.store import write_whole
 from kamim.training.distributed import World
 from pipelines.batch import Batch
@@ -25,7 +26,11 @@ FOLDER = "nonfinite"  # of a run
 IN_A_ROW = 20  # so many steps skipped one after the other mean that the weights themselves are beyond help
 
 
-class NonFinite(FloatingPointError):
+class Diverged(KamimError, FloatingPointError):
+    """A loss or a gradient is not finite, and the run ends."""
+
+
+class NonFinite(Diverged):
     """The run stops before `step`, in the state of before it."""
 
     def __init__(self, step: int, message: str):
@@ -85,7 +90,7 @@ class NonFiniteGuard:
             )
         self._skipped += 1
         if self._skipped == IN_A_ROW:
-            raise FloatingPointError(f"{said}, as were {IN_A_ROW - 1} before it; no use to go on, see {file.parent}")
+            raise Diverged(f"{said}, as were {IN_A_ROW - 1} before it; no use to go on, see {file.parent}")
         return f"{said}; skipped, see {file}"
 
 
@@ -98,7 +103,7 @@ def _recorded(file: Path) -> tuple[int, int]:
     try:
         return int(file.stem.removeprefix("step-")), len(json.loads(file.read_bytes())["ranks"])
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not the record of a step that was not finite; remove it") from error
+        raise KamimError(f"{file}: not the record of a step that was not finite; remove it") from error
 
 
 def _strict(value: Any) -> Any:

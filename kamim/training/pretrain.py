@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kamim import KamimError
 from kamim.method.objective import masked_l1
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
@@ -131,7 +132,7 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
         state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
         made = interop.convert(state, config.data.resolution, config.model.name)
     except ValueError as error:
-        raise ValueError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(made.state, strict=made.has_head)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kamim import KamimError
 from kamim.reporting import page
 from kamim.reporting.plots import COLOURS, panels, styled
 from kamim.storage.flatten import flat_text
@@ -42,7 +43,7 @@ def is_current(run: Path) -> bool:
 def save_report(run: Path) -> Path:
     """RUN/report.html, of a run that goes on, was stopped or is done. Raises ValueError where there is none."""
     if not (run / "config.yaml").is_file() or not (lines := metrics.read(run)):
-        raise ValueError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
+        raise KamimError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
     config, starts = load(Pretrain, run / "config.yaml"), machine.starts(run)
     shown = [file for file in sorted((run / "panels").glob("step-*.png")) if _is_panel(file)]
     parts = [

@@ -1,5 +1,6 @@
 """A run's folder: it holds one run, of one configuration."""
 
+from kamim import KamimError
 from kamim.storage.store import MANIFEST, write_whole
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
@@ -11,15 +12,15 @@ def check_free(config: Pretrain, fresh: bool) -> None:
     """Raises ValueError where another run lives in config.out, or any, if it must be fresh, or a store."""
     file = config.out / CONFIG
     if (config.out / MANIFEST).is_file():
-        raise ValueError(f"out = {config.out}: is a store; choose another out=...")
+        raise KamimError(f"out = {config.out}: is a store; choose another out=...")
     if not file.is_file():
         return
     if fresh:
-        raise ValueError(
+        raise KamimError(
             f"out = {config.out}: holds a run already; choose another out=..., or --resume auto to continue it"
         )
     if difference := _difference(load(Pretrain, file), config):
-        raise ValueError(
+        raise KamimError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
         )

@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, Field
 
 import kamim
+from kamim import KamimError
 from kamim.storage.escape import one_line
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -29,13 +30,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 def one_of(value: str, allowed: Sequence[str]) -> str:
     """The value. Raises ValueError unless it is allowed."""
     if value not in allowed:
-        raise ValueError(f"must be one of {', '.join(allowed)}")
+        raise KamimError(f"must be one of {', '.join(allowed)}")
     return value
 
 
 def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if not value:
-        raise ValueError("must hold one at least")
+        raise KamimError("must hold one at least")
     return value
 
 
@@ -45,7 +46,7 @@ DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
 
 def _duration(value: str) -> str:
     if DURATION.fullmatch(value) is None:
-        raise ValueError("must be a number and its unit, such as 5000 steps, 0.5 epochs or 1e6 examples")
+        raise KamimError("must be a number and its unit, such as 5000 steps, 0.5 epochs or 1e6 examples")
     return value
 
 
@@ -87,16 +88,16 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given:
         try:
             tree = yaml.safe_load(file.read_text()) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
-            raise ValueError(f"{file}: not YAML: {one_line(error)}") from error
+            raise KamimError(f"{file}: not YAML: {one_line(error)}") from error
         if not isinstance(tree, dict):
-            raise ValueError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
+            raise KamimError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
     tree.update(given or {})
     try:
         return kind.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ValueError("; ".join(_line(kind, e) for e in error.errors())) from None
+        raise KamimError("; ".join(_line(kind, e) for e in error.errors())) from None
 
 
 def find_preset(kind: type[Section], file: Path) -> Path:
@@ -105,7 +106,7 @@ def find_preset(kind: type[Section], file: Path) -> Path:
         return file
     if found := presets(kind).get(str(file).removesuffix(".yaml")):
         return found
-    raise ValueError(f"-c {file}: neither a file nor a preset; presets are {', '.join(presets(kind)) or 'none'}")
+    raise KamimError(f"-c {file}: neither a file nor a preset; presets are {', '.join(presets(kind)) or 'none'}")
 
 
 def presets(kind: type[Section]) -> dict[str, Path]:
@@ -122,18 +123,18 @@ def _configs() -> Path:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r}: overrides are key=value, such as optim.lr=1e-3 or weighting=null")
+        raise KamimError(f"{override!r}: overrides are key=value, such as optim.lr=1e-3 or weighting=null")
     *parents, name = key.split(".")
     for parent in parents:
         if parent in tree and tree[parent] is None:
-            raise ValueError(f"{override!r}: {parent} is null here; take a preset that has it, or set {parent}={{...}}")
+            raise KamimError(f"{override!r}: {parent} is null here; take a preset that has it, or set {parent}={{...}}")
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
     try:
         tree[name] = _number(yaml.safe_load(value))
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ValueError(f"{override!r}: the value is not YAML") from None
+        raise KamimError(f"{override!r}: the value is not YAML") from None
 
 
 def _number(value: Any) -> Any:

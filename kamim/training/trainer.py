@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from kamim import KamimError
 from kamim.training import checkpoint, machine, schedule
 from kamim.training.config import Compute, Log, Optim
 from kamim.training.distributed import World
@@ -133,7 +134,7 @@ class Trainer:
         if first == total:
             return Outcome(first, first, True)
         if first > total:
-            raise ValueError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
+            raise KamimError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
         if world.is_main:
             machine.log_start(run.out, first, total, world)
         logs = sinks(run.out, first, run.log, run.config) if world.is_main else ()
@@ -287,7 +288,7 @@ def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[N
     """bf16 autocast, or nothing. Raises ValueError where bf16 is requested on a GPU that does not support it."""
     lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if lacks and compute.precision == "bf16":
-        raise ValueError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
+        raise KamimError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
     auto = "bf16" if device.type == "cuda" and not lacks else "fp32"
     precision = auto if compute.precision == "auto" else compute.precision
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+from kamim import KamimError
 from preprocess.sources import cifar, folders, huggingface, imagenet, inaturalist, places365, sample, webdataset
 from preprocess.sources.base import Item, Member, Read, Source, printable
 from preprocess.sources.sample import PHOTOGRAPHS, photograph
@@ -30,23 +31,23 @@ SPLITS = ("train", "val")
 def list_source(dataset: str, source: Path | None, split: str) -> Source:
     """Lists a data set. Raises ValueError for an unknown data set or split, or a source that is not one."""
     if dataset not in SOURCES:
-        raise ValueError(f"data set {dataset!r}: must be one of {', '.join(SOURCES)}")
+        raise KamimError(f"data set {dataset!r}: must be one of {', '.join(SOURCES)}")
     if split not in SPLITS:
-        raise ValueError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+        raise KamimError(f"--split {split}: must be one of {', '.join(SPLITS)}")
     try:
         listed = SOURCES[dataset](source, split)
     except OSError as error:
         where = printable(str(error.filename or source))
-        raise ValueError(f"{where}: cannot be read: {error.strerror or error}") from error
+        raise KamimError(f"{where}: cannot be read: {error.strerror or error}") from error
     if not listed.items:
-        raise ValueError(f"--source {listed.location}: holds no images")
+        raise KamimError(f"--source {listed.location}: holds no images")
     return listed
 
 
 def download(dataset: str, folder: Path | None) -> None:
     """Fetches a data set into a folder, where it is not there yet. Raises ValueError where that cannot be."""
     if dataset not in cifar.CIFARS:
-        raise ValueError(f"--download: {dataset} is not fetched, only {', '.join(cifar.CIFARS)}")
+        raise KamimError(f"--download: {dataset} is not fetched, only {', '.join(cifar.CIFARS)}")
     if folder is None:
-        raise ValueError("--download: needs --source DIR, the folder to fetch into")
+        raise KamimError("--download: needs --source DIR, the folder to fetch into")
     cifar.download(dataset, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.storage.escape import printable as printable  # what the sources name comes from outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -64,9 +65,9 @@ def is_image(name: str) -> bool:
 def existing(source: Path | None, dataset: str) -> Path:
     """SOURCE as an absolute folder. Raises ValueError where it is missing."""
     if source is None:
-        raise ValueError(f"{dataset}: needs --source DIR, the folder of its images")
+        raise KamimError(f"{dataset}: needs --source DIR, the folder of its images")
     if not source.is_dir():
-        raise ValueError(f"--source {printable(str(source))}: no such folder")
+        raise KamimError(f"--source {printable(str(source))}: no such folder")
     return source.resolve()
 
 
@@ -106,10 +107,10 @@ def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[
         number = {name: n for n, name in enumerate(sorted({str(label) for label in labels}))}
         return tuple(map(printable, number)), [number[str(label)] for label in labels]
     if kinds != {int}:
-        raise ValueError(f"{where}: every image must have a label, all numbers or all names, or none must have one")
+        raise KamimError(f"{where}: every image must have a label, all numbers or all names, or none must have one")
     numbers = [int(label or 0) for label in labels]
     if not 0 <= min(numbers) <= max(numbers) < MAX_CLASSES:
-        raise ValueError(f"{where}: labels from {min(numbers)} to {max(numbers)}; must be 0 to {MAX_CLASSES - 1}")
+        raise KamimError(f"{where}: labels from {min(numbers)} to {max(numbers)}; must be 0 to {MAX_CLASSES - 1}")
     return tuple(map(str, range(max(numbers) + 1))), numbers
 
 
@@ -137,4 +138,4 @@ def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
         if name in found:
             return found[name]
     splits = ", ".join(sorted(name for name in found if name))
-    raise ValueError(f"--source {where}: has no files of --split {split}, only of {splits}")
+    raise KamimError(f"--source {where}: has no files of --split {split}, only of {splits}")

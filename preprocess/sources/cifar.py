@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from preprocess.sources.base import Item, Member, Source, existing, printable, read_whole
 from preprocess.sources.tars import unpacked
 
@@ -70,7 +71,7 @@ def list_images(dataset: str, source: Path | None, split: str) -> Source:
     what = CIFARS[dataset]
     place = next((root / name for name in (what.folder, what.archive) if (root / name).exists()), None)
     if place is None:
-        raise ValueError(
+        raise KamimError(
             f"--source {printable(str(root))}: has neither {what.folder} nor {what.archive}, which --download fetches; "
             "the python version is not read, as pickles can run code"
         )
@@ -100,10 +101,10 @@ def _load(dataset: str, place: str, split: str) -> tuple[tuple[str, ...], np.nda
         names = files[what.names].decode().split()
         records = np.concatenate([_records(files[name], name, what, IMAGES[split] // len(batches)) for name in batches])
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{printable(place)}: cannot be read as {dataset}: {error}") from error
+        raise KamimError(f"{printable(place)}: cannot be read as {dataset}: {error}") from error
     labels, pixels = records[:, what.label_bytes - 1], records[:, what.label_bytes :]
     if len(names) != what.classes or labels.max() >= what.classes:
-        raise ValueError(f"{printable(place)}: labels or class names are not those of {dataset}")
+        raise KamimError(f"{printable(place)}: labels or class names are not those of {dataset}")
     pixels = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return tuple(map(printable, names)), labels, np.ascontiguousarray(pixels)
 
@@ -112,7 +113,7 @@ def _files(place: Path, what: Cifar, names: tuple[str, ...]) -> dict[str, bytes]
     if place.is_dir():
         return {name: read_whole(place / name) for name in names}
     if not place.is_file() or _md5(place) != what.md5:
-        raise ValueError("has not the checksum of the published archive; fetch it again")
+        raise KamimError("has not the checksum of the published archive; fetch it again")
     held = unpacked(place)
     return {name: bytes(held[f"{what.folder}/{name}"]) for name in names}
 
@@ -121,7 +122,7 @@ def _records(data: bytes, name: str, what: Cifar, count: int) -> np.ndarray:
     """A batch's records of label bytes and pixels, one channel after the other: uint8 [count, bytes of a record]."""
     size = what.label_bytes + PIXELS
     if len(data) != count * size:
-        raise ValueError(f"{name} has {len(data)} bytes, not {count} records of {size}")
+        raise KamimError(f"{name} has {len(data)} bytes, not {count} records of {size}")
     return np.frombuffer(data, np.uint8).reshape(count, size)
 
 
@@ -143,10 +144,10 @@ def download(dataset: str, folder: Path) -> None:
             out.flush()
             os.fsync(out.fileno())
         if _md5(staged) != what.md5:
-            raise ValueError(f"{URL}{file.name}: what came has not the checksum of the published archive; try again")
+            raise KamimError(f"{URL}{file.name}: what came has not the checksum of the published archive; try again")
         staged.rename(file)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"{URL}{file.name}: cannot be fetched ({reason}); put it into {folder} yourself") from error
+        raise KamimError(f"{URL}{file.name}: cannot be fetched ({reason}); put it into {folder} yourself") from error
     finally:
         staged.unlink(missing_ok=True)

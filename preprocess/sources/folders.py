@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from kamim import KamimError
 from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, printable, read_whole
 
 
@@ -27,7 +28,7 @@ def list_images(source: Path | None, split: str) -> Source:
     if not items:
         items = images_in(root)
     if not items:
-        raise ValueError(
+        raise KamimError(
             f"--source {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
             "nor class folders of them"
         )

@@ -20,6 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from kamim import KamimError
 from preprocess.sources import footers
 from preprocess.sources.base import (
     CHANGED,
@@ -133,12 +134,12 @@ def list_images(source: Path | None, split: str) -> Source:
     images, or several; and without pyarrow.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'")
+        raise KamimError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'")
     root = existing(source, "huggingface")
     where = printable(str(root))
     files = of_split(_files(root), split, where)
     if not files:
-        raise ValueError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
+        raise KamimError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
     _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
     labels: list[int | str | None] = []
@@ -152,9 +153,9 @@ def list_images(source: Path | None, split: str) -> Source:
             labels += _labels(table, columns.label)
         except Exception as error:  # pyarrow raises nearly every kind for a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{printable(str(root / name))}: {reason}") from error
+            raise KamimError(f"{printable(str(root / name))}: {reason}") from error
     if len(found) > 1:
-        raise ValueError(f"--source {where}: its files of --split {split} differ in their columns")
+        raise KamimError(f"--source {where}: its files of --split {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
     items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
     return Source(where, classes, items, partial(_read, columns.image))
@@ -176,12 +177,12 @@ def _saved(state: Path) -> list[str]:
         held = json.loads(read_whole(state))
         names = [str(file["filename"]) for file in held["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{printable(str(state))}: is not of save_to_disk: {error!r}") from error
+        raise KamimError(f"{printable(str(state))}: is not of save_to_disk: {error!r}") from error
     if held.get("_indices_data_files"):
-        raise ValueError(f"{printable(str(state))}: rows are selected by indices; save it with datasets 2 or later")
+        raise KamimError(f"{printable(str(state))}: rows are selected by indices; save it with datasets 2 or later")
     for name in names:
         if Path(name).name != name or not name.endswith(".arrow"):
-            raise ValueError(f"{printable(str(state))}: names {printable(name)}, not an .arrow file beside it")
+            raise KamimError(f"{printable(str(state))}: names {printable(name)}, not an .arrow file beside it")
     return names
 
 
@@ -193,7 +194,7 @@ def _check_footers(files: Sequence[Path]) -> None:
     read = subprocess.run([sys.executable, "-P", footers.__file__], input=names, capture_output=True)
     if read.returncode:
         culprit = files[min(len(read.stdout), len(files) - 1)]
-        raise ValueError(f"{printable(str(culprit))}: its metadata are damaged")
+        raise KamimError(f"{printable(str(culprit))}: its metadata are damaged")
 
 
 def _columns(schema: Any) -> _Columns:
@@ -204,19 +205,19 @@ def _columns(schema: Any) -> _Columns:
     images = [name for name, kind in kinds.items() if kind == "Image" and name in schema.names]
     images = images or [name for name in IMAGES if name in schema.names]
     if len(images) != 1:
-        raise ValueError(f"needs one column of images, has {', '.join(map(printable, images)) or 'none'}")
+        raise KamimError(f"needs one column of images, has {', '.join(map(printable, images)) or 'none'}")
     image = schema.field(images[0]).type
     if types.is_struct(image) and image.get_field_index("bytes") >= 0:
         path, image = f"{images[0]}.bytes", image.field("bytes").type
     else:
         path = images[0]
     if not (types.is_binary(image) or types.is_large_binary(image)):
-        raise ValueError(f"column {printable(path)} is {image}, not the bytes of image files")
+        raise KamimError(f"column {printable(path)} is {image}, not the bytes of image files")
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel" and name in schema.names]
     label = next((name for name in LABELS if name in schema.names), labels[0] if len(labels) == 1 else None)
     names = features[label].get("names") if label in labels else None
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"the metadata of column {printable(label or '')} does not list the names of its classes")
+        raise KamimError(f"the metadata of column {printable(label or '')} does not list the names of its classes")
     return _Columns(path, label, None if names is None else tuple(names))
 
 
@@ -225,9 +226,9 @@ def _features(metadata: bytes) -> dict[str, Any]:
     try:
         features = (json.loads(metadata).get("info") or {}).get("features") or {}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its metadata is not what datasets writes: {error}") from error
+        raise KamimError(f"its metadata is not what datasets writes: {error}") from error
     if not isinstance(features, dict):
-        raise ValueError("its metadata is not what datasets writes: the features are no object")
+        raise KamimError("its metadata is not what datasets writes: the features are no object")
     return features
 
 
@@ -249,12 +250,12 @@ def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> t
     if columns.classes is None:
         return name_classes(labels, f"--source {where}")
     if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
-        raise ValueError(
+        raise KamimError(
             f"--source {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
         )
     numbers = [-1 if label is None else int(label) for label in labels]
     if not all(-1 <= number < len(columns.classes) for number in numbers):
-        raise ValueError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
+        raise KamimError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
     return tuple(map(printable, columns.classes)), numbers
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kamim import KamimError
 from preprocess.sources import devkit
 from preprocess.sources.base import Item, Source, existing, is_image, printable, read_whole
 from preprocess.sources.folders import images_below, images_in, listed_folder, subfolders
@@ -41,7 +42,7 @@ def list_images(source: Path | None, split: str) -> Source:
     if tar.is_file():
         return _train_tar(tar) if split == "train" else _val_tar(root, tar)
     looked = ", ".join(str(place.relative_to(root)) for place in (*folders, tar))
-    raise ValueError(f"--source {printable(str(root))}: has none of {looked}")
+    raise KamimError(f"--source {printable(str(root))}: has none of {looked}")
 
 
 def _class_folders(folder: Path) -> Source | None:
@@ -52,11 +53,11 @@ def _class_folders(folder: Path) -> Source | None:
 
 def _flat(root: Path, folder: Path, split: str) -> Source:
     if split == "train":
-        raise ValueError(f"--source {printable(str(folder))}: has no class folders <wnid> with images in them")
+        raise KamimError(f"--source {printable(str(folder))}: has no class folders <wnid> with images in them")
     classes, label_of = _truth(root)
     items = images_in(folder, label_of)
     if not items:
-        raise ValueError(f"--source {printable(str(folder))}: holds no images, nor class folders of them")
+        raise KamimError(f"--source {printable(str(folder))}: holds no images, nor class folders of them")
     return listed_folder(folder, classes, items)
 
 
@@ -66,7 +67,7 @@ def _train_tar(file: Path) -> Source:
     inner = {found[1]: entry for entry in tar.entries() if (found := _CLASS_TAR.fullmatch(entry.name))}
     wnids = sorted(inner)
     if not wnids:
-        raise ValueError(f"{tar.name}: holds no <wnid>.tar")
+        raise KamimError(f"{tar.name}: holds no <wnid>.tar")
     items: list[Item] = []
     for label, wnid in enumerate(wnids):
         images = {entry.name: entry for entry in tar.entries(inner[wnid]) if is_image(entry.name)}
@@ -95,7 +96,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
         held = unpacked(root / file)
         classes, truth = _devkit_truth(file, [bytes(held.get(f"{DEVKIT}/{name}", b"")) for name in DEVKIT_FILES])
     else:
-        raise ValueError(
+        raise KamimError(
             f"--source {printable(str(root))}: the classes of the validation images are in none of {KAGGLE_TRUTH}, "
             f"{DEVKIT} and {DEVKIT}.tar.gz; put one there, or sort the images into val/<wnid>"
         )
@@ -104,7 +105,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
     def label_of(name: str) -> int:
         stem = name.rpartition("/")[2].partition(".")[0]
         if stem not in truth:
-            raise ValueError(f"--source {printable(str(root))}: {file} does not know {printable(name)}")
+            raise KamimError(f"--source {printable(str(root))}: {file} does not know {printable(name)}")
         return labels[truth[stem]]
 
     return classes, label_of
@@ -116,14 +117,14 @@ def _kaggle_truth(file: Path) -> dict[str, str]:
     pairs = (line.partition(",") for line in lines)
     truth = {image: boxes.partition(" ")[0] for image, _, boxes in pairs}
     if not truth or not all(map(_WNID.fullmatch, truth.values())):
-        raise ValueError(f"{printable(str(file))}: is not the lines ImageId,PredictionString of Kaggle's ImageNet")
+        raise KamimError(f"{printable(str(file))}: is not the lines ImageId,PredictionString of Kaggle's ImageNet")
     return truth
 
 
 def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
     """The classes, and each image's class: line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>."""
     if importlib.util.find_spec("scipy") is None:
-        raise ValueError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'")
+        raise KamimError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'")
     meta, truth = files
     try:
         read = subprocess.run(
@@ -132,5 +133,5 @@ def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, 
         wnids = json.loads(read.stdout)
         images = {f"ILSVRC2012_val_{n:08d}": wnids[str(int(line))] for n, line in enumerate(truth.split(), 1)}
     except (subprocess.SubprocessError, ValueError, KeyError) as error:
-        raise ValueError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's") from error
+        raise KamimError(f"{where}: {' and '.join(DEVKIT_FILES)} are not the devkit's") from error
     return sorted(wnids.values()), images

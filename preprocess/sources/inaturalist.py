@@ -6,6 +6,7 @@ Category folders are named NNNNN_kingdom_..._species, and their number is the la
 import re
 from pathlib import Path
 
+from kamim import KamimError
 from preprocess.sources.base import Item, Source, existing, is_image, printable
 from preprocess.sources.folders import images_below, listed_folder, subfolders
 from preprocess.sources.tars import Entry, Tar, read_member
@@ -36,9 +37,9 @@ def list_images(source: Path | None, split: str) -> Source:
         packed = root / f"{place}.tar.gz"
         if packed.is_file():
             tar = packed.with_suffix("")
-            raise ValueError(f"{printable(f'{packed}: cannot be sought in; first: zcat {packed} > {tar}')}")
+            raise KamimError(f"{printable(f'{packed}: cannot be sought in; first: zcat {packed} > {tar}')}")
     looked = ", ".join(f"{place}, {place}.tar" for place in PLACES[split])
-    raise ValueError(f"--source {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
+    raise KamimError(f"--source {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
 
 
 def _tar(file: Path) -> Source:
@@ -52,7 +53,7 @@ def _tar(file: Path) -> Source:
             found.setdefault(category, {})[name] = entry
     categories = sorted(found)
     if not categories:
-        raise ValueError(f"{tar.name}: holds no images in category folders NNNNN_...")
+        raise KamimError(f"{tar.name}: holds no images in category folders NNNNN_...")
     _check(categories, tar.name)
     items: list[Item] = []
     for label, category in enumerate(categories):
@@ -64,6 +65,6 @@ def _tar(file: Path) -> Source:
 def _check(categories: list[str], where: str) -> None:
     for label, name in enumerate(categories):
         if int(name[:5]) != label:
-            raise ValueError(
+            raise KamimError(
                 f"{printable(where)}: category {label:05d} is missing; for a part of the categories use imagefolder"
             )

@@ -6,6 +6,7 @@ The lists' lines are "path label"; the folders are named as the archives name th
 import re
 from pathlib import Path
 
+from kamim import KamimError
 from preprocess.sources.base import Source, existing, printable, read_whole
 from preprocess.sources.folders import file_item, listed_folder
 
@@ -27,14 +28,14 @@ def list_images(source: Path | None, split: str) -> Source:
     label_of = _pairs(root / CATEGORIES)
     classes = sorted(label_of, key=label_of.__getitem__)
     if sorted(label_of.values()) != list(range(len(classes))):
-        raise ValueError(f"{printable(str(root))}: {CATEGORIES} does not number the classes from 0 without gaps")
+        raise KamimError(f"{printable(str(root))}: {CATEGORIES} does not number the classes from 0 without gaps")
     listed = _pairs(root / LISTS[split])
     folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if folder is None:
-        raise ValueError(f"--source {printable(str(root))}: has none of {', '.join(FOLDERS[split])}")
+        raise KamimError(f"--source {printable(str(root))}: has none of {', '.join(FOLDERS[split])}")
     for path, label in listed.items():
         if ".." in path.split("/") or label >= len(classes):
-            raise ValueError(f"{printable(str(root))}: {LISTS[split]} holds {printable(path)} {label}")
+            raise KamimError(f"{printable(str(root))}: {LISTS[split]} holds {printable(path)} {label}")
     items = [item for path, label in listed.items() if (item := file_item(str(folder), path, label))]
     return listed_folder(folder, classes, items)
 
@@ -44,5 +45,5 @@ def _pairs(file: Path) -> dict[str, int]:
     lines = read_whole(file).decode(errors="surrogateescape").splitlines()
     found = [_LINE.fullmatch(line.strip()) for line in lines]
     if not lines or not all(found):
-        raise ValueError(f"{printable(str(file))}: its lines are not PATH LABEL")
+        raise KamimError(f"{printable(str(file))}: its lines are not PATH LABEL")
     return {pair["path"]: int(pair["label"]) for pair in found if pair}

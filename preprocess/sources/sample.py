@@ -8,6 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from kamim import KamimError
 from kamim.method import rng
 from preprocess.sources.base import Item, Source
 
@@ -32,7 +33,7 @@ def photograph(name: str) -> np.ndarray:
     try:
         folder = importlib.resources.files(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the sample data set needs {error.name}; pip install 'kamim[sample]'") from error
+        raise KamimError(f"the sample data set needs {error.name}; pip install 'kamim[sample]'") from error
     with folder.joinpath(name).open("rb") as file, Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -57,7 +58,7 @@ def _patch(item: Item) -> bytes:
 def list_images(source: Path | None, split: str) -> Source:
     """Labelled patches of photographs that scikit-image and scikit-learn ship; class = the photograph."""
     if source is not None:
-        raise ValueError(f"--source {source}: the sample data set needs none")
+        raise KamimError(f"--source {source}: the sample data set needs none")
     photographs = [name for names in PHOTOGRAPHS.values() for name in names]
     classes = tuple(name.partition(".")[0] for name in photographs)
     items = [

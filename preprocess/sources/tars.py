@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from kamim import KamimError
 from preprocess.sources.base import CHANGED, Item, Member, check_size, printable
 
 BLOCK = 512
@@ -75,7 +76,7 @@ class Tar:
     def __init__(self, file: Path):
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{printable(str(file))}: not a plain file")
+            raise KamimError(f"{printable(str(file))}: not a plain file")
         self.file, self.time, self._size = str(file.resolve()), found.st_mtime_ns, found.st_size
         self.name = printable(str(file))
 
@@ -91,22 +92,22 @@ class Tar:
     def bytes(self, entry: Entry, limit: int) -> bytes:
         """A small member's content. Raises ValueError where it is larger than `limit`, or not a plain file."""
         if entry.at < 0 or entry.size > limit:
-            raise ValueError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
+            raise KamimError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
         return _read_at(self.file, entry.size, entry.at)
 
 
 def unpacked(file: Path) -> dict[str, memoryview]:
     """Returns the plain files in a small .tar.gz. Raises ValueError where it is damaged or unpacks to a large one."""
     if not file.is_file():
-        raise ValueError(f"{printable(str(file))}: not a plain file")
+        raise KamimError(f"{printable(str(file))}: not a plain file")
     try:
         with gzip.open(file) as stream:
             data = stream.read(MAX_UNPACKED + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{printable(str(file))}: cannot be unpacked: {error}") from error
+        raise KamimError(f"{printable(str(file))}: cannot be unpacked: {error}") from error
 
     if len(data) > MAX_UNPACKED:
-        raise ValueError(f"{printable(str(file))}: unpacks to more than {MAX_UNPACKED} bytes")
+        raise KamimError(f"{printable(str(file))}: unpacks to more than {MAX_UNPACKED} bytes")
 
     def read(size: int, at: int) -> bytes:
         return data[at : at + size]
@@ -124,7 +125,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
     def block(at: int) -> bytes:
         data = read(BLOCK, at)
         if len(data) < BLOCK or at + BLOCK > stop:
-            raise ValueError(f"{where}: ends at byte {at} without an end mark, so it is truncated; get it again")
+            raise KamimError(f"{where}: ends at byte {at} without an end mark, so it is truncated; get it again")
         return data
 
     names: dict[bytes, bytes] = {}
@@ -134,7 +135,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
         start = at + BLOCK
         if kind in NAMES:
             if size > MAX_NAMES:
-                raise ValueError(f"{where}: a name of {size} bytes at byte {at}")
+                raise KamimError(f"{where}: a name of {size} bytes at byte {at}")
             data = read(size, start)
             names |= {b"path": data.partition(b"\0")[0]} if kind == b"L" else _attributes(data)
         elif kind not in SKIPPED:
@@ -150,7 +151,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
             names = {}
             size = 0 if kind in LINKS_AND_SUCH else size
             if start + size > stop:
-                raise ValueError(
+                raise KamimError(
                     f"{where}: {printable(os.fsdecode(name))} goes past its end, so it is truncated; get it again"
                 )
             yield Entry(os.fsdecode(name), start if plain else -1, size)
@@ -159,7 +160,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
 
 def _check(header: bytes, where: str) -> None:
     if _number(header[148:156], where) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise ValueError(f"{where}: not a tar header")
+        raise KamimError(f"{where}: not a tar header")
 
 
 def _number(field: bytes, where: str, base: int = 8) -> int:
@@ -172,7 +173,7 @@ def _number(field: bytes, where: str, base: int = 8) -> int:
     except ValueError:
         value = -1
     if value < 0:
-        raise ValueError(f"{where}: {digits!r} is not a number")
+        raise KamimError(f"{where}: {digits!r} is not a number")
     return value
 
 

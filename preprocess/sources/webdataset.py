@@ -12,6 +12,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from kamim import KamimError
 from preprocess.sources.base import Member, Source, existing, is_image, name_classes, of_split, printable
 from preprocess.sources.tars import Entry, Tar, read_member
 
@@ -42,7 +43,7 @@ def list_images(source: Path | None, split: str) -> Source:
             items.append(item)
             labels.append(label)
     if not items:
-        raise ValueError(f"{where}: {len(shards)} .tar files, and no images in them")
+        raise KamimError(f"{where}: {len(shards)} .tar files, and no images in them")
     classes, numbers = name_classes(labels, where)
     listed = [replace(item, label=number) for item, number in zip(items, numbers, strict=True)]
     return Source(printable(str(location)), classes, listed, read_member)
@@ -78,10 +79,10 @@ def _label(data: bytes, where: str) -> int | str | None:
     try:
         held = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: is not JSON: {error}") from error
+        raise KamimError(f"{where}: is not JSON: {error}") from error
     label = held.get("label") if isinstance(held, dict) else None
     if label is not None and type(label) not in (int, str):
-        raise ValueError(f"{where}: its label is neither a number nor a name")
+        raise KamimError(f"{where}: its label is neither a number nor a name")
     return label
 
 
@@ -95,7 +96,7 @@ def braces(pattern: str) -> list[str]:
     choices = [_choices(part) if n % 2 else [part] for n, part in enumerate(parts)]
     count = math.prod(map(len, choices))
     if count > MAX_SHARDS:
-        raise ValueError(f"--source {printable(pattern)}: stands for {count} files, not 1 to {MAX_SHARDS}")
+        raise KamimError(f"--source {printable(pattern)}: stands for {count} files, not 1 to {MAX_SHARDS}")
     return ["".join(names) for names in itertools.product(*choices)]
 
 
@@ -105,7 +106,7 @@ def _choices(inside: str) -> list[str]:
         return inside.split(",") if "," in inside else [f"{{{inside}}}"]
     first, last = map(int, limits.groups())
     if not 0 <= last - first < MAX_SHARDS:
-        raise ValueError(f"--source: {{{inside}}} stands for {last - first + 1} files, not 1 to {MAX_SHARDS}")
+        raise KamimError(f"--source: {{{inside}}} stands for {last - first + 1} files, not 1 to {MAX_SHARDS}")
     padded = any(limit.startswith("0") and limit != "0" for limit in limits.groups())
     width = max(map(len, limits.groups())) if padded else 0
     return [f"{n:0{width}}" for n in range(first, last + 1)]

@@ -289,7 +289,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept(
     listed = rejects(made.path)
     assert set(listed) == {"a/00.jpg", "a/empty.png", "b/page.jpg", "c/gone.jpg", "c/\\xe9.jpg"}
     assert listed["a/empty.png"] == "empty file"
-    assert listed["b/page.jpg"] == "not an image"
+    assert listed["b/page.jpg"] == "not an image, or of a kind that cannot be read"
     assert "No such file" in listed["c/gone.jpg"]
     assert "truncated" in listed["a/00.jpg"].lower()
     assert made.manifest.rejects == 5

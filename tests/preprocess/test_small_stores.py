@@ -67,7 +67,7 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
         ("bench preprocess", "ten", "has 10 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench preprocess", "rejected", "has 0 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench fidelity", "ten", "--images 400: --source has 11"),
-        ("bench fidelity --images 1", "rejected", "bad/0.jpg: not an image; remove it"),
+        ("bench fidelity --images 1", "rejected", "bad/0.jpg: not an image, or of a kind that cannot be read"),
         ("bench eval", "raw", "holds raw pixels; this benchmark compares JPEG stores"),
         ("bench eval", "unlabelled", "has 10 images without a label; this benchmark mixes labels"),
         ("bench train --model vit_demo", "ten", "its keypoints are for resolution 64 and crop scale"),

@@ -27,7 +27,7 @@ from kamim import KamimError
 from kamim.detectors import detector
 from kamim.storage.store import Job
 from kamim.training import machine
-from preprocess.decode import Undecodable, decode
+from preprocess.decode import Undecodable, decode, decode_plain_jpeg
 from preprocess.plan import make_job
 from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels
 from preprocess.resize import resize_plain
@@ -77,13 +77,10 @@ def bench(
 
 def _is_plain_jpeg(data: bytes | np.ndarray) -> bool:
     """Whether libjpeg-turbo decodes it, and nothing else has to."""
-    if isinstance(data, np.ndarray) or data[:3] != b"\xff\xd8\xff":
-        return False
     try:
-        decode(data)
+        return isinstance(data, bytes) and decode_plain_jpeg(data) is not None
     except Undecodable:
         return False
-    return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray", "RGB")
 
 
 def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[str]) -> Seconds:

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 from skimage import data
 from test_decode import FILES, PHOTO, encoded, huge_jpeg, noise, pillow, png_chunk, refusal
 
+from kamim.bench import preprocess as bench
 from kamim.storage.store import REJECTS, Encoding, Store
 from pipelines.loader import Loader, SampleError
 from pipelines.plan import Plan
@@ -266,6 +267,11 @@ def test_in_the_loader_it_is_the_samples_error(stores: dict[str, Path], monkeypa
     monkeypatch.setattr(simplejpeg, "decode_jpeg", raising(MemoryError))
     with pytest.raises(MemoryError):
         next(loader.steps(0, 1))
+
+
+def test_the_benchmark_of_plain_jpegs_leaves_out_what_simplejpeg_does_not_know() -> None:
+    files = [FILES["jpeg"](), (JPEGS / "chroma-441.jpg").read_bytes(), with_exif(101), huge_jpeg(MAX_SIDE), PIXELS]
+    assert [bench._is_plain_jpeg(file) for file in files] == [True, False, False, False, False]
 
 
 def test_a_job_that_lacks_memory_can_go_on_later(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import zarr
 from safetensors.numpy import load_file
 
 import kamim
 from kamim import KamimError
 from kamim.detectors import detector
 from kamim.method import geometry
-from kamim.storage import beton, escape, store
+from kamim.storage import beton, escape, mmap_array, store
 from kamim.storage.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
 from preprocess.plan import Plan
@@ -98,7 +97,7 @@ def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
         store.write_zarr_images(
             folder / "images.zarr", _images(shards, raw), int(lengths.sum()), "raw" if raw else "jpeg", largest
         )
-    zarr.create_group(folder / "keypoints.zarr", zarr_format=3)
+    mmap_array.create_group(folder / "keypoints.zarr")
     (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
 
 

@@ -1,4 +1,4 @@
-"""What a loader costs before it is fast: the time to its first batch, and the memory it holds."""
+"""What a loader costs before it is fast: opening a store, the time to its first batch, and the memory it holds."""
 
 import subprocess
 import sys
@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from kamim.detectors import detector
 from kamim.storage import mmap_array
-from kamim.storage.store import ImageReader, Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage.store import (
+    ImageReader,
+    Keypoints,
+    Store,
+    ZarrImages,
+    image_faults,
+    keypoint_faults,
+    write_keypoints,
+    write_zarr_images,
+)
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
@@ -30,11 +38,12 @@ class Bare:
 
 
 def measure(store: Store) -> dict[str, float]:
-    """Both, each in a process of its own: seconds to the first batch, megabytes at a million images."""
+    """Each in a process of its own: seconds to the first batch; at a million images, seconds to open and megabytes."""
     with tempfile.TemporaryDirectory() as folder:
         _elsewhere(f"write_images({str(store.path)!r}, {folder!r}, {MILLION})")
         return {
             "first_batch_seconds": _elsewhere(f"first_batch_seconds({str(store.path)!r}, {time.time()})"),
+            "open_seconds": _elsewhere(f"open_seconds({folder!r})"),
             "resident_mb": _elsewhere(f"resident_mb({folder!r})"),
         }
 
@@ -56,13 +65,15 @@ def first_batch_seconds(path: str, started: float) -> float:
 
 def write_images(path: str, folder: str, images: int) -> int:
     """Leaves images.zarr and keypoints.zarr of so many images in `folder`: all of them the first of the store."""
+    import zarr
+
     store, out = Store(path), Path(folder)
     keypoints = store.keypoints("fast")
     data, (height, width) = store.images.data(0), store.images.sizes[0].tolist()
     every = range(keypoints.frame.shape[1])
     positions, counts = zip(*(keypoints.image(0, frame) for frame in every), strict=True)
     write_zarr_images(out / "images.zarr", [(data, height, width, 0, False)], len(data), "jpeg")
-    zarr.create_group(out / "keypoints.zarr", zarr_format=3)
+    mmap_array.create_group(out / "keypoints.zarr")
     one = (np.concatenate(positions), np.stack(counts).astype(np.int64), keypoints.frame[0])
     write_keypoints(out / "keypoints.zarr", "fast", [one], len(one[0]))
     for name in ("images.zarr", "keypoints.zarr/fast"):
@@ -72,6 +83,15 @@ def write_images(path: str, folder: str, images: int) -> int:
             del group[array]
             mmap_array.create(group, array, np.repeat(values, images, axis=0))
     return images
+
+
+def open_seconds(folder: str) -> float:
+    """How long it takes to open the images and keypoints of write_images and to check all of them."""
+    start = time.perf_counter()
+    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)
+    for faults in (image_faults(ZarrImages(Path(folder, "images.zarr")), 1), keypoint_faults(keypoints)):
+        assert not any(wrong.any() for wrong in faults.values())
+    return time.perf_counter() - start
 
 
 def resident_mb(folder: str) -> float:

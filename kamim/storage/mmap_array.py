@@ -15,10 +15,12 @@ import operator
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
+
+if TYPE_CHECKING:
+    import zarr
 
 from kamim import KamimError
 
@@ -27,7 +29,14 @@ METADATA = "zarr.json"
 METADATA_BYTES = 1 << 16  # of a zarr.json, at most; those written here have a few hundred
 
 
-def create(group: zarr.Group, name: str, array: np.ndarray) -> None:
+def create_group(path: Path, attributes: dict[str, str] | None = None) -> "zarr.Group":
+    """Writes a group of arrays, of which zarr writes no parents. zarr is imported here: readers do without it."""
+    import zarr
+
+    return zarr.create_group(path, zarr_format=3, attributes=attributes or {})
+
+
+def create(group: "zarr.Group", name: str, array: np.ndarray) -> None:
     """Writes a whole small array as one uncompressed chunk, so that it maps too."""
     group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=_chunks(array), compressors=None)[:] = array
 
@@ -52,7 +61,7 @@ def page_rows(total: int, smallest: int) -> int:
 class PagedWriter:
     """Appends items to the array `name` of `group`. The only writer of its chunk files."""
 
-    def __init__(self, group: zarr.Group, name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
+    def __init__(self, group: "zarr.Group", name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
         self._array = group.create_array(
             name, shape=(0, *row_shape), dtype=dtype, chunks=(page_rows, *row_shape), compressors=None,
             fill_value=0, config={"write_empty_chunks": True},

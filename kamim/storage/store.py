@@ -38,7 +38,6 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import pydantic
-import zarr
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kamim import KamimError
@@ -263,7 +262,7 @@ def write_zarr_images(
 
     total_bytes: of all images; largest: of the largest, where that may be more than a page.
     """
-    group = zarr.create_group(path, zarr_format=3, attributes={"encoding": encoding})
+    group = mmap_array.create_group(path, {"encoding": encoding})
     page_bytes = mmap_array.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, mmap_array.power_of_two(largest)))
     writer = mmap_array.PagedWriter(group, "data", (), np.uint8, page_bytes)
     rows = [
@@ -330,7 +329,7 @@ def write_keypoints(
 ) -> None:
     """Writes keypoints.zarr/<detector>. Of every image: positions uint16 [K, 2], its frames' one after the other;
     counts int64 [V, G]; frames uint16 [V, 2]."""
-    group = zarr.create_group(path / detector, zarr_format=3)
+    group = mmap_array.create_group(path / detector)
     writer = mmap_array.PagedWriter(
         group, "positions", (2,), np.uint16, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
     )
@@ -461,7 +460,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(key) if str(key).isprintable() else repr(key) for key in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         what = first["msg"].removeprefix("Value error, ")
         raise KamimError(": ".join(filter(None, (str(file), where, what)))) from error
 

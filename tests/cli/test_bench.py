@@ -181,6 +181,7 @@ def test_what_a_loader_costs_at_the_start_is_measured(stores: dict[str, Path], t
     assert startup.write_images(store, str(tmp_path), 2000) == 2000
     images = ZarrImages(tmp_path / "images.zarr")
     np.testing.assert_array_equal(images.data(1999), Store(store).images.data(0))
+    assert startup.open_seconds(str(tmp_path)) > 0
     buffers = 4 * 256 * 192 * 192 * 3 / 2**20  # all that so few images need, but for a little
     assert buffers < startup._elsewhere(f"resident_mb({str(tmp_path)!r})") < buffers + 100
 

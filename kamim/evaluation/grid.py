@@ -17,6 +17,7 @@ from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 from kamim.reporting import page
 from kamim.storage.escape import printable
 from kamim.storage.flatten import flatten
+from kamim.training import metrics, report
 from kamim.training.config import Pretrain
 from kamim.training.settings import SOME, Section, load
 
@@ -116,7 +117,7 @@ def _markdown(cell: str) -> str:
 
 
 def table(grid: Grid, results: Sequence[Mapping[str, Any]]) -> Table:
-    """Of the results of `kamim eval`, headlines only. Columns of the paper that have no number are left out."""
+    """Of the headlines of `kamim eval`'s results and of the runs' metrics. Columns without any number are left out."""
     found = {(result["name"], result["mode"]): result for result in results}
     columns: list[tuple[str, list[str]]] = [
         (axis.key, [_text(setting.values[axis.key]) for setting in settings(grid)]) for axis in grid.axes
@@ -126,8 +127,15 @@ def table(grid: Grid, results: Sequence[Mapping[str, Any]]) -> Table:
         title, headline = HEADLINES[mode]
         columns.append((title, [headline(result) for result in mine]))
         columns.append((f"{title}, {PAPER_HEADER}", [_quote(result) for result in mine]))
+    runs = [metrics.read(grid.out / setting.name) for setting in settings(grid)]
+    columns.append(("Eq. 1, last tenth of the steps", [_number(report.last_unweighted(run), ".4f") for run in runs]))
+    columns.append(("steps clipped", [_number(report.clipped_share(run), ".0%") for run in runs]))
     kept = [(title, cells) for title, cells in columns if any(cells)]
     return Table(tuple(title for title, _ in kept), tuple(zip(*(cells for _, cells in kept), strict=True)))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _quote(result: Mapping[str, Any]) -> str:
@@ -143,6 +151,9 @@ def save(grid: Grid, made: Table, results: Sequence[Mapping[str, Any]]) -> None:
     parts = [page.table(made.header, made.rows), page.paragraph("Top-1 in per cent on the validation store.")]
     if set(grid.modes) & set(CHOSEN):
         parts.append(page.paragraph(CHOICE))
+    runs = {setting.name: metrics.read(grid.out / setting.name) for setting in settings(grid)}
+    caption = "The loss without weights (Eq. 1) by optimiser step, whatever the weights that a run trained with."
+    parts.append(page.picture(page.png(report.comparison(runs)), "loss", caption))
     page.save_page(f"Sweep {grid.out.name}", parts, grid.out / "index.html")
 
 

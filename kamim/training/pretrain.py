@@ -103,12 +103,15 @@ class MaskedReconstruction:
         self._network = network
 
     def __call__(self, batch: Batch) -> Losses:
-        """The loss; for KAMIM also the mean and the largest W."""
+        """The loss; to log, Eq. 1 whatever the method, and for KAMIM the mean and the largest W."""
         target, made, weights = self.reconstruct(batch)
         loss = masked_l1(target, made.output, made.mask, weights)
         if weights is None:
-            return Losses(loss)
-        return Losses(loss, {"weight_mean": weights.mean()}, {"weight_max": weights.max()})
+            return Losses(loss, {"loss_unweighted": loss})
+        unweighted = masked_l1(target, made.output.detach(), made.mask)
+        return Losses(
+            loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
+        )
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Reconstruction, Tensor | None]:
         """The target [B, 3, R, R], its reconstruction, and the weights W [B, c, c] or None."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from kamim import KamimError
 from kamim.reporting import page
 from kamim.reporting.plots import COLOURS, panels, styled
+from kamim.storage.escape import literal
 from kamim.storage.flatten import flat_text
 from kamim.training import machine, metrics
 from kamim.training.config import Pretrain
@@ -21,10 +22,12 @@ FILE = "report.html"
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 POINTS = 100  # of a curve; of more steps than these each point is the mean of some, and a band their range
 COLUMNS = 3
+LINES = ("-", "--", ":")  # of runs in one picture, of which there may be more than colours
 PANELS = 12  # at most, from all over the run
 # title: the numbers drawn together, as metrics.jsonl names them, and what the y axis says
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "loss": ({"loss": ""}, "linear"),
+    "loss without weights (Eq. 1)": ({"loss_unweighted": ""}, "linear"),
     "gradient's norm, before clipping": ({"grad_norm": ""}, "log"),
     "learning rate": ({"lr": ""}, "linear"),
     "weights W": ({"weight_mean": "mean", "weight_max": "largest"}, "log"),
@@ -81,9 +84,42 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
     return figure
 
 
+@styled
+def comparison(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Eq. 1 by optimiser step, of several runs by their names: what runs of any weights, or of none, have in common."""
+    figure, ((axes,),) = panels(1, side=6.4, height=3.6)
+    for i, (name, lines) in enumerate(runs.items()):
+        xy = np.array([(line["step"], line["loss_unweighted"]) for line in lines if "loss_unweighted" in line])
+        if len(xy):
+            middle = np.array([part.mean(axis=0) for part in _parts(xy)])
+            style = LINES[i // len(COLOURS) % len(LINES)]
+            axes.plot(*middle.T, color=COLOURS[i % len(COLOURS)], linestyle=style, label=literal(name))
+    axes.set_title("loss without weights (Eq. 1)")
+    axes.set_xlabel("step")
+    axes.legend()
+    return figure
+
+
+def last_unweighted(lines: Sequence[Mapping[str, float]]) -> float | None:
+    """Eq. 1, mean over the last tenth of the steps, except those without a finite loss; None if it was not logged."""
+    found = [line["loss_unweighted"] for line in lines if np.isfinite(line.get("loss_unweighted", np.nan))]
+    return float(np.mean(found[-max(len(found) // 10, 1) :])) if found else None
+
+
+def clipped_share(lines: Sequence[Mapping[str, float]]) -> float | None:
+    """The share of steps whose gradient was clipped; None if it was not logged."""
+    found = [line["clipped"] for line in lines if "clipped" in line]
+    return float(np.mean(found)) if found else None
+
+
+def _parts(xy: np.ndarray) -> list[np.ndarray]:
+    """Steps [N, 2] in at most POINTS groups."""
+    return np.array_split(xy, min(len(xy), POINTS))
+
+
 def _curve(axes: Axes, xy: np.ndarray, colour: str, label: str) -> None:
     """xy: [N, 2]."""
-    parts = np.array_split(xy, min(len(xy), POINTS))
+    parts = _parts(xy)
     middle = np.array([part.mean(axis=0) for part in parts])
     if len(parts) < len(xy):
         low, high = (np.array([reduce(part[:, 1]) for part in parts]) for reduce in (np.min, np.max))
@@ -101,13 +137,15 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
         )
     done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
+    clipped = clipped_share(lines)
     rate = np.median([line.get("images_per_second", np.nan) for line in lines])
     length = config.optim.duration or f"{config.optim.epochs} epochs"
     return (
         f"{method}, {config.model.name} at {config.data.resolution} px, {length} of "
         f"{config.data.store}, {config.optim.batch_size} images a step: {state}. "
         f"Last loss {last.get('loss', np.nan):.4f}; "
-        f"{rate:,.0f} images per second, the median step's."
+        + ("" if clipped is None else f"{clipped:.0%} of the steps were clipped at {config.optim.clip_grad:g}; ")
+        + f"{rate:,.0f} images per second, the median step's."
     )
 
 

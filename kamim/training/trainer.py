@@ -170,6 +170,8 @@ class Trainer:
                 self.guard.see(batch, losses.loss.detach())
         logged = totals.over_ranks()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_grad or math.inf)
+        if self.run.optim.clip_grad is not None:
+            logged["clipped"] = (norm > self.run.optim.clip_grad).float()
         if self.guard is not None:
             logged |= self.guard.gate(logged["loss"], norm)
         self.optimizer.step()

@@ -120,6 +120,8 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
     for setting in grid.settings(given["whole"]):
         assert losses(tmp_path / "again" / setting.name) == losses(tmp_path / "whole" / setting.name)
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
+    assert "| Eq. 1, last tenth of the steps | steps clipped |" in (tmp_path / "again/table.md").read_text()
+    assert (tmp_path / "again/index.html").read_text().count("data:image/png;base64,") == 1
     assert "ps" in (tmp_path / "again/index.html").read_text()
     assert len(json.loads((tmp_path / "again/table.json").read_text())["results"]) == 4
 

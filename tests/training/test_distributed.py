@@ -114,6 +114,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(ranks: int, kind: str, runs
     assert [a["samples"] for a in one] == [b["samples"] for b in several] == SAMPLES[kind]
     for a, b in zip(one, several, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["loss_unweighted"] == pytest.approx(a["loss_unweighted"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         assert (b["lr"], b["weight_max"]) == (a["lr"], pytest.approx(a["weight_max"], rel=1e-6))
         assert b["weight_mean"] == pytest.approx(a["weight_mean"], rel=1e-5)

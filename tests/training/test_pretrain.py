@@ -141,6 +141,28 @@ def test_simmim_is_kamim_with_weights_of_one(finished: Path, store: Path, tmp_pa
     assert losses(tmp_path / "simmim")[0] < losses(finished)[0]
 
 
+def logged(run: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_runs_of_any_weights_have_eq_1_in_common(finished: Path, store: Path, tmp_path: Path) -> None:
+    """From the same random weights, on the same crops and masks: the first step's is SimMIM's own loss."""
+    pretrain(config(tmp_path / "simmim", store, "weighting=null", "optim.epochs=2"), quiet)
+    assert logged(tmp_path / "simmim", "loss_unweighted") == losses(tmp_path / "simmim")
+    assert logged(finished, "loss_unweighted")[0] == losses(tmp_path / "simmim")[0]
+    both = zip(logged(finished, "loss_unweighted"), losses(finished), strict=True)
+    assert all(plain < weighted for plain, weighted in both)
+
+
+def test_steps_that_were_clipped_are_marked(finished: Path, store: Path, tmp_path: Path) -> None:
+    bound = sum(sorted(logged(finished, "grad_norm"))[3:5]) / 2
+    pretrain(config(tmp_path / "some", store, f"optim.clip_grad={bound}", "optim.epochs=2"), quiet)
+    norms = logged(tmp_path / "some", "grad_norm")
+    assert logged(tmp_path / "some", "clipped") == [float(norm > bound) for norm in norms]
+    pretrain(config(tmp_path / "none", store, "optim.clip_grad=null", "optim.epochs=2"), quiet)
+    assert "clipped" not in (tmp_path / "none/metrics.jsonl").read_text()
+
+
 def test_it_learns(tmp_path: Path, store: Path) -> None:
     """One batch, shown again and again with the same mask, is learnt by heart."""
     photos = torch.from_numpy(data.astronaut()[:128, 150:278].copy()).unfold(0, 64, 64).unfold(1, 64, 64)

@@ -30,6 +30,7 @@ def test_a_finished_run_leaves_its_report(finished: Path) -> None:
     text = (finished / "report.html").read_text()
     assert "KAMIM (Eq. 3; fast, ring, w_ps 8, T 0.25)" in text
     assert ": done. Last loss" in text
+    assert "100% of the steps were clipped at 1;" in text
     assert "<b>run" not in text.replace("&lt;b&gt;run", "")  # escaped
     assert text.count("data:image/png;base64,") == 3  # curves and two panels
     assert not re.search(r'(src|href)="(?!data:)', text)  # self-contained
@@ -85,3 +86,16 @@ def test_a_simmim_run_has_no_weights(finished: Path) -> None:
     lines = [{k: v for k, v in line.items() if not k.startswith("weight")} for line in metrics.read(finished)]
     drawn = [axes.get_title() for axes in report.curves(json.loads(json.dumps(lines))).axes if axes.get_title()]
     assert "weights W" not in drawn
+
+
+def test_runs_are_compared_by_what_they_have_in_common() -> None:
+    """More runs than colours are told apart; a run of before has no such numbers; a step without one does not count."""
+    lines = [{"step": i, "loss": 9.0, "loss_unweighted": 1.0 if i < 90 else 0.5, "clipped": i % 2} for i in range(100)]
+    figure = report.comparison({**{f"run {i}": lines for i in range(9)}, "old": [{"step": 0, "loss": 1.0}]})
+    drawn = figure.axes[0].lines
+    assert [line.get_label() for line in drawn] == [f"run {i}" for i in range(9)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 9
+    assert report.last_unweighted(lines) == 0.5
+    assert report.last_unweighted([*lines, {"step": 100, "loss_unweighted": float("nan")}]) == 0.5
+    assert report.clipped_share(lines) == 0.5
+    assert report.last_unweighted([{"step": 0, "loss": 1.0}]) is report.clipped_share([{"step": 0}]) is None

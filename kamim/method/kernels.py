@@ -7,32 +7,44 @@ any of them never runs an older one.
 
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from numba import config, njit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+log = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A function that numba compiles for the types it is called with, once per machine; it runs without the GIL."""
-    given = config.CACHE_DIR
-    config.CACHE_DIR = str(_folder())
+    given, folder = config.CACHE_DIR, _folder()
+    config.CACHE_DIR = str(folder or "")
     try:
-        return njit(cache=True, nogil=True)(function)
+        return njit(cache=folder is not None, nogil=True)(function)
     finally:
         config.CACHE_DIR = given
 
 
 @functools.cache
-def _folder() -> Path:
-    """Within NUMBA_CACHE_DIR where that is set, else beside this file, else, where that is read-only, in ~/.cache."""
-    beside = Path(__file__).parent
-    chosen = beside / "__pycache__" if os.access(beside, os.W_OK) else Path.home() / ".cache" / "kamim"
-    return Path(config.CACHE_DIR or chosen, f"kernels-{_fingerprint()}")
+def _folder() -> Path | None:
+    """Within NUMBA_CACHE_DIR where that is set, else beside this file, else, where that is read-only, in ~/.cache.
+
+    None, and a warning, where none of them can be written to: every process then compiles for itself.
+    """
+    beside, name = Path(__file__).parent / "__pycache__", f"kernels-{_fingerprint()}"
+    for chosen in filter(None, (config.CACHE_DIR, beside, "~/.cache/kamim")):
+        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+            folder = Path(chosen, name).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    log.warning("compiled loops cannot be kept, so that every start takes longer; set NUMBA_CACHE_DIR to your folder")
+    return None
 
 
 def _fingerprint() -> str:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kamim.method import kernels
 
 CALLER = """
@@ -28,9 +30,10 @@ ASK = "from kamim.caller import caller; print(caller(), sum(caller.stats.cache_h
 
 def test_a_kernel_is_compiled_anew_when_what_it_calls_in_another_file_changes(tmp_path: Path) -> None:
     package = tmp_path / "kamim"
-    package.mkdir()
-    shutil.copy(kernels.__file__, package)
-    (package / "__init__.py").touch()
+    (package / "method").mkdir(parents=True)
+    shutil.copy(kernels.__file__, package / "method")
+    for folder in (package, package / "method"):
+        (folder / "__init__.py").touch()
     (package / "caller.py").write_text(CALLER)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for answer, cached in ((1, 0), (1, 1), (2, 0)):
@@ -38,3 +41,24 @@ def test_a_kernel_is_compiled_anew_when_what_it_calls_in_another_file_changes(tm
         run = [sys.executable, "-c", ASK]
         printed = subprocess.run(run, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
         assert printed.split() == [str(answer), str(cached)]
+
+
+def _double(x: int) -> int:
+    return 2 * x
+
+
+def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another user's read-only checkout: first ~/.cache is tried, then nothing is kept."""
+    choose, blocked = kernels._folder.__wrapped__, tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setattr(kernels.config, "CACHE_DIR", "")
+    monkeypatch.setattr(kernels, "__file__", str(blocked / "kernels.py"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose() == tmp_path / ".cache/kamim" / f"kernels-{kernels._fingerprint()}"
+    monkeypatch.setenv("HOME", str(blocked))
+    assert choose() is None
+    assert "set NUMBA_CACHE_DIR" in caplog.text
+    monkeypatch.setattr(kernels, "_folder", lambda: None)
+    assert kernels.kernel(_double)(21) == 42

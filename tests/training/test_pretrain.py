@@ -1,6 +1,7 @@
 """The loop: it learns, it replays, it resumes, it refuses."""
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Iterator

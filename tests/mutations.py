@@ -266,7 +266,7 @@ def _sealed(path: Path) -> str:
         if (path / store.MANIFEST).is_file():  # neither gone nor a pipe
             reseal(path)
             return "sealed"
-    except (ValueError, AttributeError):  # it holds something else
+    except (OSError, ValueError, AttributeError):  # its backup is a folder, or it holds something else
         pass
     return "not sealed"
 

@@ -106,10 +106,11 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError too
             raise
-        except (KamimError, OSError) as error:
+        except (KamimError, OSError, MemoryError) as error:
             if _debug:
                 raise
-            err_console.print(f"error: {one_line(error)}", style="red")
+            said = "out of memory; " if isinstance(error, MemoryError) else ""
+            err_console.print(f"error: {said}{one_line(error)}", style="red")
             raise typer.Exit(1) from None
         except Exception:
             err_console.print("this is a bug in kamim; please report it with the command and the lines below")
@@ -202,12 +203,20 @@ def weighting_of(detector: str, footprint: str, patch_size: int, temperature: fl
 
 
 def check_folder(option: str, file: Path | None) -> None:
-    """Before any work: whether the file can be there at all."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise KamimError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
+    """Before any work: whether the file can be written at all."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise KamimError(f"{option} {file}: the folder {folder} does not exist")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise KamimError(f"{option} {file}: cannot be written to")
 
 
 def write_json(file: Path | None, content: Any) -> None:
-    """Where a file was asked for."""
+    """Where a file was asked for. Raises OSError."""
     if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        try:
+            file.write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:  # of a full disk the system names no file
+            raise OSError(error.errno, error.strerror, str(file)) from error

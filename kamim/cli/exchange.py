@@ -83,7 +83,7 @@ def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
         partial.mkdir()
         save_tensors(weights, partial / "model.safetensors")
         write_json(partial / "config.json", config)
-    out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained('{out}')")
+    out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained({str(out)!r})")
 
 
 def _export_timm(found: "Checkpoint", out: Path) -> None:
@@ -99,5 +99,5 @@ def _export_timm(found: "Checkpoint", out: Path) -> None:
     options = "".join(f", {key}={value}" for key, value in architecture.options.items())
     out_console.print(
         f"{out}: timm.create_model('{architecture.timm_name}', img_size={found.config.data.resolution}, "
-        f"num_classes=0{options}, checkpoint_path='{out}')",
+        f"num_classes=0{options}, checkpoint_path={str(out)!r})",
     )

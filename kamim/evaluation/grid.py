@@ -17,6 +17,7 @@ from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
 from kamim.reporting import page
 from kamim.storage.escape import printable
 from kamim.storage.flatten import flatten
+from kamim.storage.store import write_whole
 from kamim.training import metrics, report
 from kamim.training.config import Pretrain
 from kamim.training.settings import SOME, Section, load
@@ -147,7 +148,7 @@ def save(grid: Grid, made: Table, results: Sequence[Mapping[str, Any]]) -> None:
     """table.json (every result whole), table.md and index.html in grid.out."""
     about = [{"name": setting.name, "values": dict(setting.values)} for setting in settings(grid)]
     page.save_numbers({"settings": about, "results": list(results)}, grid.out / "table.json")
-    (grid.out / "table.md").write_text(made.markdown())
+    write_whole(grid.out / "table.md", made.markdown().encode())
     parts = [page.table(made.header, made.rows), page.paragraph("Top-1 in per cent on the validation store.")]
     if set(grid.modes) & set(CHOSEN):
         parts.append(page.paragraph(CHOICE))

@@ -1,5 +1,6 @@
 """The evaluation modes: each checks what it is given, then says how its work is done."""
 
+import io
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from kamim.evaluation.subject import Subject
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
+from kamim.storage.store import write_whole
 from kamim.training.checkpoint import Keep, Kind
 from kamim.training.config import Compute
 from kamim.training.data import whole_images
@@ -149,6 +151,11 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
     options, model = setting.config.reconstruct, subject.model
     if model is None:
         raise KamimError(f"--checkpoint {subject.name}: has no head trained to reconstruct pixels")
+    if subject.resolution % subject.mask.patch_size:
+        raise KamimError(
+            f"--checkpoint {subject.name}: takes images of {subject.resolution} px, no multiple of the mask's "
+            f"{subject.mask.patch_size} px"
+        )
     mask = subject.mask.model_copy(update={"ratio": options.mask_ratio or subject.mask.ratio})
 
     def reconstructed(batch: Batch) -> Reconstruction:
@@ -169,11 +176,10 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         found: dict[str, Any] = {name: metric.compute() for name, metric in metrics.items()}
         if world.is_main:
             batch = _spread(setting, subject.resolution, options.shown)
-            made = reconstructed(batch)
-            np.savez(
-                folder / SHOWN, originals=batch.images.cpu(), masks=made.masked_pixels.cpu(),
-                made=made.pixels(None).cpu(),
-            )  # fmt: skip
+            made, shown = reconstructed(batch), io.BytesIO()
+            arrays = {"originals": batch.images, "masks": made.masked_pixels, "made": made.pixels(None)}
+            np.savez(shown, **{name: array.cpu().numpy() for name, array in arrays.items()})
+            write_whole(folder / SHOWN, shown.getvalue())
         return found
 
     about = {"protocol": "paper", "mask_ratio": mask.ratio, "options": options.model_dump(mode="json"), "train": None}
@@ -272,4 +278,4 @@ def applies(mode: str, subject: Subject) -> bool:
     """Whether a checkpoint has what a mode needs."""
     if mode == "finetune":
         return not isinstance(subject.encoder, Pixels)
-    return mode != "reconstruct" or subject.model is not None
+    return mode != "reconstruct" or (subject.model is not None and subject.resolution % subject.mask.patch_size == 0)

@@ -91,8 +91,10 @@ def png(figure: Figure) -> bytes:
 
 def save_figure(figure: Figure, stem: Path) -> None:
     """stem.png and stem.pdf; the same figure gives the same bytes."""
-    stem.with_suffix(".png").write_bytes(png(figure))
-    figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    pdf = io.BytesIO()
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    write_whole(stem.with_suffix(".png"), png(figure))
+    write_whole(stem.with_suffix(".pdf"), pdf.getvalue())
 
 
 def plain(value: Any) -> Any:
@@ -110,4 +112,4 @@ def plain(value: Any) -> Any:
 
 def save_numbers(numbers: Any, file: Path) -> None:
     """As JSON."""
-    file.write_text(json.dumps(plain(numbers), indent=1, allow_nan=False) + "\n")
+    write_whole(file, (json.dumps(plain(numbers), indent=1, allow_nan=False) + "\n").encode())

@@ -527,12 +527,14 @@ def fsync(path: Path) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file durably so that it is never there in part; one that had its name is replaced."""
+    """Writes a file durably so that it is never there in part; one that had its name is replaced. Raises OSError."""
     staged = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # other hosts may write the same file
     try:
         staged.write_bytes(content)
         fsync(staged)
         staged.replace(file)
+    except OSError as error:  # of a full disk the system names no file
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         staged.unlink(missing_ok=True)
     fsync(file.parent)

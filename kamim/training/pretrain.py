@@ -45,16 +45,16 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             world.barrier()
             outcome = trainer.fit(progress)
         if world.is_main:
-            _report(config)
+            _report(config, outcome)
         world.barrier()  # torchrun ends the other ranks once one leaves to be resumed
         return outcome
 
 
-def _report(config: Pretrain) -> None:
+def _report(config: Pretrain, outcome: Outcome) -> None:
     """Writes report.html, unless it is that of the last step already."""
     from kamim.training import report  # with matplotlib, which takes a second to import
 
-    if not report.is_current(config.out):
+    if outcome.first < outcome.step or not report.is_current(config.out):
         report.save_report(config.out)
 
 

@@ -177,8 +177,7 @@ def reconstruct_task(setting: Setting, subject: Subject) -> Task:
         if world.is_main:
             batch = _spread(setting, subject.resolution, options.shown)
             made, shown = reconstructed(batch), io.BytesIO()
-            arrays = {"originals": batch.images, "masks": made.masked_pixels, "made": made.pixels(None)}
-            np.savez(shown, **{name: array.cpu().numpy() for name, array in arrays.items()})
+            np.savez(shown, originals=batch.images.cpu(), masks=made.masked_pixels.cpu(), made=made.pixels(None).cpu())
             write_whole(folder / SHOWN, shown.getvalue())
         return found
 

@@ -213,8 +213,12 @@ def test_commands_show_hostile_names(hostile_store: Path, tmp_path: Path) -> Non
 
 
 def test_nobody_else_prints() -> None:
-    """What is printed goes through the two consoles, and rejects.csv is the only CSV file."""
-    for file in MODULES:
+    """What is printed goes through the two consoles, and rejects.csv is the only CSV file.
+
+    Two modules are scripts that run in a process of their own, and print what their caller reads.
+    """
+    scripts = ("preprocess.sources.devkit", "preprocess.sources.footers")
+    for file in (file for file in MODULES if name(file) not in scripts):
         for node in ast.walk(ast.parse(file.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("print", "Console", "sys.stdout.write", "sys.stderr.write"), file

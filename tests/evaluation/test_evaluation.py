@@ -240,8 +240,8 @@ def test_neighbours_in_dinos_manner(stores: dict[str, Path], pretrained: Path) -
     encoder, found = load_subject(str(pretrained)).encoder.eval(), []
     for samples in (setting.train, setting.val):
         assert samples is not None
-        plan = setting.in_order(samples)
-        whole = setting.batches(samples, 64, plan)(0, plan.steps_per_epoch)
+        loader = setting.in_order(samples, 64)
+        whole = loader.steps(0, loader.plan.steps_per_epoch)
         with torch.no_grad():
             tokens = [encoder.forward_features(normalise(batch.images))[:, 0] for batch in whole]  # type: ignore[operator]
         found.append(nn.functional.normalize(torch.cat(tokens).bfloat16().float()))

@@ -19,7 +19,7 @@ from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage.flatten import flatten
 from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Pretrain
-from kamim.training.pretrain import _FREE
+from kamim.training.run_folder import _FREE
 from kamim.training.settings import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -158,7 +158,7 @@ def test_a_store_whose_plan_cannot_be_trusted_is_not_extended(name: str, folder:
 def test_a_store_that_lacks_a_file_is_not_extended(folder: Path, tmp_path: Path) -> None:
     out = make_store(folder, tmp_path / "out")
     (out / "keypoints.zarr/fast/frame/zarr.json").unlink()
-    with pytest.raises(ValueError, match=r"fast/frame/zarr.json: missing; put it right with `kamim store verify"):
+    with pytest.raises(ValueError, match=r"fast/frame/zarr.json: is missing; put it right with `kamim store verify"):
         make(folder, out, detectors=("sift",))
     assert not out.with_name("out.partial").exists()
 

@@ -69,7 +69,7 @@ def test_a_missing_key_says_how_to_set_it() -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="neither a file nor a preset"):
         load(Pretrain, tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not YAML"):

@@ -139,6 +139,7 @@ import os, signal, sys, threading
 from pathlib import Path
 import torch
 import test_train_crash as own
+from kamim.training import pretrain as pretraining
 from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
@@ -161,8 +162,8 @@ for name in numbers:
         if name[0] == "w":
             sys.addaudithook(watch)
         else:
-            masked = own.pretraining.masked_l1
-            own.pretraining.masked_l1 = lambda *given: (count(), masked(*given))[1]
+            masked = pretraining.masked_l1
+            pretraining.masked_l1 = lambda *given: (count(), masked(*given))[1]
         pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -294,7 +295,7 @@ def test_a_full_disk_does_not_end_a_run(
 
     assert pretrain(asked(tmp_path / "run", store), progress).finished
     assert (sizes["model"] > room) == (room == 20_000)
-    assert caplog.text.count("step 4: no checkpoint, the run goes on: ") == 1
+    assert caplog.text.count("step 4: no checkpoint, the run continues: ") == 1
     assert "step 4: no checkpoint" in (tmp_path / "run/log.txt").read_text()
     made = ended(tmp_path / "run")
     assert made["metrics"] == whole["metrics"]

@@ -14,28 +14,35 @@ def analyze(
     checkpoint: Annotated[
         list[str], typer.Option(help="NAME=RUN, NAME=random:RUN, NAME=timm:MODEL or NAME=timm:MODEL@FILE.safetensors.")
     ],
-    store: Annotated[Path, typer.Option(help="Images to look at.")],
-    out: Annotated[Path, typer.Option(help="Where pictures, analysis.json and index.html go.")],
-    figures: Annotated[str, typer.Option(help="all, or some of 2,3,..,10,features,cka,weights,probe.")] = "all",
-    images: Annotated[int | None, typer.Option(help="For curves; all, 1000 at most, where not given.")] = None,
-    classes: Annotated[str, typer.Option(help="Three, comma-separated; the store's first where not given.")] = "",
+    store: Annotated[Path, typer.Option(help="Store with the images to analyse.")],
+    out: Annotated[Path, typer.Option(help="Folder for figures, analysis.json and index.html.")],
+    figures: Annotated[
+        str, typer.Option(help="all, or a comma-separated list of 2 to 10, features, cka, weights, probe.")
+    ] = "all",
+    images: Annotated[int | None, typer.Option(help="Number of images for curves. Default: all, at most 1000.")] = None,
+    classes: Annotated[
+        str, typer.Option(help="Three classes, comma-separated. Default: the store's first three.")
+    ] = "",
     layer: Annotated[
         int | None,
         typer.Option(
-            help="Block, from 1, of figures 3, 5 and 8 to 10. Not given: the last, and for figure 3 the last but one, "
-            "as in the authors' notebooks. The paper's text says the last of figure 3, too, and 11 of figure 8."
+            help="Block, counted from 1, for figures 3, 5 and 8 to 10. Default: the last, and the last but one for "
+            "figure 3, as in the authors' notebooks. The paper's text uses the last for figure 3, and 11 for figure 8."
         ),
     ] = None,
     head: Annotated[
-        int | None, typer.Option(help="Figure 5: head, from 1; the mean if not given, where the notebook shows 1.")
+        int | None, typer.Option(help="Figure 5: head, counted from 1; the notebook shows 1. Default: mean of heads.")
     ] = None,
     query: Annotated[
-        list[str] | None, typer.Option(help="Figure 5: X,Y of a query token, as shares of the sides; repeatable.")
+        list[str] | None,
+        typer.Option(help="Figure 5: X,Y of a query token, as fractions of the image sides; repeatable."),
     ] = None,
-    probe: Annotated[list[Path] | None, typer.Option(help="A result of kamim eval --json; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of images, masks, t-SNE and intervals.")] = 0,
+    probe: Annotated[
+        list[Path] | None, typer.Option(help="Figure probe: a JSON file of kamim eval --json; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for images, masks, t-SNE and intervals.")] = 0,
 ) -> None:
-    """The paper's analyses of one or several checkpoints side by side: figures 2 to 10 and more."""
+    """Draws the paper's figures 2 to 10 and more for one or several checkpoints side by side."""
     from kamim.analysis.analyze import run_analysis
     from kamim.analysis.request import Request, parse_figures, parse_query, read_probes
     from kamim.storage.store import Store

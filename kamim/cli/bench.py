@@ -16,19 +16,19 @@ from kamim.cli.console import (
     write_json,
 )
 
-Detectors = Annotated[str, typer.Option(help="Comma-separated.")]
+Detectors = Annotated[str, typer.Option(help="Detectors, comma-separated.")]
 
 
 @bench_app.command(name="loader")
 @says_errors
 def bench_loader(
-    store: Annotated[Path, typer.Option(help="A JPEG store of --source, with FAST keypoints.")],
-    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    store: Annotated[Path, typer.Option(help="A JPEG store made from --source, with FAST keypoints.")],
+    source: Annotated[Path, typer.Option(help="The image folder that the store was made from.")],
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 11,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 11,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
 ) -> None:
-    """Images per second of the loader, the released code's way, stock FFCV, and JPEG decoding alone."""
+    """Measures images per second of the loader, the released code's method, stock FFCV and JPEG decoding alone."""
     from kamim.bench.loader import bench
     from kamim.storage.store import Store
     from preprocess.sources import list_source
@@ -45,10 +45,10 @@ def bench_loader(
 def bench_preprocess(
     source: Annotated[Path, typer.Option(help="An image folder of JPEGs.")],
     detectors: Detectors = "fast,sift,orb",
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
 ) -> None:
-    """Images per second and core of each step of preprocessing, of the whole, and of JPEG decoding alone."""
+    """Measures images per second and core of each preprocessing step, of all steps, and of JPEG decoding alone."""
     from kamim.bench.preprocess import bench
     from kamim.detectors import detector
     from preprocess.sources import list_source
@@ -68,16 +68,16 @@ def bench_preprocess(
 def bench_fidelity(
     source: Annotated[Path, typer.Option(help="An image folder.")],
     detectors: Detectors = "fast,sift,orb",
-    images: Annotated[int, typer.Option(min=1, help="How many.")] = 400,
-    crops: Annotated[int, typer.Option(min=1, help="Random crops of each.")] = 4,
-    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
-    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 400,
+    crops: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
+    patch_size: Annotated[int, typer.Option(help="Side w_ps of a weight cell in px.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Temperature T of Eq. 2.")] = 0.25,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Canonical frames of an image, if not as preprocess.")
+        int | None, typer.Option(min=1, help="Canonical frames per image. Default: as in preprocess.")
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
 ) -> None:
-    """How well a store's keypoints and pixels stand for those of crops of the originals."""
+    """Compares a store's keypoints and pixels with those of crops of the original images."""
     from kamim.bench.fidelity import Setting, fidelity
     from preprocess.sources import list_source
 
@@ -109,15 +109,15 @@ def bench_fidelity(
 @bench_app.command(name="eval")
 @says_errors
 def bench_eval(
-    store: Annotated[Path, typer.Option(help="A JPEG store of --source.")],
-    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    store: Annotated[Path, typer.Option(help="A JPEG store made from --source.")],
+    source: Annotated[Path, typer.Option(help="The image folder that the store was made from.")],
     model: Annotated[str, typer.Option(help="A key of kamim.models.architectures.ARCHITECTURES.")] = "vit_base",
     resolution: Annotated[int, typer.Option(help="Side of the images in px.")] = 192,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
 ) -> None:
-    """Augmentation beside torchvision's, the frozen pass beside a whole one, the probe sweep beside one probe."""
+    """Compares augmentation with torchvision's, the frozen pass with a full one, a probe sweep with one probe."""
     from kamim.bench.evaluate import bench
     from kamim.storage.store import Store
     from preprocess.sources import list_source
@@ -133,16 +133,16 @@ def bench_eval(
 @bench_app.command(name="train")
 @says_errors
 def bench_train(
-    store: Annotated[Path, typer.Option(help="A store of --source, with FAST keypoints.")],
-    source: Annotated[Path, typer.Option(help="The image folder it was made of.")],
+    store: Annotated[Path, typer.Option(help="A store made from --source, with FAST keypoints.")],
+    source: Annotated[Path, typer.Option(help="The image folder that the store was made from.")],
     overrides: Overrides = None,
     model: Annotated[str, typer.Option(help="A ViT of kamim.models.architectures.ARCHITECTURES.")] = "vit_base",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Steps per pass.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
 ) -> None:
-    """Training: images per second, FLOP utilisation, data-wait, memory; of KAMIM, SimMIM and a loop as the authors'."""
+    """Measures training speed, FLOP utilisation, data-wait and memory of KAMIM, SimMIM and the authors' loop."""
     from kamim.bench.train import bench
     from preprocess.sources import list_source
 

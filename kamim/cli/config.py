@@ -10,7 +10,7 @@ from kamim.cli.console import app, out_console, says_errors
 if TYPE_CHECKING:
     from kamim.training.settings import Section
 
-config_app = typer.Typer(no_args_is_help=True, help="Presets, and what their keys mean.")
+config_app = typer.Typer(no_args_is_help=True, help="List presets and explain their keys.")
 app.add_typer(config_app, name="config")
 
 
@@ -37,10 +37,10 @@ def list_presets() -> None:
 @says_errors
 def show(
     name: Annotated[
-        str, typer.Argument(help="A preset, such as vit_base_kamim, or pretrain/demo where two have its name.")
+        str, typer.Argument(help="A preset, such as vit_base_kamim, or pretrain/demo if its name is ambiguous.")
     ],
 ) -> None:
-    """Prints every key of a preset: its value, its default where that is another, and its meaning."""
+    """Prints every key of a preset: its value, its default if that differs, and its meaning."""
     import yaml
 
     from kamim.storage.flatten import flatten

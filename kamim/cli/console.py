@@ -51,7 +51,7 @@ class _Formatter(logging.Formatter):
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Keypoint Aware Masked Image Modelling.")
-store_app = typer.Typer(no_args_is_help=True, help="Look at a store.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, verify and preview a store.")
 app.add_typer(store_app, name="store")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure fidelity and speed on this machine.")
 app.add_typer(bench_app, name="bench")
@@ -70,7 +70,9 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
@@ -188,9 +190,7 @@ def note(metrics: Mapping[str, float], title: str = "") -> str:
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/pretrain/demo.yaml")
-]
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as demo")]
 
 
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:

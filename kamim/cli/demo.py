@@ -11,9 +11,9 @@ from kamim.cli.console import app, bar, out_console, says_errors
 @app.command()
 @says_errors
 def demo(
-    out: Annotated[Path, typer.Option(help="Where stores, runs and pictures go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for stores, runs and pictures.")] = Path("runs/demo"),
 ) -> None:
-    """The whole way on real photographs, on a CPU: preprocess, pretrain twice, probe three times, look."""
+    """Runs the whole pipeline on sample photographs on a CPU: preprocess, two pretrainings, three probes, pictures."""
     from kamim.cli.demo_run import run_demo
 
     with bar("demo") as update:

@@ -15,9 +15,9 @@ def doctor(
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Says what machine and store are good for; with -c or key=value, what would hold that training up.
+    """Checks the machine and a store; with -c or key=value, benchmarks loader and model and names the bottleneck.
 
-    Exit code 1: something is wrong, or the loader would be.
+    Exits with code 1 if a check fails or the loader is the bottleneck.
     """
     from kamim.bench.doctor import examine
     from kamim.training.config import Pretrain

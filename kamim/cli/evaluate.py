@@ -35,17 +35,15 @@ def evaluate(
         typer.Option(help="[NAME=]RUN, one of its checkpoints or a weights file; random:RUN, pixels:RUN; repeatable."),
     ] = None,
     train: Annotated[Path | None, typer.Option(help="Store to train on.")] = None,
-    val: Annotated[Path | None, typer.Option(help="Store to measure on.")] = None,
+    val: Annotated[Path | None, typer.Option(help="Store to evaluate on.")] = None,
     norm: Annotated[str | None, typer.Option(help="linprobe.norm: none, token or joint (Table 5)")] = None,
     protocol: Annotated[str | None, typer.Option(help="linprobe.protocol: paper, mae or dinov2")] = None,
-    convention: Annotated[str | None, typer.Option(help="reconstruct: paper or honest; both where not given.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("-c", "--config", help="YAML file, such as configs/eval/linprobe.yaml")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="State and results stay here: a stopped evaluation goes on.")] = None,
+    convention: Annotated[str | None, typer.Option(help="reconstruct: paper or honest. Default: both.")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as linprobe")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for state and results; needed to resume.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
-    """Evaluates checkpoints: what is their representation worth."""
+    """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction."""
     from kamim.evaluation.config import Evaluation
     from kamim.training.settings import load
 

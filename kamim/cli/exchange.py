@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 @app.command(name="import")
 @says_errors
 def import_(
-    file: Annotated[Path, typer.Argument(help="The authors', MoCo v3's, microsoft/SimMIM's or timm's weights.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to make.")],
-    resolution: Annotated[int | None, typer.Option(help="Side of the images; default: as trained.")] = None,
+    file: Annotated[Path, typer.Argument(help="Weights of the authors, MoCo v3, microsoft/SimMIM or timm.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in px. Default: as trained.")] = None,
 ) -> None:
-    """Makes a checkpoint of weights from elsewhere."""
+    """Converts weights of other projects to a checkpoint."""
     from kamim.models import interop
     from kamim.training import checkpoint
 
@@ -36,11 +36,13 @@ def import_(
 @says_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Option(help="timm: the file to make, .safetensors; huggingface: the folder.")],
-    layout: Annotated[Literal["timm", "huggingface"], typer.Option(help="Whose names and files.")] = "timm",
+    out: Annotated[Path, typer.Option(help="timm: the .safetensors file to write; huggingface: the folder.")],
+    layout: Annotated[
+        Literal["timm", "huggingface"], typer.Option(help="Library whose parameter names and files are written.")
+    ] = "timm",
 ) -> None:
-    """Writes weights for others: timm's create_model(..., checkpoint_path=OUT) loads the encoder, or Hugging Face's
-    from_pretrained(OUT) the whole.
+    """Writes weights for timm's create_model(..., checkpoint_path=OUT), which loads the encoder, or for Hugging Face's
+    from_pretrained(OUT), which loads the whole model.
     """
     from kamim.training.checkpoint import read
 

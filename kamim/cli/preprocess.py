@@ -15,44 +15,48 @@ from kamim.cli.store import show_store
 @says_errors
 def preprocess(
     dataset: Annotated[str, typer.Argument(help="A data set: imagenet, cifar10, webdataset ...")],
-    out: Annotated[Path, typer.Option(help="The store to make, or to extend.")],
+    out: Annotated[Path, typer.Option(help="The store to write or extend.")],
     source: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
     split: Annotated[str, typer.Option(help="train or val")] = "train",
     download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100 into --source.")] = False,
-    detectors: Annotated[str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to OUT's.")] = "fast",
-    images: Annotated[str, typer.Option(help="ffcv, zarr, or auto: OUT's, else ffcv where installed.")] = "auto",
+    detectors: Annotated[
+        str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to those of OUT.")
+    ] = "fast",
+    images: Annotated[
+        str, typer.Option(help="ffcv, zarr, or auto: as in OUT, otherwise ffcv if it is installed.")
+    ] = "auto",
     images_as: Annotated[
         str | None,
         typer.Option(
-            help="resized: made small for the crops; original: files as they are, about 6 times the space. "
-            "[default: OUT's, or resized]"
+            help="resized: resized for the crops; original: unchanged files, about 6 times the space. "
+            "Default: OUT's, or resized."
         ),
     ] = None,
     encoding: Annotated[
         str | None,
         typer.Option(
-            help="Of resized images: jpeg, or raw (pixels, 8 times the space). "
-            "[default: OUT's, or raw for images under 96 px, else jpeg]"
+            help="Encoding of resized images: jpeg, or raw (pixels, 8 times the space). "
+            "Default: OUT's, or raw for images under 96 px, else jpeg."
         ),
     ] = None,
-    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. [default: OUT's, or 90]")] = None,
+    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. Default: OUT's, or 90.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Side of the training crops in px. [default: OUT's, or 192]")
+        int | None, typer.Option(help="Side of the training crops in px. Default: OUT's, or 192.")
     ] = None,
     crop_scale: Annotated[
-        str | None, typer.Option(help="Smallest and largest area of a crop. [default: OUT's, or 0.67,1.0]")
+        str | None, typer.Option(help="Smallest and largest area of a crop. Default: OUT's, or 0.67,1.0.")
     ] = None,
     fingerprint: Annotated[
-        str | None, typer.Option(help="Changed sources are noticed by stat or content. [default: OUT's, or stat]")
+        str | None, typer.Option(help="Detect changed sources by stat or content. Default: OUT's, or stat.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
-    cluster: Annotated[str | None, typer.Option(help="Dask scheduler that runs it instead, tcp://HOST:PORT.")] = None,
-    shard: Annotated[str | None, typer.Option(help="I/N: only the I-th of N shares, for a batch queue.")] = None,
-    publish: Annotated[bool, typer.Option(help="Only join what the shares of --shard have made.")] = False,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0: one per core.")] = 0,
+    cluster: Annotated[str | None, typer.Option(help="Run on the Dask scheduler tcp://HOST:PORT.")] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N: build only the I-th of N shares, for a batch queue.")] = None,
+    publish: Annotated[bool, typer.Option(help="Only join the shares that --shard built.")] = False,
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the planned work and exit.")] = False,
 ) -> None:
-    """Finds keypoints once and writes a store. Started again, it continues."""
+    """Detects keypoints once and writes a store. Rerun it to resume."""
     from preprocess import sources
     from preprocess.build import Stopped, build, build_share, publish_shares
     from preprocess.estimate import describe

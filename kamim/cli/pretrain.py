@@ -30,13 +30,13 @@ def pretrain(
     overrides: Overrides = None,
     config: ConfigFile = None,
     resume: Annotated[
-        Literal["auto", "never"], typer.Option(help="auto: go on with the run in out, if there is one; never: refuse.")
+        Literal["auto", "never"], typer.Option(help="If out holds a run: auto resumes it, never fails.")
     ] = "auto",
-    print_config: Annotated[bool, typer.Option(help="Show the resolved configuration and stop.")] = False,
+    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
 ) -> None:
-    """Trains SimMIM or KAMIM on a store. Started again, it resumes from the newest checkpoint.
+    """Pretrains SimMIM or KAMIM on a store. Rerun it to resume from the newest checkpoint.
 
-    Stopped by SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
+    On SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
     """
     from kamim.training.config import Pretrain
     from kamim.training.settings import dump, load
@@ -67,12 +67,16 @@ def pretrain(
 @says_errors
 def replay(
     run: Annotated[Path, typer.Argument(help="A run of kamim pretrain.")],
-    step: Annotated[int | None, typer.Option(help="Default: the newest step whose loss was not finite.")] = None,
-    out: Annotated[Path | None, typer.Option(help="All samples' losses as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A picture of the worst samples, .png.")] = None,
-    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where to compute.")] = "auto",
+    step: Annotated[
+        int | None, typer.Option(help="Step to replay. Default: the newest with a non-finite loss.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the losses of all samples here, as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture of the samples with the largest loss here, .png.")
+    ] = None,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
-    """Computes one step of a run again and shows the loss of every sample, the worst first."""
+    """Computes one step of a run again and prints the loss of its samples, largest first."""
     import numpy as np
 
     from kamim.reporting.plots import reconstruction_sheet

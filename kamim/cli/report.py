@@ -11,7 +11,7 @@ from kamim.cli.console import app, out_console, says_errors
 @app.command()
 @says_errors
 def report(run: Annotated[Path, typer.Argument(help="A pretraining run's folder.")]) -> None:
-    """Makes RUN/report.html: configuration, machine, curves, panels; of a run that is done, stopped or going on."""
+    """Writes RUN/report.html: configuration, machine, curves and panels of a finished, stopped or active run."""
     from kamim.training.report import save_report
 
     out_console.print(f"{save_report(run)}")

@@ -25,14 +25,14 @@ from kamim.cli.console import (
 @says_errors
 def weights(
     image: Annotated[Path, typer.Argument(help="Any image file.")],
-    detector: Annotated[str, typer.Option(help="fast, sift, orb, akaze or another that is registered.")] = "fast",
+    detector: Annotated[str, typer.Option(help="fast, sift, orb, akaze or another registered detector.")] = "fast",
     footprint: Annotated[str, typer.Option(help="ring (the released code) or point (the paper's text)")] = "ring",
-    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
-    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
+    patch_size: Annotated[int, typer.Option(help="Side w_ps of a weight cell in px.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Temperature T of Eq. 2.")] = 0.25,
     out: Annotated[Path | None, typer.Option(help="Write W here, .npy, float32 [H / w_ps, W / w_ps].")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture here, .png.")] = None,
 ) -> None:
-    """Keypoints and weights W (Eq. 2) of an image as it is, without a resize."""
+    """Computes the keypoints and weights W (Eq. 2) of an image without resizing it."""
     import numpy as np
 
     from kamim.cli.pictures import image_weights, plot_weights
@@ -85,10 +85,8 @@ def _sizes(path: Path) -> dict[str, int]:
 
 @store_app.command()
 @says_errors
-def info(
-    path: Path, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False
-) -> None:
-    """What a store holds."""
+def info(path: Path, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Prints what a store contains."""
     from kamim.storage.store import Store
 
     manifest, sizes = Store(path).manifest, _sizes(path)
@@ -108,12 +106,12 @@ def info(
 @says_errors
 def verify(
     path: Path,
-    deep: Annotated[bool, typer.Option(help="Also decode every image.")] = False,
-    repair: Annotated[bool, typer.Option(help="Make damaged shards anew from the source.")] = False,
-    source: Annotated[Path | None, typer.Option(help="For --repair: what the store was made from.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="For --repair: processes; 0: one per core.")] = 0,
+    deep: Annotated[bool, typer.Option(help="Also decode every image and check every shard.")] = False,
+    repair: Annotated[bool, typer.Option(help="Rebuild damaged shards from the source.")] = False,
+    source: Annotated[Path | None, typer.Option(help="For --repair: the source that the store was made from.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="For --repair: worker processes; 0: one per core.")] = 0,
 ) -> None:
-    """Compares every file with its checksum; exit code 1 and a list where something is wrong."""
+    """Compares every file with its checksum; lists damaged files and exits with code 1 if there are any."""
     from kamim.storage.store import Store
     from preprocess.verify import problems
 
@@ -149,15 +147,15 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
 @says_errors
 def preview(
     path: Path,
-    out: Annotated[Path, typer.Option(help="The picture, .png.")],
-    detector: Annotated[str, typer.Option(help="One of the store's.")] = "fast",
+    out: Annotated[Path, typer.Option(help="Picture to write, .png.")],
+    detector: Annotated[str, typer.Option(help="A detector of the store.")] = "fast",
     footprint: Annotated[str, typer.Option(help="ring or point")] = "ring",
-    patch_size: Annotated[int, typer.Option(help="w_ps in px")] = 8,
-    temperature: Annotated[float, typer.Option(help="T")] = 0.25,
-    images: Annotated[int, typer.Option(min=1, help="How many crops.")] = 6,
-    seed: Annotated[int, typer.Option(help="Which crops.")] = 0,
+    patch_size: Annotated[int, typer.Option(help="Side w_ps of a weight cell in px.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Temperature T of Eq. 2.")] = 0.25,
+    images: Annotated[int, typer.Option(min=1, help="Number of crops.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the crops.")] = 0,
 ) -> None:
-    """A sheet of random crops as training sees them, with keypoints and weights."""
+    """Draws random crops as training sees them, with keypoints and weights."""
     from kamim.cli import pictures
     from kamim.storage.store import Store
 

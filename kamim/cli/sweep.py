@@ -22,12 +22,12 @@ from kamim.cli.console import (
 @app.command()
 @says_errors
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file, such as configs/sweeps/table2.yaml")],
+    file: Annotated[Path, typer.Argument(help="Preset or YAML file, such as table2")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value overrides, such as pretrain.optim.lr=1e-3")
     ] = None,
 ) -> None:
-    """Pretrains and evaluates every setting of a grid, and prints the table. Started again, it resumes."""
+    """Pretrains and evaluates every setting of a grid, and prints a table. Rerun it to resume."""
     from kamim.evaluation.grid import Grid
     from kamim.training.settings import load
 

@@ -475,10 +475,10 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
     assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr
 
 
-def test_the_examples_of_help_are_keys_and_files_that_there_are() -> None:
+def test_the_examples_of_help_are_keys_and_presets_that_there_are() -> None:
     shown = runner.invoke(app, ["eval", "--help"]).output
     override, file = re.findall(r"such as\W+([\w./=-]+)", shown)
-    made = load(Evaluation, Path(__file__).parents[2] / file, [override, "checkpoint=[x]", "val=y"])
+    made = load(Evaluation, Path(file), [override, "checkpoint=[x]", "val=y"])
     assert made.linprobe.optim.lr == 1e-3
 
 

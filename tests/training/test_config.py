@@ -225,7 +225,7 @@ def test_the_documentations_commands_have_keys_that_there_are() -> None:
     assert len(list(evaluations())) > 4
     for arguments in evaluations():
         values = {i + 1: flag for i, flag in enumerate(arguments) if flag.startswith("-")}
-        preset = next((ROOT / arguments[i] for i, flag in values.items() if flag == "-c"), None)
+        preset = next((Path(arguments[i]) for i, flag in values.items() if flag == "-c"), None)
         overrides = [a.replace("block=N", "block=2") for i, a in enumerate(arguments) if "=" in a and i not in values]
         load(Evaluation, preset, [*NEEDED_TO_EVALUATE, *overrides])
 

@@ -106,7 +106,7 @@ def info(path: Path, as_json: Annotated[bool, typer.Option("--json", help="Print
 @says_errors
 def verify(
     path: Path,
-    deep: Annotated[bool, typer.Option(help="Also decode every image and check every shard.")] = False,
+    deep: Annotated[bool, typer.Option(help="Also decode every image and compare every shard.")] = False,
     repair: Annotated[bool, typer.Option(help="Rebuild damaged shards from the source.")] = False,
     source: Annotated[Path | None, typer.Option(help="For --repair: the source that the store was made from.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="For --repair: worker processes; 0: one per core.")] = 0,

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ SAMPLE, SAMPLES = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize, "each of the
 MODE, WIDTH, POINTER = (SAMPLE + beton.IMAGE.fields[name][1] for name in ("mode", "width", "data_ptr"))  # type: ignore[index]
 LABEL = SAMPLE + beton.SAMPLE.fields["label"][1]  # type: ignore[index]
 SAMPLE_ID, LENGTH = -24, -8  # of the last image
-EXECUTED = Path("/tmp/kamim-test-was-executed")
+EXECUTED = Path(tempfile.gettempdir(), f"kamim-test-{os.getpid()}")
 
 
 class Executed:

@@ -1,0 +1,272 @@
+"""Full disks, limits of the system, files that are cut, outputs that cannot be written, two commands on one output."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import make_store
+from typer.testing import CliRunner
+
+from kamim.training import checkpoint
+from kamim.storage import lock
+from kamim.reporting import page
+from kamim.training import report
+from kamim.storage import store
+from kamim.cli import app, console
+from kamim.analysis import analyze
+from kamim.evaluation import run
+from kamim.evaluation import run_grid
+from kamim.evaluation.features import reserve
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.storage.store import Store, write_whole
+
+runner = CliRunner()
+ODD = "o'd\"d\n\x1b[31m$x$"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint."""
+    out = tmp_path_factory.mktemp("checkpoints") / "random"
+    return checkpoint.save_imported(out, "vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, no file grows beyond `size` bytes (`ulimit -f`), which is as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def one_line(*arguments: str, code: int = 1) -> str:
+    """What a command that must fail says on stderr, behind its progress."""
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    said = [line for line in result.stderr.splitlines() if not line.startswith(("eval: ", "analyze "))]
+    assert len(said) == 1, said
+    return said[0]
+
+
+# The disk
+
+
+def test_a_file_gets_all_of_its_place_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "features"
+    reserve(file, 100_000)
+    assert (file.stat().st_size, file.read_bytes()) == (100_000, bytes(100_000))
+    assert file.stat().st_blocks * 512 >= 100_000
+    file.write_bytes(b"x" * 1000)  # of an evaluation that was stopped before
+    reserve(file, 100_000)
+    assert file.read_bytes() == b"x" * 1000 + bytes(99_000)
+
+    def lacking(error: Exception) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise error
+
+        return fail
+
+    for error in (AttributeError(), OSError(errno.EOPNOTSUPP, ""), OSError(errno.EINVAL, "")):
+        monkeypatch.setattr(os, "posix_fallocate", lacking(error))
+        reserve(file, 3_000_000)
+        assert file.read_bytes() == b"x" * 1000 + bytes(2_999_000)
+        assert file.stat().st_blocks * 512 >= 2_000_000
+        file.write_bytes(b"x" * 1000)
+    monkeypatch.setattr(os, "posix_fallocate", lacking(OSError(errno.ENOSPC, "No space left on device")))
+    for name, left in (("features", True), ("new", False)):
+        with pytest.raises(OSError, match=f"{name}: needs 3,000,000 bytes: No space left on device; free some space"):
+            reserve(tmp_path / name, 3_000_000)
+        assert (tmp_path / name).exists() == left
+
+
+def test_an_evaluation_on_a_full_disk_is_one_line_and_goes_on(
+    imported: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", str(stores["zarr"]), "--val",
+        str(stores["zarr"]), "--out", str(tmp_path / "out"), "knn.k=[3]", "compute.device=cpu",
+    )  # fmt: skip
+    with largest_file(4096):
+        assert "6-mean-none: needs 6,144 bytes: File too large" in one_line(*arguments)
+    assert runner.invoke(app, arguments).exit_code == 0
+    whole = json.loads((tmp_path / "out/A/knn/result.json").read_text())
+    assert whole["k"]["3"]["top1"] > 0
+
+
+def test_a_disk_that_fills_up_is_named_with_its_file(
+    imported: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'"):
+            write_whole(tmp_path / "a.txt", b"a")
+        with pytest.raises(OSError, match=r"No space left on device: '.*/a\.json'"):
+            page.save_numbers({"a": 1}, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+    commands = {
+        "figure-02-64px.png": ("analyze", "--figures", "2", "--checkpoint", f"A={imported}", "--store",
+                               str(stores["zarr"]), "--images", "8", "--out", str(tmp_path / "an")),
+        "x.safetensors": ("export", str(imported), "--out", str(tmp_path / "x.safetensors")),
+        "model.safetensors": ("export", str(imported), "--layout", "huggingface", "--out", str(tmp_path / "hf")),
+    }  # fmt: skip
+    with largest_file(4096):
+        for name, arguments in commands.items():
+            assert name in one_line(*arguments)
+        with pytest.raises(OSError, match=r"File too large: '.*/a\.json'"):
+            console.write_json(tmp_path / "a.json", "x" * 5000)
+    assert not [file for file in tmp_path.iterdir() if file.name not in ("an", "a.json")]
+    assert not any((tmp_path / "an").iterdir())
+
+
+def test_preprocessing_on_a_full_disk_can_go_on(folder: Path, tmp_path: Path) -> None:
+    with largest_file(20_000), pytest.raises(OSError, match="File too large"):
+        make_store(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.*.safetensors.*"))
+    assert len(Store(make_store(folder, tmp_path / "out"))) == 12
+
+
+# Limits and faults
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def much(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("kamim.training.report.save_report", much)
+    assert one_line("report", "RUN") == "error: out of memory; "
+
+
+CUT = """
+import mmap, os, sys
+from kamim.cli.console import _explain_faults
+_explain_faults()
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+    file.truncate(0)
+    print(mapped[4096])
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_leaves_a_word(tmp_path: Path) -> None:
+    (tmp_path / "page").write_bytes(bytes(8192))
+    run = [sys.executable, "-c", CUT, str(tmp_path / "page")]
+    died = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in died.stderr and 'File "<string>", line 8' in died.stderr
+
+
+# Outputs
+
+
+def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+    at = {name: str(tmp_path / name) for name in ("eval", "an", "x.safetensors", "hf", "import", "sweep")}
+    spec, path = f"A={imported}", str(stores["zarr"])
+    (tmp_path / "sweep.yaml").write_text(json.dumps({
+        "pretrain": {"data": {"store": path, "resolution": 64}, "model": {"name": "vit_demo"},
+                     "compute": {"device": "cpu"},
+                     "optim": {"batch_size": 12, "micro_batch": 12, "epochs": 1, "warmup_epochs": 0}},
+        "axes": [{"key": "weighting.temperature", "name": "t", "values": [0.25]}],
+        "evaluation": {"train": path, "val": path, "compute": {"device": "cpu"}, "knn": {"k": [3]}},
+        "modes": ["knn"], "out": at["sweep"],
+    }))  # fmt: skip
+    weights = imported / "model.safetensors"
+    commands = {
+        "eval": ["eval", "--mode", "knn", "--checkpoint", spec, "--train", path, "--val", path, "--out", at["eval"]],
+        "an": ["analyze", "--figures", "2", "--checkpoint", spec, "--store", path, "--out", at["an"], "--images", "8"],
+        "x.safetensors": ["export", str(imported), "--out", at["x.safetensors"]],
+        "hf": ["export", str(imported), "--layout", "huggingface", "--out", at["hf"]],
+        "import": ["import", str(weights), "--out", at["import"]],
+        "sweep": ["sweep", str(tmp_path / "sweep.yaml")],
+    }  # fmt: skip
+    for name, command in commands.items():
+        more = ["knn.k=[3]", "compute.device=cpu"] if name == "eval" else []
+        with lock.alone(tmp_path / name, "--out"):
+            line = one_line(*command, *more)
+        assert f"{at[name]}: another process works there now; wait until it is done, or choose another" in line
+        assert not (tmp_path / name).exists()
+        assert not (tmp_path / f"{name}.lock").exists()
+
+
+def test_ranks_hear_of_a_lock_alike(tmp_path: Path) -> None:
+    class Rank:
+        is_main = False
+
+        def gather(self, problem: str) -> list[str]:
+            return ["--out x: another process works there now"]
+
+    with pytest.raises(ValueError, match="another process works there now"), lock.alone(tmp_path, "--out", Rank()):  # type: ignore[arg-type]
+        pass
+
+
+def test_what_cannot_be_written_is_told_before_any_work(
+    imported: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(stores["zarr"])
+    (tmp_path / "file").touch()
+    below = str(tmp_path / "file/out")
+    for module, name in ((evaluation, "_run"), (analysis, "analyse"), (grid, "run_pretrain")):
+        monkeypatch.setattr(module, name, None)
+    evaluate = ["eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", path, "--val", path, "knn.k=[3]"]
+    analyze = ["analyze", "--checkpoint", f"A={imported}", "--store", path]
+    assert f"--out {below}: " in one_line(*evaluate, "--out", below)
+    assert f"--out {below}: " in one_line(*analyze, "--out", below)
+    assert f"--json {below}: " in one_line(*evaluate, "--json", below)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # another user's, or read-only
+    assert "cannot be written to" in one_line(*evaluate, "--json", str(tmp_path / "x.json"))
+    assert "cannot be written to" in one_line("store", "preview", path, "--out", str(tmp_path / "x.png"))
+
+
+def test_outputs_may_be_called_anything(imported: Path, stores: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / ODD
+    out.mkdir()
+    path = str(stores["zarr"])
+    commands = {
+        "p.png": ["store", "preview", path, "--out", str(out / "p.png"), "--images", "1"],
+        "x.safetensors": ["export", str(imported), "--out", str(out / "x.safetensors")],
+        "hf/config.json": ["export", str(imported), "--layout", "huggingface", "--out", str(out / "hf")],
+        "i/state.json": ["import", str(imported / "model.safetensors"), "--out", str(out / "i")],
+    }  # fmt: skip
+    for name, command in commands.items():
+        result = runner.invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert (out / name).is_file()
+        assert len(result.stdout.splitlines()) == 1 and "\x1b" not in result.output
+        if command[0] == "export":  # the code that it prints is code
+            code = result.stdout.partition(": ")[2]
+            called = "loaded" + code[code.index("(") :]
+            assert str(out / name.partition("/")[0]) in eval(called, {"loaded": lambda *a, **k: (*a, *k.values())})
+
+
+def test_a_clock_that_goes_backwards_leaves_no_stale_page(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_pretrain import config, quiet
+
+    from kamim.training.pretrain import pretrain as run_pretrain
+
+    more = ("optim.epochs=1", "optim.warmup_epochs=0", "panel_epochs=null")
+    run_pretrain(config(tmp_path / "run", stores["zarr"], *more), quiet)
+    file = tmp_path / "run" / report.FILE
+    text = file.read_text()
+    file.write_text("of a later time")
+    os.utime(file, (2**32, 2**32))
+    (checkpoints,) = [tmp_path / "run/checkpoints"]
+    for saved in checkpoints.iterdir():
+        saved.rename(checkpoints / f"{saved.name}.partial")
+    run_pretrain(config(tmp_path / "run", stores["zarr"], *more), quiet)
+    assert "of a later time" not in file.read_text() and len(file.read_text()) > len(text) // 2

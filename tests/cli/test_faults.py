@@ -15,18 +15,15 @@ import pytest
 from conftest import make_store
 from typer.testing import CliRunner
 
-from kamim.training import checkpoint
-from kamim.storage import lock
-from kamim.reporting import page
-from kamim.training import report
-from kamim.storage import store
+from kamim.analysis import analyze as analysis
 from kamim.cli import app, console
-from kamim.analysis import analyze
-from kamim.evaluation import run
-from kamim.evaluation import run_grid
+from kamim.evaluation import run as evaluation
 from kamim.evaluation.features import reserve
 from kamim.models.masked_image_model import MaskedImageModel
+from kamim.reporting import page
+from kamim.storage import lock, store
 from kamim.storage.store import Store, write_whole
+from kamim.training import checkpoint, pretrain, report
 
 runner = CliRunner()
 ODD = "o'd\"d\n\x1b[31m$x$"
@@ -219,7 +216,7 @@ def test_what_cannot_be_written_is_told_before_any_work(
     path = str(stores["zarr"])
     (tmp_path / "file").touch()
     below = str(tmp_path / "file/out")
-    for module, name in ((evaluation, "_run"), (analysis, "analyse"), (grid, "run_pretrain")):
+    for module, name in ((evaluation, "_run"), (analysis, "analyse"), (pretrain, "pretrain")):
         monkeypatch.setattr(module, name, None)
     evaluate = ["eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", path, "--val", path, "knn.k=[3]"]
     analyze = ["analyze", "--checkpoint", f"A={imported}", "--store", path]

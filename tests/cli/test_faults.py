@@ -252,7 +252,7 @@ def test_outputs_may_be_called_anything(imported: Path, stores: dict[str, Path],
 def test_a_clock_that_goes_backwards_leaves_no_stale_page(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_pretrain import config, quiet
+    from runs import config, quiet
 
     from kamim.training.pretrain import pretrain as run_pretrain
 

@@ -99,6 +99,8 @@ def _export_timm(found: "Checkpoint", out: Path) -> None:
         save_tensors(interop.to_timm(found.model_state()), partial)
     architecture = ARCHITECTURES[found.config.model.name]
     options = "".join(f", {key}={value}" for key, value in architecture.options.items())
+    if architecture.norm_eps:
+        options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
     out_console.print(
         f"{out}: timm.create_model('{architecture.timm_name}', img_size={found.config.data.resolution}, "
         f"num_classes=0{options}, checkpoint_path={str(out)!r})",

@@ -22,7 +22,7 @@ class Batch:
     this micro-batch ends it on this rank; share: B over the step's samples on all ranks, so that a step's
     loss is the sum of share * mean over its micro-batches.
 
-    A loader may reuse the memory of a batch once the next one has been asked for.
+    A loader may reuse the memory of a batch once the next one has been asked for; `clone` keeps it.
     """
 
     images: Tensor
@@ -46,6 +46,15 @@ class Batch:
             labels=self.labels.new_full((1,), -1),
             indices=np.zeros(1, np.int64),
             share=0.0,
+        )
+
+    def clone(self) -> "Batch":
+        """The same batch in memory of its own."""
+        return replace(
+            self,
+            images=self.images.clone(),
+            counts=None if self.counts is None else self.counts.clone(),
+            labels=self.labels.clone(),
         )
 
     def to(self, device: torch.device) -> "Batch":

@@ -114,7 +114,7 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
 def _opencv_fast(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What kamim.detectors.fast stands in for: OpenCV's detector, and its keypoints as arrays."""
     found = cv2.FastFeatureDetector_create().detect(frame)  # type: ignore[attr-defined]
-    return np.asarray(cv2.KeyPoint_convert(found)), np.array([k.response for k in found], np.float32)
+    return np.asarray(cv2.KeyPoint_convert(found)), np.array([k.response for k in found], np.float32)  # type: ignore[attr-defined]
 
 
 def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent: Seconds) -> None:

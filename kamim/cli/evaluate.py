@@ -59,6 +59,8 @@ def evaluate(
         {key: value for key, value in named.items() if value is not None},
     )  # fmt: skip
     modes = None if mode == "all" else (mode,)
+    if resolved.train is not None and resolved.train == resolved.val and mode != "reconstruct":
+        say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:
         with terminable(), bar("eval") as update:
             from kamim.evaluation.run import evaluate as evaluate_all

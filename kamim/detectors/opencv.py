@@ -10,7 +10,7 @@ from kamim.method.keypoints import Group, Rules
 
 
 def _found(keypoints: tuple[cv2.KeyPoint, ...], group: np.ndarray) -> Found:
-    xy = np.asarray(cv2.KeyPoint_convert(keypoints), np.float32).reshape(-1, 2)
+    xy = np.asarray(cv2.KeyPoint_convert(keypoints), np.float32).reshape(-1, 2)  # type: ignore[attr-defined]
     return Found(xy, group, np.array([k.response for k in keypoints], np.float32))
 
 

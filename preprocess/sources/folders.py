@@ -10,12 +10,14 @@ from pathlib import Path
 from kamim import KamimError
 from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, printable, read_whole
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
 
 def list_images(source: Path | None, split: str) -> Source:
     """Class folders (class = folder name, sorted), or one flat folder of images without labels.
 
     A folder without any image in it is no class; torchvision's ImageFolder refuses it.
-    Raises ValueError for a missing source, and for one without images.
+    Raises ValueError for a missing source, for one without images, and for one whose folders are splits.
     """
     root = existing(source, "imagefolder")
     classes: list[str] = []
@@ -25,6 +27,11 @@ def list_images(source: Path | None, split: str) -> Source:
         if listed:
             classes.append(name)
             items += listed
+    if classes and SPLITS.issuperset(classes):
+        raise KamimError(
+            f"--source {printable(str(root))}: its folders ({', '.join(classes)}) are splits, not classes; "
+            f"give one of them: --source {printable(str(root / classes[0]))}"
+        )
     if not items:
         items = images_in(root)
     if not items:

@@ -467,6 +467,7 @@ def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) 
     shown = runner.invoke(app, [*command, "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
     assert "linprobe KAMIM: top-1 " in shown.output
+    assert "train and val are one store" in shown.stderr
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["norm"] == "token"
     assert result == json.loads((tmp_path / "out/KAMIM/linprobe/result.json").read_text())

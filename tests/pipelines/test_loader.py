@@ -133,6 +133,19 @@ def test_batches_do_not_depend_on_threads_micro_batches_or_where_a_run_starts(st
         np.testing.assert_array_equal(tail["counts"], reference[first]["counts"])
 
 
+def test_a_clone_outlives_its_batch(store: Store) -> None:
+    plan = Plan(len(store), 3, 3, seed=1)
+    counter = CachedCounts(store.keypoints("fast"), footprint="ring", patch_size=8)
+    clones, copies = [], []
+    for batch in Loader(store, plan, 64, counter=counter, workers=2).steps(0, 12):
+        assert batch.counts is not None
+        clones.append(batch.clone())
+        copies.append((batch.images.tolist(), batch.counts.tolist(), batch.labels.tolist()))
+    for clone, copy in zip(clones, copies, strict=True):
+        assert clone.counts is not None
+        assert (clone.images.tolist(), clone.counts.tolist(), clone.labels.tolist()) == copy
+
+
 def test_both_backends_give_the_same_batches(stores: dict[str, Path]) -> None:
     batches = [load(Store(path)) for path in stores.values()]
     for other in batches[1:]:

@@ -54,6 +54,18 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     assert [item.label for item in listed.items] == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("splits", [("train",), ("test", "train", "val")])
+def test_splits_are_not_taken_for_classes(splits: tuple[str, ...], tmp_path: Path) -> None:
+    for split in splits:
+        image(tmp_path / split / "ant/a.jpg")
+    assert complaint("imagefolder", tmp_path) == (
+        f"--source {tmp_path}: its folders ({', '.join(splits)}) are splits, not classes; "
+        f"give one of them: --source {tmp_path / splits[0]}"
+    )
+    image(tmp_path / "ant/a.jpg")
+    assert list_source("imagefolder", tmp_path, "train").classes == ("ant", *splits)
+
+
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png"):
         image(tmp_path / name)

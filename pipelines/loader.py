@@ -43,12 +43,14 @@ class SampleError(KamimError, RuntimeError):
 class Crop:
     """RandomResizedCrop and flips. scale: share of the image's area; ratio: width / height.
 
-    flip_v: whether images are turned upside down, too, as the released code's pretraining does.
+    flip_v, flip_h: whether half of the images are flipped vertically and horizontally; the released code's pretraining
+    does both.
     """
 
     scale: tuple[float, float] = (0.67, 1.0)
     ratio: tuple[float, float] = geometry.CROP_RATIO
     flip_v: bool = True
+    flip_h: bool = True
 
 
 OnError = Literal["stop", "skip"]
@@ -228,7 +230,9 @@ class Loader:
         if self._crop is None:
             return geometry.whole_views(sizes)
         crop = self._crop
-        return geometry.crop_views(sizes, crop.scale, crop.ratio, crop.flip_v, self.plan.seed, epoch, indices)
+        views = geometry.crop_views(sizes, crop.scale, crop.ratio, self.plan.seed, epoch, indices)
+        views[:, 4:] *= crop.flip_v, crop.flip_h
+        return views
 
     def _scratch(self) -> "_ThreadScratch":
         if not hasattr(self._thread, "scratch"):

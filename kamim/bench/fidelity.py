@@ -115,7 +115,7 @@ def _counts(
     """Cell counts of one random crop: cached, online, and online of the moved crop, by detector and footprint."""
     height, width = pixels.shape[:2]
     (view,) = geometry.crop_views(
-        np.array([[height, width]]), setting.crop_scale, geometry.CROP_RATIO, True, SEED, epoch, np.array([index])
+        np.array([[height, width]]), setting.crop_scale, geometry.CROP_RATIO, SEED, epoch, np.array([index])
     )  # fmt: skip
     crop = _crop(pixels, view, setting.resolution)
     moved = _crop(pixels, _moved(view, height, width), setting.resolution)

@@ -35,7 +35,7 @@ class StoredImage:
         self._pixels = encoded.reshape(height, width, 3) if job.encoding == "raw" else decode(encoded.tobytes())
         self._side = job.resolution
         self._views = [
-            geometry.crop_views(sizes, job.crop_scale, geometry.CROP_RATIO, False, SEED, epoch, np.array([index]))[0]
+            geometry.crop_views(sizes, job.crop_scale, geometry.CROP_RATIO, SEED, epoch, np.array([index]))[0]
             for epoch in range(crops)
         ]
         (whole,) = geometry.whole_views(sizes)

@@ -98,7 +98,8 @@ def _foreign(file: Path) -> Loaded:
 
 
 PRETRAINING: Any = {  # keys of Pretrain that shape a run
-    "data": {"resolution", "crop_scale", "crop_ratio", "drop_last", "on_error"}, "model": {"drop_path"}, "mask": True,
+    "data": {"resolution", "crop_scale", "crop_ratio", "flip_v", "flip_h", "drop_last", "on_error"},
+    "model": {"drop_path"}, "mask": True,
     "weighting": True, "optim": True, "norm_pix_loss": True, "init_from": True,
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def canonical_frames(
     1 .. MAX_FRAME_SIDE.
     """
     sizes = np.tile((height, width), (CANONICAL_DRAWS, 1))
-    views = crop_views(sizes, crop_scale, CROP_RATIO, False, 0, 0, np.arange(CANONICAL_DRAWS))
+    views = crop_views(sizes, crop_scale, CROP_RATIO, 0, 0, np.arange(CANONICAL_DRAWS))
     scales = np.log(resolution / views[:, 2:4])
     (yy, yx), (_, xx) = np.cov(scales, rowvar=False)
     angle = math.atan2(2 * yx, yy - xx) / 2  # of the principal axis
@@ -111,8 +111,8 @@ def flips(seed, epoch, index):
 
 
 @kernel
-def crop_views(sizes, scale, ratio, flip_v, seed, epoch, indices):
-    """A random view of each image: int64 [n, 6]. sizes: int [n, 2] (height, width); flip_v: whether vertical flips are.
+def crop_views(sizes, scale, ratio, seed, epoch, indices):
+    """A random view of each image: int64 [n, 6]. sizes: int [n, 2] (height, width).
 
     scale, ratio: (least, greatest) of crop_box. indices: the samples' numbers.
     """
@@ -121,8 +121,7 @@ def crop_views(sizes, scale, ratio, flip_v, seed, epoch, indices):
         height, width, index = int(sizes[i, 0]), int(sizes[i, 1]), indices[i]
         box = crop_box(height, width, scale[0], scale[1], ratio[0], ratio[1], seed, epoch, index)
         views[i, 0], views[i, 1], views[i, 2], views[i, 3] = box
-        flipped_v, flipped_h = flips(seed, epoch, index)
-        views[i, 4], views[i, 5] = flip_v and flipped_v, flipped_h
+        views[i, 4], views[i, 5] = flips(seed, epoch, index)
     return views
 
 

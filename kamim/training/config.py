@@ -58,6 +58,10 @@ class Data(Section):
     """Smallest and largest share of the image's area that a random resized crop shows."""
     crop_ratio: tuple[Positive, Positive] = CROP_RATIO
     """Smallest and largest ratio of a crop's width to its height."""
+    flip_v: bool = True
+    """Whether half of the crops are flipped vertically, turned upside down, as the released code's are."""
+    flip_h: bool = True
+    """Whether half of the crops are flipped horizontally."""
     drop_last: bool = True
     """Whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the released
     code's."""

@@ -77,7 +77,8 @@ def online_differs(config: Pretrain, store: Store) -> str:
 
 
 def _crop(config: Pretrain) -> Crop:
-    return Crop(config.data.crop_scale, config.data.crop_ratio)
+    data = config.data
+    return Crop(data.crop_scale, data.crop_ratio, data.flip_v, data.flip_h)
 
 
 def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:

@@ -133,6 +133,14 @@ def test_batches_do_not_depend_on_threads_micro_batches_or_where_a_run_starts(st
         np.testing.assert_array_equal(tail["counts"], reference[first]["counts"])
 
 
+@pytest.mark.parametrize(("flip_v", "flip_h"), [(True, True), (True, False), (False, True), (False, False)])
+def test_flips_are_drawn_and_can_be_left_out(flip_v: bool, flip_h: bool, store: Store) -> None:
+    plan, sizes = Plan(len(store), 12, 12, seed=1), np.full((40, 2), 64)
+    loader = Loader(store, plan, 64, crop=Crop(flip_v=flip_v, flip_h=flip_h))
+    drawn = {(int(v and flip_v), int(h and flip_h)) for v in (0, 1) for h in (0, 1)}
+    assert set(map(tuple, loader._views(np.arange(40), 0, sizes)[:, 4:].tolist())) == drawn
+
+
 def test_a_clone_outlives_its_batch(store: Store) -> None:
     plan = Plan(len(store), 3, 3, seed=1)
     counter = CachedCounts(store.keypoints("fast"), footprint="ring", patch_size=8)

@@ -168,7 +168,7 @@ def test_edited_offsets_never_reach_memory(tmp_path: Path, offsets: tuple[int, .
     arrow.write_bytes(whole.replace(struct.pack("<3i", 0, 140, 280), struct.pack("<3i", *offsets)))
     ran = subprocess.run([sys.executable, "-c", READ_ALL, tmp_path], capture_output=True, text=True)
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1].startswith(f"ValueError: {arrow}: ")
+    assert ran.stderr.splitlines()[-1].startswith(f"kamim.KamimError: {arrow}: ")
 
 
 def test_metadata_on_which_pyarrow_aborts_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

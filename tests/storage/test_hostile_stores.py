@@ -365,7 +365,7 @@ def test_random_damage_breaks_nothing_and_is_not_silent(folder: Path, tmp_path: 
             )
         for whole in wholes if first == 0 else ():
             shutil.copytree(whole, root / whole.name)
-        found = outcomes(root, ("load", "preview", "verify"), wholes[0], folder)
+        found = outcomes(root, STEPS, wholes[0], folder)
         sound |= {whole.name: found[whole.name]["load"] for whole in wholes if whole.name in found}
         for name, (whole, changes) in done.items():
             ways[" ".join(end["how"] for end in found[name].values())] += 1

@@ -25,9 +25,26 @@ def kernel(function: Callable[..., Any]) -> Any:
     given, folder = config.CACHE_DIR, _folder()
     config.CACHE_DIR = str(folder or "")
     try:
-        return njit(cache=folder is not None, nogil=True)(function)
+        compiled = njit(cache=folder is not None, nogil=True)(function)
     finally:
         config.CACHE_DIR = given
+    if folder is not None:
+        compiled._cache.save_overload = functools.partial(_keep, compiled._cache.save_overload)
+    return compiled
+
+
+def _keep(save: Callable[..., None], *overload: Any) -> None:
+    """Keeps machine code where there is room for it: a full disk must not end the work that the loop is for."""
+    try:
+        save(*overload)
+    except OSError as error:
+        _warn(f"compiled loops cannot be kept, so that the next start takes longer: {error.strerror}")
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Logs a line, once per process."""
+    log.warning(line)
 
 
 @functools.cache
@@ -43,7 +60,7 @@ def _folder() -> Path | None:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    log.warning("compiled loops cannot be kept, so that every start takes longer; set NUMBA_CACHE_DIR to your folder")
+    _warn("compiled loops cannot be kept, so that every start takes longer; set NUMBA_CACHE_DIR to your folder")
     return None
 
 

@@ -1,6 +1,7 @@
 """Compiled code is never older than the sources it was made of."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another user's read-only checkout: first ~/.cache is tried, then nothing is kept."""
+    kernels._warn.cache_clear()
     choose, blocked = kernels._folder.__wrapped__, tmp_path / "file"
     blocked.touch()
     monkeypatch.setattr(kernels.config, "CACHE_DIR", "")
@@ -62,3 +64,21 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
     assert "set NUMBA_CACHE_DIR" in caplog.text
     monkeypatch.setattr(kernels, "_folder", lambda: None)
     assert kernels.kernel(_double)(21) == 42
+
+
+def _triple(x: int) -> int:
+    return 3 * x
+
+
+def test_where_the_disk_is_full_loops_are_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels._warn.cache_clear()
+    monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        assert kernels.kernel(_triple)(14) == 42
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "compiled loops cannot be kept, so that the next start takes longer: File too large" in caplog.text

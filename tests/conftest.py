@@ -1,8 +1,11 @@
-"""Small stores, made once a session from photographs that scikit-image ships."""
+"""Small stores, made once a session from photographs that scikit-image ships, and a full disk."""
 
 import importlib.util
 import os
+import resource
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,17 @@ BACKENDS = ("zarr", "ffcv") if HAS_FFCV else ("zarr",)
 # Several workers share two cores; spinning threads of each would fight. compute.threads defaults to the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Files end after `room` bytes, as on a disk with no more; for safetensors, too, which does not ask Python."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def build_store(source: Path, out: Path, backend: str = "zarr", detectors: tuple[str, ...] = ("fast", "sift")) -> Path:

@@ -4,17 +4,15 @@ import errno
 import functools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_store
+from conftest import full_disk, make_store
 from typer.testing import CliRunner
 
 from kamim.analysis import analyze as analysis
@@ -36,17 +34,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint."""
     out = tmp_path_factory.mktemp("checkpoints") / "random"
     return checkpoint.save_imported(out, "vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Inside, no file grows beyond `size` bytes (`ulimit -f`), which is as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def one_line(*arguments: str, code: int = 1) -> str:
@@ -98,7 +85,7 @@ def test_an_evaluation_on_a_full_disk_is_one_line_and_goes_on(
         "eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", str(stores["zarr"]), "--val",
         str(stores["zarr"]), "--out", str(tmp_path / "out"), "knn.k=[3]", "compute.device=cpu",
     )  # fmt: skip
-    with largest_file(4096):
+    with full_disk(4096):
         assert "6-mean-none: needs 6,144 bytes: File too large" in one_line(*arguments)
     assert runner.invoke(app, arguments).exit_code == 0
     whole = json.loads((tmp_path / "out/A/knn/result.json").read_text())
@@ -124,7 +111,7 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
         "x.safetensors": ("export", str(imported), "--out", str(tmp_path / "x.safetensors")),
         "model.safetensors": ("export", str(imported), "--layout", "huggingface", "--out", str(tmp_path / "hf")),
     }  # fmt: skip
-    with largest_file(4096):
+    with full_disk(4096):
         for name, arguments in commands.items():
             assert name in one_line(*arguments)
         with pytest.raises(OSError, match=r"File too large: '.*/a\.json'"):
@@ -134,7 +121,7 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
 
 
 def test_preprocessing_on_a_full_disk_can_go_on(folder: Path, tmp_path: Path) -> None:
-    with largest_file(20_000), pytest.raises(OSError, match="File too large"):
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
         make_store(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.*.safetensors.*"))
     assert len(Store(make_store(folder, tmp_path / "out"))) == 12

@@ -1,13 +1,13 @@
 """Compiled code is never older than the sources it was made of."""
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import full_disk
 
 from kamim.method import kernels
 
@@ -75,10 +75,6 @@ def test_where_the_disk_is_full_loops_are_compiled_all_the_same(
 ) -> None:
     kernels._warn.cache_clear()
     monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
+    with full_disk(10):
         assert kernels.kernel(_triple)(14) == 42
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "compiled loops cannot be kept, so that the next start takes longer: File too large" in caplog.text

@@ -2,19 +2,18 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from camera import Camera, watched
+from conftest import full_disk
 from safetensors.torch import load_file
 
 from kamim.models import architectures, masked_image_model
@@ -263,17 +262,6 @@ def test_the_newest_and_every_so_many_stay(store: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "step-00000004", "step-00000008", "step-00000010"
     ]  # fmt: skip
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """Files end after `room` bytes, as on a disk with no more; for safetensors, too, which does not ask Python."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [20_000, 400_000], ids=["weights", "optimizer"])

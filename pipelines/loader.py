@@ -24,7 +24,7 @@ from kamim.storage.store import Images
 from pipelines.batch import Batch
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
-from pipelines.plan import Part, Plan
+from pipelines.plan import MicroBatch, Plan
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,10 +121,10 @@ class Loader:
     def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
         """The micro-batches in the ring of buffers."""
         slots = deque(self._slot() for _ in range(PREFETCH + 1))
-        pending: deque[tuple[Part, _Slot, list[Future[None]]]] = deque()
-        chunk = min(max(PREFETCH * self.plan.largest_part // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
+        pending: deque[tuple[MicroBatch, _Slot, list[Future[None]]]] = deque()
+        chunk = min(max(PREFETCH * self.plan.largest_micro_batch // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="kamim-loader")
-        parts = self.plan.parts(first, stop)
+        parts = self.plan.micro_batches(first, stop)
         try:
             while True:
                 while slots and (part := next(parts, None)) is not None:
@@ -142,14 +142,14 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _slot(self) -> _Slot:
-        n, side = self.plan.largest_part, self._resolution
+        n, side = self.plan.largest_micro_batch, self._resolution
         images = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         if self._counter is None:
             return _Slot(images, None)
         cells = side // self._counter.patch_size
         return _Slot(images, torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._device.type == "cuda"))
 
-    def _batch(self, part: Part, slot: _Slot) -> Batch:
+    def _batch(self, part: MicroBatch, slot: _Slot) -> Batch:
         indices = part.indices
         if slot.bad:
             indices = self._without_bad(indices, slot)
@@ -174,7 +174,7 @@ class Loader:
                 tensor[: len(good)] = tensor[good]
         return indices[good]
 
-    def _fill(self, slot: _Slot, part: Part, rows: slice) -> None:
+    def _fill(self, slot: _Slot, part: MicroBatch, rows: slice) -> None:
         """Some samples of a part, into their rows of the slot."""
         indices, scratch = part.indices[rows], self._scratch()
         sizes = self._images.sizes[indices]

@@ -11,7 +11,7 @@ from kamim.method import rng
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """One micro-batch: which samples (int64 [B]), of which epoch and step. last and share: see Batch."""
 
     indices: np.ndarray
@@ -56,7 +56,7 @@ class Plan:
         return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
 
     @property
-    def largest_part(self) -> int:
+    def largest_micro_batch(self) -> int:
         """Samples of the largest micro-batch on any rank."""
         return min(self.micro_batch, -(-self.batch_size // self.world))
 
@@ -67,7 +67,7 @@ class Plan:
         chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
         return chosen if self.listed is None else self.listed[chosen]
 
-    def parts(self, first: int, stop: int) -> Iterator[Part]:
+    def micro_batches(self, first: int, stop: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the steps first .. stop - 1, in order."""
         for step in range(first, stop):
             whole = self.step_indices(step)
@@ -75,7 +75,7 @@ class Plan:
             for at in range(0, max(len(mine), 1), self.micro_batch):
                 part = mine[at : at + self.micro_batch]
                 last = at + self.micro_batch >= len(mine)
-                yield Part(part, step // self.steps_per_epoch, step, last, len(part) / len(whole))
+                yield MicroBatch(part, step // self.steps_per_epoch, step, last, len(part) / len(whole))
 
 
 @lru_cache(maxsize=2)

@@ -17,7 +17,7 @@ from kamim.method import geometry
 from kamim.storage import beton, escape, mmap_array, store
 from kamim.storage.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
-from preprocess.plan import Plan
+from preprocess.plan import BuildPlan
 from preprocess.record import Rows, image_rows, join, keypoint_rows
 from preprocess.shards import Reject, checksum_of, column, encode, rejects_of
 
@@ -32,7 +32,7 @@ class Disagreement(KamimError, RuntimeError):
         self.numbers = numbers
 
 
-def assemble(plan: Plan, shards: Files, out: Path, folder: Path) -> Manifest:
+def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifest:
     """Joins the shards, and what is kept of the store `out`, into a store at `folder` that lacks only its manifest.
 
     Raises ValueError where no image is readable.
@@ -58,7 +58,7 @@ def assemble(plan: Plan, shards: Files, out: Path, folder: Path) -> Manifest:
     return _manifest(plan, shards, counts, folder)
 
 
-def check_agreement(plan: Plan, shards: Files, out: Path) -> None:
+def check_agreement(plan: BuildPlan, shards: Files, out: Path) -> None:
     """Raises Disagreement unless of every component, made or kept of the store `out`, the same files were readable."""
     told = [[rejects_of(file) for file in shards[component]] for component in plan.make]
     if plan.keep:
@@ -72,7 +72,7 @@ def check_agreement(plan: Plan, shards: Files, out: Path) -> None:
             raise Disagreement(min(differ[numbers[0]]), numbers)
 
 
-def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
+def _take_over(plan: BuildPlan, component: str, out: Path, folder: Path) -> None:
     """Links a component's files from the store `out`; copies them where the file system has no links.
 
     Nothing is written over: raises FileExistsError if a file is there already.
@@ -87,7 +87,7 @@ def _take_over(plan: Plan, component: str, out: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, copy)
 
 
-def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
+def _write_images(plan: BuildPlan, shards: Sequence[Path], folder: Path) -> None:
     """All files of the component `images` but the list of rejects."""
     raw, lengths = plan.job.encoding == "raw", column(shards, "length")
     largest = int(lengths.max())
@@ -98,7 +98,7 @@ def _write_images(plan: Plan, shards: Sequence[Path], folder: Path) -> None:
             folder / "images.zarr", _images(shards, raw), int(lengths.sum()), "raw" if raw else "jpeg", largest
         )
     mmap_array.create_group(folder / "keypoints.zarr")
-    (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.stamps))
+    (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.source_hashes))
 
 
 def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
@@ -141,7 +141,7 @@ def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
     return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _manifest(plan: Plan, shards: Files, counts: Sequence[int], folder: Path) -> Manifest:
+def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Path) -> Manifest:
     """What the store at `folder` is. Of what was kept, it says what the earlier manifest said."""
     job = plan.job
     opencv = dict.fromkeys(plan.make, job.opencv)

@@ -20,8 +20,8 @@ from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
 from preprocess.estimate import Estimate, disk_needed, estimate, sample
 from preprocess.fingerprint import Progress
-from preprocess.plan import Plan, make_plan
-from preprocess.shards import Task, checksum_of, finished
+from preprocess.plan import BuildPlan, plan_build
+from preprocess.shards import ShardTask, checksum_of, finished
 from preprocess.sources import Source
 from preprocess.workspace import Workspace
 
@@ -44,7 +44,7 @@ def build(
     """
     space = Workspace(out)
     with space.locked(), stopping():
-        plan = make_plan(job, source, space, progress)
+        plan = plan_build(job, source, space, progress)
         if plan.done:
             space.clear()
             return False
@@ -61,7 +61,7 @@ def build_share(
     """Makes the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, next to other processes that do theirs."""
     space = Workspace(out)
     with space.locked(shared=True), stopping():
-        plan = make_plan(job, source, space, progress)
+        plan = plan_build(job, source, space, progress)
         if plan.done:
             return
         say(f"share {share[0]} of {share[1]}: {plan.summary()}")
@@ -73,7 +73,7 @@ def publish_shares(job: Job, source: Source, out: Path) -> bool:
     """Joins the shards that shares have made. Returns False where `out` is the store already; may raise Stopped."""
     space = Workspace(out)
     with space.locked(), stopping():
-        plan = make_plan(job, source, space)
+        plan = plan_build(job, source, space)
         if plan.done:
             space.clear()
             return False
@@ -105,12 +105,12 @@ def stopping() -> Iterator[None]:
 
 
 def make_shards(
-    plan: Plan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
+    plan: BuildPlan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
     progress: Progress, shared: bool = False,
 ) -> Found:  # fmt: skip
     """The shard files of `numbers`; makes those that are missing or damaged, and checks every one."""
     folders = plan.folders(space)
-    space.claim(plan.job, plan.stamps, folders.values(), shared)
+    space.claim(plan.job, plan.source_hashes, folders.values(), shared)
     found: Found = {component: finished(folder, numbers) for component, folder in folders.items()}
     missing = {n: [c for c in plan.make if n not in found[c]] for n in numbers}
     missing = {n: components for n, components in missing.items() if components}
@@ -120,7 +120,7 @@ def make_shards(
     if not missing:
         return found
     tasks = (
-        Task(plan.job, n, plan.items(n), plan.source.read, {c: folders[c] for c in components}, strict)
+        ShardTask(plan.job, n, plan.items(n), plan.source.read, {c: folders[c] for c in components}, strict)
         for n, components in missing.items()
     )
     with executors.dask(cluster) if cluster else executors.local(workers) as (executor, ahead):
@@ -137,7 +137,7 @@ def make_shards(
     return found
 
 
-def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
+def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
     """Raises ValueError where the disk is too small for what is missing."""
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
     needed, free = disk_needed(found, images, one), shutil.disk_usage(space.partial).free
@@ -148,12 +148,12 @@ def _check_disk(plan: Plan, space: Workspace, found: Found, missing: dict[int, l
         )
 
 
-def in_order(plan: Plan, found: Found) -> Files:
+def in_order(plan: BuildPlan, found: Found) -> Files:
     """The shard files of every component, as they are joined."""
     return {component: [files[n] for n in range(plan.job.shards)] for component, files in found.items()}
 
 
-def _publish(plan: Plan, space: Workspace, found: Found) -> None:
+def _publish(plan: BuildPlan, space: Workspace, found: Found) -> None:
     """Joins all shards and gives the result its name."""
     shards = in_order(plan, found)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kamim.storage.store import Job
 from preprocess.decode import Undecodable, decode
-from preprocess.plan import Plan, make_plan
+from preprocess.plan import BuildPlan, plan_build
 from preprocess.record import record
 from preprocess.shards import finished
 from preprocess.sources import Item, Read, Source
@@ -28,7 +28,7 @@ class Estimate:
     images: int
 
 
-def sample(plan: Plan) -> list[Item]:
+def sample(plan: BuildPlan) -> list[Item]:
     """A few items, spread over the source."""
     starts = np.linspace(0, max(plan.job.items - RUN, 0), PLACES).astype(int)
     return [plan.source.items[at] for at in np.unique(starts[:, None] + np.arange(RUN)) if at < plan.job.items]
@@ -62,7 +62,7 @@ def disk_needed(found: Mapping[str, Mapping[int, Path]], images: Mapping[str, in
 def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
     """What a build would do, in lines. Touches nothing."""
     space = Workspace(out)
-    plan = make_plan(job, source, space)
+    plan = plan_build(job, source, space)
     if plan.done:
         return [f"{out} is complete already"]
     one = estimate(plan.job, plan.make, source.read, sample(plan))

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from kamim import KamimError
-from preprocess.shards import Task, run_shard
+from preprocess.shards import ShardTask, run_shard
 
 RETRIES = 3  # of a shard whose machine of the cluster is lost
 AHEAD = 2  # tasks in flight per worker
@@ -59,9 +59,9 @@ def dask(address: str) -> Iterator[tuple[Executor, int]]:
             raise BrokenExecutor(str(error)) from error
 
 
-def results(executor: Executor, ahead: int, tasks: Iterator[Task]) -> Iterator[tuple[Task, dict[str, str]]]:
+def results(executor: Executor, ahead: int, tasks: Iterator[ShardTask]) -> Iterator[tuple[ShardTask, dict[str, str]]]:
     """Runs the tasks, `ahead` of them at a time; yields each as it finishes, with its files' names by component."""
-    running: dict[Future[dict[str, str]], Task] = {}
+    running: dict[Future[dict[str, str]], ShardTask] = {}
     for task in tasks:
         running[executor.submit(run_shard, task)] = task
         if len(running) >= ahead:
@@ -70,6 +70,6 @@ def results(executor: Executor, ahead: int, tasks: Iterator[Task]) -> Iterator[t
         yield from _some(running)
 
 
-def _some(running: dict[Future[dict[str, str]], Task]) -> Iterator[tuple[Task, dict[str, str]]]:
+def _some(running: dict[Future[dict[str, str]], ShardTask]) -> Iterator[tuple[ShardTask, dict[str, str]]]:
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         yield running.pop(future), future.result()

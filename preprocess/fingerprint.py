@@ -18,7 +18,7 @@ CHUNK = 256  # items per task of the pool
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
-def stamps(
+def source_hashes(
     source: Source, kind: store.Fingerprint, threads: int, progress: Progress = lambda done, total: None
 ) -> np.ndarray:
     """uint64 [items]. `stat`: of each item's key, label, size and time; `content`: of its key, label and bytes."""
@@ -62,12 +62,12 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 def from_file(file: Path) -> np.ndarray:
-    """The stamps in a stamps.npy: uint64 [items]. Raises ValueError for a file that to_bytes does not write."""
+    """The hashes in a stamps.npy: uint64 [items]. Raises ValueError for a file that to_bytes does not write."""
     content, header = file.read_bytes(), len(to_bytes(np.empty(0, "<u8")))
-    stamps = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
-    if to_bytes(stamps) != content:
-        raise KamimError(f"{file}: is damaged: holds no list of stamps")
-    return stamps
+    source_hashes = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
+    if to_bytes(source_hashes) != content:
+        raise KamimError(f"{file}: is damaged: does not hold a list of source hashes")
+    return source_hashes
 
 
 def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Path) -> None:

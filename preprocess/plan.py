@@ -112,12 +112,12 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """A job on its source, and how much of it a finished store has already."""
 
     job: Job
     source: Source
-    stamps: np.ndarray  # of the source, see preprocess.fingerprint
+    source_hashes: np.ndarray  # of the source, see preprocess.fingerprint
     store: Manifest | None  # the finished store
     changed: str  # parameters that are not the finished store's or the begun job's, in words
     keep: tuple[str, ...]  # components taken over as they are
@@ -140,7 +140,7 @@ class Plan:
         """Digest of all that shapes the component's shards."""
         code = [kamim.__version__, self.job.opencv, "" if component == store.IMAGES else origin(component)]
         shaping = [*(getattr(self.job, name) for name in IDENTITY), *code, self.job.recipe(component)]
-        return hashlib.sha256(json.dumps(shaping).encode() + self.stamps.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(shaping).encode() + self.source_hashes.tobytes()).hexdigest()[:16]
 
     def summary(self) -> str:
         """The plan in a line."""
@@ -152,9 +152,9 @@ class Plan:
         )
 
 
-def make_plan(
+def plan_build(
     job: Job, source: Source, space: Workspace, progress: fingerprint.Progress = lambda done, total: None
-) -> Plan:
+) -> BuildPlan:
     """Compares the job with what is there. Detectors that are there or begun already stay asked for.
 
     Raises ValueError where `space` is another data set's, and where the source is not what it was.
@@ -168,16 +168,16 @@ def make_plan(
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
             if store.checksum(file) != finished.checksums[file.name]:
                 raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
-    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
+    source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
-        fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), stamps, source, space.out)
-    if (earlier := space.begun_stamps()) is not None:
-        fingerprint.refuse_change(earlier, stamps, source, space.partial)
+        fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), source_hashes, source, space.out)
+    if (earlier := space.begun_source_hashes()) is not None:
+        fingerprint.refuse_change(earlier, source_hashes, source, space.partial)
     asked = [*(name for there in before for name in there.detectors), *job.detectors]
     job = job.model_copy(update={"detectors": tuple(dict.fromkeys(asked))})
     keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))
     make = tuple(c for c in job.components if c not in keep)
-    return Plan(job, source, stamps, finished, _changes(before, job), keep, make)
+    return BuildPlan(job, source, source_hashes, finished, _changes(before, job), keep, make)
 
 
 def _has(there: Job, component: str, job: Job) -> bool:

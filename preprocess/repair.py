@@ -14,7 +14,7 @@ from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
 from preprocess.build import Found, Say, in_order, make_shards, stopping
 from preprocess.fingerprint import Progress
-from preprocess.plan import Plan
+from preprocess.plan import BuildPlan
 from preprocess.shards import checksum_of, write_shard
 from preprocess.sources import Source
 from preprocess.verify import SEALED, STRANGE, Problem, problems
@@ -58,25 +58,25 @@ def repair(
     return found
 
 
-def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path, progress: Progress) -> Plan:
+def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path, progress: Progress) -> BuildPlan:
     """The finished store's own job again, for the broken components."""
-    stamps = fingerprint.stamps(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
+    source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     stored = path / store.STAMPS
     if stored.is_file() and store.checksum(stored) == manifest.source:
         before = fingerprint.from_file(stored)
-        if len(before) != len(stamps):
-            fingerprint.refuse_change(before, stamps, source, path)
-        stamps = before  # a copied source will do, if the same bytes come of it
+        if len(before) != len(source_hashes):
+            fingerprint.refuse_change(before, source_hashes, source, path)
+        source_hashes = before  # a copied source will do, if the same bytes come of it
     make = tuple(component for component in job.components if component in broken)
     keep = tuple(component for component in job.components if component not in broken)
-    return Plan(job, source, stamps, manifest, "", keep, make)
+    return BuildPlan(job, source, source_hashes, manifest, "", keep, make)
 
 
-def _rebuild(plan: Plan, space: Workspace, workers: int, progress: Progress, say: Say) -> None:
+def _rebuild(plan: BuildPlan, space: Workspace, workers: int, progress: Progress, say: Say) -> None:
     """Leaves the whole store, but its manifest, in space.store."""
     assert plan.store is not None
     folders = plan.folders(space)
-    space.claim(plan.job, plan.stamps, folders.values(), shared=False)
+    space.claim(plan.job, plan.source_hashes, folders.values(), shared=False)
     for component, folder in folders.items():
         kept = _salvage(Store(space.out), component, folder)
         say(f"{component}: {kept:,} of {plan.job.shards:,} shards are whole; the others are made anew from the source")
@@ -108,7 +108,7 @@ def _salvage(opened: Store, component: str, folder: Path) -> int:
     return whole
 
 
-def _check(plan: Plan, space: Workspace, found: Found) -> None:
+def _check(plan: BuildPlan, space: Workspace, found: Found) -> None:
     """Raises ValueError where a shard is not what it was, which is removed."""
     assert plan.store is not None
     wrong = [
@@ -120,8 +120,8 @@ def _check(plan: Plan, space: Workspace, found: Found) -> None:
     for number, component in wrong:
         found[component][number].unlink()
     if wrong:
-        now = fingerprint.stamps(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
-        fingerprint.refuse_change(plan.stamps, now, plan.source, space.out)
+        now = fingerprint.source_hashes(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
+        fingerprint.refuse_change(plan.source_hashes, now, plan.source, space.out)
         number, component = wrong[0]
         raise KamimError(
             f"--source {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "

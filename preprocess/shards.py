@@ -24,7 +24,7 @@ Reject = Sequence[str]  # a file, and why it could not be read
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """A shard to make, anywhere: what travels to a worker process or another machine."""
 
     job: Job
@@ -35,7 +35,7 @@ class Task:
     strict: bool
 
 
-def run_shard(task: Task) -> dict[str, str]:
+def run_shard(task: ShardTask) -> dict[str, str]:
     """Makes the shard; returns its files' names, by component.
 
     Raises ValueError for another OpenCV than the job's and, with strict, for an unreadable image.

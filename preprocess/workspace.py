@@ -88,8 +88,8 @@ class Workspace:
         except pydantic.ValidationError:
             raise KamimError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
-    def begun_stamps(self) -> np.ndarray | None:
-        """The stamps of the source of the partial state. Raises ValueError where they are damaged."""
+    def begun_source_hashes(self) -> np.ndarray | None:
+        """The source hashes of the partial state. Raises ValueError if they are damaged."""
         if not (self.job_file.exists() and self.stamps_file.exists()):
             return None
         try:
@@ -97,7 +97,7 @@ class Workspace:
         except ValueError:
             raise KamimError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
-    def claim(self, job: Job, stamps: np.ndarray, folders: Collection[Path], shared: bool) -> None:
+    def claim(self, job: Job, source_hashes: np.ndarray, folders: Collection[Path], shared: bool) -> None:
         """Says whose the partial state is from now on, and makes the folders of its shards.
 
         Not shared, folders of another job are removed; shared, ValueError where there is another job's state.
@@ -110,7 +110,7 @@ class Workspace:
             )
         if begun != job:
             self.partial.mkdir(exist_ok=True)
-            store.write_whole(self.stamps_file, fingerprint.to_bytes(stamps))
+            store.write_whole(self.stamps_file, fingerprint.to_bytes(source_hashes))
             store.write_whole(self.job_file, job.model_dump_json(indent=2).encode())
         if not shared and self.shards.exists():
             for folder in set(self.shards.iterdir()) - set(folders):

@@ -25,7 +25,7 @@ from preprocess.sources import Source
 
 
 @dataclass(frozen=True)
-class Setting:
+class FidelityCase:
     """resolution, crop_scale, w_ps and T of the comparison.
 
     frames: how many canonical frames an image has, or None for as many as the detector's.
@@ -39,7 +39,7 @@ class Setting:
 
 
 def fidelity(
-    source: Source, detectors: Sequence[str], setting: Setting, images: int, crops: int,
+    source: Source, detectors: Sequence[str], setting: FidelityCase, images: int, crops: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """keypoints: a row per (detector, footprint): correlations of W and density, L1 of W / mean W, means of W.
@@ -90,7 +90,7 @@ def fidelity(
 class _Found:
     """A detector's keypoints on the canonical frames of an image, as a store would hold them."""
 
-    def __init__(self, pixels: np.ndarray, name: str, setting: Setting):
+    def __init__(self, pixels: np.ndarray, name: str, setting: FidelityCase):
         self.size = np.array([pixels.shape[:2]])
         count = setting.frames or detector(name).frames
         sizes = geometry.canonical_frames(*pixels.shape[:2], setting.resolution, setting.crop_scale, count)
@@ -110,7 +110,7 @@ class _Found:
 
 
 def _counts(
-    pixels: np.ndarray, frames: Mapping[str, _Found], epoch: int, index: int, setting: Setting
+    pixels: np.ndarray, frames: Mapping[str, _Found], epoch: int, index: int, setting: FidelityCase
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Cell counts of one random crop: cached, online, and online of the moved crop, by detector and footprint."""
     height, width = pixels.shape[:2]
@@ -148,12 +148,14 @@ def _moved(view: np.ndarray, height: int, width: int) -> np.ndarray:
     return view + by
 
 
-def _cells(xy: np.ndarray, footprint: str, setting: Setting) -> np.ndarray:
+def _cells(xy: np.ndarray, footprint: str, setting: FidelityCase) -> np.ndarray:
     bitmap = kp.keypoint_map(xy, setting.resolution, setting.resolution, footprint)
     return kp.map_counts(bitmap, setting.patch_size)
 
 
-def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: int, setting: Setting) -> dict[str, Any]:
+def _compare(
+    maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: int, setting: FidelityCase
+) -> dict[str, Any]:
     """maps: counts of every crop, those of one image one after the other."""
     counts = [np.stack(kind) for kind in zip(*maps, strict=True)]
     cached, online, moved = (_weights(of_kind, setting) for of_kind in counts)
@@ -181,7 +183,7 @@ def _compare(maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: i
     }
 
 
-def _weights(counts: np.ndarray, setting: Setting) -> np.ndarray:
+def _weights(counts: np.ndarray, setting: FidelityCase) -> np.ndarray:
     """W of many crops: float64 [crops, g, g], of counts int16 [crops, g, g]."""
     return keypoint_weights(counts, setting.patch_size, setting.temperature).astype(np.float64)
 

@@ -31,7 +31,7 @@ from preprocess.decode import Undecodable, decode, decode_plain_jpeg
 from preprocess.plan import make_job
 from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels
 from preprocess.resize import resize_plain
-from preprocess.shards import Task, run_shard
+from preprocess.shards import ShardTask, run_shard
 from preprocess.sources import Item, Read, Source
 
 PARTS = 16  # equal shards, which 1 and 2 workers share evenly
@@ -150,8 +150,8 @@ def _pooled(pool: Executor, job: Job, source: Source, shards: Sequence[Sequence[
     return {"wall": time.perf_counter() - start, "busiest": max(busy.values())}
 
 
-def _made(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> Task:
-    return Task(job, number, items, read, {component: folder / component for component in job.components}, strict)
+def _made(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> ShardTask:
+    return ShardTask(job, number, items, read, {component: folder / component for component in job.components}, strict)
 
 
 def _task(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path) -> tuple[str, float]:

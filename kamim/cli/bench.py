@@ -78,14 +78,14 @@ def bench_fidelity(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write every number here.")] = None,
 ) -> None:
     """Compares a store's keypoints and pixels with those of crops of the original images."""
-    from kamim.bench.fidelity import Setting, fidelity
+    from kamim.bench.fidelity import FidelityCase, fidelity
     from preprocess.sources import list_source
 
     check_folder("--json", json_out)
     names = tuple(detectors.split(","))
     for name in names:
         weighting_of(name, "ring", patch_size, temperature)
-    setting = Setting(patch_size=patch_size, temperature=temperature, frames=frames)
+    setting = FidelityCase(patch_size=patch_size, temperature=temperature, frames=frames)
     with bar("bench fidelity") as update:
         result = fidelity(list_source("imagefolder", source, "train"), names, setting, images, crops, update)
     for row in result["keypoints"]:

@@ -179,7 +179,7 @@ class Update:
         return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, left, note)))
 
 
-def note(metrics: Mapping[str, float], title: str = "") -> str:
+def metrics_line(metrics: Mapping[str, float], title: str = "") -> str:
     """What a bar says of a step of training: of what, its loss, how much of it was spent waiting for the batch."""
     said = [title] if title else []
     if metrics:

@@ -12,7 +12,7 @@ from kamim.cli.console import (
     bar,
     check_folder,
     is_main,
-    note,
+    metrics_line,
     out_console,
     say,
     says_errors,
@@ -67,7 +67,7 @@ def evaluate(
 
             results = evaluate_all(
                 resolved, modes,
-                lambda title: lambda done, total, m: update(done, total, note(m, title)),
+                lambda title: lambda done, total, m: update(done, total, metrics_line(m, title)),
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"

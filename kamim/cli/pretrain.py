@@ -13,7 +13,7 @@ from kamim.cli.console import (
     app,
     bar,
     check_folder,
-    note,
+    metrics_line,
     out_console,
     say,
     says_errors,
@@ -52,7 +52,7 @@ def pretrain(
         with terminable(), bar(title, images=resolved.optim.batch_size) as update:
             from kamim.training.pretrain import pretrain as train
 
-            outcome = train(resolved, lambda done, total, m: update(done, total, note(m)), resume == "never")
+            outcome = train(resolved, lambda done, total, m: update(done, total, metrics_line(m)), resume == "never")
     except KeyboardInterrupt:
         say("stopped at once; the same command again continues from the newest checkpoint")
         raise typer.Exit(RESUMABLE) from None

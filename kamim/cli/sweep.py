@@ -11,7 +11,7 @@ from kamim.cli.console import (
     RESUMABLE,
     app,
     bar,
-    note,
+    metrics_line,
     out_console,
     say,
     says_errors,
@@ -38,7 +38,9 @@ def sweep(
 
             made = run_grid(
                 grid,
-                lambda title: lambda done, total, m: update(done, total, ", ".join(filter(None, (title, note(m))))),
+                lambda title: (
+                    lambda done, total, m: update(done, total, ", ".join(filter(None, (title, metrics_line(m)))))
+                ),
             )
     except KeyboardInterrupt:
         say("stopped, saved; the same command again continues")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kamim.models.places import places
 from kamim.models.stochastic_depth import draw_paths
+from kamim.models.target_rank import target_rank
 from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Losses, autocast
@@ -41,13 +41,13 @@ def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: Wo
     """top1 and top5, in per cent, over all ranks' batches. fp32, as the released code validates."""
     network.eval()
     for buffer in network.buffers():  # a BatchNorm's statistics, which every rank has of its own samples
-        world.share(buffer)
+        world.broadcast(buffer)
     right = torch.zeros(3, dtype=torch.int64, device=world.device)  # as first, among the first 5; and of how many
     for batch in batches:
         if len(batch):  # a rank may have none of a short last step
             with torch.no_grad():
                 logits = network(read(normalise(batch.images)))
-            place = places(logits, batch.labels)
-            right += torch.stack([(place < 1).sum(), (place < 5).sum(), (place >= 0).sum()])
+            rank = target_rank(logits, batch.labels)
+            right += torch.stack([(rank < 1).sum(), (rank < 5).sum(), (rank >= 0).sum()])
     top1, top5, samples = world.sum(right).tolist()
     return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples}

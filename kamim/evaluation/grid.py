@@ -63,23 +63,23 @@ class Grid(Section):
 
 
 @dataclass(frozen=True)
-class Setting:
+class GridPoint:
     """One combination. name: of its run. values: by key of Pretrain."""
 
     name: str
     values: Mapping[str, Value]
 
 
-def settings(grid: Grid) -> list[Setting]:
+def settings(grid: Grid) -> list[GridPoint]:
     """All of them; the last axis varies fastest."""
     return [
-        Setting("_".join(f"{axis.name}{_text(v)}" for axis, v in zip(grid.axes, values, strict=True)),
+        GridPoint("_".join(f"{axis.name}{_text(v)}" for axis, v in zip(grid.axes, values, strict=True)),
                 {axis.key: value for axis, value in zip(grid.axes, values, strict=True)})
         for values in product(*(axis.values for axis in grid.axes))
     ]  # fmt: skip
 
 
-def pretraining(grid: Grid, setting: Setting) -> Pretrain:
+def pretraining(grid: Grid, setting: GridPoint) -> Pretrain:
     """The run of a setting. Raises ValueError where that cannot be."""
     return _resolved(Pretrain, grid.pretrain, setting.values, {"out": grid.out / setting.name})
 

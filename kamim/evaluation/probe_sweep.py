@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from kamim import KamimError
 from kamim.method import rng
-from kamim.models.places import places
 from kamim.models.readout import Readout
+from kamim.models.target_rank import target_rank
 from kamim.training import schedule
 from kamim.training.config import Optim
 
@@ -125,8 +125,8 @@ class Probes:
         for at in range(0, len(labels), batch):
             scores = self._scores([f[at : at + batch].to(self.device) for f in features])
             targets = labels[at : at + batch, None].to(self.device).expand(scores.shape[:-1])
-            place = places(scores, targets)
-            right += torch.stack([(place < top).sum(dim=1) for top in (1, 5)], dim=-1).cpu()
+            rank = target_rank(scores, targets)
+            right += torch.stack([(rank < top).sum(dim=1) for top in (1, 5)], dim=-1).cpu()
         return 100 * right / len(labels)
 
     def _scores(self, features: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kamim import KamimError
-from kamim.models.places import places
+from kamim.models.target_rank import target_rank
 
 KS = (5, 10, 20, 100)
 TEMPERATURE = 0.07
@@ -36,8 +36,8 @@ def knn(
         similarity, index = _nearest(queries, train, max(ks), tile)
         for k, votes in _votes(similarity, train_labels[index], classes, temperature):
             if k in right:
-                place = places(votes, labels).where(votes.gather(1, labels[:, None])[:, 0] > 0, classes)
-                right[k] += torch.stack([(place < top).sum() for top in (1, 5)])
+                rank = target_rank(votes, labels).where(votes.gather(1, labels[:, None])[:, 0] > 0, classes)
+                right[k] += torch.stack([(rank < top).sum() for top in (1, 5)])
         progress(at + len(labels), len(val))
     return {
         str(k): {f"top{top}": 100 * int(count) / len(val) for top, count in zip((1, 5), right[k], strict=True)}

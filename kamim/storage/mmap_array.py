@@ -58,7 +58,7 @@ def page_rows(total: int, smallest: int) -> int:
     return max(smallest, 1 << max(total // PAGES, 1).bit_length())
 
 
-class PagedWriter:
+class ArrayWriter:
     """Appends items to the array `name` of `group`. The only writer of its chunk files."""
 
     def __init__(self, group: "zarr.Group", name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
@@ -183,7 +183,7 @@ def read(path: Path, dtype: Any, shape: Sequence[int | None]) -> np.ndarray:
     return np.fromfile(chunk, dtype).reshape(lengths)
 
 
-class PagedReader:
+class ArrayReader:
     """Maps the pages of a paged array of rows of `row_shape`, read-only.
 
     Raises ValueError, which names the file and what is wrong.

@@ -232,7 +232,7 @@ class ZarrImages:
         self.labels = mmap_array.read(path / "label", np.int64, (count,))
         self.lengths = mmap_array.read(path / "length", np.int64, (count,))
         self._start = mmap_array.read(path / "start", np.int64, (count,))
-        self._bytes = mmap_array.PagedReader(path / "data", np.uint8)
+        self._bytes = mmap_array.ArrayReader(path / "data", np.uint8)
 
     def data(self, index: int) -> np.ndarray:
         """Encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
@@ -264,7 +264,7 @@ def write_zarr_images(
     """
     group = mmap_array.create_group(path, {"encoding": encoding})
     page_bytes = mmap_array.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, mmap_array.power_of_two(largest)))
-    writer = mmap_array.PagedWriter(group, "data", (), np.uint8, page_bytes)
+    writer = mmap_array.ArrayWriter(group, "data", (), np.uint8, page_bytes)
     rows = [
         (writer.append(data), len(data), height, width, label) for data, height, width, label, _ in images
     ]  # fmt: skip
@@ -294,7 +294,7 @@ class Keypoints:
         self._total = np.zeros(shape, np.int64)
         for group in range(len(rules.groups)):  # several times as fast as a sum over a short last axis
             self._total += self._counts[..., group]
-        self._positions = mmap_array.PagedReader(folder / "positions", np.uint16, (2,))
+        self._positions = mmap_array.ArrayReader(folder / "positions", np.uint16, (2,))
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G] of each group, in order)."""
@@ -330,7 +330,7 @@ def write_keypoints(
     """Writes keypoints.zarr/<detector>. Of every image: positions uint16 [K, 2], its frames' one after the other;
     counts int64 [V, G]; frames uint16 [V, 2]."""
     group = mmap_array.create_group(path / detector)
-    writer = mmap_array.PagedWriter(
+    writer = mmap_array.ArrayWriter(
         group, "positions", (2,), np.uint16, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
     )
     starts, all_counts, all_frames = [], [], []

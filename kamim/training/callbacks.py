@@ -119,7 +119,7 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
             known, known_labels, asked, labels, len(probe.train.classes), known.device, lambda done, total: None,
             ks=(k,),
         )  # fmt: skip
-        metrics.note({"knn_top1": found[str(k)]["top1"]})
+        metrics.log({"knn_top1": found[str(k)]["top1"]})
 
     return Callback(every, run)
 

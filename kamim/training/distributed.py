@@ -43,7 +43,7 @@ class World:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
-    def share(self, value: Tensor) -> None:
+    def broadcast(self, value: Tensor) -> None:
         """Makes `value` the first process's, on each of them."""
         if self.size > 1:
             dist.broadcast(value, src=0)

@@ -248,7 +248,7 @@ class Metrics:
         self.restart()
         self._waiting = waiting
 
-    def note(self, values: Values) -> None:
+    def log(self, values: Values) -> None:
         """Adds to the step that was taken last."""
         assert self._waiting is not None
         self._waiting.plain.update(values)

@@ -187,7 +187,7 @@ class Trainer:
         out, world = self.run.out, self.world
         found = checkpoint.latest(out, at_most) if world.is_main else None
         step = torch.tensor(-1 if found is None else found.step, device=world.device)
-        world.share(step)
+        world.broadcast(step)
         if step < 0:
             return 0
         checkpoint.restore(found or checkpoint.at(out, int(step)), self.model, self.optimizer)

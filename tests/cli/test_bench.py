@@ -29,7 +29,7 @@ def test_fidelity_of_the_crop_itself_is_perfect(class_folder: Path, monkeypatch:
     """With the crop unmoved the floor is 1; cached keypoints lie between chance and it."""
     monkeypatch.setattr(fidelity, "_moved", lambda box, height, width: box)
     source = list_source("imagefolder", class_folder, "train")
-    rows = fidelity.fidelity(source, ("fast",), fidelity.Setting(), 12, 2, lambda done, total: None)["keypoints"]
+    rows = fidelity.fidelity(source, ("fast",), fidelity.FidelityCase(), 12, 2, lambda done, total: None)["keypoints"]
     assert {(row["detector"], row["footprint"]) for row in rows} == {("fast", "ring"), ("fast", "point")}
     for row in rows:
         assert row["weight_correlation_floor"] == pytest.approx(1)

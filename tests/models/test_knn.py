@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from kamim.models.knn import knn
-from kamim.models.places import places
+from kamim.models.target_rank import target_rank
 from pipelines.samples import n_per_class
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_k_must_fit() -> None:
 def test_places() -> None:
     scores = torch.tensor([[0.1, 0.7, 0.7, 0.2], [float("nan"), 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
     for label, expected in enumerate(([3, 4, 0], [0, 3, 1], [1, 2, 2], [2, 1, 3])):
-        assert places(scores, torch.full((3,), label)).tolist() == expected
+        assert target_rank(scores, torch.full((3,), label)).tolist() == expected
 
 
 def test_places_give_torchmetrics_accuracy() -> None:
@@ -106,7 +106,7 @@ def test_places_give_torchmetrics_accuracy() -> None:
     scores, labels = torch.randn(500, 12, generator=generator), torch.randint(12, (500,), generator=generator)
     for k in (1, 5):
         expected = multiclass_accuracy(scores, labels, 12, top_k=k, average="micro")
-        assert (places(scores, labels) < k).float().mean() == pytest.approx(float(expected))
+        assert (target_rank(scores, labels) < k).float().mean() == pytest.approx(float(expected))
 
 
 @settings(deadline=None, max_examples=30)

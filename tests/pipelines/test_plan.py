@@ -10,7 +10,7 @@ from pipelines.plan import Plan
 
 def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
     first = epoch * plan.steps_per_epoch
-    return [int(i) for part in plan.parts(first, first + plan.steps_per_epoch) for i in part.indices]
+    return [int(i) for part in plan.micro_batches(first, first + plan.steps_per_epoch) for i in part.indices]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -23,12 +23,14 @@ def test_ranks_and_micro_batches_share_out_the_same_global_order(
     whole = Plan(samples, batch, batch, seed=1, drop_last=drop_last)
     ranks = [Plan(samples, batch, micro, seed=1, drop_last=drop_last, rank=r, world=world) for r in range(world)]
     for step in range(whole.steps_per_epoch):
-        (expected,) = whole.parts(step, step + 1)
-        parts = [part for plan in ranks for part in plan.parts(step, step + 1)]
+        (expected,) = whole.micro_batches(step, step + 1)
+        parts = [part for plan in ranks for part in plan.micro_batches(step, step + 1)]
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
         assert sum(part.share for part in parts) == pytest.approx(1)
         assert all(
-            len(part.indices) <= plan.largest_part <= micro for plan in ranks for part in plan.parts(step, step + 1)
+            len(part.indices) <= plan.largest_micro_batch <= micro
+            for plan in ranks
+            for part in plan.micro_batches(step, step + 1)
         )
         assert sum(part.last for part in parts) == world
     seen = epoch_of(whole)
@@ -44,9 +46,9 @@ def test_epochs_differ_and_unshuffled_is_in_order() -> None:
 
 def test_any_step_can_be_had_alone() -> None:
     plan = Plan(23, 5, 2, seed=3)
-    run = list(plan.parts(0, 12))
+    run = list(plan.micro_batches(0, 12))
     for step in range(12):
-        alone = [part.indices.tolist() for part in plan.parts(step, step + 1)]
+        alone = [part.indices.tolist() for part in plan.micro_batches(step, step + 1)]
         assert alone == [part.indices.tolist() for part in run if part.step == step]
 
 

@@ -23,9 +23,9 @@ from preprocess import build as building
 from preprocess import executors
 from preprocess.assemble import Files
 from preprocess.build import Stopped, build
-from preprocess.plan import Plan, make_job
+from preprocess.plan import BuildPlan, make_job
 from preprocess.record import record
-from preprocess.shards import Task
+from preprocess.shards import ShardTask
 from preprocess.sources import Item, Source, list_source
 from preprocess.sources.base import MAX_FILE_BYTES
 
@@ -86,11 +86,11 @@ class Ran:
         self.joined: dict[str, tuple[int, int]] = {}
         run_shard, assemble = executors.run_shard, building.assemble
 
-        def counted(task: Task) -> dict[str, str]:
+        def counted(task: ShardTask) -> dict[str, str]:
             self.made.append((task.number, tuple(task.folders)))
             return run_shard(task)
 
-        def marked(plan: Plan, shards: Files, *rest: Any) -> store.Manifest:
+        def marked(plan: BuildPlan, shards: Files, *rest: Any) -> store.Manifest:
             self.joined = marks([file for files in shards.values() for file in files])
             return assemble(plan, shards, *rest)
 

@@ -22,9 +22,9 @@ from kamim.storage.store import Store
 from preprocess import build as building
 from preprocess import executors
 from preprocess.build import Stopped, build, build_share, publish_shares
-from preprocess.fingerprint import stamps
-from preprocess.plan import make_plan
-from preprocess.shards import Task, run_shard
+from preprocess.fingerprint import source_hashes
+from preprocess.plan import plan_build
+from preprocess.shards import ShardTask, run_shard
 from preprocess.sources import Item, Source
 from preprocess.verify import problems
 from preprocess.workspace import Workspace
@@ -57,7 +57,7 @@ class Made:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.components: list[tuple[str, ...]] = []
 
-        def counted(task: Task) -> dict[str, str]:
+        def counted(task: ShardTask) -> dict[str, str]:
             self.components.append(tuple(task.folders))
             return run_shard(task)
 
@@ -189,9 +189,9 @@ def test_shards_of_another_version_of_a_detector_are_not_taken_up(
 ) -> None:
     job, listed = plan_job(folder, detectors=("harris",))
     space = Workspace(tmp_path / "out")
-    before = make_plan(job, listed, space).folders(space)
+    before = plan_build(job, listed, space).folders(space)
     monkeypatch.setattr("preprocess.plan.origin", lambda name: f"{name} 2.0")
-    after = make_plan(job, listed, space).folders(space)
+    after = plan_build(job, listed, space).folders(space)
     assert before["images"] == after["images"]
     assert before["harris"] != after["harris"]
 
@@ -276,7 +276,9 @@ def test_with_content_a_copy_is_the_same_source_and_a_changed_byte_is_not(folder
     assert tree(tmp_path / "out") == tree(tmp_path / "of_copy")
     with_content(copy, tmp_path / "out")
     rewrite(copy / "b/0.jpg")
-    assert stamps(plan_job(copy)[1], "stat", 1).tolist() != stamps(plan_job(folder)[1], "stat", 1).tolist()
+    assert (
+        source_hashes(plan_job(copy)[1], "stat", 1).tolist() != source_hashes(plan_job(folder)[1], "stat", 1).tolist()
+    )
     with pytest.raises(ValueError, match=r"number 4, b/0\.jpg"):
         with_content(copy, tmp_path / "out")
 
@@ -291,7 +293,7 @@ def test_content_stamps_tell_arrays_files_and_what_cannot_be_read_apart() -> Non
         return given[item.key]
 
     made = [
-        stamps(Source("", (), [Item("x", 0, 0)], lambda item, key=key: read(Item(key, 0, 0))), "content", 1)[0]
+        source_hashes(Source("", (), [Item("x", 0, 0)], lambda item, key=key: read(Item(key, 0, 0))), "content", 1)[0]
         for key in given
     ]
     assert len(set(made)) == 4
@@ -459,7 +461,7 @@ def test_a_worker_of_a_cluster_may_be_killed(folder: Path, tmp_path: Path) -> No
 def test_a_result_that_is_not_what_was_made_stops_the_job(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loses(task: Task) -> dict[str, str]:
+    def loses(task: ShardTask) -> dict[str, str]:
         names = run_shard(task)
         if task.number == 1:
             file = task.folders["fast"] / names["fast"]
@@ -482,7 +484,7 @@ def test_no_more_tasks_are_in_flight_than_asked_for(folder: Path, tmp_path: Path
         nonlocal begun
         for number, item in enumerate(listed.items):
             begun += 1
-            yield Task(job, number, [item], listed.read, {"images": tmp_path}, True)
+            yield ShardTask(job, number, [item], listed.read, {"images": tmp_path}, True)
 
     with Inline(1, mp_context=None, initializer=None) as executor:
         for done, _ in enumerate(executors.results(executor, 3, tasks()), 1):
@@ -492,7 +494,7 @@ def test_no_more_tasks_are_in_flight_than_asked_for(folder: Path, tmp_path: Path
 
 def test_another_opencv_on_a_worker_is_refused(folder: Path, tmp_path: Path) -> None:
     job, listed = plan_job(folder)
-    task = Task(job.model_copy(update={"opencv": "1.0"}), 0, listed.items, listed.read, {"images": tmp_path}, True)
+    task = ShardTask(job.model_copy(update={"opencv": "1.0"}), 0, listed.items, listed.read, {"images": tmp_path}, True)
     with pytest.raises(ValueError, match=r"but the job is of OpenCV 1\.0"):
         run_shard(task)
 

@@ -126,7 +126,7 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
 
 
 def written(path: Path, items: list[np.ndarray], page_rows: int) -> list[int]:
-    writer = mmap_array.PagedWriter(zarr.create_group(path), "a", items[0].shape[1:], items[0].dtype, page_rows)
+    writer = mmap_array.ArrayWriter(zarr.create_group(path), "a", items[0].shape[1:], items[0].dtype, page_rows)
     starts = [writer.append(item) for item in items]
     writer.close()
     return starts
@@ -142,7 +142,7 @@ def test_items_come_back_whole_and_never_cross_a_page(
     random = np.random.default_rng(len(lengths))
     items = [random.integers(0, 1 << 16, (n, *shape)).astype(np.uint16) for n in (*lengths, 1)]
     starts = written(path, items, 10)
-    reader = mmap_array.PagedReader(path / "a", np.uint16, shape)
+    reader = mmap_array.ArrayReader(path / "a", np.uint16, shape)
     plain = zarr.open_array(path / "a", mode="r")[:]  # any zarr reader
     for start, item in zip(starts, items, strict=True):
         assert start % 10 + len(item) <= 10
@@ -158,7 +158,7 @@ def test_items_come_back_whole_and_never_cross_a_page(
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (8, 3), (20, 1), (3, -1), (1 << 62, 1)])
 def test_rows_outside_the_pages_have_no_address(tmp_path: Path, start: int, count: int) -> None:
     written(tmp_path / "paged", [np.zeros(7, np.uint16)] * 2, 10)
-    reader = mmap_array.PagedReader(tmp_path / "paged/a", np.uint16)
+    reader = mmap_array.ArrayReader(tmp_path / "paged/a", np.uint16)
     with pytest.raises(IndexError, match="rows lie outside the pages"):
         reader.addresses(np.array([0, start]), np.array([7, count]))
 
@@ -171,7 +171,7 @@ def test_an_item_larger_than_a_page_is_refused(tmp_path: Path) -> None:
 def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
     items = [np.zeros((n, 2), np.uint16) for n in (0, 10, 0, 0)]
     starts = written(tmp_path, items, 10)
-    reader = mmap_array.PagedReader(tmp_path / "a", np.uint16, (2,))
+    reader = mmap_array.ArrayReader(tmp_path / "a", np.uint16, (2,))
     assert [reader.rows(start, len(item)).shape for start, item in zip(starts, items, strict=True)] == [
         (0, 2), (10, 2), (0, 2), (0, 2),
     ]  # fmt: skip
@@ -179,20 +179,20 @@ def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
 
 def test_an_array_without_rows_opens(tmp_path: Path) -> None:
     written(tmp_path, [np.zeros(0, np.uint8)], 10)
-    assert mmap_array.PagedReader(tmp_path / "a", np.uint8).rows(0, 0).shape == (0,)
+    assert mmap_array.ArrayReader(tmp_path / "a", np.uint8).rows(0, 0).shape == (0,)
 
 
 def test_pages_of_zeros_survive(tmp_path: Path) -> None:
     items = [np.zeros(10, np.uint8), np.zeros(7, np.uint8), np.ones(4, np.uint8)]
     starts = written(tmp_path, items, 10)
-    reader = mmap_array.PagedReader(tmp_path / "a", np.uint8)
+    reader = mmap_array.ArrayReader(tmp_path / "a", np.uint8)
     for start, item in zip(starts, items, strict=True):
         np.testing.assert_array_equal(reader.rows(start, len(item)), item)
 
 
 def test_items_are_read_only_views_of_a_file(tmp_path: Path) -> None:
     starts = written(tmp_path, [np.arange(5, dtype=np.uint8)], 10)
-    rows = mmap_array.PagedReader(tmp_path / "a", np.uint8).rows(starts[0], 5)
+    rows = mmap_array.ArrayReader(tmp_path / "a", np.uint8).rows(starts[0], 5)
     assert isinstance(rows.base.base, np.memmap)
     assert not rows.flags.writeable
 

@@ -18,7 +18,7 @@ from preprocess import executors, fingerprint
 from preprocess.assemble import take_apart
 from preprocess.build import build
 from preprocess.repair import _salvage, repair
-from preprocess.shards import Task, run_shard
+from preprocess.shards import ShardTask, run_shard
 from preprocess.verify import problems
 
 runner = CliRunner()
@@ -75,7 +75,7 @@ def test_a_store_can_be_taken_apart_into_the_shards_it_was_made_of(path: Path, s
         shard = take_apart(opened, component)
         for number in range(job.shards):
             items = listed.items[3 * number : 3 * number + 3]
-            names = run_shard(Task(job, number, items, listed.read, {component: tmp_path / component}, False))
+            names = run_shard(ShardTask(job, number, items, listed.read, {component: tmp_path / component}, False))
             assert (tmp_path / component / names[component]).read_bytes() == shard(number)
             assert names[component] == f"{number:06d}-{opened.manifest.shards[component][number]}.safetensors"
 
@@ -98,7 +98,7 @@ def test_only_the_damaged_shards_are_made_anew(
 ) -> None:
     made: list[tuple[int, tuple[str, ...]]] = []
 
-    def counted(task: Task) -> dict[str, str]:
+    def counted(task: ShardTask) -> dict[str, str]:
         made.append((task.number, tuple(task.folders)))
         return run_shard(task)
 
@@ -197,16 +197,16 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
 
 
 def test_a_list_of_stamps_is_exactly_what_is_written(tmp_path: Path) -> None:
-    stamps, file = np.arange(300, dtype=np.uint64), tmp_path / "stamps.npy"
-    content = fingerprint.to_bytes(stamps)
+    source_hashes, file = np.arange(300, dtype=np.uint64), tmp_path / "stamps.npy"
+    content = fingerprint.to_bytes(source_hashes)
     file.write_bytes(content)
-    np.testing.assert_array_equal(fingerprint.from_file(file), stamps)
+    np.testing.assert_array_equal(fingerprint.from_file(file), source_hashes)
     for wrong in (
         b"", content[:100], content[:-1], content + b"\0", content.replace(b"(300,)", b"(3000000000000,)"),
         content.replace(b"'<u8'", b"'|O'"), content.replace(b"<u8", b"<f8"),
     ):  # fmt: skip
         file.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"stamps\.npy: is damaged"):
+        with pytest.raises(ValueError, match=r"source_hashes\.npy: is damaged"):
             fingerprint.from_file(file)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import WORLD, board, config, quiet
 
-from kamim.cli.console import note
+from kamim.cli.console import metrics_line
 from kamim.training import machine, metrics
 from kamim.training.config import Log
 from kamim.training.metrics import Metrics, TimedBatches
@@ -51,7 +51,7 @@ def test_a_step_is_read_when_the_next_one_is_queued() -> None:
     with Metrics([heard]) as made:
         made.add(0, 1e-3, values(0.5))
         assert heard.said == []
-        made.note({"knn_top1": 12.5})
+        made.log({"knn_top1": 12.5})
         made.add(1, 1e-3, values(0.25))
         (step, first), = heard.said  # fmt: skip
         assert (step, first["loss"], first["knn_top1"], first["lr"]) == (0, 0.5, 12.5, 1e-3)
@@ -214,5 +214,5 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_bar_says_loss_and_wait() -> None:
-    assert note({}) == ""
-    assert note({"loss": 0.5, "data_wait_share": 0.0123}) == "loss 0.5000, data-wait 1.2%"
+    assert metrics_line({}) == ""
+    assert metrics_line({"loss": 0.5, "data_wait_share": 0.0123}) == "loss 0.5000, data-wait 1.2%"

@@ -196,7 +196,7 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
     ]
 
 
-def test_a_list_of_stamps_is_exactly_what_is_written(tmp_path: Path) -> None:
+def test_a_list_of_source_hashes_is_exactly_what_is_written(tmp_path: Path) -> None:
     source_hashes, file = np.arange(300, dtype=np.uint64), tmp_path / "stamps.npy"
     content = fingerprint.to_bytes(source_hashes)
     file.write_bytes(content)
@@ -206,7 +206,7 @@ def test_a_list_of_stamps_is_exactly_what_is_written(tmp_path: Path) -> None:
         content.replace(b"'<u8'", b"'|O'"), content.replace(b"<u8", b"<f8"),
     ):  # fmt: skip
         file.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"source_hashes\.npy: is damaged"):
+        with pytest.raises(ValueError, match=r"stamps\.npy: is damaged"):
             fingerprint.from_file(file)
 
 

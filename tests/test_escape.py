@@ -27,6 +27,7 @@ from kamim.cli import app, console
 from kamim.cli.console import bar
 from kamim.evaluation import figures as evaluation
 from kamim.evaluation import grid
+from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.storage.escape import cell, literal, one_line, printable, text_of
@@ -83,7 +84,7 @@ def test_every_figure_takes_names_as_text() -> None:
     tokens = {**classes, "before": xy, "after": xy, "before_variance": depth, "after_variance": depth}
     flat = {**tokens, "before": xy[0], "after": xy[1]}
     pair = {**tokens, "before": xy[:2], "after": xy[:2], "classes": (title,) * 2}
-    row = {"block": 1, "pooling": "mean", "norm": "none", "lr": 0.1, "top1": 1.0, "top5": 2.0}
+    row = SweepRow(1, "mean", "none", 0.1, 1.0, 2.0)
     image = np.zeros((2, 8, 8, 3), np.uint8)
     of_classes = [
         analysis.classes({bad: {**classes, "xy": xy[:, 0]}}), analysis.two_images({bad: pair}),
@@ -97,7 +98,7 @@ def test_every_figure_takes_names_as_text() -> None:
         analysis.features({bad: {"rank": depth, "uniformity": depth}}), analysis.similarity({bad: {bad: np.eye(3)}}),
         analysis.probe({bad: {"block": [1, 2], "top1": [1.0, 2.0]}}),
         analysis.reconstructions(image, image[..., 0] > 0, [(bad, image)], bad), evaluation.depth({bad: [row]}),
-        evaluation.neighbours({bad: {"5": {"top1": 1.0}}}),
+        evaluation.neighbours({bad: KnnAccuracy({5: Accuracy(1.0, 2.0)})}),
     ]  # fmt: skip
     for number, figure in enumerate(drawn):
         figure.savefig(io.BytesIO(), format="png", dpi=20)

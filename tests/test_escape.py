@@ -141,12 +141,25 @@ def test_warnings_are_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_pages_and_tables_hold_text(tmp_path: Path) -> None:
     parts = [
         page.paragraph("".join(HOSTILE)), page.heading("".join(HOSTILE)), page.bullets(HOSTILE),
-        page.table(HOSTILE, [HOSTILE]), page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]), page.folded(HOSTILE[6], ""),
+        page.table(HOSTILE, [HOSTILE]), page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]),
+        page.folded(HOSTILE[6], page.paragraph(HOSTILE[6])),
     ]  # fmt: skip
     page.save_page("".join(HOSTILE), parts, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&quot;&#x27;' in text
+    assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&#34;&#39;' in text
+    assert text.count("&lt;script") == 2 + 8 and "<p>" in text
     assert grid.Table(HOSTILE, (HOSTILE,)).markdown().count("\n") == 3
+
+
+def test_only_templates_make_markup(tmp_path: Path) -> None:
+    """A string that is no part is escaped, and neither code nor template exempts any text."""
+    page.save_page("title", ["<b>", page.folded("", "<i>")], tmp_path / "page.html")  # type: ignore[list-item,arg-type]
+    text = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;" in text and "&lt;i&gt;" in text and "<b>" not in text and "<i>" not in text
+    for file in MODULES:
+        assert "Markup(" not in file.read_text(), file
+    for template in (Path(page.__file__).parent / "templates").iterdir():
+        assert not re.search(r"safe|autoescape|Markup", template.read_text()), template
 
 
 @pytest.fixture(scope="module")

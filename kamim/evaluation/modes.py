@@ -21,6 +21,7 @@ from kamim.evaluation.results import (
     SweepAccuracy,
 )
 from kamim.models.readout import Pixels
+from kamim.reporting import page
 
 M = TypeVar("M", bound=Measured)
 
@@ -40,7 +41,7 @@ class Mode(Generic[M]):
     measured: type[M]
     title: str
     column: str
-    section: Callable[[Sequence[Result[M]]], Iterator[str]]
+    section: Callable[[Sequence[Result[M]]], Iterator[page.Part]]
     applies: Callable[[EvaluatedModel], bool] = lambda _: True
     pictures: Callable[[Sequence[tuple[str, Path]]], Iterator[tuple[bytes, str]]] = lambda _: iter(())
     chosen_on_val: bool = False

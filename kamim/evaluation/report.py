@@ -48,7 +48,7 @@ def save_report(
     page.save_page("kamim evaluation", parts, file)
 
 
-def _checkpoints(settings: Sequence[EvalSettings]) -> str:
+def _checkpoints(settings: Sequence[EvalSettings]) -> page.Part:
     return page.table(
         ("checkpoint", "architecture", "step", "pretraining", "file"),
         [
@@ -58,7 +58,7 @@ def _checkpoints(settings: Sequence[EvalSettings]) -> str:
     )
 
 
-def _glance(results: Sequence[Result[Any]]) -> str:
+def _glance(results: Sequence[Result[Any]]) -> page.Part:
     """A table of one number for each checkpoint and mode."""
     headlines = {(r.settings.name, r.settings.mode): r.measured.headline for r in results}
     names = dict.fromkeys(r.settings.name for r in results)
@@ -72,6 +72,6 @@ def _pretraining(run: Mapping[str, Any] | None) -> str:
     return "" if run is None else f"{run['method']} on {run['dataset'] or 'unknown'}, {run['epochs']} epochs"
 
 
-def _settings(settings: EvalSettings) -> str:
+def _settings(settings: EvalSettings) -> page.Part:
     """A table of everything that led to a result, nested keys joined by dots."""
     return page.table(("key", "value"), flat_text(settings.as_json()))

@@ -24,7 +24,7 @@ PAPER_HEADER = "paper's"
 SHOWN = "shown.npz"  # what a reconstruction leaves: originals, masks, made, as plots.reconstruction_sheet takes them
 
 
-def classified(results: Sequence[Result[Accuracy]]) -> Iterator[str]:
+def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
     """A table of linear probes or of fine-tuning."""
     header = ("checkpoint", "protocol", "block", "pooling", "norm", "epochs", "top-1", PAPER_HEADER, "top-5")
     yield page.table(
@@ -38,7 +38,7 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[str]:
     )  # fmt: skip
 
 
-def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[str]:
+def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
     """A table and a curve of accuracies by k."""
     ks = sorted({k for r in results for k in r.measured.k})
     yield page.table(
@@ -55,7 +55,7 @@ def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[str]:
     yield page.picture(page.png(figure), "kNN accuracy by k", "Top-1 by the number of neighbours that vote.")
 
 
-def swept(results: Sequence[Result[SweepAccuracy]]) -> Iterator[str]:
+def swept(results: Sequence[Result[SweepAccuracy]]) -> Iterator[page.Part]:
     """A table of the best probes, a curve by depth, and every readout's best probe."""
     header = ("checkpoint", "block", "pooling", "norm", "rate", "top-1", "top-5")
     yield page.table(header, [(r.settings.name, *_row(r.measured.best)) for r in results])
@@ -73,7 +73,7 @@ def _row(row: SweepRow) -> tuple[str, ...]:
     return (str(row.block), row.pooling, row.norm, f"{row.lr:g}", _percent(row.top1), _percent(row.top5))
 
 
-def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[str]:
+def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[page.Part]:
     """A table for each convention."""
     header = ("checkpoint", "PSNR (dB)", PAPER_HEADER, "SSIM", PAPER_HEADER)
     whole_image = [(r.settings, r.measured.paper) for r in results if r.measured.paper]

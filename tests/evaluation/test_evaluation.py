@@ -15,6 +15,7 @@ import torch
 from conftest import build_store
 from PIL import Image
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -29,7 +30,7 @@ from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import _context, evaluate
 from kamim.evaluation.tasks import make_optimizer
 from kamim.models.masked_image_model import build_encoder
-from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
+from kamim.models.readout import Pixels, Readout, blocks, fixed, resolve, tokens_after
 from kamim.storage.store import Store
 from kamim.training import checkpoint
 from kamim.training.config import Compute, Pretrain
@@ -122,6 +123,29 @@ def test_tokens_after_a_block_are_the_blocks_output(name: str) -> None:
             torch.testing.assert_close(found, expected[number].reshape(found.shape))
             assert max(seen) == number  # what lies behind is not computed
             seen.clear()
+
+
+@pytest.mark.parametrize("name", ["registers", "swin_tiny"])
+def test_blocks_are_timms_intermediates(name: str) -> None:
+    """Bit for bit."""
+    torch.manual_seed(0)
+    if name == "registers":
+        encoder = VisionTransformer(64, 16, depth=3, embed_dim=32, num_heads=2, reg_tokens=2, pre_norm=True).eval()
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            found = list(blocks(encoder, images, 2))
+            pairs = encoder.forward_intermediates(
+                images, indices=[0, 1], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            )
+        expected = [torch.cat([first, patches], dim=1) for patches, first in pairs]
+    else:
+        swin, images = build_encoder(name, 192).eval(), torch.randn(1, 3, 192, 192)
+        with torch.no_grad():
+            found = list(blocks(swin, images, 2))
+            maps = swin.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        expected = [of_stage.flatten(2).transpose(1, 2) for of_stage in maps]
+    assert [number for number, _ in found] == [1, 2]
+    assert all(torch.equal(tokens, twin) for (_, tokens), twin in zip(found, expected, strict=True))
 
 
 def test_pixels_are_the_image_made_small() -> None:

@@ -129,8 +129,8 @@ def same_mixing() -> dict[str, Any]:
 def same_evaluation(folder: Path) -> dict[str, Any]:
     """Every mode on the CPU and on cuda, on the run and the store of same_losses: its headline on each."""
     shown = {
-        "linprobe": lambda r: r["top1"], "finetune": lambda r: r["top1"], "knn": lambda r: r["k"]["5"]["top1"],
-        "probe-sweep": lambda r: r["best"]["top1"], "reconstruct": lambda r: r["honest"]["psnr"],
+        "linprobe": lambda m: m.top1, "finetune": lambda m: m.top1, "knn": lambda m: m.k[5].top1,
+        "probe-sweep": lambda m: m.best.top1, "reconstruct": lambda m: m.honest.psnr,
     }  # fmt: skip
     made: dict[str, Any] = {}
     for device in ("cpu", "cuda"):
@@ -143,7 +143,9 @@ def same_evaluation(folder: Path) -> dict[str, Any]:
         ])  # fmt: skip
         start = time.perf_counter()
         results = evaluate(config, None, lambda title: lambda *_: None)
-        made[device] = {r["mode"]: shown[r["mode"]](r) for r in results} | {"seconds": time.perf_counter() - start}
+        made[device] = {r.settings.mode: shown[r.settings.mode](r.measured) for r in results} | {
+            "seconds": time.perf_counter() - start
+        }
     return made
 
 

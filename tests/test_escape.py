@@ -27,6 +27,7 @@ from kamim.cli import app, console
 from kamim.cli.console import bar
 from kamim.evaluation import figures as evaluation
 from kamim.evaluation import grid
+from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.storage.escape import cell, literal, one_line, printable, text_of
@@ -83,7 +84,7 @@ def test_every_figure_takes_names_as_text() -> None:
     tokens = {**classes, "before": xy, "after": xy, "before_variance": depth, "after_variance": depth}
     flat = {**tokens, "before": xy[0], "after": xy[1]}
     pair = {**tokens, "before": xy[:2], "after": xy[:2], "classes": (title,) * 2}
-    row = {"block": 1, "pooling": "mean", "norm": "none", "lr": 0.1, "top1": 1.0, "top5": 2.0}
+    row = SweepRow(1, "mean", "none", 0.1, 1.0, 2.0)
     image = np.zeros((2, 8, 8, 3), np.uint8)
     of_classes = [
         analysis.classes({bad: {**classes, "xy": xy[:, 0]}}), analysis.two_images({bad: pair}),
@@ -97,7 +98,7 @@ def test_every_figure_takes_names_as_text() -> None:
         analysis.features({bad: {"rank": depth, "uniformity": depth}}), analysis.similarity({bad: {bad: np.eye(3)}}),
         analysis.probe({bad: {"block": [1, 2], "top1": [1.0, 2.0]}}),
         analysis.reconstructions(image, image[..., 0] > 0, [(bad, image)], bad), evaluation.depth({bad: [row]}),
-        evaluation.neighbours({bad: {"5": {"top1": 1.0}}}),
+        evaluation.neighbours({bad: KnnAccuracy({5: Accuracy(1.0, 2.0)})}),
     ]  # fmt: skip
     for number, figure in enumerate(drawn):
         figure.savefig(io.BytesIO(), format="png", dpi=20)
@@ -140,12 +141,25 @@ def test_warnings_are_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_pages_and_tables_hold_text(tmp_path: Path) -> None:
     parts = [
         page.paragraph("".join(HOSTILE)), page.heading("".join(HOSTILE)), page.bullets(HOSTILE),
-        page.table(HOSTILE, [HOSTILE]), page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]), page.folded(HOSTILE[6], ""),
+        page.table(HOSTILE, [HOSTILE]), page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]),
+        page.folded(HOSTILE[6], page.paragraph(HOSTILE[6])),
     ]  # fmt: skip
     page.save_page("".join(HOSTILE), parts, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&quot;&#x27;' in text
+    assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&#34;&#39;' in text
+    assert text.count("&lt;script") == 2 + 8 and "<p>" in text
     assert grid.Table(HOSTILE, (HOSTILE,)).markdown().count("\n") == 3
+
+
+def test_only_templates_make_markup(tmp_path: Path) -> None:
+    """A string that is no part is escaped, and neither code nor template exempts any text."""
+    page.save_page("title", ["<b>", page.folded("", "<i>")], tmp_path / "page.html")  # type: ignore[list-item,arg-type]
+    text = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;" in text and "&lt;i&gt;" in text and "<b>" not in text and "<i>" not in text
+    for file in MODULES:
+        assert "Markup(" not in file.read_text(), file
+    for template in (Path(page.__file__).parent / "templates").iterdir():
+        assert not re.search(r"safe|autoescape|Markup", template.read_text()), template
 
 
 @pytest.fixture(scope="module")

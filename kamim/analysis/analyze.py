@@ -1,15 +1,16 @@
 """Stores and checkpoints for the analyses."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from kamim import KamimError
+from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
 from kamim.analysis.request import Request
 from kamim.analysis.run import analyse
-from kamim.analysis.subjects import Subject, timm_encoder
-from kamim.evaluation.subject import load_model
+from kamim.evaluation.evaluated_model import load_model
 from kamim.storage import lock
 from kamim.storage.store import Store
 from pipelines.batch import Batch
@@ -34,7 +35,7 @@ class _StoreImages:
         return Loader(self._store, plan, resolution, counter=counter).steps(0, plan.steps_per_epoch)
 
 
-def load_subject(spec: str, seed: int) -> Subject:
+def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
     """NAME=CHECKPOINT, with what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises ValueError for another."""
     name, equals, source = spec.partition("=")
     if not (name and equals and source):
@@ -42,10 +43,10 @@ def load_subject(spec: str, seed: int) -> Subject:
     if source.startswith("timm:"):
         encoder = timm_encoder(source.removeprefix("timm:"), seed)
         about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}
-        return Subject(name, encoder, encoder.patch_embed.img_size[0], None, about)
-    found = load_model(source)
-    model = found.model if found.has_head else None
-    return Subject(name, found.model.encoder, found.model.resolution, model, found.about)
+        return AnalysedModel(name, encoder, encoder.patch_embed.img_size[0], None, about)
+    loaded = load_model(source)
+    model = loaded.model if loaded.has_head else None
+    return AnalysedModel(name, loaded.model.encoder, loaded.model.resolution, model, asdict(loaded.origin))
 
 
 def run_analysis(
@@ -56,6 +57,6 @@ def run_analysis(
     for name in names:
         if names.count(name) > 1:
             raise KamimError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
-    subjects = [load_subject(spec, request.seed) for spec in specs]
+    models = [load_analysed_model(spec, request.seed) for spec in specs]
     with lock.alone(out, "--out"):
-        return analyse(subjects, _StoreImages(store), request, out, progress)
+        return analyse(models, _StoreImages(store), request, out, progress)

@@ -1,8 +1,9 @@
 """Attention weights of timm encoders, computed on the side.
 
-A model runs as always, with fused attention (SDPA), which does not give its softmax weights. Hooks on the
-attention modules compute them again from q and k, layer by layer, and hand them on, so that no more than one
-layer's weights of one batch are ever held.
+The model runs unchanged, with fused attention (SDPA), which does not return its softmax weights. Hooks on the attention
+modules compute them again from q and k and pass them on layer by layer, so that only one layer's weights of one batch
+are held. timm's AttentionExtract needs attention that is not fused, which changes the model's output in its last
+digits, and returns the weights of all layers at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]
 def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias + mask) of a timm attention module.
 
-    x: [B, N, D], what the module is given. mask: [W, N, N], what a shifted window attention is given with it,
-    B being a multiple of W. Returns [B, heads, N, N], rows are queries and sum to 1.
+    x: [B, N, D], the module's input. mask: [W, N, N], the mask of a shifted window attention, with B a multiple of W.
+    Returns [B, heads, N, N]; rows are queries and sum to 1.
     """
     batch, tokens, _ = x.shape
     q, k, _ = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -48,12 +49,12 @@ def blocks(encoder: VisionTransformer | SwinTransformer) -> list[Any]:
 def watched(
     encoder: VisionTransformer | SwinTransformer, on_tokens: OnTokens, on_attention: OnAttention | None = None
 ) -> Iterator[None]:
-    """While open, every forward pass reports its hidden states and attention, in order of depth.
+    """Inside this context, every forward pass reports its hidden states and attention, in order of depth.
 
-    on_tokens(depth, tokens [B, h, w, D]): 0 is what enters the first block, d what leaves block d; class and
-    register tokens are dropped. on_attention(depth, weights [B, heads, N, N], given [B, N, D], output [B, N, D]): from
-    1, all N tokens; given is what the attention is given, behind the block's first norm, and output is the attention's
-    own, before it is added to the residual stream.
+    on_tokens(depth, tokens [B, h, w, D]): depth 0 is the input of the first block, depth d the output of block d,
+    without class and register tokens. on_attention(depth, weights [B, heads, N, N], given [B, N, D],
+    output [B, N, D]): depth from 1, all N tokens. given is the input of the attention, after the block's first norm;
+    output is the attention's own, before it is added to the residual stream.
     """
     prefix = 0 if isinstance(encoder, SwinTransformer) else encoder.num_prefix_tokens
     layers = blocks(encoder)
@@ -69,7 +70,7 @@ def watched(
 
     hooks = [layers[0].register_forward_pre_hook(entering)]
     for depth, layer in enumerate(layers, start=1):
-        hooks.append(layer.register_forward_hook(lambda _, __, made, d=depth: on_tokens(d, grid(made))))
+        hooks.append(layer.register_forward_hook(lambda _, __, output, d=depth: on_tokens(d, grid(output))))
         if on_attention is not None:
             hooks.append(layer.attn.register_forward_hook(_reporter(depth, on_attention), with_kwargs=True))
     try:
@@ -80,8 +81,8 @@ def watched(
 
 
 def _reporter(depth: int, on_attention: OnAttention) -> Callable[..., None]:
-    def report(module: Any, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
+    def report(module: Any, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert named.get("attn_mask") is None and not named.get("is_causal"), "a ViT of images masks nothing"
-        on_attention(depth, attention_weights(module, given[0], named.get("mask")), given[0], made)
+        on_attention(depth, attention_weights(module, given[0], named.get("mask")), given[0], output)
 
     return report

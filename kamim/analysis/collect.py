@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from kamim.analysis import measures
+from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.attention import watched
-from kamim.analysis.subjects import Subject
 from kamim.method.weighting import counts_to_weights
 from pipelines.batch import Batch, normalise
 
@@ -48,16 +48,16 @@ def per_image(kept: dict[int, list[Tensor]]) -> np.ndarray:
     return np.stack([torch.cat(kept[depth]).cpu().numpy() for depth in sorted(kept)], axis=1)
 
 
-def _run(subject: Subject, batch: Batch) -> None:
+def _run(model: AnalysedModel, batch: Batch) -> None:
     with torch.no_grad():
-        subject.encoder.forward_features(normalise(batch.images))
+        model.encoder.forward_features(normalise(batch.images))
 
 
-def collect_curves(subject: Subject, batches: Images, device: torch.device, progress: Progress) -> Curves:
+def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, progress: Progress) -> Curves:
     """Everything that is drawn over depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
     kept, weights, distances = Curves(), torch.empty(0), torch.empty(0)
-    if subject.is_vit:
-        distances = measures.token_distances(subject.grid, subject.patch).to(device)
+    if model.is_vit:
+        distances = measures.token_distances(model.grid, model.patch).to(device)
 
     def on_tokens(depth: int, tokens: Tensor) -> None:
         kept.sides[depth] = tokens.shape[1]
@@ -67,27 +67,27 @@ def collect_curves(subject: Subject, batches: Images, device: torch.device, prog
             kept.pooled.setdefault(depth, []).append(tokens.mean(dim=(1, 2)).cpu())
 
     def on_attention(depth: int, softmax: Tensor, *_: Tensor) -> None:
-        attention = measures.patch_attention(softmax, subject.prefix)
+        attention = measures.patch_attention(softmax, model.prefix)
         kept.distance.setdefault(depth, []).append(measures.attention_distance(attention, distances))
-        kept.nmi.setdefault(depth, []).append(measures.normalised_mutual_information(softmax, subject.prefix))
+        kept.nmi.setdefault(depth, []).append(measures.normalised_mutual_information(softmax, model.prefix))
         if len(weights):
             received = attention.mean(dim=(1, 2))
             kept.correlation.setdefault(depth, []).append(measures.correlation(received, weights))
 
-    with watched(subject.encoder, on_tokens, on_attention if subject.is_vit else None):
+    with watched(model.encoder, on_tokens, on_attention if model.is_vit else None):
         for batch in (batch.to(device) for batch in batches):
             kept.images += len(batch)
-            if subject.is_vit and batch.counts is not None:
-                weights = token_weights(batch.counts, subject)
-            _run(subject, batch)
+            if model.is_vit and batch.counts is not None:
+                weights = token_weights(batch.counts, model)
+            _run(model, batch)
             progress(len(batch))
     return kept
 
 
-def token_weights(counts: Tensor, subject: Subject) -> Tensor:
+def token_weights(counts: Tensor, model: AnalysedModel) -> Tensor:
     """W (Eq. 2), averaged over each token: cell counts [B, g, g] -> [B, tokens]."""
     weights = counts_to_weights(counts, WEIGHT_CELL, TEMPERATURE)
-    return adaptive_avg_pool2d(weights, subject.grid).flatten(1)
+    return adaptive_avg_pool2d(weights, model.grid).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
 
 
 def collect_samples(
-    subject: Subject, batches: Images, layer: int | None, head: int | None, queries: Sequence[tuple[float, float]],
+    model: AnalysedModel, batches: Images, layer: int | None, head: int | None, queries: Sequence[tuple[float, float]],
     device: torch.device, progress: Progress,
 ) -> Samples:  # fmt: skip
     """Tokens and maps of the images in `batches`. layer: see token_block. head: from 1, None for the mean of all."""
     found: dict[str, list[Tensor]] = {"tokens": [], "before": [], "after": [], "maps": []}
-    shown, block = token_block(subject.depth, layer), attention_block(subject.depth, layer)
+    shown, block = token_block(model.depth, layer), attention_block(model.depth, layer)
 
     def keep(kind: str, tokens: Tensor) -> None:
         found[kind].append(tokens.float().cpu())
@@ -146,17 +146,17 @@ def collect_samples(
 
     def on_attention(depth: int, softmax: Tensor, given: Tensor, output: Tensor) -> None:
         if depth == block:
-            keep("before", given[:, subject.prefix :])
-            keep("after", output[:, subject.prefix :])
-            attention = measures.patch_attention(softmax, subject.prefix)
+            keep("before", given[:, model.prefix :])
+            keep("after", output[:, model.prefix :])
+            attention = measures.patch_attention(softmax, model.prefix)
             chosen = attention.mean(dim=1) if head is None else attention[:, head - 1]
-            cells = [query_cell(query, subject.grid) for query in queries]
-            rows = chosen[:, [row * subject.grid + column for row, column in cells]]
-            keep("maps", (rows * rows.shape[-1]).unflatten(2, (subject.grid, subject.grid)))
+            cells = [query_cell(query, model.grid) for query in queries]
+            rows = chosen[:, [row * model.grid + column for row, column in cells]]
+            keep("maps", (rows * rows.shape[-1]).unflatten(2, (model.grid, model.grid)))
 
-    with watched(subject.encoder, on_tokens, on_attention if subject.is_vit else None):
+    with watched(model.encoder, on_tokens, on_attention if model.is_vit else None):
         for batch in batches:
-            _run(subject, batch.to(device))
+            _run(model, batch.to(device))
             progress(len(batch))
     arrays = {kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in found.items()}
     return Samples(**arrays, token_block=shown, block=block)

@@ -1,17 +1,18 @@
 """What is asked for, which images that takes, and who can be shown: everything that is checked before any work."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from kamim import KamimError
 from kamim.analysis import embed
+from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import WEIGHT_CELL
-from kamim.analysis.subjects import Subject
+from kamim.evaluation.results import Accuracy, Result
 from kamim.method import rng
 from kamim.storage.escape import one_line
 from pipelines.batch import Batch
@@ -28,12 +29,12 @@ MOST_IMAGES = 1000  # where --images is not given
 
 @dataclass(frozen=True)
 class Request:
-    """What to do. figures: of FIGURES, or None for all that these subjects and this store allow.
+    """What to do. figures: of FIGURES, or None for all that these models and this store allow.
 
     images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
     first three. layer: the block, from 1, of figures 3, 5 and 8 to 10; None for what each shows in the paper (see
     collect.token_block and attention_block). head: of figure 5, from 1; None for the mean. queries: (x, y) of its query
-    tokens, as shares of the image's sides in [0, 1). probes: results of `kamim eval`, for figure "probe".
+    tokens, as shares of the image's sides in [0, 1). probes: linear probes of `kamim eval`, for figure "probe".
     """
 
     figures: tuple[str, ...] | None = None
@@ -43,25 +44,25 @@ class Request:
     head: int | None = None
     queries: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.2, 0.3))
     seed: int = 0
-    probes: tuple[Mapping[str, Any], ...] = ()
+    probes: tuple[Result[Accuracy], ...] = ()
 
 
-def read_probes(file: Path) -> list[Mapping[str, Any]]:
-    """The linear probes in what `kamim eval --json FILE` wrote. Raises ValueError where there are none."""
+def read_probes(file: Path) -> list[Result[Accuracy]]:
+    """The linear probes in what `kamim eval --json FILE` wrote. Raises KamimError if there are none."""
     try:
         results = [result for result in json.loads(file.read_text()) if result["mode"] == "linprobe"]
-        kinds = {"block": int, "top1": float, "checkpoint": str}
-        if results and all(isinstance(r[key], kind) for r in results for key, kind in kinds.items()):
-            return results
+        probes = [Result.from_json(result, Accuracy) for result in results]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KamimError(f"--probe {file}: not a result of kamim eval --json ({one_line(error)})") from error
-    raise KamimError(f"--probe {file}: holds no linear probe")
+    if not probes:
+        raise KamimError(f"--probe {file}: holds no linear probe")
+    return probes
 
 
-def probed(subject: Subject, request: Request) -> list[Mapping[str, Any]]:
-    """Those of the request's probes that read this very checkpoint, by block."""
-    same = [probe for probe in request.probes if probe["checkpoint"] == subject.about["checkpoint"]]
-    return sorted(same, key=lambda probe: probe["block"])
+def probed(model: AnalysedModel, request: Request) -> list[tuple[int, float]]:
+    """(block, top-1 in per cent) of the request's probes that read this very checkpoint, by block."""
+    own = [probe for probe in request.probes if probe.settings.checkpoint == model.about["checkpoint"]]
+    return sorted((probe.settings.block or 0, probe.measured.top1) for probe in own)
 
 
 def parse_figures(text: str) -> tuple[str, ...] | None:
@@ -147,46 +148,50 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
     return wanted
 
 
-def _shown(figure: str, subjects: Sequence[Subject], chosen: Chosen, request: Request) -> tuple[list[Subject], str]:
-    """Subjects that `figure` can show, and why not the others."""
+def _shown(
+    figure: str, models: Sequence[AnalysedModel], chosen: Chosen, request: Request
+) -> tuple[list[AnalysedModel], str]:
+    """Models that `figure` can show, and why not the others."""
     if figure == "probe":
-        return [s for s in subjects if probed(s, request)], "needs --probe FILE, kamim eval's result for the checkpoint"
+        return [m for m in models if probed(m, request)], "needs --probe FILE, kamim eval's result for the checkpoint"
     if figure in NEED_CLASSES and not chosen.titles:
         return [], f"needs labels of {CLASSES} classes, which the store does not have"
     if figure == "2":
-        return [s for s in subjects if s.model is not None], "needs a checkpoint of kamim, which has a pixel head"
+        return [m for m in models if m.model is not None], "needs a checkpoint of kamim, which has a pixel head"
     if figure == "weights":
         reason = f"needs a ViT, for images of a multiple of {WEIGHT_CELL} px"
-        return [s for s in subjects if s.is_vit and s.resolution % WEIGHT_CELL == 0], reason
+        return [m for m in models if m.is_vit and m.resolution % WEIGHT_CELL == 0], reason
     if figure in NEED_VIT:
-        return [s for s in subjects if s.is_vit], "needs a ViT, whose tokens all attend to each other"
-    return list(subjects), ""
+        return [m for m in models if m.is_vit], "needs a ViT, whose tokens all attend to each other"
+    return list(models), ""
 
 
-def plan(request: Request, subjects: Sequence[Subject], chosen: Chosen) -> tuple[dict[str, list[Subject]], list[str]]:
-    """{figure: subjects it shows} and notes on what is left out. Raises ValueError where an asked one shows nobody."""
+def plan(
+    request: Request, models: Sequence[AnalysedModel], chosen: Chosen
+) -> tuple[dict[str, list[AnalysedModel]], list[str]]:
+    """{figure: models it shows} and notes on what is left out. Raises ValueError where an asked one shows nobody."""
     planned, notes = {}, []
     for figure in request.figures or FIGURES:
         if figure == "probe" and not request.probes and request.figures is None:
             continue  # nobody asked
-        able, reason = _shown(figure, subjects, chosen, request)
+        able, reason = _shown(figure, models, chosen, request)
         if able:
             planned[figure] = able
         elif request.figures:
             raise KamimError(f"--figures {figure}: {reason}")
-        if len(able) < len(subjects):
-            left = ", ".join(s.name for s in subjects if s not in able)
+        if len(able) < len(models):
+            left = ", ".join(m.name for m in models if m not in able)
             notes.append(f"figure {figure} without {left}: {reason}")
-    for subject in {s.name: s for figure in NEED_LAYER & planned.keys() for s in planned[figure]}.values():
-        _check("layer", request.layer, subject, subject.depth)
-    for subject in planned.get("5", []):
-        _check("head", request.head, subject, subject.encoder.blocks[0].attn.num_heads)
+    for model in {m.name: m for figure in NEED_LAYER & planned.keys() for m in planned[figure]}.values():
+        _check("layer", request.layer, model, model.depth)
+    for model in planned.get("5", []):
+        _check("head", request.head, model, model.encoder.blocks[0].attn.num_heads)
     if NEED_SKLEARN & planned.keys():
         embed.check()
     return planned, notes
 
 
-def _check(option: str, value: int | None, subject: Subject, most: int) -> None:
-    """Raises ValueError for a layer or head that the subject does not have."""
+def _check(option: str, value: int | None, model: AnalysedModel, most: int) -> None:
+    """Raises ValueError for a layer or head that the model does not have."""
     if value is not None and not 1 <= value <= most:
-        raise KamimError(f"--{option} {value}: {subject.name} has {option}s 1 to {most}")
+        raise KamimError(f"--{option} {value}: {model.name} has {option}s 1 to {most}")

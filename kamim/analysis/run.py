@@ -1,4 +1,4 @@
-"""Runs an analysis: images through every subject, numbers, pictures, page."""
+"""Runs an analysis: images through every model, numbers, pictures, page."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 import kamim
 from kamim.analysis import figures, tables
+from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
 from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
-from kamim.analysis.subjects import Subject
 from kamim.method.masking import block_masks, expand_mask
 from kamim.reporting import page
 from pipelines.batch import denormalise, normalise
@@ -48,19 +48,19 @@ Tables = dict[str, dict[str, Any]]  # of one figure: {checkpoint: numbers}
 
 @dataclass
 class Collected:
-    """What was seen of each subject, by its name."""
+    """What was seen of each model, by its name."""
 
     curves: dict[str, Curves]
     samples: dict[str, Samples]
 
 
 def collect(
-    planned: Mapping[str, list[Subject]], chosen: Chosen, source: Source, request: Request, progress: Progress
+    planned: Mapping[str, list[AnalysedModel]], chosen: Chosen, source: Source, request: Request, progress: Progress
 ) -> Collected:
-    """Runs each subject over the images its figures need."""
+    """Runs each model over the images its figures need."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    over_depth = _subjects(planned, OF_CURVES)
-    in_full = _subjects(planned, OF_SAMPLES)
+    over_depth = _models(planned, OF_CURVES)
+    in_full = _models(planned, OF_SAMPLES)
     total = len(over_depth) * len(chosen.curves) + len(in_full) * len(chosen.samples)
     done, found = 0, Collected({}, {})
 
@@ -69,24 +69,24 @@ def collect(
         done += images
         progress(done, total)
 
-    for subject in {s.name: s for s in (*over_depth, *in_full)}.values():
-        subject.encoder.to(device).eval()
-        take = partial(source.batches, resolution=subject.resolution, size=BATCH)
-        if subject in over_depth:
-            weighed = subject in planned.get("weights", [])
+    for model in {m.name: m for m in (*over_depth, *in_full)}.values():
+        model.encoder.to(device).eval()
+        take = partial(source.batches, resolution=model.resolution, size=BATCH)
+        if model in over_depth:
+            weighed = model in planned.get("weights", [])
             batches = take(chosen.curves, cell=WEIGHT_CELL if weighed else None)
-            found.curves[subject.name] = collect_curves(subject, batches, device, more)
-        if subject in in_full:
+            found.curves[model.name] = collect_curves(model, batches, device, more)
+        if model in in_full:
             batches = take(chosen.samples, cell=None)
-            samples = collect_samples(subject, batches, request.layer, request.head, request.queries, device, more)
-            found.samples[subject.name] = samples
-        subject.encoder.cpu()
+            samples = collect_samples(model, batches, request.layer, request.head, request.queries, device, more)
+            found.samples[model.name] = samples
+        model.encoder.cpu()
     return found
 
 
-def _subjects(planned: Mapping[str, list[Subject]], kinds: set[str]) -> list[Subject]:
+def _models(planned: Mapping[str, list[AnalysedModel]], kinds: set[str]) -> list[AnalysedModel]:
     """Those that any of these figures shows, in order of appearance."""
-    unique = {s.name: s for figure, shown in planned.items() if figure in kinds for s in shown}
+    unique = {m.name: m for figure, shown in planned.items() if figure in kinds for m in shown}
     return list(unique.values())
 
 
@@ -98,28 +98,28 @@ def first_of_classes(chosen: Chosen) -> np.ndarray:
 
 
 def numbers(
-    planned: Mapping[str, list[Subject]], found: Collected, chosen: Chosen, request: Request
+    planned: Mapping[str, list[AnalysedModel]], found: Collected, chosen: Chosen, request: Request
 ) -> tuple[dict[str, Tables], Tables]:
     """What each figure but 2 draws, and how close each ViT is to uniform attention ({} where that was not asked)."""
     curves, samples, label, titles = found.curves, found.samples, chosen.label, chosen.titles
     few, seed = first_of_classes(chosen), request.seed
-    attention = {s.name: tables.attention(s, curves[s.name], seed) for s in _subjects(planned, {"6", "7"})}
-    make: dict[str, Callable[[Subject], dict[str, Any]]] = {
-        "3": lambda s: tables.classes(samples[s.name], label, titles, seed),
-        "4": lambda s: tables.fourier(curves[s.name]),
-        "5": lambda s: {"maps": samples[s.name].maps[few]},
-        "6": lambda s: attention[s.name][0],
-        "7": lambda s: attention[s.name][1],
-        "8": lambda s: tables.transformation(samples[s.name]),
-        "9": lambda s: tables.two_images(samples[s.name], label, titles),
-        "10": lambda s: tables.many_images(samples[s.name], label, titles),
-        "features": lambda s: tables.features(curves[s.name]),
-        "weights": lambda s: tables.weight_correlation(curves[s.name], seed),
-        "probe": lambda s: tables.probe(probed(s, request)),
+    attention = {m.name: tables.attention(m, curves[m.name], seed) for m in _models(planned, {"6", "7"})}
+    make: dict[str, Callable[[AnalysedModel], dict[str, Any]]] = {
+        "3": lambda m: tables.classes(samples[m.name], label, titles, seed),
+        "4": lambda m: tables.fourier(curves[m.name]),
+        "5": lambda m: {"maps": samples[m.name].maps[few]},
+        "6": lambda m: attention[m.name][0],
+        "7": lambda m: attention[m.name][1],
+        "8": lambda m: tables.transformation(samples[m.name]),
+        "9": lambda m: tables.two_images(samples[m.name], label, titles),
+        "10": lambda m: tables.many_images(samples[m.name], label, titles),
+        "features": lambda m: tables.features(curves[m.name]),
+        "weights": lambda m: tables.weight_correlation(curves[m.name], seed),
+        "probe": lambda m: tables.probe(probed(m, request)),
     }
-    made = {f: {s.name: make[f](s) for s in shown} for f, shown in planned.items() if f in make}
+    made = {f: {m.name: make[f](m) for m in shown} for f, shown in planned.items() if f in make}
     if "cka" in planned:
-        made["cka"] = tables.similarity({s.name: curves[s.name] for s in planned["cka"]})
+        made["cka"] = tables.similarity({m.name: curves[m.name] for m in planned["cka"]})
     return made, {name: closeness for name, (_, _, closeness) in attention.items()}
 
 
@@ -142,15 +142,15 @@ def images(source: Source, indices: np.ndarray, resolution: int) -> torch.Tensor
     return torch.cat([batch.images.clone() for batch in source.batches(indices, resolution, BATCH, None)])
 
 
-def reconstruct(subjects: list[Subject], chosen: Chosen, source: Source, seed: int) -> dict[str, Figure]:
+def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, seed: int) -> dict[str, Figure]:
     """Figure 2: {file name: picture}, one for each resolution among the checkpoints."""
     pictures, indices = {}, chosen.curves[:MASK_IMAGES]
-    for side in sorted({s.resolution for s in subjects}):
+    for side in sorted({m.resolution for m in models}):
         shown = images(source, indices, side)
-        block = MASK_BLOCK if side % MASK_BLOCK == 0 else min(s.patch for s in subjects if s.resolution == side)
+        block = MASK_BLOCK if side % MASK_BLOCK == 0 else min(m.patch for m in models if m.resolution == side)
         mask = torch.from_numpy(block_masks(seed, 0, indices, side // block, MASK_RATIO))
         made = []
-        for name, model in ((s.name, s.model) for s in subjects if s.resolution == side):
+        for name, model in ((m.name, m.model) for m in models if m.resolution == side):
             assert model is not None
             with torch.no_grad():
                 made.append((name, denormalise(model.eval()(normalise(shown), mask)).numpy()))
@@ -175,16 +175,16 @@ def summary(closeness: Tables, notes: list[str]) -> list[str]:
     return lines + notes
 
 
-def analyse(subjects: list[Subject], source: Source, request: Request, out: Path, progress: Progress) -> list[str]:
+def analyse(models: list[AnalysedModel], source: Source, request: Request, out: Path, progress: Progress) -> list[str]:
     """Writes OUT/figure-*.png and .pdf, analysis.json, index.html; returns what to say.
 
-    Raises ValueError for a request that these subjects or this store cannot meet.
+    Raises ValueError for a request that these models or this store cannot meet.
     """
     chosen = choose(request, source)
-    planned, notes = plan(request, subjects, chosen)
+    planned, notes = plan(request, models, chosen)
     found = collect(planned, chosen, source, request, progress)
     made, closeness = numbers(planned, found, chosen, request)
-    shown = images(source, chosen.samples[first_of_classes(chosen)], subjects[0].resolution).numpy()
+    shown = images(source, chosen.samples[first_of_classes(chosen)], models[0].resolution).numpy()
     pictures = reconstruct(planned["2"], chosen, source, request.seed) if "2" in planned else {}
     pictures |= {file_stem(figure): picture for figure, picture in draw(made, shown, request.queries).items()}
     lines = summary(closeness, notes)
@@ -196,7 +196,7 @@ def analyse(subjects: list[Subject], source: Source, request: Request, out: Path
         "images": chosen.curves, "token_images": chosen.samples, "layer": request.layer, "head": request.head,
         "queries": request.queries, "mask_ratio": MASK_RATIO, "notes": notes,
     }  # fmt: skip
-    checkpoints = {s.name: {**s.about, "resolution": s.resolution} for s in subjects}
+    checkpoints = {m.name: {**m.about, "resolution": m.resolution} for m in models}
     page.save_numbers(
         {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": made},
         out / "analysis.json",
@@ -205,7 +205,7 @@ def analyse(subjects: list[Subject], source: Source, request: Request, out: Path
         page.picture((out / f"{stem}.png").read_bytes(), stem, caption)
         for figure, caption in CAPTIONS.items() for stem in pictures if stem.startswith(file_stem(figure))
     ]  # fmt: skip
-    parts = [page.paragraph(_about(subjects, source, chosen)), page.bullets(lines), *captioned]
+    parts = [page.paragraph(_about(models, source, chosen)), page.bullets(lines), *captioned]
     page.save_page("kamim analysis", parts, out / "index.html")
     return lines
 
@@ -215,8 +215,8 @@ def file_stem(figure: str) -> str:
     return f"figure-{int(figure):02d}" if figure.isdigit() else f"figure-{figure}"
 
 
-def _about(subjects: list[Subject], source: Source, chosen: Chosen) -> str:
+def _about(models: list[AnalysedModel], source: Source, chosen: Chosen) -> str:
     named = "; ".join(
-        f"{s.name}: {s.about['checkpoint']} ({s.about['architecture']}, {s.resolution} px)" for s in subjects
+        f"{m.name}: {m.about['checkpoint']} ({m.about['architecture']}, {m.resolution} px)" for m in models
     )
     return f"{named}. Curves over {len(chosen.curves)} images of {source.name}; tokens of {len(chosen.samples)}."

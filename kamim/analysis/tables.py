@@ -1,6 +1,6 @@
 """From what was collected to the numbers that figures draw and analysis.json holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,8 @@ import torch
 
 from kamim import KamimError
 from kamim.analysis import embed, measures
+from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image
-from kamim.analysis.subjects import Subject
 
 Table = dict[str, Any]
 
@@ -24,13 +24,13 @@ def fourier(curves: Curves) -> Table:
     }
 
 
-def attention(subject: Subject, curves: Curves, seed: int) -> tuple[Table, Table, Table]:
+def attention(model: AnalysedModel, curves: Curves, seed: int) -> tuple[Table, Table, Table]:
     """Figures 6 and 7, per depth from 1 with intervals over images, and how close both are to uniform attention."""
     distance, nmi = per_image(curves.distance), per_image(curves.nmi)  # [N, L, heads]
-    uniform = measures.uniform_distance(subject.grid, subject.patch)
+    uniform = measures.uniform_distance(model.grid, model.patch)
     resampled = measures.bootstrap_means(np.stack([distance.mean(axis=2), nmi.mean(axis=2)], axis=2), seed)
     tables = [
-        _over_heads(values, resampled[..., i]) | {"uniform": level, "grid": f"{subject.grid}x{subject.grid}"}
+        _over_heads(values, resampled[..., i]) | {"uniform": level, "grid": f"{model.grid}x{model.grid}"}
         for i, (values, level) in enumerate(((distance, uniform), (nmi, 0.0)))
     ]
     gap = np.abs(tables[0]["mean"] - uniform).mean()
@@ -123,6 +123,6 @@ def _plane(*sets: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return np.split(xy.reshape(*stacked.shape[:2], 2), np.cumsum([len(s) for s in sets])[:-1]), variance
 
 
-def probe(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Figure "probe": the block each probe read, and its top-1 in per cent."""
-    return {"block": [r["block"] for r in results], "top1": [r["top1"] for r in results]}
+def probe(probes: Sequence[tuple[int, float]]) -> Table:
+    """Figure "probe": of (block, top-1 in per cent) of every probe."""
+    return {"block": [block for block, _ in probes], "top1": [top1 for _, top1 in probes]}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from kamim.analysis.analyze import run_analysis
 from kamim.analysis.request import Request
 from kamim.cli import pictures
 from kamim.evaluation.config import Evaluation
+from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import evaluate
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain, Weighting
@@ -50,9 +50,9 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))
     evaluation = load(Evaluation, Path("demo"), given={"checkpoint": checkpoints, **stores})
     results = evaluate(evaluation, ["linprobe"], lambda title: _named(update, title))
-    probes = {result["name"]: result for result in results}
+    accuracies = {result.settings.name: result.measured for result in results}
     pictures = _pictures(out, stores["val"], runs)
-    console.print(_table(runs, probes, len(Store(stores["train"]).manifest.classes)))
+    console.print(_table(runs, accuracies, len(Store(stores["train"]).manifest.classes)))
     console.print(
         "Top-1 in per cent on validation patches cut from another part of each photograph. The two losses are of "
         "different objectives (Eq. 1 and Eq. 3) and do not compare. A minute of training on a few photographs shows "
@@ -91,14 +91,14 @@ def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
     return [*sheets, *sorted(figure_2.glob("*.png"))]
 
 
-def _table(runs: dict[str, Pretrain], probes: dict[str, dict[str, Any]], classes: int) -> Table:
+def _table(runs: dict[str, Pretrain], accuracies: dict[str, Accuracy], classes: int) -> Table:
     table = Table("", "top-1 %", "first loss", "last loss", "images/s")
     table.add_row("chance", f"{100 / classes:.2f}", "", "", "")
-    for name, result in probes.items():
+    for name, accuracy in accuracies.items():
         cells = ["", "", ""]
         if name in runs:
             lines = [json.loads(line) for line in (runs[name].out / "metrics.jsonl").read_text().splitlines()]
             rates = sorted(line["images_per_second"] for line in lines)
             cells = [f"{lines[0]['loss']:.3f}", f"{lines[-1]['loss']:.3f}", f"{rates[len(rates) // 2]:.0f}"]
-        table.add_row(name, f"{result['top1']:.2f}", *cells)
+        table.add_row(name, accuracy.headline, *cells)
     return table

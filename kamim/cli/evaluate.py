@@ -1,7 +1,7 @@
 """kamim eval."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,8 @@ from kamim.cli.console import (
     write_json,
 )
 
-MODES = ("linprobe", "finetune", "knn", "reconstruct", "probe-sweep")
+if TYPE_CHECKING:
+    from kamim.evaluation.results import Result
 
 
 @app.command(name="eval")
@@ -29,7 +30,7 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")
     ] = None,
-    mode: Annotated[str, typer.Option(help="linprobe, finetune, knn, reconstruct, probe-sweep or all")] = "linprobe",
+    mode: Annotated[str, typer.Option(help="linprobe, finetune, knn, probe-sweep, reconstruct or all")] = "linprobe",
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(help="[NAME=]RUN, one of its checkpoints or a weights file; random:RUN, pixels:RUN; repeatable."),
@@ -44,11 +45,12 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction."""
-    from kamim.evaluation.config import Evaluation
+    from kamim.evaluation.config import MODES, Evaluation
     from kamim.training.settings import load
 
     check_folder("--json", json_out)
-    if mode not in (*MODES, "all"):
+    chosen = None if mode == "all" else [name for name in MODES if name == mode]
+    if chosen == []:
         raise KamimError(f"--mode {mode}: must be one of {', '.join(MODES)}, all")
     named = {"checkpoint": checkpoint, "train": train, "val": val, "out": out}
     conventions = None if convention is None else f"[{convention}]"
@@ -58,7 +60,6 @@ def evaluate(
         [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
         {key: value for key, value in named.items() if value is not None},
     )  # fmt: skip
-    modes = None if mode == "all" else (mode,)
     if resolved.train is not None and resolved.train == resolved.val and mode != "reconstruct":
         say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:
@@ -66,7 +67,7 @@ def evaluate(
             from kamim.evaluation.run import evaluate as evaluate_all
 
             results = evaluate_all(
-                resolved, modes,
+                resolved, chosen,
                 lambda title: lambda done, total, m: update(done, total, metrics_line(m, title)),
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -78,21 +79,10 @@ def evaluate(
     if resolved.out is not None:
         out_console.print(f"{resolved.out / 'index.html'}")
     if is_main():
-        write_json(json_out, results)
+        write_json(json_out, [result.as_json() for result in results])
 
 
-def _line(result: dict[str, Any]) -> str:
-    """A result in words."""
-    about = f"{result['mode']} {result['name']}: "
-    if "top1" in result:
-        about += f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-    elif result["mode"] == "knn":
-        about += ", ".join(f"k {k}: top-1 {found['top1']:.2f} %" for k, found in result["k"].items())
-    elif result["mode"] == "probe-sweep":
-        top = result["best"]
-        where = f"block {top['block']}, {top['pooling']}, norm {top['norm']}, lr {top['lr']:g}"
-        about += f"best top-1 {top['top1']:.2f} % ({where})"
-    elif result["mode"] == "reconstruct":
-        found = {name: result[name] for name in ("paper", "honest") if name in result}
-        about += "; ".join(f"{name} PSNR {m['psnr']:.2f} dB, SSIM {m['ssim']:.4f}" for name, m in found.items())
-    return f"{about} on {result['val']['images']} images of {result['classes']} classes"
+def _line(result: "Result[Any]") -> str:
+    settings = result.settings
+    about = f"{settings.mode} {settings.name}: {result.measured.summary}"
+    return f"{about} on {settings.val.images} images of {settings.classes} classes"

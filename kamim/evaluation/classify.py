@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kamim.evaluation.results import Accuracy
 from kamim.models.stochastic_depth import draw_paths
 from kamim.models.target_rank import target_rank
 from kamim.training.config import Compute
@@ -37,17 +38,17 @@ class CrossEntropy:
         return Losses(cross_entropy(logits.float(), targets))
 
 
-def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: World) -> dict[str, float]:
-    """top1 and top5, in per cent, over all ranks' batches. fp32, as the released code validates."""
+def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: World) -> Accuracy:
+    """The accuracy over all ranks' batches, in fp32, as the released code validates."""
     network.eval()
-    for buffer in network.buffers():  # a BatchNorm's statistics, which every rank has of its own samples
+    for buffer in network.buffers():  # every rank has a BatchNorm's statistics of its own samples
         world.broadcast(buffer)
-    right = torch.zeros(3, dtype=torch.int64, device=world.device)  # as first, among the first 5; and of how many
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # right as first, among the first 5; samples
     for batch in batches:
         if len(batch):  # a rank may have none of a short last step
             with torch.no_grad():
                 logits = network(read(normalise(batch.images)))
             rank = target_rank(logits, batch.labels)
-            right += torch.stack([(rank < 1).sum(), (rank < 5).sum(), (rank >= 0).sum()])
-    top1, top5, samples = world.sum(right).tolist()
-    return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
+            counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), (rank >= 0).sum()])
+    top1, top5, samples = world.sum(counts).tolist()
+    return Accuracy(100 * top1 / samples, 100 * top5 / samples)

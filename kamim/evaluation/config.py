@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 from pydantic import Field
@@ -13,6 +13,8 @@ from kamim.training.config import Compute, Optim
 from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
 
 BlockName = Count | Literal["paper", "last"]
+ModeName = Literal["linprobe", "finetune", "knn", "probe-sweep", "reconstruct"]
+MODES: tuple[ModeName, ...] = get_args(ModeName)
 
 
 class ClassifierOptim(Optim):

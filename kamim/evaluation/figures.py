@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kamim.evaluation.probe_sweep import Row, best_by_readout
+from kamim.evaluation.results import KnnAccuracy, SweepRow, best_by_readout
 from kamim.reporting.plots import GREY, depth_axis, look, panels, styled
 from kamim.storage.escape import literal
 
@@ -15,17 +15,19 @@ DASHES: Sequence[Any] = ("-", "--", ":", "-.")
 
 
 @styled
-def depth(sweeps: Mapping[str, Sequence[Row]]) -> Figure:
+def depth(sweeps: Mapping[str, Sequence[SweepRow]]) -> Figure:
     """top1 at the best learning rate by block: {checkpoint: rows}. A panel a norm; dashes tell poolings apart."""
     chosen = {name: best_by_readout(rows) for name, rows in sweeps.items()}
-    norms, poolings = (sorted({row[key] for rows in chosen.values() for row in rows}) for key in ("norm", "pooling"))
+    norms, poolings = (
+        sorted({getattr(row, key) for rows in chosen.values() for row in rows}) for key in ("norm", "pooling")
+    )
     dashes = dict(zip(poolings, cycle(DASHES), strict=False))
     figure, (line,) = panels(len(norms), side=4.4, height=3.6)
     for axes, norm in zip(line, norms, strict=True):
         for i, rows in enumerate(chosen.values()):
             for pooling in poolings:
-                mine = [row for row in rows if (row["norm"], row["pooling"]) == (norm, pooling)]
-                xy = [row["block"] for row in mine], [row["top1"] for row in mine]
+                mine = [row for row in rows if (row.norm, row.pooling) == (norm, pooling)]
+                xy = [row.block for row in mine], [row.top1 for row in mine]
                 axes.plot(*xy, linestyle=dashes[pooling], **look(i))
         axes.set_title(f"norm: {norm}")
         axes.sharey(line[0])
@@ -37,14 +39,14 @@ def depth(sweeps: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 @styled
-def neighbours(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """top1 by the number of neighbours: {checkpoint: {k: {top1}}}."""
+def neighbours(results: Mapping[str, KnnAccuracy]) -> Figure:
+    """top1 by the number of neighbours k: {checkpoint: accuracy}."""
     figure, ((axes,),) = panels(1, side=5.2, height=3.3)
-    for i, (name, found) in enumerate(results.items()):
-        top1 = [accuracy["top1"] for accuracy in found.values()]
-        axes.plot([int(k) for k in found], top1, label=literal(name), **look(i))
+    for i, (name, measured) in enumerate(results.items()):
+        top1 = [accuracy.top1 for accuracy in measured.k.values()]
+        axes.plot(list(measured.k), top1, label=literal(name), **look(i))
     axes.set_xscale("log")
-    ticks = sorted({int(k) for found in results.values() for k in found})
+    ticks = sorted({k for measured in results.values() for k in measured.k})
     axes.set_xticks(ticks, labels=[str(k) for k in ticks])
     axes.minorticks_off()
     axes.set_xlabel("k, neighbours that vote")

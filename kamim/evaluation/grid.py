@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic import Field
 
 from kamim import KamimError
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.paper import quoted
-from kamim.evaluation.report import CHOICE, CHOSEN, HEADLINES, PAPER_HEADER
+from kamim.evaluation.config import Evaluation, ModeName
+from kamim.evaluation.modes import MODES
+from kamim.evaluation.report import CHOICE, chosen_on_val
+from kamim.evaluation.results import Result
+from kamim.evaluation.sections import PAPER_HEADER, quote
 from kamim.reporting import page
 from kamim.storage.escape import printable
 from kamim.storage.flatten import flatten
@@ -22,7 +24,6 @@ from kamim.training import metrics, report
 from kamim.training.config import Pretrain
 from kamim.training.settings import SOME, Section, load
 
-Mode = Literal["linprobe", "finetune", "knn", "reconstruct", "probe-sweep"]
 Value = bool | int | float | str | None
 
 
@@ -48,14 +49,14 @@ class Grid(Section):
     """What varies."""
     evaluation: dict[str, Any]
     """Keys of Evaluation, and `preset`, likewise."""
-    modes: Annotated[tuple[Mode, ...], SOME] = ("linprobe",)
+    modes: Annotated[tuple[ModeName, ...], SOME] = ("linprobe",)
     """Of `kamim eval`."""
     out: Path
     """The sweep's folder."""
 
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "Grid":
-        names = [setting.name for setting in settings(self)]
+        names = [point.name for point in points(self)]
         for name in names:
             if names.count(name) > 1:
                 raise KamimError(f"axes = {name}: is the name of two runs; give every axis a name and every value once")
@@ -70,7 +71,7 @@ class GridPoint:
     values: Mapping[str, Value]
 
 
-def settings(grid: Grid) -> list[GridPoint]:
+def points(grid: Grid) -> list[GridPoint]:
     """All of them; the last axis varies fastest."""
     return [
         GridPoint("_".join(f"{axis.name}{_text(v)}" for axis, v in zip(grid.axes, values, strict=True)),
@@ -79,14 +80,14 @@ def settings(grid: Grid) -> list[GridPoint]:
     ]  # fmt: skip
 
 
-def pretraining(grid: Grid, setting: GridPoint) -> Pretrain:
+def pretraining(grid: Grid, point: GridPoint) -> Pretrain:
     """The run of a setting. Raises ValueError where that cannot be."""
-    return _resolved(Pretrain, grid.pretrain, setting.values, {"out": grid.out / setting.name})
+    return _resolved(Pretrain, grid.pretrain, point.values, {"out": grid.out / point.name})
 
 
 def evaluation(grid: Grid) -> Evaluation:
     """Of all runs, by their names."""
-    runs = tuple(f"{setting.name}={grid.out / setting.name}" for setting in settings(grid))
+    runs = tuple(f"{point.name}={grid.out / point.name}" for point in points(grid))
     return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": runs, "out": grid.out / "evaluation"})
 
 
@@ -117,18 +118,17 @@ def _markdown(cell: str) -> str:
     return printable(cell).replace("|", "\\|")
 
 
-def table(grid: Grid, results: Sequence[Mapping[str, Any]]) -> Table:
+def table(grid: Grid, results: Sequence[Result[Any]]) -> Table:
     """Of the headlines of `kamim eval`'s results and of the runs' metrics. Columns without any number are left out."""
-    found = {(result["name"], result["mode"]): result for result in results}
+    by_run = {(result.settings.name, result.settings.mode): result for result in results}
     columns: list[tuple[str, list[str]]] = [
-        (axis.key, [_text(setting.values[axis.key]) for setting in settings(grid)]) for axis in grid.axes
+        (axis.key, [_text(point.values[axis.key]) for point in points(grid)]) for axis in grid.axes
     ]
     for mode in grid.modes:
-        mine = [found[setting.name, mode] for setting in settings(grid)]
-        title, headline = HEADLINES[mode]
-        columns.append((title, [headline(result) for result in mine]))
-        columns.append((f"{title}, {PAPER_HEADER}", [_quote(result) for result in mine]))
-    runs = [metrics.read(grid.out / setting.name) for setting in settings(grid)]
+        of_mode, title = [by_run[point.name, mode] for point in points(grid)], MODES[mode].column
+        columns.append((title, [result.measured.headline for result in of_mode]))
+        columns.append((f"{title}, {PAPER_HEADER}", [quote(result.settings, "top1") for result in of_mode]))
+    runs = [metrics.read(grid.out / point.name) for point in points(grid)]
     columns.append(("Eq. 1, last tenth of the steps", [_number(report.last_unweighted(run), ".4f") for run in runs]))
     columns.append(("steps clipped", [_number(report.clipped_share(run), ".0%") for run in runs]))
     kept = [(title, cells) for title, cells in columns if any(cells)]
@@ -139,20 +139,15 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _quote(result: Mapping[str, Any]) -> str:
-    value, where = quoted(result).get("top1", (None, ""))
-    return "" if value is None else f"{value:.2f} ({where})"
-
-
-def save(grid: Grid, made: Table, results: Sequence[Mapping[str, Any]]) -> None:
+def save(grid: Grid, shown: Table, results: Sequence[Result[Any]]) -> None:
     """table.json (every result whole), table.md and index.html in grid.out."""
-    about = [{"name": setting.name, "values": dict(setting.values)} for setting in settings(grid)]
-    page.save_numbers({"settings": about, "results": list(results)}, grid.out / "table.json")
-    write_whole(grid.out / "table.md", made.markdown().encode())
-    parts = [page.table(made.header, made.rows), page.paragraph("Top-1 in per cent on the validation store.")]
-    if set(grid.modes) & set(CHOSEN):
+    about = [{"name": point.name, "values": dict(point.values)} for point in points(grid)]
+    page.save_numbers({"settings": about, "results": [result.as_json() for result in results]}, grid.out / "table.json")
+    write_whole(grid.out / "table.md", shown.markdown().encode())
+    parts = [page.table(shown.header, shown.rows), page.paragraph("Top-1 in per cent on the validation store.")]
+    if chosen_on_val(grid.modes):
         parts.append(page.paragraph(CHOICE))
-    runs = {setting.name: metrics.read(grid.out / setting.name) for setting in settings(grid)}
+    runs = {point.name: metrics.read(grid.out / point.name) for point in points(grid)}
     caption = "The loss without weights (Eq. 1) by optimiser step, whatever the weights that a run trained with."
     parts.append(page.picture(page.png(report.comparison(runs)), "loss", caption))
     page.save_page(f"Sweep {grid.out.name}", parts, grid.out / "index.html")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from kamim.evaluation.results import EvalSettings
 from kamim.method.geometry import CROP_RATIO
 
 
@@ -97,41 +98,39 @@ def evaluation(architecture: str) -> Mapping[str, Mapping[str, Any]]:
 Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's number, and where it stands
 
 
-def quoted(result: Mapping[str, Any]) -> Quote:
-    """The paper's numbers of the same setting; {} if it has none, or if the result does not state all that is compared.
-
-    result: of `kamim eval`; its "pretraining" is that of kamim.evaluation.subject.
-    """
-    mode, architecture, pretraining = result["mode"], result["architecture"], result.get("pretraining") or {}
+def quoted(settings: EvalSettings) -> Quote:
+    """The paper's numbers for the same setting; {} if it has none, or if settings lack a key that is compared."""
+    mode, architecture, pretraining = settings.mode, settings.architecture, settings.pretraining or {}
     if architecture not in TABLE_1 or not _agrees(PRETRAINING, pretraining):
         return {}
     modes = evaluation(architecture)
-    if mode not in modes or not _agrees(modes[mode], result) or not _whole(result, pretraining):
+    if mode not in modes or not _agrees(modes[mode], settings.as_json()) or not _whole(settings, pretraining):
         return {}
-    where = (pretraining["dataset"], result["val"]["dataset"])
-    return QUOTES.get((mode, architecture, _method(pretraining), where, result.get("norm", "none")), {})
+    where = (pretraining["dataset"], settings.val.dataset)
+    return QUOTES.get((mode, architecture, _method(pretraining), where, settings.norm or "none"), {})
 
 
-def _agrees(asked: Any, found: Any) -> bool:
-    """Whether found holds all that is asked, at every depth; of a tuple, any."""
-    if isinstance(asked, tuple):
-        return any(_agrees(alternative, found) for alternative in asked)
-    if isinstance(asked, Mapping):
-        return isinstance(found, Mapping) and all(k in found and _agrees(v, found[k]) for k, v in asked.items())
-    return bool(asked == found)
+def _agrees(required: Any, value: Any) -> bool:
+    """Whether value holds everything that is required, at every depth; of a tuple, one alternative."""
+    if isinstance(required, tuple):
+        return any(_agrees(alternative, value) for alternative in required)
+    if isinstance(required, Mapping):
+        return isinstance(value, Mapping) and all(k in value and _agrees(v, value[k]) for k, v in required.items())
+    return bool(required == value)
 
 
-def _whole(result: Mapping[str, Any], pretraining: Mapping[str, Any]) -> bool:
-    """Whether all stores are whole splits, training and validation of one data set. Nothing trains to reconstruct."""
+def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
+    """Whether all stores are whole splits, training and validation of one data set. Reconstruction trains nothing."""
 
     def whole(dataset: str, images: int | None, split: int) -> bool:
         return dataset in IMAGES and (1 - REJECTS) * IMAGES[dataset][split] <= (images or 0) <= IMAGES[dataset][split]
 
-    train, val = result["train"], result["val"]
-    trained = result["mode"] != "reconstruct"
-    if trained and not (train["dataset"] == val["dataset"] and whole(train["dataset"], train["images"], 0)):
+    train, val = settings.train, settings.val
+    if settings.mode != "reconstruct" and (
+        train is None or train.dataset != val.dataset or not whole(train.dataset, train.images, 0)
+    ):
         return False
-    return whole(pretraining["dataset"], pretraining.get("samples"), 0) and whole(val["dataset"], val["images"], 1)
+    return whole(pretraining["dataset"], pretraining.get("samples"), 0) and whole(val.dataset, val.images, 1)
 
 
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
@@ -169,8 +168,8 @@ def _quotes() -> Iterator[tuple[Key, Quote]]:
     for method, top1 in TABLE_5.items():
         yield ("linprobe", "vit_base", method, IN_IMAGENET, "joint"), {"top1": (top1, "Table 5")}
     for method, (psnr, ssim) in SECTION_4_7.items():
-        found = {"psnr": (psnr, "section 4.7"), "ssim": (ssim, "section 4.7")}
-        yield ("reconstruct", "vit_base", method, IN_IMAGENET, "none"), found
+        quote = {"psnr": (psnr, "section 4.7"), "ssim": (ssim, "section 4.7")}
+        yield ("reconstruct", "vit_base", method, IN_IMAGENET, "none"), quote
 
 
 QUOTES: Mapping[Key, Quote] = MappingProxyType(dict(_quotes()))

@@ -8,13 +8,13 @@ floating-point operations an epoch, 0.55 TFLOP for 36 readouts, 10 rates, 50,000
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count, groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kamim import KamimError
+from kamim.evaluation.results import SweepRow
 from kamim.method import rng
 from kamim.models.readout import Readout
 from kamim.models.target_rank import target_rank
@@ -23,16 +23,13 @@ from kamim.training.config import Optim
 
 GROUP_BYTES = 4 << 30  # of features, parameters and scores that are trained together
 
-Row = dict[str, Any]  # block, pooling, norm, lr; top1 and top5 in per cent
-
-
 Features = Mapping[Readout, tuple[Tensor, Tensor]]  # train [N, D] and val [M, D], any float type, memory-mapped or not
 
 
 def sweep(
     features: Features, train_labels: Tensor, val_labels: Tensor, classes: int, lrs: Sequence[float], optim: Optim,
     seed: int, device: torch.device, progress: Callable[[int, int], None],
-) -> list[Row]:  # fmt: skip
+) -> list[SweepRow]:  # fmt: skip
     """A row for every readout and learning rate. labels: int64 [N], [M].
 
     Each probe ends where it would, up to float rounding, if it were trained alone: an nn.Linear made under `seed`,
@@ -51,22 +48,8 @@ def sweep(
         accuracy = probes.accuracy([features[r][1] for r in group], val_labels, optim.batch_size)
         for readout, of_rates in zip(group, accuracy.tolist(), strict=True):
             for lr, (top1, top5) in zip(lrs, of_rates, strict=True):
-                rows.append({**asdict(readout), "lr": lr, "top1": top1, "top5": top5})
+                rows.append(SweepRow(**asdict(readout), lr=lr, top1=top1, top5=top5))
     return rows
-
-
-def best(rows: Iterable[Row]) -> Row:
-    """The row of the highest top1; of equal ones the highest top5, then the first."""
-    return max(rows, key=lambda row: (row["top1"], row["top5"]))
-
-
-def best_by_readout(rows: Iterable[Row]) -> list[Row]:
-    """The best row of every (block, pooling, norm), sorted by these."""
-
-    def readout(row: Row) -> tuple[int, str, str]:
-        return row["block"], row["pooling"], row["norm"]
-
-    return [best(group) for _, group in groupby(sorted(rows, key=readout), key=readout)]
 
 
 def _groups(features: Features, scores: int, batch: int) -> Iterable[list[Readout]]:

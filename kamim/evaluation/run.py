@@ -1,4 +1,4 @@
-"""`kamim eval`: every check before any work; then mode by mode, each result kept where it can be found again."""
+"""`kamim eval`: every check before any work; then one task after the other, each with its result in its own folder."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -7,16 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from kamim import KamimError
 from kamim.evaluation import report
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.modes import SHOWN, TASKS, applies
-from kamim.evaluation.setting import Setting, Task
-from kamim.evaluation.subject import Subject, load_subject
-from kamim.reporting import page
-from kamim.reporting.plots import reconstruction_sheet
+from kamim.evaluation.context import EvalContext, Task
+from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
+from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.results import EvalSettings, Result
 from kamim.storage import lock
 from kamim.storage.flatten import flat_text
 from kamim.storage.store import Store, write_whole
@@ -27,25 +24,24 @@ from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class
 
 
-def evaluate(
-    config: Evaluation, modes: Sequence[str] | None, progress: Callable[[str], Progress]
-) -> list[dict[str, Any]]:
-    """Every mode on every checkpoint: a result each, with all that led to it. progress(title) shows one.
+def evaluate(config: Evaluation, modes: Sequence[str] | None, progress: Callable[[str], Progress]) -> list[Result[Any]]:
+    """Runs every mode on every checkpoint and returns a result for each, with the settings that led to it.
 
-    modes: None for all that a checkpoint has what they need for. In config.out a page shows all that is there.
+    modes: None for all that apply to a checkpoint. progress(title) gives the function that shows the progress of one
+    task. With config.out, results are kept there, and a page shows all of them.
 
-    Raises ValueError for what cannot be evaluated before any work, KeyboardInterrupt where a signal stopped it.
+    Raises KamimError before any work for what cannot be evaluated, and KeyboardInterrupt if a signal stopped it.
     """
     with distributed.joined(config.compute.device) as world:
         machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
             raise KamimError("--out: is missing; several processes need a folder that all of them see")
-        tasks = tasks_of(config, modes, [load_subject(spec) for spec in config.checkpoint], world)
+        tasks = tasks_of(config, modes, [load_evaluated_model(spec) for spec in config.checkpoint], world)
         with _workplace(config.out, world) as root:
-            folders = [root / task.subject.name / task.mode for task in tasks]
+            folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
                 _check_free(folder, task.settings)
-            world.barrier()  # everyone has looked
+            world.barrier()  # all ranks have checked
             results = [_run(task, folder, world, progress) for task, folder in zip(tasks, folders, strict=True)]
             if config.out is not None and world.is_main:
                 _report(config.out)
@@ -54,7 +50,7 @@ def evaluate(
 
 @contextmanager
 def _workplace(out: Path | None, world: World) -> Iterator[Path]:
-    """The folder of an evaluation: `out`, for it alone, or one that is removed."""
+    """The folder of an evaluation: `out`, locked, or a temporary folder."""
     if out is None:
         with TemporaryDirectory() as root:
             yield Path(root)
@@ -63,17 +59,19 @@ def _workplace(out: Path | None, world: World) -> Iterator[Path]:
             yield out
 
 
-def tasks_of(config: Evaluation, modes: Sequence[str] | None, subjects: Sequence[Subject], world: World) -> list[Task]:
-    """What there is to do. Raises ValueError for what cannot be evaluated."""
-    _distinct([subject.name for subject in subjects])
-    setting = _setting(config, world, subjects)
+def tasks_of(
+    config: Evaluation, modes: Sequence[str] | None, models: Sequence[EvaluatedModel], world: World
+) -> list[Task]:
+    """The tasks of an evaluation, model by model. Raises KamimError for what cannot be evaluated."""
+    _check_names([model.name for model in models])
+    context = _context(config, world, models)
     return [
-        TASKS[mode](setting, subject) for subject in subjects for mode in modes or TASKS
-        if modes is not None or applies(mode, subject)
+        MODES[mode].plan(context, model) for model in models for mode in modes or MODES
+        if modes is not None or MODES[mode].applies(model)
     ]  # fmt: skip
 
 
-def _distinct(names: Sequence[str]) -> None:
+def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise KamimError(f"--checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
@@ -83,47 +81,54 @@ def _distinct(names: Sequence[str]) -> None:
             )
 
 
-def _setting(config: Evaluation, world: World, subjects: Sequence[Subject]) -> Setting:
+def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel]) -> EvalContext:
     val, train = Store(config.val), None if config.train is None else Store(config.train)
-    for subject in subjects:
+    for model in models:
         for store in filter(None, (train, val)):
-            check_area(store, subject.resolution, smallest_crop=1.0)
+            check_area(store, model.resolution, smallest_crop=1.0)
     samples = None if train is None else all_samples(train)
     if config.per_class is not None and train is not None:
         samples = some_per_class(train, config.per_class, config.seed)
-    return Setting(config, world, samples, all_samples(val))
+    return EvalContext(config, world, samples, all_samples(val))
 
 
-def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progress]) -> dict[str, Any]:
-    """A task's result: from its folder where it is there already, else made, and left there."""
+def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progress]) -> Result[Any]:
+    """A task's result: read from its folder if it is already there, else measured and written to it."""
     file = folder / "result.json"
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "settings.json", task.settings)
+        _write(folder / "settings.json", task.settings.as_json())
     world.barrier()
     if not file.exists():
-        made = {**task.settings, **task.run(folder, progress(f"{task.mode} {task.subject.name}"))}
+        measured = task.run(folder, progress(f"{task.settings.mode} {task.settings.name}"))
+        result = Result(task.settings, measured)
         world.barrier()
         if world.is_main:
-            _write(file, made)
-        return made
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
+            _write(file, result.as_json())
+        return result
+    return _read(file)
 
 
-def _check_free(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where another evaluation lives in the folder.
+def _read(file: Path) -> Result[Any]:
+    try:
+        return read_result(json.loads(file.read_text()))
+    except ValueError as error:
+        raise KamimError(f"{file}: {error}; remove it and rerun the command to measure again") from error
 
-    How the checkpoint was pretrained is not compared: its weights' checksum says which one it is.
+
+def _check_free(folder: Path, settings: EvalSettings) -> None:
+    """Raises KamimError if the folder holds a task with other settings.
+
+    How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
     file = folder / "settings.json"
-    asked = dict(flat_text(settings))
-    there = dict(flat_text(json.loads(file.read_text()))) if file.exists() else asked
-    for key in (key for key in {**there, **asked} if not key.startswith("pretraining")):
-        if asked.get(key) != there.get(key):
+    requested = dict(flat_text(settings.as_json()))
+    existing = dict(flat_text(json.loads(file.read_text()))) if file.exists() else requested
+    for key in (key for key in {**existing, **requested} if not key.startswith("pretraining")):
+        if requested.get(key) != existing.get(key):
             raise KamimError(
-                f"--out {folder}: holds another evaluation ({key} {there.get(key, 'nothing')} there, "
-                f"{asked.get(key, 'nothing')} asked for); choose another --out, or remove it"
+                f"--out {folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
+                f"{requested.get(key, 'nothing')} requested); choose another --out, or remove it"
             )
 
 
@@ -132,20 +137,13 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def _report(out: Path) -> None:
-    """index.html, of every result below `out`, and its reconstructions side by side."""
-    files = sorted(out.glob("*/*/result.json"))
-    results = [json.loads(file.read_text()) for file in files]
-    sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
-    shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
-    for file, result in zip(files, results, strict=True):
-        if result["mode"] == "reconstruct":
-            with np.load(file.with_name(SHOWN)) as arrays:
-                originals, masks, made = (arrays[name] for name in ("originals", "masks", "made"))
-            same = originals.tobytes(), masks.tobytes()  # only then do reconstructions compare
-            shown[same] = originals, masks
-            sheets.setdefault(same, []).append((result["name"], made))
-    pictures = [
-        (page.png(reconstruction_sheet(*shown[same], rows, "")), "Original, masked, and what each makes of it.")
-        for same, rows in sheets.items()
-    ]
+    """Writes index.html, of every result below `out`."""
+    results: list[Result[Any]] = []
+    pictures: dict[str, list[tuple[bytes, str]]] = {}
+    for name, mode in MODES.items():
+        files = sorted(out.glob(f"*/{name}/result.json"))
+        of_mode = [_read(file) for file in files]
+        folders = [(result.settings.name, file.parent) for result, file in zip(of_mode, files, strict=True)]
+        pictures[name] = list(mode.pictures(folders))
+        results += of_mode
     report.save_report(results, pictures, out / "index.html")

@@ -84,9 +84,10 @@ def prefix(encoder: Encoder) -> int:
 
 
 def blocks(encoder: Encoder, images: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:
-    """(number, its output [B, P + N, D]) of the blocks 1 .. last; those behind it are not computed.
+    """Yields (number, its output [B, P + N, D]) of the blocks 1 .. last; later blocks are not computed.
 
-    images: float [B, 3, R, R], normalised.
+    images: float [B, 3, R, R], normalised. The outputs equal those of timm's forward_intermediates bit for bit, but
+    only one is held at a time.
     """
     if isinstance(encoder, Pixels):
         yield 1, encoder(images)

@@ -1,96 +1,88 @@
-"""A report as one HTML file that needs nothing else: parts, all of them escaped, and the page that holds them."""
+"""A report as one self-contained HTML file: functions that give its parts, and one that writes the page.
+
+Parts are rendered by templates/page.html, which escapes every text. A part is Markup, and so is only what a template
+returned: a plain string among the parts is escaped like any text.
+"""
 
 import base64
-import html
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from kamim.storage.escape import printable
 from kamim.storage.store import write_whole
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h2 { margin: 2.5rem 0 .5rem; } figure { margin: 1.5rem 0 2.5rem; } img { max-width: 100%; height: auto; }
-figcaption, summary { color: #444; } li { margin: .3rem 0; } p, li, details td { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
-th { border-bottom: 2px solid #bbb; white-space: nowrap; }
-details { margin: .5rem 0; } summary { cursor: pointer; } details td { font-size: .85rem; min-width: 4rem; }
-</style></head><body>
-<h1>$title</h1>
-$parts
-</body></html>
-""")
+Part: TypeAlias = Markup
 
 
-def _text(text: str) -> str:
-    """Text as HTML shows it, attributes included."""
-    return html.escape(printable(text))
+def _printable(value: Any) -> Any:
+    """Text without control characters; what a template returned as it is."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
-def paragraph(text: str) -> str:
+_TEMPLATE = Environment(
+    loader=PackageLoader("kamim.reporting"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
+    trim_blocks=True, lstrip_blocks=True,
+).get_template("page.html")  # fmt: skip
+
+
+def _render(macro: str, *arguments: Any) -> Part:
+    part: Part = getattr(_TEMPLATE.module, macro)(*arguments)
+    return part
+
+
+def paragraph(text: str) -> Part:
     """A paragraph."""
-    return f"<p>{_text(text)}</p>"
+    return _render("paragraph", text)
 
 
-def heading(text: str) -> str:
-    """Of a section."""
-    return f"<h2>{_text(text)}</h2>"
+def heading(text: str) -> Part:
+    """The heading of a section."""
+    return _render("heading", text)
 
 
-def bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> Part:
     """A list."""
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
+    return _render("bullets", lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text below a header, less the columns that are empty in every row; scrolls where it is too wide."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
+    """Rows of text below a header, without columns that are empty in every row. It scrolls if it is too wide."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{_text(cells[i])}</{tag}>' for i in kept)}</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table><thead>{line(header, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
+    return _render("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def picture(png: bytes, name: str, caption: str) -> str:
-    """A PNG, inside the page."""
-    return (
-        f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
+def picture(png: bytes, name: str, caption: str) -> Part:
+    """A PNG, embedded in the page."""
+    return _render("picture", base64.b64encode(png).decode(), name, caption)
 
 
-def folded(summary: str, inner: str) -> str:
-    """Another part, shown when asked for."""
-    return f"<details><summary>{_text(summary)}</summary>\n{inner}\n</details>"
+def folded(summary: str, inner: Part) -> Part:
+    """Another part, which the reader unfolds."""
+    return _render("folded", summary, inner)
 
 
-def save_page(title: str, parts: Sequence[str], file: Path) -> None:
-    """One HTML file with all parts (what the functions above give) below its title."""
-    write_whole(file, PAGE.substitute(title=_text(title), parts="\n".join(parts)).encode())
+def save_page(title: str, parts: Sequence[Part], file: Path) -> None:
+    """Writes one HTML file that shows all parts below the title."""
+    write_whole(file, _render("page", title, parts).encode())
 
 
 def png(figure: Figure) -> bytes:
-    """The same figure gives the same bytes."""
+    """The figure as PNG; the same figure gives the same bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
-    """stem.png and stem.pdf; the same figure gives the same bytes."""
+    """Writes stem.png and stem.pdf; the same figure gives the same bytes."""
     pdf = io.BytesIO()
     figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     write_whole(stem.with_suffix(".png"), png(figure))
@@ -98,7 +90,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON: arrays become lists, floats keep 8 digits, NaN becomes null."""
+    """The value as JSON takes it: arrays become lists, floats keep 8 digits, NaN becomes null."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -111,5 +103,5 @@ def plain(value: Any) -> Any:
 
 
 def save_numbers(numbers: Any, file: Path) -> None:
-    """As JSON."""
+    """Writes numbers as JSON (see plain)."""
     write_whole(file, (json.dumps(plain(numbers), indent=1, allow_nan=False) + "\n").encode())

@@ -1,7 +1,7 @@
 """Names from outside, safe to show: others choose what files, classes, data sets, stores and checkpoints are called.
 
 A terminal obeys control characters, rich reads markup, matplotlib reads mathtext, a spreadsheet runs formulas. HTML
-pages escape all of their text in kamim/reporting/page.py.
+pages escape all of their text (kamim/reporting/page.py).
 """
 
 import re

@@ -154,7 +154,7 @@ def _is_panel(file: Path) -> bool:
     return file.is_file() and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
 
 
-def _panels(files: Sequence[Path]) -> list[str]:
+def _panels(files: Sequence[Path]) -> list[page.Part]:
     """The newest one open, some of the others folded."""
     if not files:
         return []
@@ -168,7 +168,7 @@ def _steps(file: Path) -> str:
     return f"After {int(file.stem.removeprefix('step-'))} steps."
 
 
-def _starts(starts: Sequence[Mapping[str, Any]]) -> str:
+def _starts(starts: Sequence[Mapping[str, Any]]) -> page.Part:
     """A column for every time the run was started."""
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [(name, *(_text(start.get(name)) for start in starts)) for name in names]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kamim.analysis import embed, measures, tables
-from kamim.analysis.analyze import load_subject
+from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
+from kamim.analysis.analyze import load_analysed_model
 from kamim.analysis.attention import blocks, watched
 from kamim.analysis.collect import (
     Curves,
@@ -27,7 +28,6 @@ from kamim.analysis.collect import (
 )
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures, plan
 from kamim.analysis.run import file_stem
-from kamim.analysis.subjects import Subject, timm_encoder
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.reporting import page
@@ -38,6 +38,7 @@ from pipelines.batch import Batch, normalise
 
 SIDE, PATCH = 12, 16
 REFERENCE = Path(__file__).parents[3] / "shared/data/analysis.npz"
+RESULTS = Path(__file__).parents[1] / "fixtures/results.json"
 
 
 def offset_attention(side: int, dy: int, dx: int) -> Tensor:
@@ -348,7 +349,7 @@ def test_watching_reports_every_depth_and_leaves_no_hook() -> None:
 
 def test_curves_do_not_depend_on_batches_and_kept_numbers_are_few() -> None:
     encoder = vit()
-    subject = Subject("a", encoder, 64, None, {})
+    model = AnalysedModel("a", encoder, 64, None, {})
     pixels = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     counts = torch.randint(0, 65, (6, 8, 8), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
 
@@ -357,9 +358,9 @@ def test_curves_do_not_depend_on_batches_and_kept_numbers_are_few() -> None:
         return [Batch(pixels[s], counts[s], torch.zeros(0), np.arange(6)[s], 0, 0, True, 1.0) for s in at]
 
     whole, parts = (
-        collect_curves(subject, batches(size), torch.device("cpu"), lambda _: None) for size in (6, 2)
+        collect_curves(model, batches(size), torch.device("cpu"), lambda _: None) for size in (6, 2)
     )  # fmt: skip
-    for one, other in zip(tables.attention(subject, whole, 0), tables.attention(subject, parts, 0), strict=True):
+    for one, other in zip(tables.attention(model, whole, 0), tables.attention(model, parts, 0), strict=True):
         for key in ("mean", "spread"):
             if key in one:
                 np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-7)
@@ -372,7 +373,7 @@ def test_curves_do_not_depend_on_batches_and_kept_numbers_are_few() -> None:
 def test_samples_are_those_of_the_papers_figures() -> None:
     """Figure 3: what leaves the last block but one. 8 to 10: what the last attention is given, and its output."""
     encoder = vit()
-    subject = Subject("a", encoder, 64, None, {})
+    model = AnalysedModel("a", encoder, 64, None, {})
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = Batch(pixels, None, torch.zeros(0), np.arange(2), 0, 0, True, 1.0)
     with torch.no_grad():
@@ -380,7 +381,7 @@ def test_samples_are_those_of_the_papers_figures() -> None:
         for block in encoder.blocks:
             states.append(block(states[-1]))
         for layer, shown, attended in ((None, 5, 6), (2, 2, 2)):
-            found = collect_samples(subject, [batch], layer, None, [(0.5, 0.5)], torch.device("cpu"), lambda _: None)
+            found = collect_samples(model, [batch], layer, None, [(0.5, 0.5)], torch.device("cpu"), lambda _: None)
             assert (found.token_block, found.block) == (shown, attended)
             np.testing.assert_allclose(found.tokens, states[shown][:, 1:], atol=1e-5)
             block = encoder.blocks[attended - 1]
@@ -459,9 +460,10 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
         "--store", str(stores["zarr"]), "--images", "20", "--query", "0.1,0.9", "--layer", "2", "--head", "3",
     )  # fmt: skip
     probes = [tmp_path / "block-6.json", tmp_path / "block-3.json"]
+    (probe,) = (r for r in json.loads(RESULTS.read_text()) if (r["mode"], r["name"]) == ("linprobe", "KAMIM"))
     for file, block, top1 in zip(probes, (6, 3), (51.5, 40.0), strict=True):
-        read = str(checkpoint.read(runs["vit_demo"]).path)
-        file.write_text(json.dumps([{"mode": "linprobe", "checkpoint": read, "block": block, "top1": top1}]))
+        path = str(checkpoint.read(runs["vit_demo"]).path)
+        file.write_text(json.dumps([{**probe, "checkpoint": path, "block": block, "top1": top1}]))
     shown = [option for file in probes for option in ("--probe", str(file))]
     said = analyze(*given, *shown, "--out", str(tmp_path / "one"))
     assert "figure probe without B: needs --probe FILE" in said
@@ -532,14 +534,14 @@ def test_bad_input_is_one_line(
 
 
 def test_figures_that_nobody_can_show_are_left_out(runs: dict[str, Path]) -> None:
-    kamims, swin_subject = (load_subject(f"{name}={runs[name]}", seed=0) for name in ("vit_demo", "swin_tiny"))
-    bare = Subject("bare", kamims.encoder, 64, None, {})
+    kamims, swin_model = (load_analysed_model(f"{name}={runs[name]}", seed=0) for name in ("vit_demo", "swin_tiny"))
+    bare = AnalysedModel("bare", kamims.encoder, 64, None, {})
     unlabelled = Chosen(np.arange(4), np.arange(3), np.zeros(3, np.int64), ())
     planned, notes = plan(Request(), [bare], unlabelled)
     assert planned.keys() == set(FIGURES) - {"2", "3", "9", "10", "probe"}
     assert "figure 9 without bare: needs labels of 3 classes, which the store does not have" in notes
-    planned, _ = plan(Request(), [swin_subject, kamims], unlabelled)
-    assert planned["2"] == planned["4"] == [swin_subject, kamims] and planned["6"] == planned["weights"] == [kamims]
+    planned, _ = plan(Request(), [swin_model, kamims], unlabelled)
+    assert planned["2"] == planned["4"] == [swin_model, kamims] and planned["6"] == planned["weights"] == [kamims]
 
 
 def test_figures_and_json() -> None:
@@ -550,6 +552,6 @@ def test_figures_and_json() -> None:
     }  # fmt: skip
 
 
-def test_a_subject_knows_its_tokens(runs: dict[str, Path]) -> None:
-    subject = load_subject(f"A={runs['vit_demo']}", seed=0)
-    assert (subject.is_vit, subject.grid, subject.patch, subject.prefix, subject.depth) == (True, 4, 16, 1, 6)
+def test_an_analysed_model_knows_its_tokens(runs: dict[str, Path]) -> None:
+    model = load_analysed_model(f"A={runs['vit_demo']}", seed=0)
+    assert (model.is_vit, model.grid, model.patch, model.prefix, model.depth) == (True, 4, 16, 1, 6)

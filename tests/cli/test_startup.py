@@ -79,6 +79,7 @@ def test_a_wheel_works_without_its_clone(tmp_path: Path) -> None:
                for file in (ROOT / package).rglob("*.py")}  # fmt: skip
     assert modules <= {file.relative_to(tmp_path / "site") for file in (tmp_path / "site").rglob("*.py")}
     assert (tmp_path / "site/kamim/py.typed").is_file()
+    assert (tmp_path / "site/kamim/reporting/templates/page.html").is_file()
     (tmp_path / "empty").mkdir()
     for command in (["config", "list"], ["pretrain", "-c", "demo", "--print-config"]):
         done = subprocess.run(

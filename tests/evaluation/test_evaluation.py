@@ -15,19 +15,22 @@ import torch
 from conftest import build_store
 from PIL import Image
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.evaluation import classify, probe
 from kamim.evaluation.config import ClassifierOptim, Evaluation
+from kamim.evaluation.context import EvalContext
+from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
 from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
-from kamim.evaluation.modes import TASKS, make_optimizer
-from kamim.evaluation.run import _setting, evaluate
-from kamim.evaluation.setting import Setting
-from kamim.evaluation.subject import load_subject, subject_to_be
+from kamim.evaluation.modes import MODES
+from kamim.evaluation.results import Accuracy
+from kamim.evaluation.run import _context, evaluate
+from kamim.evaluation.tasks import make_optimizer
 from kamim.models.masked_image_model import build_encoder
-from kamim.models.readout import Pixels, Readout, fixed, resolve, tokens_after
+from kamim.models.readout import Pixels, Readout, blocks, fixed, resolve, tokens_after
 from kamim.storage.store import Store
 from kamim.training import checkpoint
 from kamim.training.config import Compute, Pretrain
@@ -56,7 +59,7 @@ def coloured(labels: np.ndarray, seed: int) -> Tensor:
     return torch.from_numpy((colours[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8))
 
 
-def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path) -> dict[str, float]:
+def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path) -> Accuracy:
     """Probes a random encoder; training images show `shown`, and are labelled `labels`."""
     torch.manual_seed(0)
     frozen = probe.Frozen(build_encoder("vit_demo", 32), readout, Compute(), CPU)
@@ -84,15 +87,15 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
 @pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])
 def test_separable_classes_are_told_apart(norm: Any, tmp_path: Path) -> None:
     labels = np.arange(32) % CLASSES
-    assert probed(labels, labels, Readout(6, "mean", norm), tmp_path / "run")["top1"] == 100
+    assert probed(labels, labels, Readout(6, "mean", norm), tmp_path / "run").top1 == 100
 
 
 def test_labels_that_say_nothing_teach_nothing(tmp_path: Path) -> None:
     labels = np.arange(32) % CLASSES
     shuffled = np.repeat(np.arange(CLASSES), 8)  # every label sees every colour equally often
     accuracy = probed(shuffled, labels, Readout(6, "mean", "none"), tmp_path / "run")
-    assert accuracy["top1"] <= 45
-    assert accuracy["top5"] == 100
+    assert accuracy.top1 <= 45
+    assert accuracy.top5 == 100
 
 
 def test_the_joint_norm_is_over_tokens_and_width() -> None:
@@ -120,6 +123,29 @@ def test_tokens_after_a_block_are_the_blocks_output(name: str) -> None:
             torch.testing.assert_close(found, expected[number].reshape(found.shape))
             assert max(seen) == number  # what lies behind is not computed
             seen.clear()
+
+
+@pytest.mark.parametrize("name", ["registers", "swin_tiny"])
+def test_blocks_are_timms_intermediates(name: str) -> None:
+    """Bit for bit."""
+    torch.manual_seed(0)
+    if name == "registers":
+        encoder = VisionTransformer(64, 16, depth=3, embed_dim=32, num_heads=2, reg_tokens=2, pre_norm=True).eval()
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            found = list(blocks(encoder, images, 2))
+            pairs = encoder.forward_intermediates(
+                images, indices=[0, 1], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            )
+        expected = [torch.cat([first, patches], dim=1) for patches, first in pairs]
+    else:
+        swin, images = build_encoder(name, 192).eval(), torch.randn(1, 3, 192, 192)
+        with torch.no_grad():
+            found = list(blocks(swin, images, 2))
+            maps = swin.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        expected = [of_stage.flatten(2).transpose(1, 2) for of_stage in maps]
+    assert [number for number, _ in found] == [1, 2]
+    assert all(torch.equal(tokens, twin) for (_, tokens), twin in zip(found, expected, strict=True))
 
 
 def test_pixels_are_the_image_made_small() -> None:
@@ -210,7 +236,7 @@ def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evalu
 
 
 def run(config: Evaluation, *modes: str) -> list[dict[str, Any]]:
-    return evaluate(config, modes, silent)
+    return [result.as_json() for result in evaluate(config, modes, silent)]
 
 
 def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrained: Path) -> None:
@@ -236,21 +262,21 @@ def test_neighbours_in_dinos_manner(stores: dict[str, Path], pretrained: Path) -
     config = evaluation(pretrained, stores["zarr"], "knn.protocol=dino", "knn.k=[3, 5]", "per_class=3")
     (result,) = run(config, "knn")
     assert [result[key] for key in ("protocol", "block", "pooling", "norm")] == ["dino", 6, "cls", "final"]
-    setting = _setting(config, WORLD, [])
-    encoder, found = load_subject(str(pretrained)).encoder.eval(), []
-    for samples in (setting.train, setting.val):
+    context = _context(config, WORLD, [])
+    encoder, found = load_evaluated_model(str(pretrained)).encoder.eval(), []
+    for samples in (context.train, context.val):
         assert samples is not None
-        loader = setting.in_order(samples, 64)
+        loader = context.in_order(samples, 64)
         whole = loader.steps(0, loader.plan.steps_per_epoch)
         with torch.no_grad():
             tokens = [encoder.forward_features(normalise(batch.images))[:, 0] for batch in whole]  # type: ignore[operator]
         found.append(nn.functional.normalize(torch.cat(tokens).bfloat16().float()))
     train, val = found
-    assert setting.train is not None
+    assert context.train is not None
     for k in (3, 5):
         similarity, nearest = (val @ train.T).topk(k)
-        votes = torch.zeros(len(val), 3).scatter_add_(1, setting.train.labels[nearest], (similarity / 0.07).exp())
-        top1 = 100 * float((votes.argmax(1) == setting.val.labels).double().mean())
+        votes = torch.zeros(len(val), 3).scatter_add_(1, context.train.labels[nearest], (similarity / 0.07).exp())
+        top1 = 100 * float((votes.argmax(1) == context.val.labels).double().mean())
         assert result["k"][str(k)]["top1"] == pytest.approx(top1)
     (other,) = run(evaluation(pretrained, stores["zarr"], "per_class=3"), "knn")
     assert [other[key] for key in ("protocol", "block", "pooling", "norm")] == ["linprobe", 6, "mean", "none"]
@@ -358,15 +384,15 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
 ) -> None:
     config = evaluation(pretrained, stores["zarr"], out=tmp_path / "out")
     first = run(config, "knn")
-    monkeypatch.setattr("kamim.evaluation.modes.knn", None)
+    monkeypatch.setattr("kamim.evaluation.tasks.knn", None)
     assert run(config, "knn") == first
-    with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 asked for\)"):
+    with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 requested\)"):
         run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
     monkeypatch.setattr("kamim.evaluation.run._run", None)  # the second is looked at before the first begins
     two = {"checkpoint": (f"new={pretrained}", str(pretrained)), "out": tmp_path / "out"}
-    with pytest.raises(ValueError, match=r"holds another evaluation \(batch_size 10 there, 9 asked for\)"):
+    with pytest.raises(ValueError, match=r"holds another evaluation \(batch_size 10 there, 9 requested\)"):
         run(evaluation("", stores["zarr"], "batch_size=9", **two), "knn")
-    with pytest.raises(ValueError, match=r"\(options.temperature 0.07 there, 0.1 asked for\)"):
+    with pytest.raises(ValueError, match=r"\(options.temperature 0.07 there, 0.1 requested\)"):
         run(evaluation("", stores["zarr"], "knn.temperature=0.1", **two), "knn")
 
 
@@ -385,17 +411,17 @@ def test_results_of_earlier_versions_are_found(stores: dict[str, Path], pretrain
 def test_gradients_are_clipped_as_the_released_code_does(
     name: str, clip_grad: float | None, stores: dict[str, Path]
 ) -> None:
-    subject = subject_to_be("x", load(Pretrain, None, ["data.store=s", "out=o", f"model.name={name}"]))
+    model = planned_model("x", load(Pretrain, None, ["data.store=s", "out=o", f"model.name={name}"]))
     store = Store(stores["zarr"])
     samples = all_samples(store)
     for mode in ("linprobe", "finetune"):
         for given, expected in (((), clip_grad), ((f"{mode}.optim.clip_grad=null",), None)):
             config = evaluation("x", stores["zarr"], *given)
-            made = TASKS[mode](Setting(config, WORLD, samples, samples), subject)
-            assert made.settings["options"]["optim"]["clip_grad"] == expected
+            task = MODES[mode].plan(EvalContext(config, WORLD, samples, samples), model)
+            assert task.settings.options["optim"]["clip_grad"] == expected
     config = evaluation("x", stores["zarr"], "linprobe.protocol=dinov2", "linprobe.pooling=mean")
-    made = TASKS["linprobe"](Setting(config, WORLD, samples, samples), subject)
-    assert made.settings["options"]["optim"]["clip_grad"] is None
+    task = MODES["linprobe"].plan(EvalContext(config, WORLD, samples, samples), model)
+    assert task.settings.options["optim"]["clip_grad"] is None
 
 
 def test_a_few_samples_of_each_class(stores: dict[str, Path], pretrained: Path) -> None:
@@ -455,10 +481,10 @@ def test_nothing_is_not_a_choice(key: str) -> None:
 def test_names_of_checkpoints(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = tmp_path / "lr=0.1:b"
     odd.symlink_to(pretrained)
-    assert load_subject(f"KAMIM={odd}").name == "KAMIM"
-    assert load_subject(f"random:{pretrained}").name == "random run"
+    assert load_evaluated_model(f"KAMIM={odd}").name == "KAMIM"
+    assert load_evaluated_model(f"random:{pretrained}").name == "random run"
     monkeypatch.chdir(pretrained)
-    assert load_subject(".").name == "run"
+    assert load_evaluated_model(".").name == "run"
 
 
 def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
@@ -494,7 +520,7 @@ def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path,
     assert done.stdout.count("linprobe KAMIM") == 1  # one process talks
     kamim, pixels = f"KAMIM={pretrained}", f"pixels:{pretrained}"
     one = evaluate(evaluation("", stores["zarr"], last, checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent)
-    made = {(result["name"], result["mode"]): result for result in one}
+    made = {(result.settings.name, result.settings.mode): result.as_json() for result in one}
     assert made.keys() == {
         *(("KAMIM", mode) for mode in ("linprobe", "knn", "finetune", "reconstruct", "probe-sweep")),
         *(("pixels run", mode) for mode in ("linprobe", "knn", "probe-sweep")),

@@ -17,6 +17,7 @@ from kamim.evaluation import grid
 from kamim.evaluation import run_grid as compose
 from kamim.evaluation.grid import Grid
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
+from kamim.evaluation.results import Accuracy, EvalSettings, Result, SampleSet
 from kamim.training import distributed
 from kamim.training.settings import load
 
@@ -55,7 +56,7 @@ def file_of(content: dict[str, Any], folder: Path) -> Path:
 
 def test_table_2_is_the_papers() -> None:
     given = load(Grid, TABLE2)
-    made = {setting.name: grid.pretraining(given, setting) for setting in grid.settings(given)}
+    made = {setting.name: grid.pretraining(given, setting) for setting in grid.points(given)}
     assert {(c.weighting.patch_size, c.weighting.temperature) for c in made.values() if c.weighting} == set(TABLE_2)
     assert len({c.data.store for c in made.values()}) == 1
     assert made["ps8_t0.25"].out == Path("runs/table2/ps8_t0.25")
@@ -64,23 +65,24 @@ def test_table_2_is_the_papers() -> None:
     assert grid.evaluation(given).linprobe.optim.epochs == 100
 
 
-def results_of(given: Grid) -> list[dict[str, Any]]:
+def results_of(given: Grid) -> list[Result[Accuracy]]:
     """As `kamim eval` would give them of whole runs on the whole of ImageNet."""
     evaluation = grid.evaluation(given)
-    made = []
-    for setting in grid.settings(given):
-        config = grid.pretraining(given, setting).model_dump(mode="json")
-        made.append({
-            "mode": "linprobe", "name": setting.name, "architecture": "vit_base", "block": 8, "norm": "none",
-            "protocol": "paper", "pooling": "mean", "options": evaluation.linprobe.model_dump(mode="json"),
-            "train": {"dataset": "imagenet", "images": 1_281_167}, "val": {"dataset": "imagenet", "images": 50_000},
-            "pretraining": {
+    results = []
+    for point in grid.points(given):
+        config = grid.pretraining(given, point).model_dump(mode="json")
+        settings = EvalSettings(
+            mode="linprobe", name=point.name, checkpoint=f"runs/{point.name}", architecture="vit_base", step=62500,
+            weights=None, pretraining={
                 **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
                 "dataset": "imagenet", "samples": 1_281_167, "images": "jpeg", "complete": True,
             },
-            "top1": 1.5, "top5": 5.0,
-        })  # fmt: skip
-    return made
+            seed=0, train=SampleSet("train", "imagenet", 1_281_167, ""), val=SampleSet("val", "imagenet", 50_000, ""),
+            classes=1000, protocol="paper", block=8, pooling="mean", norm="none",
+            options=evaluation.linprobe.model_dump(mode="json"),
+        )  # fmt: skip
+        results.append(Result(settings, Accuracy(1.5, 5.0)))
+    return results
 
 
 def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
@@ -117,7 +119,7 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["sweep", str(file)])
     assert result.exit_code == 0, result.output
     assert {file: file.stat().st_mtime_ns for file in first} == first
-    for setting in grid.settings(given["whole"]):
+    for setting in grid.points(given["whole"]):
         assert losses(tmp_path / "again" / setting.name) == losses(tmp_path / "whole" / setting.name)
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
     assert "| Eq. 1, last tenth of the steps | steps clipped |" in (tmp_path / "again/table.md").read_text()
@@ -161,7 +163,7 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(
 def test_the_example_of_help_is_a_key_that_there_is() -> None:
     shown = CliRunner().invoke(app, ["sweep", "--help"]).output
     override = re.findall(r"overrides,\W+such\W+as\W+([\w.=-]+)", shown)
-    assert grid.pretraining(load(Grid, TABLE2, override), grid.settings(load(Grid, TABLE2))[0]).optim.lr == 1e-3
+    assert grid.pretraining(load(Grid, TABLE2, override), grid.points(load(Grid, TABLE2))[0]).optim.lr == 1e-3
 
 
 def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

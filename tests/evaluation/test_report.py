@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
-from kamim.evaluation import modes, paper, subject
+from kamim.evaluation import evaluated_model, paper, tasks
 from kamim.evaluation.config import Evaluation
-from kamim.evaluation.paper import quoted
+from kamim.evaluation.modes import read_result
 from kamim.evaluation.report import CHOICE, save_report
+from kamim.evaluation.results import EvalSettings
 from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage.flatten import flatten
@@ -33,25 +35,25 @@ def pretraining(*overrides: str, preset: str = "vit_base_kamim", step: int = 100
     config = load(Pretrain, CONFIGS / f"pretrain/{preset}.yaml", overrides)
     found = Checkpoint(Path("runs/x"), "pretrain", step, config.model_dump(mode="json"), True, "ab" * 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kamim.evaluation.subject.store.read_manifest", lambda path: WHOLE)
-        made = subject._pretraining(found)
-    assert made is not None
-    return made
+        patch.setattr("kamim.evaluation.evaluated_model.store.read_manifest", lambda path: WHOLE)
+        run = evaluated_model._pretraining(found)
+    assert run is not None
+    return run
 
 
 def options(mode: str, *overrides: str) -> dict[str, Any]:
     """The options of a mode for a ViT, as a result has them."""
     given = ["checkpoint=[x]", "val=y", *(f"{mode}.{override}" for override in overrides)]
     chosen = getattr(load(Evaluation, None, given), mode)
-    subject = SimpleNamespace(encoder=None)
-    return modes._clipped(chosen, subject).model_dump(mode="json")  # type: ignore[no-any-return,type-var]
+    vit = SimpleNamespace(encoder=None)
+    return tasks._clipped(chosen, vit).model_dump(mode="json")  # type: ignore[no-any-return,type-var]
 
 
 def about(name: str = "KAMIM", **changes: Any) -> dict[str, Any]:
     """A checkpoint just as the paper's ViT-B, evaluated on ImageNet."""
     return {
         "name": name, "checkpoint": f"runs/{name}/checkpoints/step-62500", "architecture": "vit_base", "step": 62500,
-        "weights": "ab" * 32, "reconstructs": True, "seed": 0, "classes": 1000, "protocol": "paper",
+        "weights": "ab" * 32, "reconstructs": True, "seed": 0, "classes": 1000, "protocol": "paper", "options": {},
         "pretraining": pretraining(),
         "train": {"store": "stores/train", "dataset": "imagenet", "images": 1_281_167, "fingerprint": "cd" * 32},
         "val": {"store": "stores/val", "dataset": "imagenet", "images": 50_000, "fingerprint": "ef" * 32},
@@ -72,6 +74,14 @@ def finetune(*overrides: str, **changes: Any) -> dict[str, Any]:
 def reconstruct(**changes: Any) -> dict[str, Any]:
     found = {"paper": {"psnr": 11.987, "ssim": 0.1012}, "honest": {"psnr": 17.254, "ssim": 0.3456}}
     return about(**{"mode": "reconstruct", "mask_ratio": 0.4, **found, **changes})
+
+
+def quoted(result: dict[str, Any]) -> paper.Quote:
+    return paper.quoted(TypeAdapter(EvalSettings).validate_python(result))
+
+
+def save(results: list[dict[str, Any]], file: Path, **pictures: list[tuple[bytes, str]]) -> None:
+    save_report([read_result(result) for result in results], pictures, file)
 
 
 def changed(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -202,7 +212,7 @@ def test_a_result_that_does_not_say_how_its_checkpoint_was_trained_is_not_quoted
     run = {k: v for k, v in pretraining("weighting.keypoints=online").items() if k != key}
     old = linprobe(pretraining=run)
     assert quoted(old) == {}
-    save_report([old], [], tmp_path / "report.html")
+    save([old], tmp_path / "report.html")
     assert "30.10" in read(tmp_path / "report.html").text
 
 
@@ -260,10 +270,11 @@ def everything(names: tuple[str, ...]) -> list[dict[str, Any]]:
     for i, name in enumerate(names):
         k = {str(k): {"top1": 20.0 + i - k / 50, "top5": 45.0 + i} for k in (5, 10, 20, 100)}
         shifted = [{**row, "top1": row["top1"] + 3 * i} for row in rows]
+        best = max(shifted, key=lambda row: row["top1"])
         results += [
             linprobe(name=name, top1=30.12 + i), finetune(name=name),
             about(name=name, mode="knn", protocol="linprobe", **READ, k=k),
-            about(name=name, mode="probe-sweep", rows=shifted), reconstruct(name=name),
+            about(name=name, mode="probe-sweep", rows=shifted, best=best), reconstruct(name=name),
         ]  # fmt: skip
     return results
 
@@ -277,7 +288,7 @@ def sheet() -> bytes:
 
 def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
     names = ("random", "SimMIM", "<script>alert('&')</script>")
-    save_report(everything(names), [(sheet(), "what each makes of 4 images & noise")], tmp_path / "report.html")
+    save(everything(names), tmp_path / "report.html", reconstruct=[(sheet(), "what each makes of 4 images & noise")])
     found = read(tmp_path / "report.html")
     assert {"script", "link", "iframe"}.isdisjoint(found.tags)
     assert not [
@@ -296,7 +307,7 @@ def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
 
 
 def test_report_of_one_mode_without_the_papers_column(tmp_path: Path) -> None:
-    save_report([linprobe(architecture="vit_demo", pretraining=None)], [], tmp_path / "report.html")
+    save([linprobe(architecture="vit_demo", pretraining=None)], tmp_path / "report.html")
     found = read(tmp_path / "report.html")
     assert "Linear probe" in found.text and "Nearest neighbours" not in found.text
     assert "paper's" not in found.text and "30.10" in found.text

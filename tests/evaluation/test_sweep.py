@@ -7,7 +7,8 @@ from torch import nn
 
 from kamim.evaluation import probe_sweep as module
 from kamim.evaluation.config import SweepOptim
-from kamim.evaluation.probe_sweep import Probes, best, best_by_readout, sweep
+from kamim.evaluation.probe_sweep import Probes, sweep
+from kamim.evaluation.results import SweepRow, best_by_readout, best_row
 from kamim.method import rng
 from kamim.models.readout import Readout
 from kamim.training import schedule
@@ -78,12 +79,12 @@ def test_rows_are_the_accuracies_of_probes_alone() -> None:
     rows = run(features, labels, val_labels)
     assert len(rows) == len(features) * len(LRS)
     for row in rows:
-        train, val = features[Readout(row["block"], row["pooling"], row["norm"])]
-        first = alone(train, labels, row["lr"], 3)(val).argsort(dim=1, descending=True)
+        train, val = features[Readout(row.block, row.pooling, row.norm)]
+        first = alone(train, labels, row.lr, 3)(val).argsort(dim=1, descending=True)
         for top in (1, 5):
             expected = 100 * (first[:, :top] == val_labels[:, None]).any(dim=1).double().mean()
-            assert row[f"top{top}"] == pytest.approx(float(expected))
-    assert len({row["top1"] for row in rows}) > 3
+            assert getattr(row, f"top{top}") == pytest.approx(float(expected))
+    assert len({row.top1 for row in rows}) > 3
 
 
 def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +101,11 @@ def test_separable_features_reach_all_and_shuffled_labels_chance() -> None:
     (train, labels), (val, val_labels) = data(700, 0, noise=0.1), data(700, 1, noise=0.1)
     features = {Readout(1, "mean", "none"): (train, val)}
     optim = OPTIM.model_copy(update={"epochs": 20, "min_lr": 0.0})
-    assert best(run(features, labels, val_labels, optim=optim))["top1"] == 100
+    assert best_row(run(features, labels, val_labels, optim=optim)).top1 == 100
     shuffled = labels[torch.from_numpy(rng.permutation(1, 0, 700))]
     noise = {Readout(1, "mean", "none"): (data(700, 2, noise=100)[0], data(700, 3, noise=100)[0])}
     for row in run(noise, shuffled, val_labels, optim=optim):
-        assert abs(row["top1"] - 100 / CLASSES) < 6  # 4 standard deviations are 5.3
+        assert abs(row.top1 - 100 / CLASSES) < 6  # 4 standard deviations are 5.3
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_does_not() -> None:
@@ -129,8 +130,8 @@ def test_a_probe_that_diverges_is_wrong_and_alone() -> None:
     features, labels, val_labels = readouts()
     broken = {Readout(9, "mean", "none"): tuple(torch.full_like(f, torch.nan) for f in data(N, 0)[:1] + data(M, 1)[:1])}
     rows = run({**features, **broken}, labels, val_labels)
-    assert all(row["top1"] == row["top5"] == 0 for row in rows if row["block"] == 9)
-    assert [row for row in rows if row["block"] != 9] == run(features, labels, val_labels)
+    assert all(row.top1 == row.top5 == 0 for row in rows if row.block == 9)
+    assert [row for row in rows if row.block != 9] == run(features, labels, val_labels)
 
 
 def test_a_batch_must_fit() -> None:
@@ -140,9 +141,9 @@ def test_a_batch_must_fit() -> None:
 
 
 def test_best_rows() -> None:
-    def row(block: int, lr: float, top1: float, top5: float) -> dict[str, object]:
-        return {"block": block, "pooling": "mean", "norm": "none", "lr": lr, "top1": top1, "top5": top5}
+    def row(block: int, lr: float, top1: float, top5: float) -> SweepRow:
+        return SweepRow(block, "mean", "none", lr, top1, top5)
 
     rows = [row(2, 0.1, 50, 80), row(1, 0.1, 30, 60), row(2, 0.2, 50, 90), row(1, 0.2, 30, 60)]
-    assert best(rows) is rows[2]
+    assert best_row(rows) is rows[2]
     assert best_by_readout(rows) == [rows[1], rows[2]]

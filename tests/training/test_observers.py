@@ -77,7 +77,7 @@ def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None
     assert list(made) == [3, 7]
     given = [f"checkpoint=[{watched}]", f"train={store}", f"val={store}", "per_class=6", "knn.k=[18]", "seed=3"]
     result, = evaluate(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
-    assert made[7] == pytest.approx(result["k"]["18"]["top1"], abs=100 / 24 + 1e-6)  # features are rounded there
+    assert made[7] == pytest.approx(result.measured.k[18].top1, abs=100 / 24 + 1e-6)  # features are rounded there
     assert {event.step: event.value for event in board(watched).Scalars("knn_top1")} == pytest.approx(made)
 
 

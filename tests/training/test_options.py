@@ -11,7 +11,7 @@ from runs import config, losses, quiet, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kamim.evaluation.subject import load_subject
+from kamim.evaluation.evaluated_model import load_evaluated_model
 from kamim.method.objective import denormalise_patches, normalise_patches
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
@@ -78,8 +78,8 @@ def test_a_run_on_normalised_patches_reconstructs_no_pixels(store: Path, tmp_pat
     pretrain(config(tmp_path / "plain", store, *given), quiet)
     assert losses(tmp_path / "run") != losses(tmp_path / "plain")
     assert 0.5 < losses(tmp_path / "run")[0] < 1.5  # of numbers of variance 1, nearly nothing predicted
-    assert load_subject(str(tmp_path / "run")).model is None
-    assert load_subject(str(tmp_path / "plain")).model is not None
+    assert load_evaluated_model(str(tmp_path / "run")).model is None
+    assert load_evaluated_model(str(tmp_path / "plain")).model is not None
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])

@@ -21,7 +21,7 @@ from kamim.storage.escape import one_line
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class AnalysedModel:
     """One checkpoint. model: with its pixel head, where it has one. about: what it is, for analysis.json."""
 
     name: str

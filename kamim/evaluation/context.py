@@ -1,0 +1,97 @@
+"""What the evaluation modes share: loaders and features of samples, and what a task is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from kamim.evaluation.config import ClassifierOptim, Evaluation
+from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.features import extract
+from kamim.evaluation.results import EvalSettings, Measured, SampleSet
+from kamim.models.readout import Readout
+from kamim.training.data import whole_images
+from kamim.training.distributed import World
+from kamim.training.settings import Section
+from kamim.training.trainer import Progress
+from pipelines.loader import Augment, Crop, Loader
+from pipelines.plan import Plan
+from pipelines.samples import Samples, check_labels
+
+Work = Callable[[Path, Progress], Measured]  # given its folder
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What all modes and checkpoints of one evaluation share. train: None if no training store is given."""
+
+    config: Evaluation
+    world: World
+    train: Samples | None
+    val: Samples
+
+    def training(
+        self, samples: Samples, resolution: int, optim: ClassifierOptim, crop: Crop | None = None,
+        augment: Augment | None = None,
+    ) -> Loader:  # fmt: skip
+        """Loads shuffled samples in steps of optim.batch_size."""
+        plan = Plan(
+            len(samples.numbers), optim.batch_size, optim.micro_batch, self.config.seed, rank=self.world.rank,
+            world=self.world.size, listed=samples.numbers,
+        )  # fmt: skip
+        return Loader(
+            samples.store, plan, resolution, crop=crop, augment=augment, workers=self.config.workers,
+            device=self.world.device,
+        )  # fmt: skip
+
+    def in_order(self, samples: Samples, resolution: int) -> Loader:
+        """Loads every sample once, as a whole image."""
+        return whole_images(samples, resolution, self.config.batch_size, self.config.workers, self.world)
+
+    def labelled(self) -> Samples:
+        """The training samples. Raises KamimError if there are none, or if their classes are not the validation's."""
+        return check_labels(self.train, self.val)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One mode on one checkpoint, already checked. run(folder, progress) measures; its state is kept there."""
+
+    settings: EvalSettings
+    run: Work
+
+
+def task(
+    mode: str, context: EvalContext, evaluated: EvaluatedModel, run: Work, *, protocol: str, options: Section,
+    readout: Readout | None = None, epochs: int | None = None, mask_ratio: float | None = None, trains: bool = True,
+) -> Task:  # fmt: skip
+    """A task whose settings are the checkpoint, the stores, the seed, and what the mode adds.
+
+    options: the mode's section of the configuration. trains: whether the result depends on the training store.
+    """
+    train = SampleSet(**context.train.about) if trains and context.train is not None else None
+    settings = EvalSettings(
+        mode=mode, name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
+        seed=context.config.seed, batch_size=context.config.batch_size, train=train,
+        val=SampleSet(**context.val.about), classes=len(context.val.classes), protocol=protocol,
+        **({} if readout is None else asdict(readout)), epochs=epochs, mask_ratio=mask_ratio,
+        options=options.model_dump(mode="json"),
+    )  # fmt: skip
+    return Task(settings, run)
+
+
+def features_of(
+    context: EvalContext, evaluated: EvaluatedModel, readouts: Sequence[Readout], folder: Path, progress: Progress
+) -> list[dict[Readout, Tensor]]:
+    """The features of the training samples and of the validation samples, by readout."""
+    features = []
+    for name, samples in (("train", context.labelled()), ("val", context.val)):
+        loader = context.in_order(samples, evaluated.resolution)
+        features.append(
+            extract(
+                evaluated.encoder, readouts, loader, samples.numbers, context.config.compute, context.world,
+                folder / name, progress,
+            )
+        )  # fmt: skip
+    return features

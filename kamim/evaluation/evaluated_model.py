@@ -1,0 +1,137 @@
+"""Models from checkpoints: a run's, a file of foreign weights, an untrained network, or no encoder at all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kamim import KamimError
+from kamim.models import interop
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.models.readout import Encoder, Pixels
+from kamim.storage import store
+from kamim.training import checkpoint
+from kamim.training.config import Mask, Pretrain
+from pipelines.plan import Plan
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from. The fields are those of kamim.evaluation.results.EvalSettings."""
+
+    checkpoint: str
+    architecture: str
+    step: int = 0
+    weights: str | None = None
+    pretraining: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A checkpoint that is evaluated. model: with its pixel head, if it has one. mask: that of its pretraining."""
+
+    name: str
+    encoder: Encoder
+    model: MaskedImageModel | None
+    resolution: int
+    mask: Mask
+    origin: Origin
+
+
+def load_evaluated_model(spec: str) -> EvaluatedModel:
+    """Loads [NAME=]RUN, a run, one of its checkpoints or a file of foreign weights; or random:RUN or pixels:RUN.
+
+    Raises KamimError if there is no such thing.
+    """
+    name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
+    if not source or (equals and not name):
+        raise KamimError(f"--checkpoint {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
+    kind = next((kind for kind in ("random", "pixels") if source.startswith(f"{kind}:")), "")
+    path = Path(source.removeprefix(f"{kind}:"))
+    name = name or f"{kind} {path.resolve().name}".strip()
+    if kind == "pixels":
+        config = checkpoint.read(path).config
+        return EvaluatedModel(name, Pixels(), None, config.data.resolution, config.mask, Origin(source, "pixels"))
+    loaded = load_model(source)
+    return EvaluatedModel(
+        name, loaded.model.encoder, loaded.model if loaded.has_head else None, loaded.model.resolution, loaded.mask,
+        loaded.origin,
+    )  # fmt: skip
+
+
+def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
+    """What a run of `config` will be to an evaluation, without its weights: enough for every check."""
+    with torch.device("meta"):
+        model = MaskedImageModel(config.model.name, config.data.resolution)
+    with_head = None if config.norm_pix_loss else model
+    origin = Origin(str(config.out), config.model.name)
+    return EvaluatedModel(name, model.encoder, with_head, config.data.resolution, config.mask, origin)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model from a checkpoint. has_head: whether its head makes pixels. mask: that of its pretraining."""
+
+    model: MaskedImageModel
+    has_head: bool
+    mask: Mask
+    origin: Origin
+
+
+def load_model(source: str) -> LoadedModel:
+    """Loads a checkpoint, a file of foreign weights, or random:CHECKPOINT, its architecture and seed untrained."""
+    random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
+    if path.is_file() and not random:
+        return _foreign(path)
+    saved = checkpoint.read(path)
+    origin = Origin(str(saved.path), saved.config.model.name, saved.step)
+    if not random:
+        makes_pixels = saved.has_head and not saved.config.norm_pix_loss
+        origin = replace(origin, weights=saved.weights, pretraining=_pretraining(saved))
+        return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin)
+    torch.manual_seed(saved.config.seed)
+    model = MaskedImageModel(saved.config.model.name, saved.config.data.resolution)
+    return LoadedModel(model, True, saved.config.mask, Origin(source, saved.config.model.name))
+
+
+def _foreign(file: Path) -> LoadedModel:
+    weights = interop.load(file)
+    model = MaskedImageModel(weights.architecture, weights.resolution)
+    model.load_state_dict(weights.state, strict=weights.has_head)
+    origin = Origin(str(file), weights.architecture, weights=store.checksum(file))
+    return LoadedModel(model, weights.has_head, Mask(), origin)
+
+
+PRETRAINING: Any = {  # keys of Pretrain that shape a run
+    "data": {"resolution", "crop_scale", "crop_ratio", "flip_v", "flip_h", "drop_last", "on_error"},
+    "model": {"drop_path"}, "mask": True,
+    "weighting": True, "optim": True, "norm_pix_loss": True, "init_from": True,
+}  # fmt: skip
+
+
+def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    """How a checkpoint was trained: all that kamim.evaluation.paper compares. None if kamim did not train it.
+
+    If its store is not on this machine, the keys that are read from it are None: dataset, samples, images (how they are
+    encoded), and complete, whether it is trained to its last step.
+    """
+    config = saved.config
+    if saved.step == 0:
+        return None
+    try:
+        manifest = store.read_manifest(config.data.store)
+    except ValueError:  # its store is not on this machine
+        dataset, samples, images, complete = None, None, None, None
+    else:
+        size = min(config.optim.batch_size, manifest.count)  # the store may be another by now
+        plan = Plan(manifest.count, size, size, config.seed, drop_last=config.data.drop_last)
+        steps, _, _ = config.optim.schedule(plan.steps_per_epoch)
+        dataset, samples, images = manifest.job.dataset, manifest.count, manifest.job.encoding
+        complete = saved.step == steps
+    return {
+        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "samples": samples,
+        "images": images, "complete": complete, "epochs": config.optim.duration or config.optim.epochs,
+        **config.model_dump(mode="json", include=PRETRAINING),
+    }  # fmt: skip

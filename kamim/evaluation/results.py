@@ -1,0 +1,212 @@
+"""Results of the evaluation modes, and their JSON: one flat object, the settings first, then what was measured."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from kamim import KamimError
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of a store that an evaluation trained or measured on. fingerprint: that of the store's source."""
+
+    store: str
+    dataset: str
+    images: int
+    fingerprint: str
+
+
+OPTIONAL = ("block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all modes have
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Everything that a result depends on.
+
+    weights is the sha256 of the checkpoint's weights. pretraining holds the keys of Pretrain that shape a run, and is
+    None for untrained or foreign weights; versions differ in its keys, so it stays a mapping. train is None for modes
+    that train nothing. options are the mode's section of the configuration. The OPTIONAL settings are None, and left
+    out of the JSON, in modes that do not have them. Early versions did not write resolution and batch_size.
+    """
+
+    mode: str
+    name: str
+    checkpoint: str
+    architecture: str
+    step: int
+    weights: str | None
+    pretraining: Mapping[str, Any] | None = None
+    resolution: int | None = None
+    seed: int
+    batch_size: int | None = None
+    train: SampleSet | None
+    val: SampleSet
+    classes: int
+    protocol: str
+    block: int | None = None
+    pooling: str | None = None
+    norm: str | None = None
+    epochs: int | None = None
+    mask_ratio: float | None = None
+    options: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of settings.json."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
+
+
+class Measured(Protocol):
+    """What a mode measured: a frozen dataclass whose fields are the keys that the JSON has beside the settings."""
+
+    @property
+    def headline(self) -> str:
+        """The one number that stands for the result in tables; empty if there is none."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """The result as a line of the terminal."""
+        ...
+
+
+M_co = TypeVar("M_co", bound=Measured, covariant=True)
+
+
+@dataclass(frozen=True)
+class Result(Generic[M_co]):
+    """What one mode measured on one checkpoint, and the settings that led to it."""
+
+    settings: EvalSettings
+    measured: M_co
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of result.json, and an entry of what `kamim eval --json` writes."""
+        measured = {key: value for key, value in asdict(self.measured).items() if value is not None}  # type: ignore[call-overload]
+        return {**self.settings.as_json(), **json.loads(json.dumps(measured))}
+
+    @classmethod
+    def from_json(cls, content: Any, measured: type[M_co]) -> "Result[M_co]":
+        """Reads a result of a mode that measures `measured`; keys that it does not know are ignored.
+
+        Raises KamimError if keys are missing or of another type.
+        """
+        try:
+            settings = TypeAdapter(EvalSettings).validate_python(content)
+            return Result(settings, TypeAdapter(measured).validate_python(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise KamimError(f"not a result of kamim eval ({key}: {first['msg']})") from error
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of the validation samples, in per cent, whose class is the first, or among the first 5, of the scores."""
+
+    top1: float
+    top5: float
+
+    @property
+    def headline(self) -> str:
+        """top1."""
+        return f"{self.top1:.2f}"
+
+    @property
+    def summary(self) -> str:
+        """Both accuracies."""
+        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %"
+
+
+@dataclass(frozen=True)
+class KnnAccuracy:
+    """The accuracy for each number of neighbours k."""
+
+    k: Mapping[int, Accuracy]
+
+    @property
+    def headline(self) -> str:
+        """top1 of the best k."""
+        return f"{max(accuracy.top1 for accuracy in self.k.values()):.2f}"
+
+    @property
+    def summary(self) -> str:
+        """top1 of every k."""
+        return ", ".join(f"k {k}: top-1 {accuracy.top1:.2f} %" for k, accuracy in self.k.items())
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One linear probe of a sweep: what it reads, its learning rate, and its accuracy in per cent."""
+
+    block: int
+    pooling: str
+    norm: str
+    lr: float
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class SweepAccuracy:
+    """The accuracies of all probes of a sweep, and the best of them."""
+
+    rows: tuple[SweepRow, ...]
+    best: SweepRow
+
+    @property
+    def headline(self) -> str:
+        """top1 of the best row."""
+        return f"{self.best.top1:.2f}"
+
+    @property
+    def summary(self) -> str:
+        """The best row."""
+        best = self.best
+        where = f"block {best.block}, {best.pooling}, norm {best.norm}, lr {best.lr:g}"
+        return f"best top-1 {best.top1:.2f} % ({where})"
+
+
+def best_row(rows: Iterable[SweepRow]) -> SweepRow:
+    """The row of the highest top1; of equal ones the highest top5, then the first."""
+    return max(rows, key=lambda row: (row.top1, row.top5))
+
+
+def best_by_readout(rows: Iterable[SweepRow]) -> list[SweepRow]:
+    """The best row of every (block, pooling, norm), sorted by these."""
+
+    def readout(row: SweepRow) -> tuple[int, str, str]:
+        return row.block, row.pooling, row.norm
+
+    return [best_row(group) for _, group in groupby(sorted(rows, key=readout), key=readout)]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How close reconstructions are to the originals: PSNR in dB, and SSIM."""
+
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """The similarity by each convention of kamim.evaluation.reconstruct; None if it was not asked for."""
+
+    paper: Similarity | None = None
+    honest: Similarity | None = None
+
+    @property
+    def headline(self) -> str:
+        """PSNR of masked pixels alone."""
+        return "" if self.honest is None else f"{self.honest.psnr:.2f}"
+
+    @property
+    def summary(self) -> str:
+        """Both conventions."""
+        measured = {"paper": self.paper, "honest": self.honest}
+        return "; ".join(f"{name} PSNR {m.psnr:.2f} dB, SSIM {m.ssim:.4f}" for name, m in measured.items() if m)

@@ -1,0 +1,123 @@
+"""The report's sections, one for each kind of result, as parts of a page (kamim.reporting.page)."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kamim.evaluation import figures
+from kamim.evaluation.paper import quoted
+from kamim.evaluation.results import (
+    Accuracy,
+    EvalSettings,
+    KnnAccuracy,
+    Reconstructions,
+    Result,
+    SweepAccuracy,
+    SweepRow,
+    best_by_readout,
+)
+from kamim.reporting import page
+from kamim.reporting.plots import reconstruction_sheet
+
+PAPER_HEADER = "paper's"
+SHOWN = "shown.npz"  # what a reconstruction leaves: originals, masks, made, as plots.reconstruction_sheet takes them
+
+
+def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
+    """A table of linear probes or of fine-tuning."""
+    header = ("checkpoint", "protocol", "block", "pooling", "norm", "epochs", "top-1", PAPER_HEADER, "top-5")
+    yield page.table(
+        header,
+        [
+            (
+                s.name, s.protocol, *(_text(value) for value in (s.block, s.pooling, s.norm, s.epochs)),
+                _percent(measured.top1), quote(s, "top1"), _percent(measured.top5),
+            ) for s, measured in ((r.settings, r.measured) for r in results)
+        ],
+    )  # fmt: skip
+
+
+def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
+    """A table and a curve of accuracies by k."""
+    ks = sorted({k for r in results for k in r.measured.k})
+    yield page.table(
+        ("checkpoint", "protocol", "block", "pooling", "norm", *(f"top-1, k = {k}" for k in ks), "top-5, largest k"),
+        [
+            (
+                s.name, s.protocol, _text(s.block), _text(s.pooling), _text(s.norm),
+                *(_percent(accuracies[k].top1) if k in accuracies else "" for k in ks),
+                _percent(accuracies[max(accuracies)].top5),
+            ) for s, accuracies in ((r.settings, r.measured.k) for r in results)
+        ],
+    )  # fmt: skip
+    figure = figures.neighbours({r.settings.name: r.measured for r in results})
+    yield page.picture(page.png(figure), "kNN accuracy by k", "Top-1 by the number of neighbours that vote.")
+
+
+def swept(results: Sequence[Result[SweepAccuracy]]) -> Iterator[page.Part]:
+    """A table of the best probes, a curve by depth, and every readout's best probe."""
+    header = ("checkpoint", "block", "pooling", "norm", "rate", "top-1", "top-5")
+    yield page.table(header, [(r.settings.name, *_row(r.measured.best)) for r in results])
+    figure = figures.depth({r.settings.name: r.measured.rows for r in results})
+    caption = (
+        "Top-1 of linear probes on cached features by depth, at the learning rate that is best on this very split."
+    )
+    yield page.picture(page.png(figure), "probe accuracy by depth", caption)
+    for r in results:
+        rows = [_row(row) for row in best_by_readout(r.measured.rows)]
+        yield page.folded(f"{r.settings.name}: every readout at its best rate", page.table(header[1:], rows))
+
+
+def _row(row: SweepRow) -> tuple[str, ...]:
+    return (str(row.block), row.pooling, row.norm, f"{row.lr:g}", _percent(row.top1), _percent(row.top5))
+
+
+def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[page.Part]:
+    """A table for each convention."""
+    header = ("checkpoint", "PSNR (dB)", PAPER_HEADER, "SSIM", PAPER_HEADER)
+    whole_image = [(r.settings, r.measured.paper) for r in results if r.measured.paper]
+    if whole_image:
+        yield page.paragraph("Paper's convention: whole images, normalised units.")
+        yield page.table(
+            header,
+            [
+                (s.name, f"{m.psnr:.3f}", quote(s, "psnr", 3), f"{m.ssim:.4f}", quote(s, "ssim", 4))
+                for s, m in whole_image
+            ],
+        )
+    masked_only = [(r.settings, r.measured.honest) for r in results if r.measured.honest]
+    if masked_only:
+        yield page.paragraph("Honest units: masked pixels only, in [0, 1].")
+        yield page.table(header, [(s.name, f"{m.psnr:.3f}", "", f"{m.ssim:.4f}", "") for s, m in masked_only])
+
+
+def reconstruction_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
+    """(PNG, caption) of reconstructions side by side, of (checkpoint, folder of its task).
+
+    Checkpoints share a picture if they were given the same images and masks.
+    """
+    sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
+    shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
+    for name, folder in folders:
+        with np.load(folder / SHOWN) as arrays:
+            originals, masks, reconstructions = (arrays[key] for key in ("originals", "masks", "made"))
+        same = originals.tobytes(), masks.tobytes()
+        shown[same] = originals, masks
+        sheets.setdefault(same, []).append((name, reconstructions))
+    for same, rows in sheets.items():
+        yield page.png(reconstruction_sheet(*shown[same], rows, "")), "Original, masked, and each reconstruction."
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def quote(settings: EvalSettings, name: str, digits: int = 2) -> str:
+    """The paper's number for the same setting and where it is printed; empty if there is none."""
+    value, where = quoted(settings).get(name, (None, ""))
+    return "" if value is None else f"{value:.{digits}f} ({where})"

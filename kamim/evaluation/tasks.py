@@ -1,0 +1,270 @@
+"""The tasks of the evaluation modes: each function checks a checkpoint and a configuration, and returns the task."""
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.optim import Lars
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from kamim import KamimError
+from kamim.evaluation import finetune, paper, probe
+from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
+from kamim.evaluation.config import ClassifierOptim, Finetune, Linprobe
+from kamim.evaluation.context import EvalContext, Task, features_of, task
+from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.probe_sweep import sweep
+from kamim.evaluation.reconstruct import CONVENTIONS
+from kamim.evaluation.results import (
+    Accuracy,
+    KnnAccuracy,
+    Reconstructions,
+    SweepAccuracy,
+    best_row,
+)
+from kamim.evaluation.sections import SHOWN
+from kamim.models.knn import knn
+from kamim.models.masked_image_model import build_encoder
+from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
+from kamim.storage.store import write_whole
+from kamim.training.checkpoint import Keep, Kind
+from kamim.training.config import Compute
+from kamim.training.data import whole_images
+from kamim.training.distributed import World
+from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.trainer import Progress, Run, Trainer, parallel
+from pipelines.augment import Augment, mixed_batch
+from pipelines.batch import Batch, normalise
+from pipelines.loader import Crop, Loader
+from pipelines.samples import Samples
+
+NOT_COMPILED = Compute(compile=False)  # of a head, which takes next to no time
+FP32 = Compute(precision="fp32")  # of reconstructions, as in the released code's notebook
+CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
+
+
+def linprobe_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Trains one linear layer on a frozen encoder."""
+    config, options, samples = context.config, _clipped(context.config.linprobe, evaluated), context.labelled()
+    readout = Readout(resolve(evaluated.encoder, options.block), options.pooling, options.norm)
+    check(evaluated.encoder, readout)
+    _check_size("linprobe.optim.batch_size", options.optim.batch_size, samples)
+
+    def run(folder: Path, progress: Progress) -> Accuracy:
+        device = context.world.device
+        frozen = probe.Frozen(evaluated.encoder, readout, config.compute, device)
+        torch.manual_seed(config.seed)
+        head = probe.build_head(frozen, readout, evaluated.resolution, len(samples.classes), device, options.init_std)
+        loader, finish = _training(options.augment, context, samples, evaluated.resolution, options.optim)
+        network = parallel(head, NOT_COMPILED, context.world)
+        groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
+        trainer = Trainer(
+            _run("linprobe", folder, options, loader, Keep(1)), head, network, make_optimizer(groups, options.optim),
+            CrossEntropy(network, frozen, finish, config.compute, config.seed), loader.steps, context.world,
+        )  # fmt: skip
+        _fit(trainer, progress)
+        return _accuracy(context, evaluated, head, frozen)
+
+    return task(
+        "linprobe", context, evaluated, run, protocol=options.protocol, options=options, readout=readout,
+        epochs=options.optim.epochs,
+    )  # fmt: skip
+
+
+def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Trains the whole encoder with a linear layer."""
+    config, options, samples = context.config, _clipped(context.config.finetune, evaluated), context.labelled()
+    if isinstance(evaluated.encoder, Pixels):
+        raise KamimError(f"--checkpoint {evaluated.name}: pixels have nothing to fine-tune")
+    _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
+
+    def run(folder: Path, progress: Progress) -> Accuracy:
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(evaluated.origin.architecture, evaluated.resolution, options.drop_path)
+        encoder.load_state_dict(evaluated.encoder.state_dict())
+        model = finetune.Classifier(encoder, len(samples.classes)).to(context.world.device)
+        groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
+        ema = finetune.ModelEma(model, options.ema)
+        network = parallel(model, config.compute, context.world)
+        loader, finish = _training("paper", context, samples, evaluated.resolution, options.optim)
+        trainer = Trainer(
+            _run("finetune", folder, options, loader, Keep(options.keep_checkpoints)), ema, network,
+            make_optimizer(groups, options.optim),
+            CrossEntropy(network, _identity, finish, config.compute, config.seed), loader.steps, context.world,
+            after_update=ema.update,
+        )  # fmt: skip
+        _fit(trainer, progress)
+        return _accuracy(context, evaluated, ema.best, _identity)
+
+    return task("finetune", context, evaluated, run, protocol="paper", options=options, epochs=options.optim.epochs)
+
+
+def knn_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Classifies by the nearest neighbours among the training samples."""
+    options, samples = context.config.knn, context.labelled()
+    readout = Readout(resolve(evaluated.encoder, options.block), options.pooling, options.norm)
+    check(evaluated.encoder, readout)
+    _check_size("knn.k", max(options.k), samples)
+
+    def run(folder: Path, progress: Progress) -> KnnAccuracy:
+        train, val = features_of(context, evaluated, [readout], folder, progress)
+        accuracies = knn(
+            train[readout], samples.labels, val[readout], context.val.labels, len(samples.classes),
+            context.world.device, lambda done, total: progress(done, total, {}), options.k, options.temperature,
+        )  # fmt: skip
+        return KnnAccuracy({int(k): Accuracy(**accuracy) for k, accuracy in accuracies.items()})
+
+    return task("knn", context, evaluated, run, protocol=options.protocol, options=options, readout=readout)
+
+
+def sweep_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Trains linear probes of every block, pooling, norm and learning rate at once."""
+    options, samples, encoder = context.config.sweep, context.labelled(), evaluated.encoder
+    _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
+    readouts = [
+        Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
+        for norm in options.norms if pooling != "cls" or prefix(encoder)
+    ]  # fmt: skip
+    if not readouts:
+        raise KamimError(f"sweep.poolings = {list(options.poolings)}: {evaluated.name} has no class token; add mean")
+
+    def run(folder: Path, progress: Progress) -> SweepAccuracy:
+        train, val = features_of(context, evaluated, readouts, folder, progress)
+        rows = sweep(
+            {readout: (train[readout], val[readout]) for readout in readouts}, samples.labels, context.val.labels,
+            len(samples.classes), options.lrs, options.optim, context.config.seed, context.world.device,
+            lambda done, total: progress(done, total, {}),
+        )  # fmt: skip
+        return SweepAccuracy(tuple(rows), best_row(rows))
+
+    return task("probe-sweep", context, evaluated, run, protocol="sweep", options=options, epochs=options.optim.epochs)
+
+
+def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Measures how well masked validation images are reconstructed, and keeps some for a picture."""
+    options, model = context.config.reconstruct, evaluated.model
+    if model is None:
+        raise KamimError(f"--checkpoint {evaluated.name}: has no head trained to reconstruct pixels")
+    if evaluated.resolution % evaluated.mask.patch_size:
+        raise KamimError(
+            f"--checkpoint {evaluated.name}: takes images of {evaluated.resolution} px, no multiple of the mask's "
+            f"{evaluated.mask.patch_size} px"
+        )
+    mask = evaluated.mask.model_copy(update={"ratio": options.mask_ratio or evaluated.mask.ratio})
+
+    def reconstructed(batch: Batch) -> Reconstruction:
+        with torch.no_grad():
+            return reconstruct(model, batch, mask, context.config.seed, 0, FP32)
+
+    def run(folder: Path, progress: Progress) -> Reconstructions:
+        world, loader = context.world, context.in_order(context.val, evaluated.resolution)
+        model.to(world.device).eval()
+        metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
+        steps = loader.plan.steps_per_epoch
+        for batch in loader.steps(0, steps):
+            if len(batch):  # a rank may have no samples of a short last step
+                reconstruction = reconstructed(batch)
+                for metric in metrics.values():
+                    metric.update(batch.images, reconstruction.output, reconstruction.masked_pixels)
+            progress(batch.step + 1, steps, {})
+        measured = Reconstructions(**{name: metric.compute() for name, metric in metrics.items()})
+        if world.is_main:
+            batch = _spread(context, evaluated.resolution, options.shown)
+            reconstruction, arrays = reconstructed(batch), io.BytesIO()
+            np.savez(
+                arrays, originals=batch.images.cpu(), masks=reconstruction.masked_pixels.cpu(),
+                made=reconstruction.pixels(None).cpu(),
+            )  # fmt: skip
+            write_whole(folder / SHOWN, arrays.getvalue())
+        return measured
+
+    return task(
+        "reconstruct", context, evaluated, run, protocol="paper", options=options, mask_ratio=mask.ratio, trains=False
+    )
+
+
+def _spread(context: EvalContext, resolution: int, count: int) -> Batch:
+    """`count` validation samples, evenly spaced, since stores are often sorted by class; for one process."""
+    numbers = context.val.numbers
+    count = min(count, len(numbers))
+    chosen = Samples(context.val.store, numbers[np.linspace(0, len(numbers) - 1, count).astype(np.int64)])
+    loader = whole_images(chosen, resolution, count, context.config.workers, World(0, 1, context.world.device))
+    return next(iter(loader.steps(0, 1)))
+
+
+def _training(
+    augment: str, context: EvalContext, samples: Samples, resolution: int, optim: ClassifierOptim
+) -> tuple[Loader, Finish]:
+    """A loader of augmented batches, and the function that finishes each batch on the device."""
+    classes = len(samples.classes)
+    if augment == "paper":
+        loader = context.training(samples, resolution, optim, augment=Augment(resolution))
+        return loader, partial(mixed_batch, num_classes=classes, seed=context.config.seed)
+
+    def unmixed(batch: Batch) -> tuple[Tensor, Tensor]:
+        return normalise(batch.images), one_hot(batch.labels, classes).float()
+
+    return context.training(samples, resolution, optim, crop=CROP), unmixed
+
+
+def _run(kind: Kind, folder: Path, options: Linprobe | Finetune, loader: Loader, keep: Keep) -> Run:
+    """The folder, schedule and checkpoints of a classifier's training."""
+    per_epoch = loader.plan.steps_per_epoch
+    every = options.checkpoint_epochs * per_epoch
+    return Run(folder, kind, options.model_dump(mode="json"), options.optim, per_epoch, every, keep)
+
+
+O = TypeVar("O", Linprobe, Finetune)
+
+
+def _clipped(options: O, evaluated: EvaluatedModel) -> O:
+    """The options, with the released code's clip_grad for the checkpoint's architecture if none is given."""
+    if "clip_grad" in options.optim.model_fields_set:
+        return options
+    clip_grad = paper.CLIP_GRAD["swin" if isinstance(evaluated.encoder, SwinTransformer) else "vit"]
+    return options.model_copy(update={"optim": options.optim.model_copy(update={"clip_grad": clip_grad})})
+
+
+def _check_size(key: str, size: int, samples: Samples) -> None:
+    """Raises KamimError if there are fewer training samples than `size`."""
+    if size > len(samples.numbers):
+        raise KamimError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+
+
+def _identity(images: Tensor) -> Tensor:
+    return images
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    """The optimiser of a classifier, at the learning rate before the first step."""
+    if optim.algorithm == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
+    parts = [part for group in groups for part in _lars_parts(group)]
+    lars: torch.optim.Optimizer = Lars(parts, lr=optim.lr, momentum=0.9)
+    return lars
+
+
+def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """As MAE: the rate of matrices adapts even without weight decay; vectors have neither decay nor an adapted rate."""
+    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
+    return [
+        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
+    ]  # fmt: skip
+
+
+def _fit(trainer: Trainer, progress: Progress) -> None:
+    if not trainer.fit(progress).finished:
+        raise KeyboardInterrupt
+
+
+def _accuracy(context: EvalContext, evaluated: EvaluatedModel, network: nn.Module, read: Read) -> Accuracy:
+    loader = context.in_order(context.val, evaluated.resolution)
+    batches = loader.steps(0, loader.plan.steps_per_epoch)
+    return accuracy(network, read, batches, context.world)

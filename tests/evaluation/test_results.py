@@ -1,0 +1,77 @@
+"""Results: their JSON is that of the versions before them."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kamim import KamimError
+from kamim.evaluation.config import MODES as NAMES
+from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.results import Accuracy, KnnAccuracy, Reconstructions
+
+WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
+"""What version 0.2.0 wrote when results were dictionaries: every mode on a run, and a linear probe of pixels."""
+
+
+def result_of(mode: str) -> dict[str, Any]:
+    return copy.deepcopy(next(content for content in WRITTEN if content["mode"] == mode))
+
+
+@pytest.mark.parametrize("content", WRITTEN, ids=lambda content: f"{content['mode']} of {content['name']}")
+def test_a_result_is_written_as_it_was_read(content: dict[str, Any]) -> None:
+    """Byte for byte: the same keys in the same order."""
+    result = read_result(content)
+    assert json.dumps(result.as_json(), indent=2) == json.dumps(content, indent=2)
+    settings = {key: value for key, value in content.items() if key not in ("top1", "top5", "k", "rows", "best",
+                                                                              "paper", "honest")}  # fmt: skip
+    assert result.settings.as_json() == settings
+
+
+def test_results_have_fields() -> None:
+    probe, neighbours, sweep, similarity = (
+        read_result(result_of(mode)) for mode in ("linprobe", "knn", "probe-sweep", "reconstruct")
+    )
+    assert probe.settings.block == result_of("linprobe")["block"]
+    assert probe.settings.train is not None and probe.settings.train.images == result_of("linprobe")["train"]["images"]
+    assert probe.measured.headline == f"{result_of('linprobe')['top1']:.2f}"
+    assert neighbours.measured.k[5].top5 == result_of("knn")["k"]["5"]["top5"]
+    assert sweep.measured.best in sweep.measured.rows
+    assert similarity.settings.train is None and similarity.settings.block is None
+    assert similarity.measured.honest.psnr == result_of("reconstruct")["honest"]["psnr"]
+
+
+def test_headlines_and_summaries() -> None:
+    assert KnnAccuracy({5: Accuracy(10, 20), 20: Accuracy(30, 40)}).headline == "30.00"
+    one = read_result({**result_of("reconstruct"), "paper": None}).measured
+    assert one.summary == f"honest PSNR {one.honest.psnr:.2f} dB, SSIM {one.honest.ssim:.4f}"
+    assert Reconstructions().headline == ""
+
+
+def test_keys_of_other_versions() -> None:
+    """Early results lack some keys and hold others."""
+    old = {**result_of("linprobe"), "reconstructs": True}
+    for key in ("resolution", "batch_size", "pretraining"):
+        del old[key]
+    assert read_result(old).settings.pretraining is None
+    assert read_result(old).measured == read_result(result_of("linprobe")).measured
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "guess"}, "mode 'guess'; must be one of linprobe, finetune, knn"), ({"top1": "much"}, "top1: "),
+        ({"train": {"store": "x"}}, "train.dataset: Field required"), ({"options": None}, "options: "),
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(KamimError, match=f"not a result of kamim eval .{message}"):
+        read_result({**result_of("linprobe"), **change})
+    with pytest.raises(KamimError, match="not a result of kamim eval"):
+        read_result([])
+
+
+def test_every_mode_has_a_name_of_the_configuration() -> None:
+    assert tuple(MODES) == NAMES

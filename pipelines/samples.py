@@ -46,20 +46,28 @@ def all_samples(store: Store) -> Samples:
 
 
 def some_per_class(store: Store, n: int, seed: int) -> Samples:
-    """n samples of every class, if all samples have one, else all samples."""
-    labels = store.images.labels
-    return Samples(store, n_per_class(labels, n, seed)) if (labels >= 0).all() else all_samples(store)
+    """n samples of every class if all samples have a label, else all samples.
 
-
-def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Places of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. Pure.
-
-    Raises ValueError where a class has fewer.
+    Raises KamimError if a class has fewer than n samples.
     """
+    labels = store.images.labels
+    if (labels < 0).any():
+        return all_samples(store)
     counts = np.bincount(labels)
     for label, count in enumerate(counts.tolist()):
         if count < n:
-            raise KamimError(f"per_class = {n}: class {label} has {count} samples; choose at most {counts.min()}")
+            name = store.manifest.classes[label]
+            raise KamimError(f"per_class = {n}: class {name!r} has {count} samples; choose at most {counts.min()}")
+    return Samples(store, n_per_class(labels, n, seed))
+
+
+def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Indices of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. A pure function.
+
+    Every class must have n samples.
+    """
+    counts = np.bincount(labels)
+    assert counts.min() >= n
     order = rng.permutation(seed, 0, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     first = np.cumsum(counts) - counts

@@ -1,4 +1,4 @@
-"""What is analysed: an encoder that has attention, by the name it is given in figures."""
+"""What is analysed: an encoder with attention, and its name in figures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from kamim.storage.escape import one_line
 
 @dataclass(frozen=True, eq=False)
 class AnalysedModel:
-    """One checkpoint. model: with its pixel head, where it has one. about: what it is, for analysis.json."""
+    """One checkpoint. model: with its pixel head, if it has one. about: its origin, for analysis.json."""
 
     name: str
     encoder: VisionTransformer | SwinTransformer
@@ -57,7 +57,7 @@ class AnalysedModel:
 
 
 def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTransformer:
-    """The model itself. Raises ValueError where its attention cannot be looked at."""
+    """The model itself. Raises KamimError if its attention is not one that the analysis knows."""
     allowed = VisionTransformer | SwinTransformer
     if isinstance(model, allowed) and all(
         isinstance(getattr(block, "attn", None), Attention | WindowAttention) for block in blocks(model)
@@ -75,7 +75,7 @@ def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTran
 def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
     """timm's MODEL_NAME with random weights, or MODEL_NAME@FILE with those of a safetensors file.
 
-    The file holds a state dict under timm's names; a classifier in it (head.*) is left out. Raises ValueError
+    The file holds a state dict under timm's names; a classifier in it (head.*) is left out. Raises KamimError
     for an unknown model, one without attention, or a file that does not fit.
     """
     name, _, file = spec.partition("@")
@@ -101,7 +101,7 @@ def _load(encoder: nn.Module, file: Path) -> None:
         raise KamimError(f"{file}: not the weights of a timm model: {one_line(error)}") from error
     own = encoder.state_dict()
     for key in sorted(own.keys() | state.keys()):
-        there, here = (tuple(d[key].shape) if key in d else "nothing" for d in (state, own))
-        if there != here:
-            raise KamimError(f"{file}: another architecture ({key} is {there} in the file, {here} in the model)")
+        in_file, in_model = (tuple(d[key].shape) if key in d else "nothing" for d in (state, own))
+        if in_file != in_model:
+            raise KamimError(f"{file}: another architecture ({key} is {in_file} in the file, {in_model} in the model)")
     encoder.load_state_dict(state)

@@ -20,7 +20,7 @@ from pipelines.plan import Plan
 
 
 class _StoreImages:
-    """kamim.analysis.request.Source, of a store. Keypoints are found online, on the very pixels the model sees."""
+    """The images of a store as a Source. Keypoints are detected on the pixels that the model sees."""
 
     def __init__(self, store: Store):
         self.name = str(store.path)
@@ -36,7 +36,7 @@ class _StoreImages:
 
 
 def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
-    """NAME=CHECKPOINT, with what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises ValueError for another."""
+    """Loads NAME=CHECKPOINT: what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises KamimError otherwise."""
     name, equals, source = spec.partition("=")
     if not (name and equals and source):
         raise KamimError(f"--checkpoint {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
@@ -52,7 +52,7 @@ def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
 def run_analysis(
     specs: Sequence[str], store: Store, request: Request, out: Path, progress: Callable[[int, int], None]
 ) -> list[str]:
-    """`kamim analyze`: figures, numbers and a page in `out`; returns what to say."""
+    """Writes figures, numbers and a page to `out`; returns the lines to print."""
     names = [spec.partition("=")[0] for spec in specs]
     for name in names:
         if names.count(name) > 1:

@@ -1,7 +1,7 @@
 """Streams images through an encoder and keeps what the figures need.
 
-What is kept per image is a few numbers per layer (and, of the first FEATURE_IMAGES images, one mean token per
-layer), so memory does not grow with the resolution of the attention or, to speak of, with the number of images.
+A few numbers are kept for each image and layer (and one mean token, of the first FEATURE_IMAGES images), so memory does
+not grow with the size of attention maps, and hardly with the number of images.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,12 +22,12 @@ FEATURE_IMAGES = 1024  # for rank, uniformity and CKA, whose cost is quadratic i
 WEIGHT_CELL, TEMPERATURE = 8, 0.25  # W of the paper's best model: FAST, w_ps 8, T 0.25
 
 Images = Iterable[Batch]
-Progress = Callable[[int], None]  # told how many more images are done
+Progress = Callable[[int], None]  # takes the number of further images that are done
 
 
 @dataclass
 class Curves:
-    """Per depth, over many images. attention measures are empty for a Swin, correlation where there is no W.
+    """Per depth, over many images. Attention measures are empty for a Swin, and correlation without counts.
 
     sides: depth 0 .. L, tokens along a side. spectrum: depth 0 .. L, summed over images, [s - s // 2] each.
     pooled: depth 0 .. L, lists of [b, D].
@@ -54,7 +54,7 @@ def _run(model: AnalysedModel, batch: Batch) -> None:
 
 
 def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, progress: Progress) -> Curves:
-    """Everything that is drawn over depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
+    """Collects everything that is drawn over depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
     kept, weights, distances = Curves(), torch.empty(0), torch.empty(0)
     if model.is_vit:
         distances = measures.token_distances(model.grid, model.patch).to(device)
@@ -94,8 +94,8 @@ def token_weights(counts: Tensor, model: AnalysedModel) -> Tensor:
 class Samples:
     """A few images in full. Of a Swin, `tokens` alone.
 
-    tokens: those that leave block `token_block` [n, T, D]. before, after: what the attention of block `block` is given,
-    and what it makes of it [n, T, D]. maps: attention of the same block from each query, times T so that 1 is uniform:
+    tokens: the output of block `token_block`, [n, T, D]. before, after: input and output of the attention of block
+    `block`, [n, T, D]. maps: attention of the same block from each query, times T so that 1 is uniform:
     [n, queries, g, g].
     """
 
@@ -133,12 +133,12 @@ def collect_samples(
     model: AnalysedModel, batches: Images, layer: int | None, head: int | None, queries: Sequence[tuple[float, float]],
     device: torch.device, progress: Progress,
 ) -> Samples:  # fmt: skip
-    """Tokens and maps of the images in `batches`. layer: see token_block. head: from 1, None for the mean of all."""
-    found: dict[str, list[Tensor]] = {"tokens": [], "before": [], "after": [], "maps": []}
+    """Collects tokens and maps. layer: see token_block and attention_block. head: from 1, None for the mean."""
+    kept: dict[str, list[Tensor]] = {"tokens": [], "before": [], "after": [], "maps": []}
     shown, block = token_block(model.depth, layer), attention_block(model.depth, layer)
 
     def keep(kind: str, tokens: Tensor) -> None:
-        found[kind].append(tokens.float().cpu())
+        kept[kind].append(tokens.float().cpu())
 
     def on_tokens(depth: int, tokens: Tensor) -> None:
         if depth == shown:
@@ -158,5 +158,5 @@ def collect_samples(
         for batch in batches:
             _run(model, batch.to(device))
             progress(len(batch))
-    arrays = {kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in found.items()}
+    arrays = {kind: torch.cat(parts).numpy() if parts else np.empty(0) for kind, parts in kept.items()}
     return Samples(**arrays, token_block=shown, block=block)

@@ -11,7 +11,7 @@ PERPLEXITY = 20.0  # the paper's figure 3
 
 
 def _sklearn(module: str) -> Any:
-    """Imports part of scikit-learn. Raises ValueError, with what to do, where it is not installed."""
+    """Imports part of scikit-learn. Raises KamimError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -21,12 +21,12 @@ def _sklearn(module: str) -> Any:
 
 
 def check() -> None:
-    """Raises ValueError where scikit-learn is not installed."""
+    """Raises KamimError if scikit-learn is not installed."""
     _sklearn("sklearn")
 
 
 def tsne(tokens: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE, random start: [n, D] -> float64 [n, 2]. Raises ValueError for too few tokens."""
+    """t-SNE, random start: [n, D] -> float64 [n, 2]. Raises KamimError for too few tokens."""
     if len(tokens) <= PERPLEXITY:
         raise KamimError(f"--figures 3: {len(tokens)} tokens are too few for a t-SNE of perplexity {PERPLEXITY:g}")
     manifold = _sklearn("sklearn.manifold")
@@ -40,5 +40,5 @@ def tsne(tokens: np.ndarray, seed: int) -> np.ndarray:
 def pca(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first two principal components: [n, D] -> (float64 [n, 2], shares of variance [2])."""
     decomposition = _sklearn("sklearn.decomposition").PCA(n_components=2, svd_solver="full")
-    made = decomposition.fit_transform(tokens.astype(np.float64))
-    return made, decomposition.explained_variance_ratio_
+    plane = decomposition.fit_transform(tokens.astype(np.float64))
+    return plane, decomposition.explained_variance_ratio_

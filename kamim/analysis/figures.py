@@ -20,7 +20,7 @@ Numbers = Mapping[str, Mapping[str, Any]]
 
 
 def _points(axes: Axes) -> None:
-    """An embedding's axes mean nothing by themselves."""
+    """Axes without ticks, for embeddings, whose coordinates have no unit."""
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -29,20 +29,22 @@ def _points(axes: Axes) -> None:
 
 
 @styled
-def reconstructions(originals: np.ndarray, masks: np.ndarray, made: Sequence[tuple[str, np.ndarray]], note: str) -> Any:
+def reconstructions(
+    originals: np.ndarray, masks: np.ndarray, named: Sequence[tuple[str, np.ndarray]], note: str
+) -> Any:
     """Figure 2. See plots.reconstruction_sheet."""
-    return reconstruction_sheet(originals, masks, made, note)
+    return reconstruction_sheet(originals, masks, named, note)
 
 
 @styled
 def classes(numbers: Numbers) -> Figure:
     """Figure 3: t-SNE of the tokens that leave `block`. xy [n, 2], label [n], classes."""
     figure, lines = panels(len(numbers))
-    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
-        for i, title in enumerate(found["classes"]):
-            xy = found["xy"][found["label"] == i]
+    for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
+        for i, title in enumerate(table["classes"]):
+            xy = table["xy"][table["label"] == i]
             axes.scatter(xy[:, 0], xy[:, 1], s=6, alpha=0.7, linewidths=0, label=literal(title), **look(i))
-        axes.set_title(literal(f"{name}, block {found['block']}"))
+        axes.set_title(literal(f"{name}, block {table['block']}"))
         _points(axes)
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2.5)
     return figure
@@ -52,9 +54,9 @@ def classes(numbers: Numbers) -> Figure:
 def fourier(numbers: Numbers) -> Figure:
     """Figure 4: relative log amplitude of the last entry by depth, and whole curves. curves [depths][f], frequency."""
     figure, lines = panels(1 + len(numbers), side=3.1)
-    for i, (name, found) in enumerate(numbers.items()):
-        lines[0, 0].plot([curve[-1] for curve in found["curves"]], label=literal(name), **look(i))
-        _spectra(lines[0, 1 + i], name, found)
+    for i, (name, table) in enumerate(numbers.items()):
+        lines[0, 0].plot([curve[-1] for curve in table["curves"]], label=literal(name), **look(i))
+        _spectra(lines[0, 1 + i], name, table)
     depth_axis(lines[0, 0], "Δ log amplitude, highest frequency")
     lines[0, 0].legend()
     for axes in lines[0, 2:]:
@@ -63,10 +65,10 @@ def fourier(numbers: Numbers) -> Figure:
     return figure
 
 
-def _spectra(axes: Axes, name: str, found: Mapping[str, Any]) -> None:
+def _spectra(axes: Axes, name: str, table: Mapping[str, Any]) -> None:
     """One line per depth, from dark to bright."""
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(found["curves"])))
-    for depth, (frequency, curve) in enumerate(zip(found["frequency"], found["curves"], strict=True)):
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(table["curves"])))
+    for depth, (frequency, curve) in enumerate(zip(table["frequency"], table["curves"], strict=True)):
         ends = {0: "0 (embedding)", len(shades) - 1: str(len(shades) - 1)}
         axes.plot(frequency, curve, color=shades[depth], label=ends.get(depth))
     axes.set_title(literal(name))
@@ -84,9 +86,9 @@ def maps(numbers: Numbers, shown: np.ndarray, queries: Sequence[tuple[float, flo
     for axes, (image, query) in zip(lines[0], columns, strict=True):
         axes.imshow(shown[image])
         _mark(axes, queries[query], first.shape[-1], shown.shape[1])
-    for line, (name, found) in zip(lines[1:], numbers.items(), strict=True):
+    for line, (name, table) in zip(lines[1:], numbers.items(), strict=True):
         for axes, (image, query) in zip(line, columns, strict=True):
-            attention = found["maps"][image, query]
+            attention = table["maps"][image, query]
             heat = axes.imshow(attention, cmap="viridis", vmin=0, vmax=max(2.0, float(attention.max())))
             _mark(axes, queries[query], len(attention), len(attention))
             bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02, ticks=[0, heat.norm.vmax])
@@ -114,10 +116,10 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
     """
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
-    for i, (name, found) in enumerate(numbers.items()):
-        depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=literal(name), **look(i))
-        low, high = found["mean"] - found["spread"], found["mean"] + found["spread"]
+    for i, (name, table) in enumerate(numbers.items()):
+        depth = np.arange(1, len(table["mean"]) + 1)
+        axes.plot(depth, table["mean"], label=literal(name), **look(i))
+        low, high = table["mean"] - table["spread"], table["mean"] + table["spread"]
         axes.fill_between(depth, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
     for text, value in {uniform.format(n["uniform"], grid=n["grid"]): n["uniform"] for n in numbers.values()}.items():
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=text)
@@ -130,10 +132,10 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
 def transformation(numbers: Numbers) -> Figure:
     """Figure 8: PCA of one image's tokens before and after attention. before, after: [T, 2]; variance [2]."""
     figure, lines = panels(len(numbers))
-    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
+    for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
         for i, kind in enumerate(("before", "after")):
-            axes.scatter(*found[kind].T, s=14, alpha=0.8, linewidths=0, label=f"{kind} attention", **look(i))
-        _principal(axes, f"{name}, block {found['block']}", found["variance"])
+            axes.scatter(*table[kind].T, s=14, alpha=0.8, linewidths=0, label=f"{kind} attention", **look(i))
+        _principal(axes, f"{name}, block {table['block']}", table["variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.5)
     return figure
 
@@ -142,18 +144,18 @@ def transformation(numbers: Numbers) -> Figure:
 def two_images(numbers: Numbers) -> Figure:
     """Figure 9: as figure 8 for two images of two classes, with centroids. before, after: [2, T, 2]."""
     figure, lines = panels(len(numbers))
-    for axes, (name, found) in zip(lines[0], numbers.items(), strict=True):
+    for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
         looks = iter(range(4))
         for kind in ("before", "after"):
-            for title, xy in zip(found["classes"], found[kind], strict=True):
+            for title, xy in zip(table["classes"], table[kind], strict=True):
                 axes.scatter(
                     *xy.T, s=14, alpha=0.7, linewidths=0, label=literal(f"{title}, {kind}"), **look(next(looks))
                 )
         for kind, colour in (("before", "black"), ("after", "#888888")):
-            centre = found[kind].mean(axis=1)
+            centre = table[kind].mean(axis=1)
             under = {"s": 150, "linewidths": 0, "marker": "X", "zorder": 0.5}
             axes.scatter(*centre.T, color=colour, label=f"centroids {kind}", **under)
-        _principal(axes, f"{name}, block {found['block']}", found["variance"])
+        _principal(axes, f"{name}, block {table['block']}", table["variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -165,14 +167,14 @@ def many_images(numbers: Numbers) -> Figure:
     before, after: [n, T, 2]; label [n]; before_variance, after_variance [2]. Circles are centroids of images.
     """
     figure, lines = panels(len(numbers), rows=2)
-    for column, (name, found) in enumerate(numbers.items()):
+    for column, (name, table) in enumerate(numbers.items()):
         for row, kind in enumerate(("before", "after")):
             axes = lines[row, column]
-            for i, title in enumerate(found["classes"]):
-                mine = found[kind][found["label"] == i]
+            for i, title in enumerate(table["classes"]):
+                mine = table[kind][table["label"] == i]
                 axes.scatter(*mine.reshape(-1, 2).T, s=5, alpha=0.4, linewidths=0, label=literal(title), **look(i))
                 axes.scatter(*mine.mean(axis=1).T, s=30, facecolors=COLOURS[i], edgecolors="black", linewidths=0.9)
-            _principal(axes, f"{name}, {kind} attention of block {found['block']}", found[f"{kind}_variance"])
+            _principal(axes, f"{name}, {kind} attention of block {table['block']}", table[f"{kind}_variance"])
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=3)
     return figure
 
@@ -188,9 +190,9 @@ def _principal(axes: Axes, title: str, variance: np.ndarray) -> None:
 def features(numbers: Numbers) -> Figure:
     """Effective rank and uniformity of mean tokens by depth, from 0. rank, uniformity: [L + 1]."""
     figure, lines = panels(2, side=3.6)
-    for i, (name, found) in enumerate(numbers.items()):
+    for i, (name, table) in enumerate(numbers.items()):
         for axes, kind in zip(lines[0], ("rank", "uniformity"), strict=True):
-            axes.plot(found[kind], label=literal(name), **look(i))
+            axes.plot(table[kind], label=literal(name), **look(i))
     depth_axis(lines[0, 0], "effective rank")
     depth_axis(lines[0, 1], "uniformity (0: all features alike)")
     figure.legend(*lines[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -222,10 +224,10 @@ def weight_correlation(numbers: Numbers) -> Figure:
     """Pearson's r of W and attention received, by depth, with the 95 % interval over images. mean, low, high: [L]."""
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
-    for i, (name, found) in enumerate(numbers.items()):
-        depth = np.arange(1, len(found["mean"]) + 1)
-        axes.plot(depth, found["mean"], label=literal(name), **look(i))
-        axes.fill_between(depth, found["low"], found["high"], color=look(i)["color"], alpha=0.2, linewidth=0)
+    for i, (name, table) in enumerate(numbers.items()):
+        depth = np.arange(1, len(table["mean"]) + 1)
+        axes.plot(depth, table["mean"], label=literal(name), **look(i))
+        axes.fill_between(depth, table["low"], table["high"], color=look(i)["color"], alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2, label="no relation")
     depth_axis(axes, "correlation of W with attention received")
     figure.legend(loc="outside lower center", ncols=4)
@@ -237,8 +239,8 @@ def probe(numbers: Numbers) -> Figure:
     """Accuracy of linear probes by the block they read. block, top1 (per cent): one entry a probe."""
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
-    for i, (name, found) in enumerate(numbers.items()):
-        axes.plot(found["block"], found["top1"], label=literal(name), **look(i))
+    for i, (name, table) in enumerate(numbers.items()):
+        axes.plot(table["block"], table["top1"], label=literal(name), **look(i))
     depth_axis(axes, "linear probe, top-1 (%)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure

@@ -47,8 +47,8 @@ def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
 def normalised_mutual_information(weights: Tensor, prefix: int) -> Tensor:
     """I(q; k) / sqrt(H(q) H(k)) with uniform queries: [.., N, N] -> float64 [..].
 
-    0 where every query attends alike, 1 where query and key determine each other. Prefix tokens are dropped,
-    then 1e-8 is added and rows are renormalised.
+    0 if every query attends alike, 1 if query and key determine each other. Prefix tokens are dropped, then 1e-8 is
+    added and rows are renormalised.
     """
     attention = patch_attention(weights.double() + NMI_EPSILON, prefix)
     received = attention.mean(dim=-2)
@@ -72,7 +72,7 @@ def log_amplitude(tokens: Tensor) -> Tensor:
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values of centred features [n, D] (Roy and Vetterli 2007).
 
-    1 for features on a line, min(n - 1, D) at most; 0 where all features are one point.
+    1 for features on a line, min(n - 1, D) at most; 0 if all features are equal.
     """
     values = torch.linalg.svdvals(_centred(features))
     if float(values.sum()) == 0:
@@ -84,7 +84,7 @@ def effective_rank(features: Tensor) -> float:
 def uniformity(features: Tensor) -> float:
     """log mean exp(-2 |a - b|²) over pairs of unit-length features [n, D] (Wang and Isola 2020).
 
-    0 where all point one way; the more negative, the more evenly they cover the sphere; about -4 at best.
+    0 if all features point in one direction; the more negative, the more evenly they cover the sphere, to about -4.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     squared = torch.pdist(unit).square()
@@ -111,7 +111,7 @@ def _centred(features: Tensor) -> Tensor:
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's r over the last dimension: [.., n] and [.., n] -> float64 [..], NaN where one does not vary."""
+    """Pearson's r over the last dimension: [.., n] and [.., n] -> float64 [..], NaN if one of them does not vary."""
     one, other = (x.double() - x.double().mean(dim=-1, keepdim=True) for x in (one, other))
     norms = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
     return torch.where(norms > 0, (one * other).sum(dim=-1) / norms, torch.nan)

@@ -1,4 +1,4 @@
-"""What is asked for, which images that takes, and who can be shown: everything that is checked before any work."""
+"""What is requested, the images for it, and the models that can be shown, all checked before any work."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,12 +24,12 @@ NEED_SKLEARN = {"3", "8", "9", "10"}
 NEED_LAYER = {"3", "5", "8", "9", "10"}
 CLASSES = 3
 IMAGES_PER_CLASS = 8
-MOST_IMAGES = 1000  # where --images is not given
+MOST_IMAGES = 1000  # the default of --images
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to do. figures: of FIGURES, or None for all that these models and this store allow.
+    """What to analyse. figures: of FIGURES, or None for all that these models and this store allow.
 
     images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
     first three. layer: the block, from 1, of figures 3, 5 and 8 to 10; None for what each shows in the paper (see
@@ -66,7 +66,7 @@ def probed(model: AnalysedModel, request: Request) -> list[tuple[int, float]]:
 
 
 def parse_figures(text: str) -> tuple[str, ...] | None:
-    """ "all" -> None, else a comma-separated list of FIGURES. Raises ValueError for anything else."""
+    """ "all" -> None, else a comma-separated list of FIGURES. Raises KamimError for anything else."""
     if text == "all":
         return None
     wanted = tuple(part.strip() for part in text.split(","))
@@ -77,7 +77,7 @@ def parse_figures(text: str) -> tuple[str, ...] | None:
 
 
 def parse_query(text: str) -> tuple[float, float]:
-    """ "X,Y" -> (x, y). Raises ValueError unless both are in [0, 1)."""
+    """ "X,Y" -> (x, y). Raises KamimError unless both are in [0, 1)."""
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
@@ -88,7 +88,7 @@ def parse_query(text: str) -> tuple[float, float]:
 
 
 class Source(Protocol):
-    """Where images come from. labels: int64 [n], -1 without. classes: the labels' names."""
+    """A source of images. labels: int64 [n], -1 without. classes: the labels' names."""
 
     name: str
     labels: np.ndarray
@@ -102,7 +102,7 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Chosen:
     """Which images. curves: for what is drawn over depth. samples: for what shows tokens; label: their classes,
-    as places in titles (all 0 where the store has too few).
+    as indices into titles (all 0 if the store has too few).
     """
 
     curves: np.ndarray
@@ -112,7 +112,7 @@ class Chosen:
 
 
 def choose(request: Request, source: Source) -> Chosen:
-    """Images by seed. Raises ValueError for fewer than two, for more images than there are, or classes that are not."""
+    """Chooses images by seed. Raises KamimError for fewer than two or too many images, and for unknown classes."""
     total = len(source.labels)
     if total < 2:
         raise KamimError(f"--store {source.name}: has {total} image; an analysis is over images and needs 2 or more")
@@ -133,7 +133,7 @@ def choose(request: Request, source: Source) -> Chosen:
 
 
 def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
-    """Three classes: those asked for, or else the first that have images; none where fewer than three have."""
+    """The three classes requested, or the first three with images; () if fewer than three have images."""
     if not wanted:
         titles = [source.classes[label] for label in np.unique(source.labels) if label >= 0]
         return tuple(titles[:CLASSES]) if len(titles) >= CLASSES else ()
@@ -151,7 +151,7 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
 def _shown(
     figure: str, models: Sequence[AnalysedModel], chosen: Chosen, request: Request
 ) -> tuple[list[AnalysedModel], str]:
-    """Models that `figure` can show, and why not the others."""
+    """The models that `figure` can show, and the reason why it cannot show others."""
     if figure == "probe":
         return [m for m in models if probed(m, request)], "needs --probe FILE, kamim eval's result for the checkpoint"
     if figure in NEED_CLASSES and not chosen.titles:
@@ -169,11 +169,11 @@ def _shown(
 def plan(
     request: Request, models: Sequence[AnalysedModel], chosen: Chosen
 ) -> tuple[dict[str, list[AnalysedModel]], list[str]]:
-    """{figure: models it shows} and notes on what is left out. Raises ValueError where an asked one shows nobody."""
+    """{figure: models it shows}, and notes on what is left out. Raises KamimError if a requested one shows none."""
     planned, notes = {}, []
     for figure in request.figures or FIGURES:
         if figure == "probe" and not request.probes and request.figures is None:
-            continue  # nobody asked
+            continue  # not requested
         able, reason = _shown(figure, models, chosen, request)
         if able:
             planned[figure] = able
@@ -192,6 +192,6 @@ def plan(
 
 
 def _check(option: str, value: int | None, model: AnalysedModel, most: int) -> None:
-    """Raises ValueError for a layer or head that the model does not have."""
+    """Raises KamimError for a layer or head that the model does not have."""
     if value is not None and not 1 <= value <= most:
         raise KamimError(f"--{option} {value}: {model.name} has {option}s 1 to {most}")

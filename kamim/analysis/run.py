@@ -1,4 +1,4 @@
-"""Runs an analysis: images through every model, numbers, pictures, page."""
+"""Runs an analysis: passes images through every model, computes numbers, draws figures, writes the page."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from kamim.reporting import page
 from pipelines.batch import denormalise, normalise
 
 CAPTIONS = {
-    "2": "Figure 2. Original, masked, and what each checkpoint makes of the masked patches.",
-    "3": "Figure 3. t-SNE of the tokens that leave a block, images of three classes.",
+    "2": "Figure 2. Original, masked, and each checkpoint's reconstruction of the masked patches.",
+    "3": "Figure 3. t-SNE of a block's output tokens, images of three classes.",
     "4": "Figure 4. Fourier analysis of hidden states: Δ log amplitude of the highest frequency by depth, and whole "
     "curves. Negative: less high frequency than low.",
     "5": "Figure 5. Attention maps of the marked query tokens.",
     "6": "Figure 6. Attention distance by depth, mean over heads and images; band: standard deviation over heads.",
     "7": "Figure 7. Normalised mutual information of query and key by depth, as figure 6; 0: all queries attend alike.",
-    "8": "Figure 8. PCA of one image's tokens as a block's attention is given them, and of its output.",
+    "8": "Figure 8. PCA of one image's tokens: the input and the output of a block's attention.",
     "9": "Figure 9. As figure 8, for two images of two classes, with centroids.",
     "10": "Figure 10. Tokens of many images of three classes, each row with its own PCA; circles: images' centroids.",
     "features": "Effective rank and uniformity of mean tokens by depth.",
@@ -48,7 +48,7 @@ Tables = dict[str, dict[str, Any]]  # of one figure: {checkpoint: numbers}
 
 @dataclass
 class Collected:
-    """What was seen of each model, by its name."""
+    """What was collected of each model, by its name."""
 
     curves: dict[str, Curves]
     samples: dict[str, Samples]
@@ -62,7 +62,7 @@ def collect(
     over_depth = _models(planned, OF_CURVES)
     in_full = _models(planned, OF_SAMPLES)
     total = len(over_depth) * len(chosen.curves) + len(in_full) * len(chosen.samples)
-    done, found = 0, Collected({}, {})
+    done, collected = 0, Collected({}, {})
 
     def more(images: int) -> None:
         nonlocal done
@@ -75,17 +75,17 @@ def collect(
         if model in over_depth:
             weighed = model in planned.get("weights", [])
             batches = take(chosen.curves, cell=WEIGHT_CELL if weighed else None)
-            found.curves[model.name] = collect_curves(model, batches, device, more)
+            collected.curves[model.name] = collect_curves(model, batches, device, more)
         if model in in_full:
             batches = take(chosen.samples, cell=None)
             samples = collect_samples(model, batches, request.layer, request.head, request.queries, device, more)
-            found.samples[model.name] = samples
+            collected.samples[model.name] = samples
         model.encoder.cpu()
-    return found
+    return collected
 
 
 def _models(planned: Mapping[str, list[AnalysedModel]], kinds: set[str]) -> list[AnalysedModel]:
-    """Those that any of these figures shows, in order of appearance."""
+    """The models that any of these figures shows, in order of appearance."""
     unique = {m.name: m for figure, shown in planned.items() if figure in kinds for m in shown}
     return list(unique.values())
 
@@ -98,10 +98,10 @@ def first_of_classes(chosen: Chosen) -> np.ndarray:
 
 
 def numbers(
-    planned: Mapping[str, list[AnalysedModel]], found: Collected, chosen: Chosen, request: Request
+    planned: Mapping[str, list[AnalysedModel]], collected: Collected, chosen: Chosen, request: Request
 ) -> tuple[dict[str, Tables], Tables]:
-    """What each figure but 2 draws, and how close each ViT is to uniform attention ({} where that was not asked)."""
-    curves, samples, label, titles = found.curves, found.samples, chosen.label, chosen.titles
+    """The numbers of all figures except 2, and how close each ViT is to uniform attention ({} without figures 6, 7)."""
+    curves, samples, label, titles = collected.curves, collected.samples, chosen.label, chosen.titles
     few, seed = first_of_classes(chosen), request.seed
     attention = {m.name: tables.attention(m, curves[m.name], seed) for m in _models(planned, {"6", "7"})}
     make: dict[str, Callable[[AnalysedModel], dict[str, Any]]] = {
@@ -117,14 +117,14 @@ def numbers(
         "weights": lambda m: tables.weight_correlation(curves[m.name], seed),
         "probe": lambda m: tables.probe(probed(m, request)),
     }
-    made = {f: {m.name: make[f](m) for m in shown} for f, shown in planned.items() if f in make}
+    drawn = {f: {m.name: make[f](m) for m in shown} for f, shown in planned.items() if f in make}
     if "cka" in planned:
-        made["cka"] = tables.similarity({m.name: curves[m.name] for m in planned["cka"]})
-    return made, {name: closeness for name, (_, _, closeness) in attention.items()}
+        drawn["cka"] = tables.similarity({m.name: curves[m.name] for m in planned["cka"]})
+    return drawn, {name: closeness for name, (_, _, closeness) in attention.items()}
 
 
-def draw(made: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float, float], ...]) -> dict[str, Figure]:
-    """The pictures of all figures but 2. shown: uint8 [n, R, R, 3], figure 5's images."""
+def draw(drawn: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float, float], ...]) -> dict[str, Figure]:
+    """The pictures of all figures except 2. shown: uint8 [n, R, R, 3], figure 5's images."""
     pictures: dict[str, Callable[[Tables], Figure]] = {
         "3": figures.classes, "4": figures.fourier,
         "5": partial(figures.maps, shown=shown, queries=queries),
@@ -134,7 +134,7 @@ def draw(made: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float,
         "features": figures.features, "cka": figures.similarity, "weights": figures.weight_correlation,
         "probe": figures.probe,
     }  # fmt: skip
-    return {figure: pictures[figure](table) for figure, table in made.items()}
+    return {figure: pictures[figure](table) for figure, table in drawn.items()}
 
 
 def images(source: Source, indices: np.ndarray, resolution: int) -> torch.Tensor:
@@ -149,26 +149,26 @@ def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, see
         shown = images(source, indices, side)
         block = MASK_BLOCK if side % MASK_BLOCK == 0 else min(m.patch for m in models if m.resolution == side)
         mask = torch.from_numpy(block_masks(seed, 0, indices, side // block, MASK_RATIO))
-        made = []
+        reconstructions = []
         for name, model in ((m.name, m.model) for m in models if m.resolution == side):
             assert model is not None
             with torch.no_grad():
-                made.append((name, denormalise(model.eval()(normalise(shown), mask)).numpy()))
+                reconstructions.append((name, denormalise(model.eval()(normalise(shown), mask)).numpy()))
         hidden = expand_mask(mask, side).numpy()
         pictures[f"figure-02-{side}px"] = figures.reconstructions(
-            shown.numpy(), hidden, made, f"{source.name}: {MASK_RATIO:.0%} masked in blocks of {block} px"
+            shown.numpy(), hidden, reconstructions, f"{source.name}: {MASK_RATIO:.0%} masked in blocks of {block} px"
         )
     return pictures
 
 
 def summary(closeness: Tables, notes: list[str]) -> list[str]:
-    """What the command says: how close to uniform attention, with intervals over images; then the notes."""
+    """The lines that the command prints: the distance from uniform attention, with intervals; then the notes."""
     lines = []
-    for name, found in closeness.items():
-        gap, distance, nmi = found["distance_from_uniform"], found["distance"], found["nmi"]
+    for name, near in closeness.items():
+        gap, distance, nmi = near["distance_from_uniform"], near["distance"], near["nmi"]
         lines.append(
             f"{name}: attention distance {distance['value']:.2f} px, uniform attention "
-            f"{found['uniform_distance']:.2f} px; layers lie {gap['value']:.2f} px from it on average "
+            f"{near['uniform_distance']:.2f} px; layers lie {gap['value']:.2f} px from it on average "
             f"(95 % {gap['low']:.2f} to {gap['high']:.2f}); NMI {nmi['value']:.4f} "
             f"({nmi['low']:.4f} to {nmi['high']:.4f}), uniform 0"
         )
@@ -176,17 +176,17 @@ def summary(closeness: Tables, notes: list[str]) -> list[str]:
 
 
 def analyse(models: list[AnalysedModel], source: Source, request: Request, out: Path, progress: Progress) -> list[str]:
-    """Writes OUT/figure-*.png and .pdf, analysis.json, index.html; returns what to say.
+    """Writes OUT/figure-*.png and .pdf, analysis.json and index.html; returns the lines to print.
 
-    Raises ValueError for a request that these models or this store cannot meet.
+    Raises KamimError for a request that these models or this store cannot fulfil.
     """
     chosen = choose(request, source)
     planned, notes = plan(request, models, chosen)
-    found = collect(planned, chosen, source, request, progress)
-    made, closeness = numbers(planned, found, chosen, request)
+    collected = collect(planned, chosen, source, request, progress)
+    drawn, closeness = numbers(planned, collected, chosen, request)
     shown = images(source, chosen.samples[first_of_classes(chosen)], models[0].resolution).numpy()
     pictures = reconstruct(planned["2"], chosen, source, request.seed) if "2" in planned else {}
-    pictures |= {file_stem(figure): picture for figure, picture in draw(made, shown, request.queries).items()}
+    pictures |= {file_stem(figure): picture for figure, picture in draw(drawn, shown, request.queries).items()}
     lines = summary(closeness, notes)
     out.mkdir(parents=True, exist_ok=True)
     for stem, picture in pictures.items():
@@ -198,7 +198,7 @@ def analyse(models: list[AnalysedModel], source: Source, request: Request, out: 
     }  # fmt: skip
     checkpoints = {m.name: {**m.about, "resolution": m.resolution} for m in models}
     page.save_numbers(
-        {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": made},
+        {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": drawn},
         out / "analysis.json",
     )
     captioned = [

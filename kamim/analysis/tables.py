@@ -1,4 +1,4 @@
-"""From what was collected to the numbers that figures draw and analysis.json holds."""
+"""The numbers that figures draw and analysis.json holds, from what was collected."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +57,7 @@ def _estimate(value: float, resampled: np.ndarray) -> Table:
 def weight_correlation(curves: Curves, seed: int) -> Table:
     """Pearson's r of W and attention received per depth from 1: mean over images, 95 % interval.
 
-    images: how many have one; where W or attention does not vary over an image's tokens there is none.
+    images: the number of images with an r; an image has none if W or attention does not vary over its tokens.
     """
     values = per_image(curves.correlation)
     defined = values[np.isfinite(values).all(axis=1)]
@@ -74,18 +74,18 @@ def pooled(curves: Curves) -> list[torch.Tensor]:
 
 def features(curves: Curves) -> Table:
     """Effective rank and uniformity of mean tokens, per depth from 0."""
-    found = pooled(curves)
+    tokens = pooled(curves)
     return {
-        "rank": np.array([measures.effective_rank(f) for f in found]),
-        "uniformity": np.array([measures.uniformity(f) for f in found]),
-        "images": len(found[0]),
+        "rank": np.array([measures.effective_rank(f) for f in tokens]),
+        "uniformity": np.array([measures.uniformity(f) for f in tokens]),
+        "images": len(tokens[0]),
     }
 
 
 def similarity(curves: dict[str, Curves]) -> dict[str, dict[str, np.ndarray]]:
     """Linear CKA of mean tokens: [row][column], every layer of one with every layer of the other."""
-    found = {name: pooled(kept) for name, kept in curves.items()}
-    return {one: {other: measures.linear_cka(found[one], found[other]) for other in found} for one in found}
+    tokens = {name: pooled(kept) for name, kept in curves.items()}
+    return {one: {other: measures.linear_cka(tokens[one], tokens[other]) for other in tokens} for one in tokens}
 
 
 def classes(samples: Samples, label: np.ndarray, titles: tuple[str, ...], seed: int) -> Table:

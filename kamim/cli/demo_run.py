@@ -45,7 +45,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     for name, config in runs.items():
         console.print(f"pretrain {name}: {config.model.name}, {config.optim.epochs} epochs on the CPU")
         if not pretrain(config, _named(update, name)).finished:
-            raise KamimError("the demo was stopped; the same command again continues")
+            raise KamimError("the demo was stopped; rerun the command to resume")
     console.print("linear probes of random weights, SimMIM and KAMIM")
     checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))
     evaluation = load(Evaluation, Path("demo"), given={"checkpoint": checkpoints, **stores})

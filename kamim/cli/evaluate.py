@@ -71,7 +71,7 @@ def evaluate(
                 lambda title: lambda done, total, m: update(done, total, metrics_line(m, title)),
             )  # fmt: skip
     except KeyboardInterrupt:
-        kept = "saved; the same command again continues" if resolved.out else "nothing is kept; give --out to keep it"
+        kept = "saved; rerun the command to resume" if resolved.out else "nothing is kept; with --out, results are kept"
         say(f"stopped, {kept}")
         raise typer.Exit(RESUMABLE) from None
     for result in results:

@@ -36,17 +36,17 @@ def sweep(
         with terminable(), bar("sweep") as update:
             from kamim.evaluation.run_grid import run_grid
 
-            made = run_grid(
+            table = run_grid(
                 grid,
                 lambda title: (
                     lambda done, total, m: update(done, total, ", ".join(filter(None, (title, metrics_line(m)))))
                 ),
             )
     except KeyboardInterrupt:
-        say("stopped, saved; the same command again continues")
+        say("stopped, saved; rerun the command to resume")
         raise typer.Exit(RESUMABLE) from None
-    shown = Table(*made.header, box=box.SIMPLE_HEAD)
-    for row in made.rows:
+    shown = Table(*table.header, box=box.SIMPLE_HEAD)
+    for row in table.rows:
         shown.add_row(*row)
     out_console.print(shown)
     for name in ("table.json", "table.md", "index.html"):

@@ -1,4 +1,4 @@
-"""Training and measuring a classifier, be it one layer or the whole network."""
+"""Training and measuring a classifier: one layer, or the whole network."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from kamim.training.trainer import Losses, autocast
 from pipelines.batch import Batch, normalise
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
-Read = Callable[[Tensor], Tensor]  # normalised images -> what the network takes
+Read = Callable[[Tensor], Tensor]  # normalised images -> the network's input
 
 
 @dataclass
@@ -30,7 +30,7 @@ class CrossEntropy:
     seed: int
 
     def __call__(self, batch: Batch) -> Losses:
-        """Of a micro-batch."""
+        """The loss of a micro-batch."""
         images, targets = self.finish(batch)
         draw_paths(self.network, self.seed, batch.epoch, batch.indices, images.device)
         with autocast(self.compute, images.device):
@@ -45,7 +45,7 @@ def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: Wo
         world.broadcast(buffer)
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # right as first, among the first 5; samples
     for batch in batches:
-        if len(batch):  # a rank may have none of a short last step
+        if len(batch):  # a rank may have no samples of a short last step
             with torch.no_grad():
                 logits = network(read(normalise(batch.images)))
             rank = target_rank(logits, batch.labels)

@@ -76,9 +76,9 @@ class Linprobe(Section):
     protocol: Literal["paper", "mae", "dinov2"] = "paper"
     """Gives the defaults of the other keys: the paper's, MAE's or DINOv2's."""
     block: BlockName = "paper"
-    """Whose output is read, from 1 (of a Swin: its stage), last, or paper: a ViT's 8th, a Swin's last."""
+    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
     pooling: Pooling = "mean"
-    """Of the tokens: their mean or maximum, the class token, or class token and mean."""
+    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
     norm: Norm = "none"
     """token: a LayerNorm without affine; final: the encoder's own; joint: the released code's LayerNorm over tokens and
     width (Table 5); batch: MAE's BatchNorm without affine."""
@@ -86,7 +86,7 @@ class Linprobe(Section):
     """paper: TrivialAugmentWide, RandomErasing and MixUp or CutMix, mixed within a micro-batch. crop: a random resized
     crop and a flip."""
     init_std: Positive | None = None
-    """Of the layer's weights before training, with biases of 0; null is torch's own initialisation of both."""
+    """Standard deviation of the layer's initial weights, with biases of 0; null is torch's initialisation."""
     optim: ClassifierOptim = ClassifierOptim()
     checkpoint_epochs: Count = 10
     """Epochs between two checkpoints."""
@@ -107,16 +107,16 @@ class Finetune(Section):
     """Fine-tuning: everything trains, by the released code's recipe."""
 
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth rate of the last block."""
+    """Rate of stochastic depth in the last block."""
     layer_decay: Fraction | None = None
     """Decay of the learning rate per block, from the end; null is none."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, which is then what is measured; null is none."""
+    """Decay of a moving average of the weights, which is then measured instead; null is none."""
     optim: FinetuneOptim = FinetuneOptim()
     checkpoint_epochs: Count = 5
     """Epochs between two checkpoints."""
     keep_checkpoints: Count = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints are kept."""
 
 
 KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
@@ -133,7 +133,7 @@ class Knn(Section):
     """Gives the defaults of the other keys: linprobe reads the features of the paper's linear probe, dino those of
     DINO, the class token of the last block after the final norm. DINO reports k = 20."""
     k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
-    """Numbers of neighbours; each gives a result."""
+    """Numbers of neighbours; one accuracy for each."""
     temperature: Positive = 0.07
     """A vote weighs exp(similarity / temperature)."""
     block: BlockName = "paper"
@@ -169,7 +169,7 @@ class Reconstruct(Section):
     conventions: Annotated[tuple[Literal["paper", "honest"], ...], SOME] = ("paper", "honest")
     """paper: whole images in normalised units. honest: masked pixels in grey levels."""
     mask_ratio: Fraction | None = None
-    """Share of the blocks that are masked; null is as trained, and the released code's notebook has 0.4."""
+    """Share of the blocks that are masked; null is as in training. The released code's notebook has 0.4."""
     shown: Count = 6
     """Images in the picture."""
 
@@ -180,8 +180,8 @@ class Evaluation(Section):
     PRESETS: ClassVar[str] = "eval"
 
     checkpoint: Annotated[tuple[str, ...], SOME]
-    """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads; random:RUN is the same
-    architecture untrained, pixels:RUN no encoder at all."""
+    """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads. random:RUN is the same
+    architecture untrained; pixels:RUN uses pixels as features."""
     train: Path | None = None
     """A labelled store to train on."""
     val: Path
@@ -189,14 +189,14 @@ class Evaluation(Section):
     per_class: Count | None = None
     """Training samples of each class; null is all."""
     batch_size: Count = 256
-    """Images of a batch where nothing trains."""
+    """Images of a batch in which nothing trains."""
     compute: Compute = Compute()
     workers: Count | None = None
     """Loader threads; null is one per core."""
     seed: Seed = 0
-    """Of every random draw."""
+    """Seed of every random draw."""
     out: Path | None = None
-    """Where state, features and results are kept, so that an interrupted evaluation resumes; null keeps nothing."""
+    """Folder for state, features and results, which lets an interrupted evaluation resume; null keeps nothing."""
     linprobe: Linprobe = Linprobe()
     finetune: Finetune = Finetune()
     knn: Knn = Knn()

@@ -62,7 +62,7 @@ def load_evaluated_model(spec: str) -> EvaluatedModel:
 
 
 def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
-    """What a run of `config` will be to an evaluation, without its weights: enough for every check."""
+    """The model that a run of `config` will give, without its weights: enough for every check."""
     with torch.device("meta"):
         model = MaskedImageModel(config.model.name, config.data.resolution)
     with_head = None if config.norm_pix_loss else model

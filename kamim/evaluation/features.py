@@ -1,4 +1,4 @@
-"""Features of a whole store, computed once and kept in memory-mapped files."""
+"""Features of all samples, computed once and kept in memory-mapped files."""
 
 import errno
 import json
@@ -18,22 +18,22 @@ from kamim.training.trainer import Progress, autocast
 from pipelines.batch import normalise
 from pipelines.loader import Loader
 
-SAVE_EVERY = 100  # steps between two marks of how far it is
+SAVE_EVERY = 100  # steps between two records of the progress
 
 
 def extract(
     encoder: Encoder, readouts: Sequence[Readout], loader: Loader, samples: np.ndarray,
     compute: Compute, world: World, folder: Path, progress: Progress,
 ) -> dict[Readout, Tensor]:  # fmt: skip
-    """Every readout's features bfloat16 [N, D] of the N samples (their numbers, ascending), mapped from `folder`.
+    """Every readout's features, bfloat16 [N, D], of the N samples with the ascending numbers `samples`.
 
-    An epoch of the loader covers the samples. Each rank writes its own rows. Interrupted, it goes on where it
-    was, in steps of the same size; done, it only maps.
+    One epoch of the loader covers the samples, and each rank writes its own rows. The features are memory-mapped from
+    `folder`. An interrupted extraction resumes from there, in steps of the same size; a complete one is only mapped.
     """
     encoder = encoder.to(world.device).eval().requires_grad_(False)
     mark = folder / "done.json"
     done = json.loads(mark.read_text())["steps"] if mark.exists() else 0
-    world.barrier()  # everyone has looked
+    world.barrier()  # all ranks have read the mark
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
@@ -42,13 +42,13 @@ def extract(
     steps = loader.plan.steps_per_epoch
     for batch in loader.steps(done, steps):
         with torch.no_grad(), autocast(compute, world.device):
-            found: dict[Readout, Tensor] = {}
+            features: dict[Readout, Tensor] = {}
             for number, tokens in blocks(encoder, normalise(batch.images), last):
-                found |= {r: fixed(encoder, tokens, r) for r in readouts if r.block == number}
+                features |= {r: fixed(encoder, tokens, r) for r in readouts if r.block == number}
         rows = np.searchsorted(samples, batch.indices)
         if not files:
-            files = {r: _file(folder, r, len(samples), f.shape[1], world) for r, f in found.items()}
-        for readout, values in found.items():
+            files = {r: _file(folder, r, len(samples), f.shape[1], world) for r, f in features.items()}
+        for readout, values in features.items():
             files[readout][rows] = values.to(torch.bfloat16).view(torch.int16).cpu().numpy()
         progress(batch.step + 1, steps, {})
         if batch.last and ((batch.step + 1) % SAVE_EVERY == 0 or batch.step + 1 == steps):
@@ -65,9 +65,9 @@ def _file(folder: Path, readout: Readout, rows: int, width: int, world: World) -
 
 
 def reserve(file: Path, size: int) -> None:
-    """Gives a file, which may be there already, all of its `size` bytes on the disk.
+    """Allocates all `size` bytes of a new or existing file on the disk.
 
-    A write through a map that finds no room kills the process (SIGBUS). Raises OSError where there is no room.
+    A write through a memory map on a full disk would kill the process (SIGBUS). Raises OSError if the disk is full.
     """
     existed = file.exists()
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -77,7 +77,7 @@ def reserve(file: Path, size: int) -> None:
         if not existed:
             file.unlink()
         raise OSError(
-            f"{file}: needs {size:,} bytes: {error.strerror}; free some space, and the same command again continues"
+            f"{file}: needs {size:,} bytes: {error.strerror}; free some space and rerun the command to resume"
         ) from error
     finally:
         os.close(descriptor)
@@ -89,13 +89,13 @@ def _allocate(descriptor: int, size: int) -> None:
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        at = os.lseek(descriptor, 0, os.SEEK_END)  # a system or a disk that allocates nothing ahead takes zeros
+        at = os.lseek(descriptor, 0, os.SEEK_END)  # systems and disks that do not allocate ahead get zeros
         while at < size:
             at += os.write(descriptor, bytes(min(size - at, 1 << 20)))
 
 
 def _mark(mark: Path, steps: int, files: dict[Readout, np.memmap], world: World) -> None:
-    """Says that the rows of the first `steps` steps are on disk, on all ranks."""
+    """Records that the rows of the first `steps` steps of all ranks are on disk."""
     for file in files.values():
         file.flush()
     world.barrier()

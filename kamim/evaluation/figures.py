@@ -1,4 +1,4 @@
-"""Pictures of evaluations, drawn from results. Colours tell checkpoints apart."""
+"""Plots of results. Colours distinguish checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -16,7 +16,7 @@ DASHES: Sequence[Any] = ("-", "--", ":", "-.")
 
 @styled
 def depth(sweeps: Mapping[str, Sequence[SweepRow]]) -> Figure:
-    """top1 at the best learning rate by block: {checkpoint: rows}. A panel a norm; dashes tell poolings apart."""
+    """top1 at the best learning rate by block: {checkpoint: rows}. One panel per norm; dashes distinguish poolings."""
     chosen = {name: best_by_readout(rows) for name, rows in sweeps.items()}
     norms, poolings = (
         sorted({getattr(row, key) for rows in chosen.values() for row in rows}) for key in ("norm", "pooling")

@@ -35,13 +35,13 @@ class ModelEma(nn.Module):
             self.average.requires_grad_(False)
 
     def update(self) -> None:
-        """After an optimiser step."""
+        """Updates the average after an optimiser step."""
         if self.average is not None:
             self.average.update_parameters(self.model)
 
     @property
     def best(self) -> nn.Module:
-        """What is measured: the average, where there is one."""
+        """The model that is measured: the average, if there is one."""
         return self.model if self.average is None else self.average
 
 

@@ -1,4 +1,4 @@
-"""A grid of pretraining runs that differ in a few keys, and the table of what their evaluation gives."""
+"""A grid of pretraining runs that differ in a few keys, and the table of their evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,24 +33,24 @@ class Axis(Section):
     key: str
     """Such as weighting.patch_size."""
     name: Annotated[str, Field(pattern="^[A-Za-z]+$")]
-    """What a run's name calls it: ps and 8 make ps8."""
+    """Its abbreviation in the names of runs: ps and 8 give ps8."""
     values: Annotated[tuple[Value, ...], SOME]
-    """Each is a run."""
+    """One run for each."""
 
 
 class Grid(Section):
-    """`kamim sweep`: every combination of the axes' values, each a run of its own below `out`, then evaluated."""
+    """`kamim sweep`: one run below `out` for every combination of the axes' values, then their evaluation."""
 
     PRESETS: ClassVar[str] = "sweeps"
 
     pretrain: dict[str, Any]
     """Keys of Pretrain, and `preset`, a preset's name or a file, whose values they override."""
     axes: Annotated[tuple[Axis, ...], SOME]
-    """What varies."""
+    """The keys that vary."""
     evaluation: dict[str, Any]
     """Keys of Evaluation, and `preset`, likewise."""
     modes: Annotated[tuple[ModeName, ...], SOME] = ("linprobe",)
-    """Of `kamim eval`."""
+    """Modes of `kamim eval`."""
     out: Path
     """The sweep's folder."""
 
@@ -65,14 +65,14 @@ class Grid(Section):
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One combination. name: of its run. values: by key of Pretrain."""
+    """One combination of values. name: of its run. values: by key of Pretrain."""
 
     name: str
     values: Mapping[str, Value]
 
 
 def points(grid: Grid) -> list[GridPoint]:
-    """All of them; the last axis varies fastest."""
+    """All combinations; the last axis varies fastest."""
     return [
         GridPoint("_".join(f"{axis.name}{_text(v)}" for axis, v in zip(grid.axes, values, strict=True)),
                 {axis.key: value for axis, value in zip(grid.axes, values, strict=True)})
@@ -81,12 +81,12 @@ def points(grid: Grid) -> list[GridPoint]:
 
 
 def pretraining(grid: Grid, point: GridPoint) -> Pretrain:
-    """The run of a setting. Raises ValueError where that cannot be."""
+    """The configuration of a run. Raises KamimError if it is invalid."""
     return _resolved(Pretrain, grid.pretrain, point.values, {"out": grid.out / point.name})
 
 
 def evaluation(grid: Grid) -> Evaluation:
-    """Of all runs, by their names."""
+    """The configuration of the evaluation of all runs, by their names."""
     runs = tuple(f"{point.name}={grid.out / point.name}" for point in points(grid))
     return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": runs, "out": grid.out / "evaluation"})
 
@@ -103,13 +103,13 @@ def _resolved(kind: type[S], section: Mapping[str, Any], values: Mapping[str, Va
 
 @dataclass(frozen=True)
 class Table:
-    """What a sweep found: rows of text, a run each, and the paper's numbers where its setting is the same."""
+    """The table of a sweep: one row of text for each run, with the paper's numbers for the same settings."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """With a header."""
+        """The table as Markdown, with a header."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         return "".join(f"| {' | '.join(map(_markdown, cells))} |\n" for cells in lines)
 
@@ -119,7 +119,7 @@ def _markdown(cell: str) -> str:
 
 
 def table(grid: Grid, results: Sequence[Result[Any]]) -> Table:
-    """Of the headlines of `kamim eval`'s results and of the runs' metrics. Columns without any number are left out."""
+    """The headlines of `kamim eval`'s results and of the runs' metrics, without columns that hold no number."""
     by_run = {(result.settings.name, result.settings.mode): result for result in results}
     columns: list[tuple[str, list[str]]] = [
         (axis.key, [_text(point.values[axis.key]) for point in points(grid)]) for axis in grid.axes
@@ -140,7 +140,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def save(grid: Grid, shown: Table, results: Sequence[Result[Any]]) -> None:
-    """table.json (every result whole), table.md and index.html in grid.out."""
+    """Writes table.json, with every result in full, table.md and index.html to grid.out."""
     about = [{"name": point.name, "values": dict(point.values)} for point in points(grid)]
     page.save_numbers({"settings": about, "results": [result.as_json() for result in results]}, grid.out / "table.json")
     write_whole(grid.out / "table.md", shown.markdown().encode())
@@ -148,7 +148,7 @@ def save(grid: Grid, shown: Table, results: Sequence[Result[Any]]) -> None:
     if chosen_on_val(grid.modes):
         parts.append(page.paragraph(CHOICE))
     runs = {point.name: metrics.read(grid.out / point.name) for point in points(grid)}
-    caption = "The loss without weights (Eq. 1) by optimiser step, whatever the weights that a run trained with."
+    caption = "The loss without weights (Eq. 1) by optimiser step, also of runs that trained with weights."
     parts.append(page.picture(page.png(report.comparison(runs)), "loss", caption))
     page.save_page(f"Sweep {grid.out.name}", parts, grid.out / "index.html")
 

@@ -1,4 +1,4 @@
-"""The paper's numbers (Krishna and Subramanyam, Keypoint Aware Masked Image Modelling), and when ours may stand beside.
+"""The paper's numbers (Krishna and Subramanyam, Keypoint Aware Masked Image Modelling), and the settings they are for.
 
 Accuracies are top-1 in per cent on a validation split. A number is quoted beside a result only if every key that shapes
 pretraining and evaluation equals the paper's or, where its text is silent, the released code's: the tables below.
@@ -58,8 +58,8 @@ IMAGES = {  # of whole training and validation splits
 }  # fmt: skip
 REJECTS = 0.001  # share of images that a store may lack and still be the whole
 
-# What must be equal, at every depth; a tuple holds alternatives. Not in the tables: seeds, places, what a resumed run
-# may change, and drop_last, which the released code has false and the presets true.
+# What must be equal, at every depth; a tuple holds alternatives. Not compared: seeds, paths, keys that a resumed run
+# may change, and drop_last, which is false in the released code and true in the presets.
 SCHEDULES = ({"epochs": 100, "cosine_epochs": None}, {"epochs": 110, "cosine_epochs": 100})  # the text's, the code's
 _PRETRAINING_OPTIM = {
     "lr": 8e-4, "weight_decay": 0.05, "betas": [0.9, 0.999], "clip_grad": 1.0, "batch_size": 2048, "warmup_epochs": 10,
@@ -72,9 +72,9 @@ PRETRAINING = {
     "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
 }  # fmt: skip
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
-# From the store, or found on every crop of the originals: of images made smaller, online keypoints are others.
+# From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
 KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": "online"}, "images": "original"})
-BLOCK = MappingProxyType({"vit": 8, "swin": 4})  # that a linear probe reads
+BLOCK = MappingProxyType({"vit": 8, "swin": 4})  # read by a linear probe
 CLIP_GRAD = MappingProxyType({"vit": None, "swin": 1.0})  # largest gradient norm of a linear probe and of fine-tuning
 _OPTIM = {
     "algorithm": "adamw", "lr": 5e-3, "weight_decay": 0.05, "betas": [0.9, 0.999], "batch_size": 2048,
@@ -83,7 +83,7 @@ _OPTIM = {
 
 
 def evaluation(architecture: str) -> Mapping[str, Mapping[str, Any]]:
-    """What must be equal of each mode's results, for a ViT or a Swin."""
+    """The settings that must be equal for each mode, for a ViT or a Swin."""
     family = architecture.partition("_")[0]
     optim = tuple(_OPTIM | schedule | {"clip_grad": CLIP_GRAD[family]} for schedule in SCHEDULES)
     probe = {"augment": "paper", "init_std": None, "optim": optim}
@@ -95,7 +95,7 @@ def evaluation(architecture: str) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's number, and where it stands
+Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's number, and its table or section
 
 
 def quoted(settings: EvalSettings) -> Quote:
@@ -134,7 +134,7 @@ def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
 
 
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
-    """None for one that the paper does not have."""
+    """The method of a run; None if the paper does not have it."""
     weighting = pretraining.get("weighting", {})
     if weighting is None:
         return SIMMIM
@@ -155,7 +155,7 @@ def _both(
 
 
 def _quotes() -> Iterator[tuple[Key, Quote]]:
-    """Later ones stand over earlier: Table 1 where Table 2 differs in its last digit."""
+    """Later entries override earlier ones: Table 1 overrides Table 2, which differs in its last digit."""
     for detector, pair in TABLE_4.items():
         yield from _both("vit_base", Method(detector), IN_IMAGENET, *pair, 4)
     for (patch_size, temperature), pair in TABLE_2.items():

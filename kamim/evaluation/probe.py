@@ -9,9 +9,9 @@ from kamim.training.trainer import should_compile
 
 
 class Frozen:
-    """What a probe reads of an encoder: no gradients, nothing behind its block, compiled on a GPU.
+    """The frozen part of a probe: the encoder up to the block that is read, without gradients, compiled on a GPU.
 
-    Gives features float32 [B, F]; for the joint norm, which learns, the patch tokens float32 [B, N, D].
+    It returns features float32 [B, F], or the patch tokens float32 [B, N, D] for the joint norm, which is trained.
     """
 
     def __init__(self, encoder: Encoder, readout: Readout, compute: Compute, device: torch.device):
@@ -26,20 +26,20 @@ class Frozen:
         return fixed(self._encoder, tokens, self._readout)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, R, R], normalised. In the precision of the autocast around it."""
+        """images: float [B, 3, R, R], normalised. Runs in the precision of the autocast around it."""
         with torch.no_grad():
             return self._read(images).float()
 
 
 class Head(nn.Module):
-    """One linear layer on what Frozen gives, behind the norm that needs training data, if any.
+    """One linear layer on the features of Frozen, after the norm that depends on training data, if any.
 
-    joint: the released code's LayerNorm over N and D together, affine, before the mean (Table 5). batch: a
-    BatchNorm without affine on what has been normed by the encoder and pooled, as MAE's probe has it.
+    joint: the released code's affine LayerNorm over N and D together, before the mean (Table 5). batch: a BatchNorm
+    without affine on features that the encoder's own norm and pooling gave, as in MAE's probe.
     """
 
     def __init__(self, readout: Readout, shape: torch.Size, classes: int, init_std: float | None = None):
-        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.training.config.Linprobe."""
+        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.evaluation.config.Linprobe."""
         super().__init__()
         self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
         self.batch = nn.BatchNorm1d(shape[-1], 1e-6, affine=False) if readout.norm == "batch" else nn.Identity()
@@ -49,7 +49,7 @@ class Head(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits float32 [B, classes]: a head costs next to nothing, so it does not take part in autocast."""
+        """Returns logits float32 [B, classes]. A head takes next to no time, so it runs without autocast."""
         with torch.autocast(features.device.type, enabled=False):
             if self.joint is not None:
                 features = self.joint(features).mean(dim=1)
@@ -61,6 +61,6 @@ def build_head(
     frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device,
     init_std: float | None = None,
 ) -> Head:  # fmt: skip
-    """A head for what `frozen` gives of images of side `resolution`."""
+    """Builds a head for the features that `frozen` returns for images of resolution x resolution px."""
     shape = frozen(torch.zeros(1, 3, resolution, resolution, device=device)).shape[1:]
     return Head(readout, shape, classes, init_std).to(device)

@@ -1,4 +1,4 @@
-"""Many linear probes on cached features, all trained at the same time.
+"""Many linear probes on cached features, trained at the same time.
 
 Every readout (block, pooling, norm) is probed at every learning rate. Probes of one readout share their features, so
 an update of R readouts and L rates is one batched product [R, B, D] @ [R, D, L * C] and its transpose: 4 R L N D C
@@ -30,12 +30,12 @@ def sweep(
     features: Features, train_labels: Tensor, val_labels: Tensor, classes: int, lrs: Sequence[float], optim: Optim,
     seed: int, device: torch.device, progress: Callable[[int, int], None],
 ) -> list[SweepRow]:  # fmt: skip
-    """A row for every readout and learning rate. labels: int64 [N], [M].
+    """Trains and measures a probe for every readout and learning rate. labels: int64 [N], [M].
 
-    Each probe ends where it would, up to float rounding, if it were trained alone: an nn.Linear made under `seed`,
-    AdamW as `optim` has it but for lr and clip_grad, schedule.cosine, cross entropy, fp32. All see the same batches
-    of an epoch's order; what is left at its end is dropped. The best of many rows is chosen on val: it flatters.
-    progress(updates done, in all). Raises ValueError where a batch is larger than N.
+    Each probe ends with the weights, up to float rounding, that it would have if it were trained alone: an nn.Linear
+    initialised under `seed`, AdamW with `optim` except lr and clip_grad, schedule.cosine, cross entropy, fp32. All
+    probes see the same batches; the rest of an epoch that fills no batch is dropped. The best of many rows is selected
+    on val and therefore biased upwards. progress(updates done, in all). Raises KamimError if a batch is larger than N.
     """
     if optim.batch_size > len(train_labels):
         raise KamimError(f"batch_size = {optim.batch_size}: is more than the {len(train_labels)} training samples")
@@ -53,7 +53,7 @@ def sweep(
 
 
 def _groups(features: Features, scores: int, batch: int) -> Iterable[list[Readout]]:
-    """Readouts of one width, as many as fit into GROUP_BYTES; at least one. scores: of one sample and readout."""
+    """Groups of readouts of one width that fit into GROUP_BYTES together. scores: per sample and readout."""
 
     def width(readout: Readout) -> int:
         return features[readout][0].shape[1]
@@ -66,7 +66,7 @@ def _groups(features: Features, scores: int, batch: int) -> Iterable[list[Readou
 
 
 class Probes:
-    """R readouts x L learning rates of linear probes. weights: L of [R, D, C]; biases: L of [R, 1, C]."""
+    """R readouts times L learning rates of linear probes. weights: L of [R, D, C]; biases: L of [R, 1, C]."""
 
     def __init__(self, features: Sequence[Tensor], classes: int, lrs: Sequence[float], seed: int, device: torch.device):
         self.features = [f.to(device) for f in features]
@@ -81,7 +81,7 @@ class Probes:
         )
 
     def train(self, labels: Tensor, optim: Optim, seed: int, tick: Callable[[], None]) -> None:
-        """Every probe through optim.epochs. tick() after each update."""
+        """Trains every probe for optim.epochs and calls tick() after each update."""
         labels = labels.to(self.device)
         groups = [{"params": p, "lr": lr} for *p, lr in zip(self.weights, self.biases, self.lrs, strict=True)]
         optimizer = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
@@ -104,13 +104,13 @@ class Probes:
     @torch.no_grad()
     def accuracy(self, features: Sequence[Tensor], labels: Tensor, batch: int) -> Tensor:
         """top1 and top5 in per cent: [R, L, 2]. features: R of [M, D]."""
-        right = torch.zeros(len(features), len(self.lrs), 2, dtype=torch.float64)
+        correct = torch.zeros(len(features), len(self.lrs), 2, dtype=torch.float64)
         for at in range(0, len(labels), batch):
             scores = self._scores([f[at : at + batch].to(self.device) for f in features])
             targets = labels[at : at + batch, None].to(self.device).expand(scores.shape[:-1])
             rank = target_rank(scores, targets)
-            right += torch.stack([(rank < top).sum(dim=1) for top in (1, 5)], dim=-1).cpu()
-        return 100 * right / len(labels)
+            correct += torch.stack([(rank < top).sum(dim=1) for top in (1, 5)], dim=-1).cpu()
+        return 100 * correct / len(labels)
 
     def _scores(self, features: Sequence[Tensor]) -> Tensor:
         """R of [B, D] -> [R, B, L, C]."""

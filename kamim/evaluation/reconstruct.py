@@ -1,4 +1,4 @@
-"""How well masked images are reconstructed: PSNR (dB) and SSIM, by two conventions, a batch at a time.
+"""PSNR (dB) and SSIM of reconstructions of masked images, by two conventions, batch by batch.
 
 Both classes take update(originals, output, masks): uint8 [B, H, W, 3]; the model's output, float [B, 3, H, W] in
 normalised units; bool [B, H, W], True for masked pixels. compute() gives the Similarity over all batches and ranks.
@@ -18,12 +18,11 @@ from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 
 class WholeImage:
-    """The authors' numbers: whole images, what the model makes of visible patches included, in normalised units.
+    """The authors' convention: whole images, including the output at visible patches, in normalised units.
 
-    PSNR: one mean squared error of all values; its peak is the range of the originals seen and 0, as torchmetrics had
-    it by default before it asked for a range (torchmetrics #3135). SSIM: mean over images with torchmetrics' defaults,
-    whose range is the larger of originals' and reconstructions' in the same batch, so that it varies a little with the
-    batch size.
+    PSNR: one mean squared error of all values. Its peak is the range of the originals and 0, torchmetrics' default
+    until it required a range (torchmetrics #3135). SSIM: mean over images with torchmetrics' defaults, whose data range
+    is the larger of the originals' and the reconstructions' in a batch, so it varies a little with the batch size.
     """
 
     def __init__(self, device: torch.device):
@@ -32,7 +31,7 @@ class WholeImage:
         self._low, self._high = MinMetric().to(device), MaxMetric().to(device)
 
     def update(self, originals: Tensor, output: Tensor, masks: Tensor) -> None:
-        """See above. masks is not used."""
+        """Adds a batch. masks is not used."""
         target, output = normalise(originals), output.float()
         self._error.update(output, target)
         self._ssim.update(output, target)
@@ -50,7 +49,7 @@ class MaskedOnly:
 
     PSNR: one mean squared error of all masked values, peak 1. SSIM: the map (Gaussian window, sigma 1.5, range 1) of
     images whose visible patches are the original's, averaged over all masked values; near a patch's edge its window
-    reaches over to visible pixels.
+    includes visible pixels.
     """
 
     def __init__(self, device: torch.device):
@@ -58,7 +57,7 @@ class MaskedOnly:
         self._ssim = MeanMetric().to(device).set_dtype(torch.float64)
 
     def update(self, originals: Tensor, output: Tensor, masks: Tensor) -> None:
-        """See above."""
+        """Adds a batch."""
         target = originals.permute(0, 3, 1, 2) / 255
         mean, std = (output.new_tensor(c, dtype=torch.float32)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
         hidden = masks[:, None].expand_as(target)

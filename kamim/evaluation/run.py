@@ -127,8 +127,8 @@ def _check_free(folder: Path, settings: EvalSettings) -> None:
     for key in (key for key in {**existing, **requested} if not key.startswith("pretraining")):
         if requested.get(key) != existing.get(key):
             raise KamimError(
-                f"--out {folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
-                f"{requested.get(key, 'nothing')} requested); choose another --out, or remove it"
+                f"{folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
+                f"{requested.get(key, 'nothing')} requested); remove it, or choose another folder for the results"
             )
 
 

@@ -21,7 +21,7 @@ from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
 
 PAPER_HEADER = "paper's"
-SHOWN = "shown.npz"  # what a reconstruction leaves: originals, masks, made, as plots.reconstruction_sheet takes them
+SHOWN = "shown.npz"  # originals, masks and made (the reconstructions), for plots.reconstruction_sheet
 
 
 def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:

@@ -33,7 +33,7 @@ MASK_GREY = 128
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th checkpoint, told apart without colour too."""
+    """Colour and marker of the i-th checkpoint; markers distinguish checkpoints without colour."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
@@ -44,7 +44,7 @@ def panels(count: int, rows: int = 1, side: float = 3.0, height: float = 3.0) ->
 
 
 def depth_axis(axes: Axes, label: str) -> None:
-    """Whole blocks along x."""
+    """Labels the axes of a plot over depth, with ticks at whole blocks."""
     axes.set_xlabel("depth (block)")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -96,20 +96,20 @@ def weights_sheet(
 def reconstruction_sheet(
     originals: np.ndarray, masks: np.ndarray, reconstructions: Sequence[tuple[str, np.ndarray]], caption: str
 ) -> Figure:
-    """Columns are images: original, masked, and what each named model makes of the masked patches (figure 2).
+    """Columns are images; rows are originals, masked images and each named model's reconstructions (figure 2).
 
-    originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True where masked. Visible patches
-    are shown as they are.
+    originals and reconstructions: uint8 [N, R, R, 3]; masks: bool [N, R, R], True for masked pixels. Visible patches
+    are the original's.
     """
     return _sheet(_reconstructions(originals, masks, reconstructions), caption)
 
 
 def panel_sheet(
-    originals: np.ndarray, masks: np.ndarray, made: np.ndarray, bitmaps: np.ndarray | None, weights: np.ndarray | None,
-    caption: str,
+    originals: np.ndarray, masks: np.ndarray, reconstructions: np.ndarray, bitmaps: np.ndarray | None,
+    weights: np.ndarray | None, caption: str,
 ) -> Figure:  # fmt: skip
-    """As reconstruction_sheet, of one model; and, where there are any, maps F (bool [N, R, R]) and W ([N, g, g])."""
-    rows = _reconstructions(originals, masks, [("reconstructed", made)])
+    """As reconstruction_sheet, of one model, with the maps F (bool [N, R, R]) and W ([N, g, g]), if given."""
+    rows = _reconstructions(originals, masks, [("reconstructed", reconstructions)])
     if bitmaps is not None and weights is not None:
         painted = [_with_map(image, bitmap) for image, bitmap in zip(originals, bitmaps, strict=True)]
         shades = colormaps["viridis"](np.log(weights) / np.log(max(float(weights.max()), 2.0)))[..., :3]
@@ -125,15 +125,15 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def _reconstructions(
-    originals: np.ndarray, masks: np.ndarray, made: Sequence[tuple[str, np.ndarray]]
+    originals: np.ndarray, masks: np.ndarray, named: Sequence[tuple[str, np.ndarray]]
 ) -> list[tuple[str, np.ndarray]]:
     hidden = masks[..., None]
     rows = [("original", originals), ("masked", np.where(hidden, np.uint8(MASK_GREY), originals))]
-    return rows + [(name, np.where(hidden, images, originals)) for name, images in made]
+    return rows + [(name, np.where(hidden, images, originals)) for name, images in named]
 
 
 def _sheet(rows: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
-    """A named row of images [N, H, W, 3] below another."""
+    """Named rows of images [N, H, W, 3], one below the other."""
     count = len(rows[0][1])
     figure = Figure(figsize=(1.25 * count + 0.5, 1.3 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(literal(caption), fontsize=10)

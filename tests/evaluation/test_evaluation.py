@@ -386,7 +386,7 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
     first = run(config, "knn")
     monkeypatch.setattr("kamim.evaluation.tasks.knn", None)
     assert run(config, "knn") == first
-    with pytest.raises(ValueError, match=r"holds another evaluation \(seed 0 there, 1 requested\)"):
+    with pytest.raises(ValueError, match=r"\(seed 0 there, 1 requested\); remove it, or choose another folder"):
         run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
     monkeypatch.setattr("kamim.evaluation.run._run", None)  # the second is looked at before the first begins
     two = {"checkpoint": (f"new={pretrained}", str(pretrained)), "out": tmp_path / "out"}
@@ -462,7 +462,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
         ("linprobe", evaluation(pretrained, train, "linprobe.norm=joint", "linprobe.pooling=cls"), "over patch tokens"),
         ("knn", evaluation(pretrained, train, "knn.k=[25]"), r"knn.k = 25: more than the 24 training samples"),
         ("knn", evaluation(f"pixels:{pretrained}", train, "knn.pooling=cls"), "has no class token"),
-        ("knn", evaluation(pretrained, train, "per_class=9"), "class 0 has 8 samples"),
+        ("knn", evaluation(pretrained, train, "per_class=9"), "class 'astronaut' has 8 samples"),
         ("finetune", evaluation(f"pixels:{pretrained}", train), "nothing to fine-tune"),
         ("knn", evaluation("", train, checkpoint=("a=x", "a=y")), "neither a checkpoint"),
         ("knn", evaluation("", train, checkpoint=(f"a={pretrained}", f"a={pretrained}")), "a is the name of two"),

@@ -1,5 +1,7 @@
 """kNN, places and subsets, against scikit-learn and slow obvious twins."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from kamim import KamimError
 from kamim.models.knn import knn
 from kamim.models.target_rank import target_rank
-from pipelines.samples import n_per_class
+from kamim.storage.store import Store
+from pipelines.samples import n_per_class, some_per_class
 
 CPU = torch.device("cpu")
 
@@ -125,6 +129,7 @@ def test_n_per_class_varies_with_the_seed_and_takes_every_sample() -> None:
     assert set(np.concatenate(drawn).tolist()) == set(range(60))
 
 
-def test_n_per_class_of_a_small_class() -> None:
-    with pytest.raises(ValueError, match=r"^per_class = 3: class 1 has 2 samples; choose at most 2$"):
-        n_per_class(np.array([0, 0, 0, 1, 1]), 3, 0)
+def test_per_class_of_a_small_class(stores: dict[str, Path]) -> None:
+    message = r"^per_class = 9: class 'astronaut' has 8 samples; choose at most 8$"
+    with pytest.raises(KamimError, match=message):
+        some_per_class(Store(stores["zarr"]), 9, 0)

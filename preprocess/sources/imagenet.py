@@ -4,7 +4,6 @@ Train and val have the same labels in every layout. A class folder counts even w
 may have images of that class.
 """
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -123,8 +122,6 @@ def _kaggle_truth(file: Path) -> dict[str, str]:
 
 def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
     """The classes, and each image's class: line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>."""
-    if importlib.util.find_spec("scipy") is None:
-        raise KamimError(f"{where}: needs scipy to be read; pip install 'kamim[imagenet]'")
     meta, truth = files
     try:
         read = subprocess.run(

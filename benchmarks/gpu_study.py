@@ -1,6 +1,6 @@
 """The GPU part of docs/results.md, in pieces of a few minutes: rerun the command until it prints "complete".
 
-    python benchmarks/gpu_study.py --images imagenette [--cifar cifar10] [--minutes 9] [--work runs/gpu] [--out OUT] [--tiny]
+    python benchmarks/gpu_study.py --images imagenette [--cifar cifar10] [--minutes 9] [--work DIR] [--out DIR] [--tiny]
 
 imagenette holds train/<class>/ and val/<class>/, cifar10 likewise. The stages run in this order, and each is skipped
 once it is complete: (a) benchmarks/gpu_check.py; (b) stores of Imagenette at 192 px; (c) `kamim sweep imagenette_gpu`:
@@ -94,13 +94,14 @@ def kamim(*arguments: object) -> list[str]:
 
 def preprocess(study: Study, name: str, images: Path, resolution: int) -> bool:
     """Both splits' stores, raw: decoding costs more than memory at this size."""
-    return all([
-        study.stage(f"{name}-{split}", kamim(
-            "preprocess", "imagefolder", "--source", images / split, "--split", split, "--out",
-            study.work / f"stores/{name}-{split}", "--resolution", resolution, "--detectors", "fast", "--encoding", "raw",
-            "--images", "zarr",
-        )) for split in ("train", "val")
-    ])  # fmt: skip
+    for split in ("train", "val"):
+        out = study.work / f"stores/{name}-{split}"
+        if not study.stage(f"{name}-{split}", kamim(
+            "preprocess", "imagefolder", "--source", images / split, "--split", split, "--out", out,
+            "--resolution", resolution, "--detectors", "fast", "--encoding", "raw", "--images", "zarr",
+        )):  # fmt: skip
+            return False
+    return True
 
 
 def sweep(study: Study, name: str, data: str, tiny: bool) -> bool:

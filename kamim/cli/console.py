@@ -220,3 +220,14 @@ def write_json(file: Path | None, content: Any) -> None:
             file.write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:  # of a full disk the system names no file
             raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """The value I/N of --shard as (I, N). Raises KamimError unless 1 <= I <= N."""
+    try:
+        number, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        number = count = 0
+    if not 1 <= number <= count:
+        raise KamimError(f"--shard {text}: must be I/N with 1 <= I <= N, such as 3/8")
+    return number, count

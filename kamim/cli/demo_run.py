@@ -100,5 +100,5 @@ def _table(runs: dict[str, Pretrain], accuracies: dict[str, Accuracy], classes: 
             lines = [json.loads(line) for line in (runs[name].out / "metrics.jsonl").read_text().splitlines()]
             rates = sorted(line["images_per_second"] for line in lines)
             cells = [f"{lines[0]['loss']:.3f}", f"{lines[-1]['loss']:.3f}", f"{rates[len(rates) // 2]:.0f}"]
-        table.add_row(name, accuracy.headline, *cells)
+        table.add_row(name, f"{accuracy.top1:.2f}", *cells)
     return table

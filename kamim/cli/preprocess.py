@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import RESUMABLE, app, bar, err_console, out_console, says_errors, terminable
+from kamim.cli.console import RESUMABLE, app, bar, err_console, out_console, says_errors, shard_of, terminable
 from kamim.cli.store import show_store
 
 
@@ -68,7 +68,7 @@ def preprocess(
         raise KamimError(f"--workers {workers}: must be 0 (one per core) or more")
     if publish and shard is not None:
         raise KamimError(f"--publish --shard {shard}: all shares have to be done before --publish; give one of them")
-    share = None if shard is None else _share(shard)
+    share = None if shard is None else shard_of(shard)
     workers = workers or len(os.sched_getaffinity(0))
     listed = sources.list_source(dataset, source, split)
     job = make_job(
@@ -132,13 +132,3 @@ def _pair(text: str) -> tuple[float, float]:
     except ValueError:
         raise KamimError(f"--crop-scale {text}: must be two numbers, such as 0.67,1.0") from None
     return low, high
-
-
-def _share(text: str) -> tuple[int, int]:
-    try:
-        number, count = (int(part) for part in text.split("/"))
-    except ValueError:
-        number = count = 0
-    if not 1 <= number <= count:
-        raise KamimError(f"--shard {text}: must be I/N with 1 <= I <= N, such as 3/8")
-    return number, count

@@ -15,6 +15,7 @@ from kamim.cli.console import (
     out_console,
     say,
     says_errors,
+    shard_of,
     terminable,
 )
 
@@ -26,9 +27,14 @@ def sweep(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value overrides, such as pretrain.optim.lr=1e-3")
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: every N-th run from the I-th on, next to processes with the others."),
+    ] = None,
 ) -> None:
-    """Pretrains and evaluates every setting of a grid, and prints a table. Rerun it to resume."""
+    """Pretrains and evaluates every run of a grid, and prints tables. Rerun it to resume."""
     from kamim.evaluation.grid import Grid
+    from kamim.evaluation.grid_table import runs_table
     from kamim.training.settings import load
 
     grid = load(Grid, file, overrides or ())
@@ -36,15 +42,17 @@ def sweep(
         with terminable(), bar("sweep") as update:
             from kamim.evaluation.run_grid import run_grid
 
-            table = run_grid(
+            results = run_grid(
                 grid,
                 lambda title: (
                     lambda done, total, m: update(done, total, ", ".join(filter(None, (title, metrics_line(m)))))
                 ),
+                (1, 1) if shard is None else shard_of(shard),
             )
     except KeyboardInterrupt:
         say("stopped, saved; rerun the command to resume")
         raise typer.Exit(RESUMABLE) from None
+    table = runs_table(results)
     shown = Table(*table.header, box=box.SIMPLE_HEAD)
     for row in table.rows:
         shown.add_row(*row)

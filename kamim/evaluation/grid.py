@@ -1,62 +1,81 @@
-"""A grid of pretraining runs that differ in a few keys, and the table of their evaluation."""
+"""A grid of pretraining runs that differ in a few keys: its configuration, its runs and their evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
 
 from kamim import KamimError
 from kamim.evaluation.config import Evaluation, ModeName
-from kamim.evaluation.modes import MODES
-from kamim.evaluation.report import CHOICE, chosen_on_val
-from kamim.evaluation.results import Result
-from kamim.evaluation.sections import PAPER_HEADER, quote
-from kamim.reporting import page
-from kamim.storage.escape import printable
 from kamim.storage.flatten import flatten
-from kamim.storage.store import write_whole
-from kamim.training import metrics, report
 from kamim.training.config import Pretrain
 from kamim.training.settings import SOME, Section, load
 
 Value = bool | int | float | str | None
+Baseline = Literal["pixels", "random"]
+BASELINES: Mapping[Baseline, str] = MappingProxyType({"pixels": "raw pixels", "random": "random weights"})
+SEED = "seed"  # the key of Pretrain whose values are repetitions
 
 
 class Axis(Section):
-    """One key of Pretrain, and its values."""
+    """What varies: the values of one key of Pretrain, or variants that set several keys each."""
 
-    key: str
-    """Such as weighting.patch_size."""
+    key: str | None = None
+    """A key such as weighting.patch_size; not with variants."""
     name: Annotated[str, Field(pattern="^[A-Za-z]+$")]
-    """Its abbreviation in the names of runs: ps and 8 give ps8."""
-    values: Annotated[tuple[Value, ...], SOME]
-    """One run for each."""
+    """In the names of runs: ps and the value 8 make ps8. With variants, the column's header in the table."""
+    values: tuple[Value, ...] = ()
+    """The key's values; not with variants."""
+    variants: dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9-]*$")], dict[str, Value]] = Field(
+        default_factory=dict
+    )
+    """Keys of Pretrain and their values, by the variant's name, which is part of the run's name."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> "Axis":
+        if bool(self.variants) == bool(self.key and self.values) or (self.variants and (self.key or self.values)):
+            raise KamimError(f"axes: the axis {self.name} must have either a key and values, or variants")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The header of the axis's column."""
+        return self.key or self.name
+
+    def choices(self) -> list[tuple[str, str, Mapping[str, Value]]]:
+        """What the axis can be: (part of the run's name, text in the table, values by key of Pretrain)."""
+        if self.key is None:
+            return [(name, name, values) for name, values in self.variants.items()]
+        return [(f"{self.name}{_text(value)}", _text(value), {self.key: value}) for value in self.values]
 
 
 class Grid(Section):
-    """`kamim sweep`: one run below `out` for every combination of the axes' values, then their evaluation."""
+    """`kamim sweep`: every combination of the axes' values, each a run of its own below `out`, then evaluated."""
 
     PRESETS: ClassVar[str] = "sweeps"
 
     pretrain: dict[str, Any]
     """Keys of Pretrain, and `preset`, a preset's name or a file, whose values they override."""
     axes: Annotated[tuple[Axis, ...], SOME]
-    """The keys that vary."""
+    """What varies."""
     evaluation: dict[str, Any]
     """Keys of Evaluation, and `preset`, likewise."""
     modes: Annotated[tuple[ModeName, ...], SOME] = ("linprobe",)
-    """Modes of `kamim eval`."""
+    """Of `kamim eval`."""
+    baselines: tuple[Baseline, ...] = ()
+    """Also evaluated: raw pixels, and the architecture with the random weights of every seed."""
     out: Path
     """The sweep's folder."""
 
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "Grid":
-        names = [point.name for point in points(self)]
+        names = [point.name for point in (*points(self), *baselines(self))]
         for name in names:
             if names.count(name) > 1:
                 raise KamimError(f"axes = {name}: is the name of two runs; give every axis a name and every value once")
@@ -65,30 +84,65 @@ class Grid(Section):
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One combination of values. name: of its run. values: by key of Pretrain."""
+    """One row of the table: a combination of the axes, or a baseline.
+
+    name: of its run. labels: its texts by axis title. values: its values by key of Pretrain. checkpoint: what
+    `kamim eval` is given.
+    """
 
     name: str
+    labels: Mapping[str, str]
     values: Mapping[str, Value]
+    checkpoint: str
+
+    @property
+    def seed(self) -> str:
+        """Its value of the axis `seed`, if there is one."""
+        return self.labels.get(SEED, "")
+
+    @property
+    def setting(self) -> str:
+        """What it shares with the points that differ from it by seed only."""
+        return ", ".join(text for title, text in self.labels.items() if text and title != SEED)
 
 
 def points(grid: Grid) -> list[GridPoint]:
-    """All combinations; the last axis varies fastest."""
-    return [
-        GridPoint("_".join(f"{axis.name}{_text(v)}" for axis, v in zip(grid.axes, values, strict=True)),
-                {axis.key: value for axis, value in zip(grid.axes, values, strict=True)})
-        for values in product(*(axis.values for axis in grid.axes))
-    ]  # fmt: skip
+    """All combinations, each a run; the last axis varies fastest."""
+    combinations = []
+    for choices in product(*(axis.choices() for axis in grid.axes)):
+        name = "_".join(part for part, _, _ in choices)
+        labels = {axis.title: text for axis, (_, text, _) in zip(grid.axes, choices, strict=True)}
+        values = {key: value for _, _, values in choices for key, value in values.items()}
+        combinations.append(GridPoint(name, labels, values, str(grid.out / name)))
+    return combinations
+
+
+def baselines(grid: Grid) -> list[GridPoint]:
+    """Raw pixels, and random weights for every seed, each of the first run with that seed."""
+    first_of_seed: dict[str, GridPoint] = {}
+    for point in points(grid):
+        first_of_seed.setdefault(point.seed, point)
+    rows = []
+    for kind in grid.baselines:
+        for seed, point in list(first_of_seed.items())[: 1 if kind == "pixels" else None]:
+            repeated = bool(seed) and kind == "random"
+            title = next((axis.title for axis in grid.axes if axis.title != SEED), SEED)
+            labels = {**{axis.title: "" for axis in grid.axes}, title: BASELINES[kind]}
+            labels |= {SEED: seed} if repeated else {}
+            name = f"{kind}_seed{seed}" if repeated else kind
+            rows.append(GridPoint(name, labels, {}, f"{kind}:{grid.out / point.name}"))
+    return rows
 
 
 def pretraining(grid: Grid, point: GridPoint) -> Pretrain:
-    """The configuration of a run. Raises KamimError if it is invalid."""
+    """The configuration of a point's run. Raises KamimError for a combination that cannot be trained."""
     return _resolved(Pretrain, grid.pretrain, point.values, {"out": grid.out / point.name})
 
 
-def evaluation(grid: Grid) -> Evaluation:
-    """The configuration of the evaluation of all runs, by their names."""
-    runs = tuple(f"{point.name}={grid.out / point.name}" for point in points(grid))
-    return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": runs, "out": grid.out / "evaluation"})
+def evaluation(grid: Grid, rows: Sequence[GridPoint]) -> Evaluation:
+    """The configuration of the evaluation of some rows."""
+    checkpoints = tuple(f"{row.name}={row.checkpoint}" for row in rows)
+    return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": checkpoints, "out": grid.out / "evaluation"})
 
 
 S = TypeVar("S", Pretrain, Evaluation)
@@ -99,58 +153,6 @@ def _resolved(kind: type[S], section: Mapping[str, Any], values: Mapping[str, Va
     keys = dict(flatten({key: value for key, value in section.items() if key != "preset"})) | dict(values)
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     return load(kind, None if preset is None else Path(preset), overrides, given)
-
-
-@dataclass(frozen=True)
-class Table:
-    """The table of a sweep: one row of text for each run, with the paper's numbers for the same settings."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """The table as Markdown, with a header."""
-        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "".join(f"| {' | '.join(map(_markdown, cells))} |\n" for cells in lines)
-
-
-def _markdown(cell: str) -> str:
-    return printable(cell).replace("|", "\\|")
-
-
-def table(grid: Grid, results: Sequence[Result[Any]]) -> Table:
-    """The headlines of `kamim eval`'s results and of the runs' metrics, without columns that hold no number."""
-    by_run = {(result.settings.name, result.settings.mode): result for result in results}
-    columns: list[tuple[str, list[str]]] = [
-        (axis.key, [_text(point.values[axis.key]) for point in points(grid)]) for axis in grid.axes
-    ]
-    for mode in grid.modes:
-        of_mode, title = [by_run[point.name, mode] for point in points(grid)], MODES[mode].column
-        columns.append((title, [result.measured.headline for result in of_mode]))
-        columns.append((f"{title}, {PAPER_HEADER}", [quote(result.settings, "top1") for result in of_mode]))
-    runs = [metrics.read(grid.out / point.name) for point in points(grid)]
-    columns.append(("Eq. 1, last tenth of the steps", [_number(report.last_unweighted(run), ".4f") for run in runs]))
-    columns.append(("steps clipped", [_number(report.clipped_share(run), ".0%") for run in runs]))
-    kept = [(title, cells) for title, cells in columns if any(cells)]
-    return Table(tuple(title for title, _ in kept), tuple(zip(*(cells for _, cells in kept), strict=True)))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def save(grid: Grid, shown: Table, results: Sequence[Result[Any]]) -> None:
-    """Writes table.json, with every result in full, table.md and index.html to grid.out."""
-    about = [{"name": point.name, "values": dict(point.values)} for point in points(grid)]
-    page.save_numbers({"settings": about, "results": [result.as_json() for result in results]}, grid.out / "table.json")
-    write_whole(grid.out / "table.md", shown.markdown().encode())
-    parts = [page.table(shown.header, shown.rows), page.paragraph("Top-1 in per cent on the validation store.")]
-    if chosen_on_val(grid.modes):
-        parts.append(page.paragraph(CHOICE))
-    runs = {point.name: metrics.read(grid.out / point.name) for point in points(grid)}
-    caption = "The loss without weights (Eq. 1) by optimiser step, also of runs that trained with weights."
-    parts.append(page.picture(page.png(report.comparison(runs)), "loss", caption))
-    page.save_page(f"Sweep {grid.out.name}", parts, grid.out / "index.html")
 
 
 def _text(value: Value) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import kamim
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.results import EvalSettings, Result
+from kamim.evaluation.results import EvalSettings, Result, headline
 from kamim.evaluation.sections import PAPER_HEADER
 from kamim.reporting import page
 from kamim.storage.flatten import flat_text
@@ -60,7 +60,7 @@ def _checkpoints(settings: Sequence[EvalSettings]) -> page.Part:
 
 def _glance(results: Sequence[Result[Any]]) -> page.Part:
     """A table of one number for each checkpoint and mode."""
-    headlines = {(r.settings.name, r.settings.mode): r.measured.headline for r in results}
+    headlines = {(r.settings.name, r.settings.mode): headline(r.measured) for r in results}
     names = dict.fromkeys(r.settings.name for r in results)
     return page.table(
         ("checkpoint", *(mode.column for mode in MODES.values())),

@@ -64,14 +64,19 @@ class Measured(Protocol):
     """What a mode measured: a frozen dataclass whose fields are the keys that the JSON has beside the settings."""
 
     @property
-    def headline(self) -> str:
-        """The one number that stands for the result in tables; empty if there is none."""
+    def score(self) -> float | None:
+        """The one number that stands for the result, of which more is better; None if there is none."""
         ...
 
     @property
     def summary(self) -> str:
         """The result as a line of the terminal."""
         ...
+
+
+def headline(measured: Measured) -> str:
+    """The score as tables print it; empty if there is none."""
+    return "" if measured.score is None else f"{measured.score:.2f}"
 
 
 M_co = TypeVar("M_co", bound=Measured, covariant=True)
@@ -112,9 +117,9 @@ class Accuracy:
     top5: float
 
     @property
-    def headline(self) -> str:
+    def score(self) -> float:
         """top1."""
-        return f"{self.top1:.2f}"
+        return self.top1
 
     @property
     def summary(self) -> str:
@@ -129,9 +134,9 @@ class KnnAccuracy:
     k: Mapping[int, Accuracy]
 
     @property
-    def headline(self) -> str:
+    def score(self) -> float:
         """top1 of the best k."""
-        return f"{max(accuracy.top1 for accuracy in self.k.values()):.2f}"
+        return max(accuracy.top1 for accuracy in self.k.values())
 
     @property
     def summary(self) -> str:
@@ -159,9 +164,9 @@ class SweepAccuracy:
     best: SweepRow
 
     @property
-    def headline(self) -> str:
+    def score(self) -> float:
         """top1 of the best row."""
-        return f"{self.best.top1:.2f}"
+        return self.best.top1
 
     @property
     def summary(self) -> str:
@@ -201,9 +206,9 @@ class Reconstructions:
     honest: Similarity | None = None
 
     @property
-    def headline(self) -> str:
-        """PSNR of masked pixels alone."""
-        return "" if self.honest is None else f"{self.honest.psnr:.2f}"
+    def score(self) -> float | None:
+        """PSNR of masked pixels alone; None if it was not measured."""
+        return None if self.honest is None else self.honest.psnr
 
     @property
     def summary(self) -> str:

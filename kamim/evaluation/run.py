@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,8 +36,9 @@ def evaluate(config: Evaluation, modes: Sequence[str] | None, progress: Callable
         machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
             raise KamimError("--out: is missing; several processes need a folder that all of them see")
-        tasks = tasks_of(config, modes, [load_evaluated_model(spec) for spec in config.checkpoint], world)
-        with _workplace(config.out, world) as root:
+        models = [load_evaluated_model(spec) for spec in config.checkpoint]
+        tasks = tasks_of(config, modes, models, world)
+        with _workplace(config.out, [model.name for model in models], world) as root:
             folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
                 _check_free(folder, task.settings)
@@ -49,13 +50,15 @@ def evaluate(config: Evaluation, modes: Sequence[str] | None, progress: Callable
 
 
 @contextmanager
-def _workplace(out: Path | None, world: World) -> Iterator[Path]:
-    """The folder of an evaluation: `out`, locked, or a temporary folder."""
+def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator[Path]:
+    """The folder of an evaluation: `out`, where the folders of the checkpoints are locked, or a temporary folder."""
     if out is None:
         with TemporaryDirectory() as root:
             yield Path(root)
     else:
-        with lock.alone(out, "--out", world):
+        with ExitStack() as locks:
+            for name in names:
+                locks.enter_context(lock.alone(out / name, "--out", world))
             yield out
 
 

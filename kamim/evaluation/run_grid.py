@@ -1,34 +1,64 @@
-"""`kamim sweep`: one run after the other, then their evaluation, then the table. Rerun it to resume."""
+"""`kamim sweep`: trains and evaluates run after run, and keeps the tables of what is known so far."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from kamim.evaluation import grid
-from kamim.evaluation.evaluated_model import planned_model
-from kamim.evaluation.grid import Grid, Table
+from kamim.evaluation import grid, grid_table
+from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
+from kamim.evaluation.grid import Grid, GridPoint
+from kamim.evaluation.grid_table import SweepResults
+from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.results import Result
 from kamim.evaluation.run import evaluate, tasks_of
-from kamim.storage import lock
 from kamim.training import distributed, pretrain
+from kamim.training.distributed import World
 from kamim.training.trainer import Progress
 
 
-def run_grid(sweep: Grid, progress: Callable[[str], Progress]) -> Table:
-    """Trains and evaluates every setting, except what is done already. progress(title) shows one run or task.
+def run_grid(sweep: Grid, progress: Callable[[str], Progress], shard: tuple[int, int] = (1, 1)) -> SweepResults:
+    """Trains and evaluates every point, and returns what the sweep's folder holds. Finished work is kept.
 
-    Raises KamimError before any work if a setting or the evaluation is invalid, and KeyboardInterrupt if a signal
-    stopped it.
+    shard: (i, n) takes every n-th run, from the i-th on (1 <= i <= n), with the baselines that belong to it, next to
+    processes that take the others. progress(title) gives the function that shows the progress of one task.
+
+    Raises KamimError before any work for a run or an evaluation that cannot be, KeyboardInterrupt if a signal stopped
+    it.
     """
-    runs = [(point.name, grid.pretraining(sweep, point)) for point in grid.points(sweep)]
-    evaluation = grid.evaluation(sweep)
-    with distributed.joined(evaluation.compute.device) as world:  # one group of processes for all that follows
-        for _, config in runs:
-            pretrain.check(config)
-        tasks_of(evaluation, sweep.modes, [planned_model(name, config) for name, config in runs], world)
-        with lock.alone(sweep.out, "out =", world):
-            for number, (name, config) in enumerate(runs, 1):
-                if not pretrain.pretrain(config, progress(f"{number}/{len(runs)} {name}")).finished:
-                    raise KeyboardInterrupt
-            results = evaluate(evaluation, sweep.modes, progress)
-            table = grid.table(sweep, results)
+    points = grid.points(sweep)
+    with distributed.joined(grid.evaluation(sweep, points).compute.device) as world:  # one process group throughout
+        _check(sweep, points, world)
+        mine = points[shard[0] - 1 :: shard[1]]
+        for number, point in enumerate(mine, 1):
+            config = grid.pretraining(sweep, point)
+            if not pretrain.pretrain(config, progress(f"{number}/{len(mine)} {point.name}")).finished:
+                raise KeyboardInterrupt
+            evaluate(grid.evaluation(sweep, [point]), sweep.modes, progress)
+            for baseline in grid.baselines(sweep):
+                if baseline.checkpoint.endswith(f":{point.checkpoint}"):
+                    _evaluate_baseline(sweep, baseline, progress)
             if world.is_main:
-                grid.save(sweep, table, results)
-        return table
+                grid_table.save(SweepResults(sweep, finished(sweep)))
+            world.barrier()
+        return SweepResults(sweep, finished(sweep))
+
+
+def finished(sweep: Grid) -> list[Result[Any]]:
+    """The results in the sweep's folder, of its points and baselines, in their order."""
+    rows = (*grid.points(sweep), *grid.baselines(sweep))
+    files = [sweep.out / "evaluation" / row.name / mode / "result.json" for row in rows for mode in sweep.modes]
+    return [read_result(json.loads(file.read_text())) for file in files if file.exists()]
+
+
+def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:
+    configs = [(point.name, grid.pretraining(sweep, point)) for point in points]
+    for _, config in configs:
+        pretrain.check(config)
+    models = [planned_model(name, config) for name, config in configs]
+    tasks_of(grid.evaluation(sweep, points), sweep.modes, models, world)
+
+
+def _evaluate_baseline(sweep: Grid, baseline: GridPoint, progress: Callable[[str], Progress]) -> None:
+    config = grid.evaluation(sweep, [baseline])
+    model = load_evaluated_model(config.checkpoint[0])
+    evaluate(config, [mode for mode in sweep.modes if MODES[mode].applies(model)], progress)

@@ -22,7 +22,8 @@ FILE = "report.html"
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 POINTS = 100  # of a curve; of more steps than these each point is the mean of some, and a band their range
 COLUMNS = 3
-LINES = ("-", "--", ":")  # of runs in one picture, of which there may be more than colours
+Lines = Sequence[Mapping[str, float]]  # of a metrics.jsonl
+STYLES = ("-", "--", ":")  # of settings in one picture, of which there may be more than colours
 PANELS = 12  # at most, from all over the run
 # title: the numbers drawn together, as metrics.jsonl names them, and what the y axis says
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
@@ -85,31 +86,48 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
 
 
 @styled
-def comparison(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Eq. 1 by optimiser step, of several runs by their names: what runs of any weights, or of none, have in common."""
-    figure, ((axes,),) = panels(1, side=6.4, height=3.6)
-    for i, (name, lines) in enumerate(runs.items()):
-        xy = np.array([(line["step"], line["loss_unweighted"]) for line in lines if "loss_unweighted" in line])
-        if len(xy):
-            middle = np.array([part.mean(axis=0) for part in _parts(xy)])
-            style = LINES[i // len(COLOURS) % len(LINES)]
-            axes.plot(*middle.T, color=COLOURS[i % len(COLOURS)], linestyle=style, label=literal(name))
-    axes.set_title("loss without weights (Eq. 1)")
-    axes.set_xlabel("step")
-    axes.legend()
+def comparison(settings: Mapping[str, Sequence[Lines]]) -> Figure:
+    """Eq. 1 and, if any run logged it, the kNN probe by optimiser step: one line for each setting, whose runs differ by
+    seed. Lines are means over the runs, bands the range of the runs."""
+    drawn = {"loss_unweighted": "loss without weights (Eq. 1)", "knn_top1": "kNN probe, top-1 (%)"}
+    drawn = {
+        name: title for name, title in drawn.items()
+        if any(name in line for runs in settings.values() for lines in runs for line in lines)
+    }  # fmt: skip
+    figure, grid = panels(max(len(drawn), 1), side=5.2, height=3.6)
+    for axes, (name, title) in zip(grid.flat, drawn.items(), strict=False):
+        for i, (setting, runs) in enumerate(settings.items()):
+            if any(name in line for lines in runs for line in lines):
+                _band(axes, name, runs, COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)], setting)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend()
     return figure
 
 
-def last_unweighted(lines: Sequence[Mapping[str, float]]) -> float | None:
+def _band(axes: Axes, name: str, runs: Sequence[Lines], colour: str, style: str, label: str) -> None:
+    """One line for some runs, as far as all of them have come."""
+    logged = [np.array([(line["step"], line[name]) for line in lines if name in line]) for lines in runs]
+    logged = [xy for xy in logged if len(xy)]
+    shared = min(map(len, logged))
+    curves = np.stack([[part.mean(axis=0) for part in _parts(xy[:shared])] for xy in logged])
+    middle = curves.mean(axis=0)
+    if len(curves) > 1:
+        axes.fill_between(middle[:, 0], curves[..., 1].min(axis=0), curves[..., 1].max(axis=0), color=colour, alpha=0.2,
+                          linewidth=0)  # fmt: skip
+    axes.plot(*middle.T, color=colour, linestyle=style, label=literal(label))
+
+
+def last_unweighted(lines: Lines) -> float | None:
     """Eq. 1, mean over the last tenth of the steps, except those without a finite loss; None if it was not logged."""
     found = [line["loss_unweighted"] for line in lines if np.isfinite(line.get("loss_unweighted", np.nan))]
     return float(np.mean(found[-max(len(found) // 10, 1) :])) if found else None
 
 
-def clipped_share(lines: Sequence[Mapping[str, float]]) -> float | None:
-    """The share of steps whose gradient was clipped; None if it was not logged."""
-    found = [line["clipped"] for line in lines if "clipped" in line]
-    return float(np.mean(found)) if found else None
+def mean_of(name: str, lines: Lines) -> float | None:
+    """The mean of a number over the steps that logged a finite one; None if no step did."""
+    values = [line[name] for line in lines if np.isfinite(line.get(name, np.nan))]
+    return float(np.mean(values)) if values else None
 
 
 def _parts(xy: np.ndarray) -> list[np.ndarray]:
@@ -137,7 +155,7 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
         )
     done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
-    clipped = clipped_share(lines)
+    clipped = mean_of("clipped", lines)
     rate = np.median([line.get("images_per_second", np.nan) for line in lines])
     length = config.optim.duration or f"{config.optim.epochs} epochs"
     return (

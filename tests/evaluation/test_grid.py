@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from runs import losses
@@ -16,6 +17,7 @@ from kamim.cli import app
 from kamim.evaluation import grid
 from kamim.evaluation import run_grid as compose
 from kamim.evaluation.grid import Grid
+from kamim.evaluation.grid_table import SweepResults, differences_table, runs_table, settings_table
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.evaluation.results import Accuracy, EvalSettings, Result, SampleSet
 from kamim.training import distributed
@@ -61,13 +63,13 @@ def test_table_2_is_the_papers() -> None:
     assert len({c.data.store for c in made.values()}) == 1
     assert made["ps8_t0.25"].out == Path("runs/table2/ps8_t0.25")
     assert made["ps32_t1"].model.name == "vit_base"
-    assert grid.evaluation(given).checkpoint[0] == "ps8_t0.1=runs/table2/ps8_t0.1"
-    assert grid.evaluation(given).linprobe.optim.epochs == 100
+    assert grid.evaluation(given, grid.points(given)).checkpoint[0] == "ps8_t0.1=runs/table2/ps8_t0.1"
+    assert grid.evaluation(given, grid.points(given)).linprobe.optim.epochs == 100
 
 
 def results_of(given: Grid) -> list[Result[Accuracy]]:
     """As `kamim eval` would give them of whole runs on the whole of ImageNet."""
-    evaluation = grid.evaluation(given)
+    evaluation = grid.evaluation(given, grid.points(given))
     results = []
     for point in grid.points(given):
         config = grid.pretraining(given, point).model_dump(mode="json")
@@ -87,7 +89,7 @@ def results_of(given: Grid) -> list[Result[Accuracy]]:
 
 def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
     given = load(Grid, TABLE2)
-    made = grid.table(given, results_of(given))
+    made = runs_table(SweepResults(given, results_of(given)))
     assert made.header[:3] == ("weighting.patch_size", "weighting.temperature", "linear probe")
     assert dict(zip(made.header, made.rows[1], strict=True)) == {
         "weighting.patch_size": "8", "weighting.temperature": "0.25", "linear probe": "1.50",
@@ -96,7 +98,7 @@ def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
     assert [row[3].split()[0] for row in made.rows] == [f"{linprobe:.2f}" for linprobe, _ in TABLE_2.values()]
     assert made.markdown().splitlines()[3] == "| 8 | 0.25 | 1.50 | 33.97 (Table 1) |"
     short = load(Grid, TABLE2, ["pretrain.optim.epochs=50"])
-    assert len(grid.table(short, results_of(short)).header) == 3  # no such run in the paper
+    assert len(runs_table(SweepResults(short, results_of(short))).header) == 3  # no such run in the paper
 
 
 def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
@@ -113,7 +115,8 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compose.run_grid(given["again"], stop)
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["ps8_t0.25", "ps8_t1"]
+    assert (tmp_path / "again/evaluation/ps8_t0.25/linprobe/result.json").exists()
+    assert not (tmp_path / "again/ps16_t0.25").exists()
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "again/ps8_t0.25").rglob("*.safetensors")}
     file = file_of(small(tmp_path / "again", store), tmp_path)
     result = CliRunner().invoke(app, ["sweep", str(file)])
@@ -122,7 +125,10 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
     for setting in grid.points(given["whole"]):
         assert losses(tmp_path / "again" / setting.name) == losses(tmp_path / "whole" / setting.name)
     assert (tmp_path / "again/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
-    assert "| Eq. 1, last tenth of the steps | steps clipped |" in (tmp_path / "again/table.md").read_text()
+    assert (
+        "| Eq. 1, last tenth of the steps | mean W | gradient norm, mean | steps clipped |"
+        in (tmp_path / "again/table.md").read_text()
+    )
     assert (tmp_path / "again/index.html").read_text().count("data:image/png;base64,") == 1
     assert "ps" in (tmp_path / "again/index.html").read_text()
     assert len(json.loads((tmp_path / "again/table.json").read_text())["results"]) == 4
@@ -134,6 +140,86 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
     other = CliRunner().invoke(app, ["sweep", str(file), "pretrain.optim.lr=0.5"])
     assert other.exit_code == 1
     assert "holds a run of another configuration" in other.stderr
+
+
+def study(out: Path, store: Path) -> dict[str, Any]:
+    """Two methods and two seeds, two steps each, with both baselines."""
+    content = small(out, store)
+    content["axes"] = [
+        {"key": "seed", "name": "seed", "values": [0, 1]},
+        {"name": "method", "variants": {"simmim": {"weighting": None}, "point": {"weighting.footprint": "point"}}},
+    ]
+    content["evaluation"]["knn"] = {"k": [3]}
+    content["pretrain"]["optim"] = {"batch_size": 24, "micro_batch": 24, "epochs": 2, "warmup_epochs": 0}
+    return {**content, "baselines": ["pixels", "random"], "modes": ["knn", "reconstruct"]}
+
+
+@pytest.fixture(scope="module")
+def studied(store: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResults:
+    """The study, by two shards one after the other."""
+    given = load(Grid, None, given=study(tmp_path_factory.mktemp("study"), store))
+    first = compose.run_grid(given, lambda title: lambda *_: None, (1, 2))
+    assert [point.name for point in first.points] == [
+        "seed0_simmim",
+        "seed1_simmim",
+        "pixels",
+        "random_seed0",
+        "random_seed1",
+    ]
+    return compose.run_grid(given, lambda title: lambda *_: None, (2, 2))
+
+
+def test_variants_set_several_keys(studied: SweepResults) -> None:
+    names = ["seed0_simmim", "seed0_point", "seed1_simmim", "seed1_point"]
+    configs = {point.name: grid.pretraining(studied.grid, point) for point in grid.points(studied.grid)}
+    assert list(configs) == names
+    assert [config.seed for config in configs.values()] == [0, 0, 1, 1]
+    assert [config.weighting and config.weighting.footprint for config in configs.values()] == [None, "point"] * 2
+
+
+def test_shards_make_what_one_process_makes(studied: SweepResults, store: Path, tmp_path: Path) -> None:
+    whole = compose.run_grid(load(Grid, None, given=study(tmp_path, store)), lambda title: lambda *_: None)
+    assert runs_table(whole) == runs_table(studied)
+    for point in grid.points(whole.grid):
+        assert losses(tmp_path / point.name) == losses(studied.grid.out / point.name)
+
+
+def test_baselines_have_the_modes_that_apply_to_them(studied: SweepResults) -> None:
+    """Raw pixels reconstruct nothing; random weights are those of the seed's run before training."""
+    modes = {name: [mode for row, mode in studied.by_point if row == name] for name, _ in studied.by_point}
+    assert modes["pixels"] == ["knn"]
+    assert modes["random_seed0"] == modes["seed0_simmim"] == ["knn", "reconstruct"]
+    assert studied.by_point["random_seed1", "knn"].settings.checkpoint == f"random:{studied.grid.out}/seed1_simmim"
+
+
+def test_seeds_are_averaged_and_differences_are_paired(studied: SweepResults) -> None:
+    rows = {row[0]: row for row in settings_table(studied).rows}
+    assert {name: row[1] for name, row in rows.items()} == {
+        "simmim": "2", "point": "2", "raw pixels": "1", "random weights": "2"
+    }  # fmt: skip
+    scores = {
+        method: np.array([studied.by_point[f"seed{seed}_{method}", "knn"].measured.score for seed in (0, 1)])
+        for method in ("simmim", "point")
+    }
+    assert rows["simmim"][2] == f"{scores['simmim'].mean():.2f} ± {scores['simmim'].std(ddof=1):.2f}"
+    ((setting, difference, _),) = differences_table(studied).rows
+    assert setting == "point"
+    assert difference.split()[0] == f"{(scores['point'] - scores['simmim']).mean():+.2f}"
+    page = (studied.grid.out / "index.html").read_text()
+    assert "Differences, with 95 % intervals over seeds" in page
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        {"name": "a"}, {"name": "a", "key": "seed"}, {"name": "a", "values": [1]},
+        {"name": "a", "key": "seed", "values": [1], "variants": {"x": {"seed": 1}}},
+        {"name": "a", "key": "seed", "variants": {"x": {"seed": 1}}},
+    ],
+)  # fmt: skip
+def test_an_axis_has_values_or_variants(axis: dict[str, Any], store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a key and values, or variants"):
+        load(Grid, None, given={**small(tmp_path, store), "axes": [axis]})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from kamim import KamimError
 from kamim.evaluation.config import MODES as NAMES
 from kamim.evaluation.modes import MODES, read_result
-from kamim.evaluation.results import Accuracy, KnnAccuracy, Reconstructions
+from kamim.evaluation.results import Accuracy, KnnAccuracy, Reconstructions, headline
 
 WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
 """What version 0.2.0 wrote when results were dictionaries: every mode on a run, and a linear probe of pixels."""
@@ -36,7 +36,7 @@ def test_results_have_fields() -> None:
     )
     assert probe.settings.block == result_of("linprobe")["block"]
     assert probe.settings.train is not None and probe.settings.train.images == result_of("linprobe")["train"]["images"]
-    assert probe.measured.headline == f"{result_of('linprobe')['top1']:.2f}"
+    assert headline(probe.measured) == f"{result_of('linprobe')['top1']:.2f}"
     assert neighbours.measured.k[5].top5 == result_of("knn")["k"]["5"]["top5"]
     assert sweep.measured.best in sweep.measured.rows
     assert similarity.settings.train is None and similarity.settings.block is None
@@ -44,10 +44,10 @@ def test_results_have_fields() -> None:
 
 
 def test_headlines_and_summaries() -> None:
-    assert KnnAccuracy({5: Accuracy(10, 20), 20: Accuracy(30, 40)}).headline == "30.00"
+    assert headline(KnnAccuracy({5: Accuracy(10, 20), 20: Accuracy(30, 40)})) == "30.00"
     one = read_result({**result_of("reconstruct"), "paper": None}).measured
     assert one.summary == f"honest PSNR {one.honest.psnr:.2f} dB, SSIM {one.honest.ssim:.4f}"
-    assert Reconstructions().headline == ""
+    assert headline(Reconstructions()) == ""
 
 
 def test_keys_of_other_versions() -> None:

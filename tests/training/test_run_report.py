@@ -91,11 +91,11 @@ def test_a_simmim_run_has_no_weights(finished: Path) -> None:
 def test_runs_are_compared_by_what_they_have_in_common() -> None:
     """More runs than colours are told apart; a run of before has no such numbers; a step without one does not count."""
     lines = [{"step": i, "loss": 9.0, "loss_unweighted": 1.0 if i < 90 else 0.5, "clipped": i % 2} for i in range(100)]
-    figure = report.comparison({**{f"run {i}": lines for i in range(9)}, "old": [{"step": 0, "loss": 1.0}]})
+    figure = report.comparison({**{f"run {i}": [lines] for i in range(9)}, "old": [[{"step": 0, "loss": 1.0}]]})
     drawn = figure.axes[0].lines
     assert [line.get_label() for line in drawn] == [f"run {i}" for i in range(9)]
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 9
     assert report.last_unweighted(lines) == 0.5
     assert report.last_unweighted([*lines, {"step": 100, "loss_unweighted": float("nan")}]) == 0.5
-    assert report.clipped_share(lines) == 0.5
-    assert report.last_unweighted([{"step": 0, "loss": 1.0}]) is report.clipped_share([{"step": 0}]) is None
+    assert report.mean_of("clipped", lines) == 0.5
+    assert report.last_unweighted([{"step": 0, "loss": 1.0}]) is report.mean_of("clipped", [{"step": 0}]) is None

@@ -1,7 +1,8 @@
-"""AKAZE's keypoints (Alcantarilla, Nuevo and Bartoli, BMVC 2013), registered as any other package's detector is.
+"""AKAZE keypoints (Alcantarilla, Nuevo and Bartoli, BMVC 2013), registered as an entry point like a plug-in.
 
-Maxima of the Hessian's determinant in a nonlinear scale space: diffusion that stops at edges, in fast explicit
-(FED) cycles. The parameters are OpenCV's defaults. The code is not OpenCV's, which opencv-python 5 has no more.
+Keypoints are maxima of the determinant of the Hessian in a nonlinear scale space, which edge-stopping diffusion
+computes in fast explicit (FED) cycles. The parameters are OpenCV's defaults; the code is our own, since
+opencv-python 5 no longer contains AKAZE.
 """
 
 import math
@@ -10,37 +11,37 @@ import cv2
 import numpy as np
 
 OCTAVES, LEVELS = 4, 4
-THRESHOLD = 1e-3  # of the determinant, for grey from 0 to 1
+THRESHOLD = 1e-3  # on the determinant, for grey in [0, 1]
 BASE_SIGMA = 1.6
-DERIVATIVE_FACTOR = 1.5  # derivatives are taken over so many sigma
+DERIVATIVE_FACTOR = 1.5  # derivatives are taken over this many sigma
 CONTRAST_PERCENTILE = 70
-LARGEST_STEP = 0.25  # of an explicit scheme that is stable
-SMALLEST = (40, 80)  # (height, width) of a second or later octave
+LARGEST_STEP = 0.25  # largest stable step of the explicit scheme
+SMALLEST = (40, 80)  # smallest (height, width) of a second or later octave
 
 
 class Akaze:
-    """See the module."""
+    """The AKAZE detector; see the module."""
 
     grey, border = True, 1.0
 
     def detect(self, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(xy float32 [K, 2], response float32 [K]) of uint8 [H, W], finest level first."""
+        """Returns (xy float32 [K, 2], response float32 [K]) of grey (uint8 [H, W]), finest level first."""
         if min(grey.shape) < 3:
             return np.empty((0, 2), np.float32), np.empty(0, np.float32)
         levels = _determinants(grey.astype(np.float32) / 255)
-        found = [_maxima(levels[max(i - 1, 0) : i], level, levels[i + 1 : i + 2]) for i, level in enumerate(levels)]
+        maxima = [_maxima(levels[max(i - 1, 0) : i], level, levels[i + 1 : i + 2]) for i, level in enumerate(levels)]
         xy = [
             (at + 0.5) * np.divide(grey.shape[::-1], level.shape[::-1]) - 0.5
-            for (at, _), level in zip(found, levels, strict=True)
+            for (at, _), level in zip(maxima, levels, strict=True)
         ]
-        return np.concatenate(xy).astype(np.float32), np.concatenate([response for _, response in found])
+        return np.concatenate(xy).astype(np.float32), np.concatenate([response for _, response in maxima])
 
 
 def _determinants(image: np.ndarray) -> list[np.ndarray]:
-    """The scale-normalised determinant of the Hessian on every level of the scale space, float32 [h, w] each."""
+    """Returns the scale-normalised determinant of the Hessian on each level of the scale space, float32 [h, w]."""
     contrast = _contrast(image)
     evolved = cv2.GaussianBlur(image, (0, 0), BASE_SIGMA)
-    time, made = BASE_SIGMA**2 / 2, []
+    time, determinants = BASE_SIGMA**2 / 2, []
     for octave in range(OCTAVES):
         if octave:
             height, width = (side // 2 for side in evolved.shape)
@@ -54,12 +55,12 @@ def _determinants(image: np.ndarray) -> list[np.ndarray]:
             evolved = _diffuse(evolved, _conductivity(smooth, contrast), (sigma**2 / 2 - time) / 4**octave)
             time = sigma**2 / 2
             smooth = cv2.GaussianBlur(evolved, (0, 0), 1)
-            made.append(_determinant(smooth, round(sigma * DERIVATIVE_FACTOR / 2**octave)))
-    return made
+            determinants.append(_determinant(smooth, round(sigma * DERIVATIVE_FACTOR / 2**octave)))
+    return determinants
 
 
 def _gradient(image: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scharr derivatives (along x, along y) per px, from pixels `reach` px apart to either side."""
+    """Returns Scharr derivatives (along x, along y) per px, from pixels at a distance of `reach` px."""
     across, along = np.zeros(2 * reach + 1, np.float32), np.zeros(2 * reach + 1, np.float32)
     across[[0, -1]] = -0.5 / reach, 0.5 / reach
     along[[0, reach, -1]] = 3 / 16, 10 / 16, 3 / 16
@@ -67,7 +68,7 @@ def _gradient(image: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _contrast(image: np.ndarray) -> float:
-    """The gradient that counts as an edge: a percentile of those that are not zero."""
+    """Returns the gradient magnitude that counts as an edge: a percentile of the non-zero ones."""
     x, y = _gradient(cv2.GaussianBlur(image, (0, 0), 1), 1)
     size = np.hypot(x, y)
     size = size[size > 0]
@@ -75,7 +76,7 @@ def _contrast(image: np.ndarray) -> float:
 
 
 def _conductivity(smooth: np.ndarray, contrast: float) -> np.ndarray:
-    """Perona and Malik's second function of the gradient: near 1 in flat regions, near 0 at edges."""
+    """Returns Perona and Malik's second conductivity function: near 1 in flat regions, near 0 at edges."""
     x, y = _gradient(smooth, 1)
     return 1 / (1 + (x * x + y * y) / contrast**2)
 
@@ -103,7 +104,7 @@ def _determinant(smooth: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _maxima(below: list[np.ndarray], level: np.ndarray, above: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Maxima of a level over 3 x 3 pixels of it and of its neighbours in scale: ((x, y) to a part of a px, value)."""
+    """Returns the maxima of a level over 3 x 3 px of it and of its neighbours in scale: (subpixel (x, y), value)."""
     square = np.ones((3, 3), np.uint8)
     peak = (level > THRESHOLD) & (level >= cv2.dilate(level, square))
     for other in (*below, *above):

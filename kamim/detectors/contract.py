@@ -1,4 +1,4 @@
-"""What a detector is, to the rest of kamim."""
+"""The interface of a detector."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,27 +23,27 @@ class Found:
 
 
 class Detector(Protocol):
-    """Anything that finds keypoints on an RGB image."""
+    """An object that detects keypoints on an RGB image."""
 
     @property
     def rules(self) -> Rules:
-        """Which keypoints of a larger frame it would still report on a crop."""
+        """The rules for which keypoints of a larger frame the detector would also report on a crop."""
         ...
 
     @property
     def frames(self) -> int:
-        """On how many canonical frames of an image its keypoints are stored: see geometry.canonical_frames."""
+        """The number of canonical frames on which keypoints are stored (geometry.canonical_frames)."""
         ...
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
-        """Keypoints of rgb (uint8 [H, W, 3]). Called from several threads at once.
+        """Returns the keypoints of rgb (uint8 [H, W, 3]). Several threads may call it at once.
 
-        headroom >= 1 multiplies the detector's own limit on the number of keypoints, for frames from
-        which a crop will take only a part.
+        headroom >= 1 multiplies the detector's own limit on the number of keypoints, for frames of which
+        a crop shows only a part.
         """
         ...
 
 
 def grey(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [H, W], the grey that OpenCV's detectors see: 0.114 R + 0.587 G + 0.299 B (see kamim.detectors)."""
+    """Returns the grey that OpenCV's detectors see, uint8 [H, W]: 0.114 R + 0.587 G + 0.299 B (see kamim.detectors)."""
     return cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY)

@@ -1,13 +1,13 @@
-"""Harris and Shi-Tomasi corners (cv2.goodFeaturesToTrack), registered as any other package's detectors are."""
+"""Harris and Shi-Tomasi corners (cv2.goodFeaturesToTrack), registered as entry points like plug-ins."""
 
 import cv2
 import numpy as np
 
 
 class Corners:
-    """Local maxima of a measure of the 3 x 3 px structure tensor, down to a hundredth of the image's largest.
+    """Detects local maxima of a measure of the 3 x 3 px structure tensor, down to 1 % of the image's largest.
 
-    harris: det - 0.04 trace^2 (Harris and Stephens), else the smaller eigenvalue (Shi and Tomasi).
+    harris: the measure is det - 0.04 trace^2 (Harris and Stephens), otherwise the smaller eigenvalue (Shi and Tomasi).
     """
 
     grey, snap, border = True, True, 1.0
@@ -16,13 +16,13 @@ class Corners:
         self._harris = harris
 
     def detect(self, grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(xy float32 [K, 2], response float32 [K]) of uint8 [H, W], strongest first."""
-        found, quality = cv2.goodFeaturesToTrackWithQuality(  # type: ignore[call-overload]
+        """Returns (xy float32 [K, 2], response float32 [K]) of grey (uint8 [H, W]), strongest first."""
+        xy, quality = cv2.goodFeaturesToTrackWithQuality(  # type: ignore[call-overload]
             grey, maxCorners=0, qualityLevel=0.01, minDistance=0, mask=None, useHarrisDetector=self._harris
         )
-        if found is None:
+        if xy is None:
             return np.empty((0, 2), np.float32), np.empty(0, np.float32)
-        return found.reshape(-1, 2), quality.reshape(-1)
+        return xy.reshape(-1, 2), quality.reshape(-1)
 
 
 harris = Corners(harris=True)

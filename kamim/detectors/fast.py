@@ -1,11 +1,11 @@
 """FAST-9-16 (Rosten and Drummond), bit-equal to cv2.FastFeatureDetector_create() and several times as fast.
 
-A pixel v is a corner where 9 successive pixels of the circle of radius 3 px around it are all brighter than
-v + t, or all darker than v - t. Its score is the largest t for which that holds; a corner is kept where its
+A pixel v is a corner if 9 contiguous pixels of the circle of radius 3 px around it are all brighter than
+v + t, or all darker than v - t. Its score is the largest t for which that holds; a corner is kept if its
 score is larger than those of all 8 neighbours.
 
-Every pixel's score is computed, without a branch, so that 32 are computed at once. That takes a third of the
-time of asking first, as the authors and OpenCV do, whether a pixel can be a corner at all.
+The score of every pixel is computed without a branch, so that 32 pixels are processed at once. This takes a
+third of the time of first testing, as the authors and OpenCV do, whether a pixel can be a corner at all.
 """
 
 import numpy as np
@@ -31,9 +31,9 @@ def _max(a, b):
 
 @njit(nogil=True)
 def _brightest_arc(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
-    """The darkest pixel of the arc of 9 whose darkest pixel is brightest.
+    """Returns the maximum, over all arcs of 9 contiguous pixels, of the arc's minimum.
 
-    The arcs that start at pixels k and k + 1 share 8 pixels, which pairs of pairs of pairs give (k even).
+    The arcs that start at pixels k and k + 1 (k even) share 8 pixels, whose minimum comes from pairs of pairs of pairs.
     """
     a1, a3, a5, a7 = _min(p1, p2), _min(p3, p4), _min(p5, p6), _min(p7, p8)
     a9, a11, a13, a15 = _min(p9, p10), _min(p11, p12), _min(p13, p14), _min(p15, p0)
@@ -51,12 +51,12 @@ def _brightest_arc(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p
 
 @njit(nogil=True)
 def _score(image, threshold, score):
-    """Raises score to that of each corner with a brighter arc. image, score: uint8 [H, W]."""
+    """Raises `score` to the score of each corner with a brighter arc. image, score: uint8 [H, W]."""
     height, width = image.shape
     for y in range(BORDER, height - BORDER):
         u3, u2, u1, row = image[y - 3], image[y - 2], image[y - 1], image[y]
         d1, d2, d3, out = image[y + 1], image[y + 2], image[y + 3], score[y]
-        for x in range(width - 2 * BORDER):  # the column is x + 3; so LLVM sees that no index is negative
+        for x in range(width - 2 * BORDER):  # the column is x + 3, so that LLVM knows that no index is negative
             arc = _brightest_arc(
                 d3[x + 3], d3[x + 4], d2[x + 5], d1[x + 6], row[x + 6], u1[x + 6], u2[x + 5], u3[x + 4],
                 u3[x + 3], u3[x + 2], u2[x + 1], u1[x], row[x], d1[x], d2[x + 1], d3[x + 2],
@@ -67,7 +67,7 @@ def _score(image, threshold, score):
 
 @njit(nogil=True)
 def _peaks(score, xy, response):
-    """Writes the strict maxima of 3 x 3 neighbourhoods, row by row. Returns how many."""
+    """Writes the strict maxima of 3 x 3 neighbourhoods, row by row. Returns their number."""
     height, width = score.shape
     kept = 0
     peak = np.empty(width, np.uint8)
@@ -88,24 +88,24 @@ def _peaks(score, xy, response):
 
 @kernel
 def corners(image, threshold):
-    """Corners of image (uint8 [H, W], C order), row by row: (xy float32 [K, 2], scores float32 [K])."""
+    """Returns the corners of image (uint8 [H, W], C order), row by row: (xy float32 [K, 2], scores float32 [K])."""
     height, width = image.shape
     score = np.zeros((height, width), np.uint8)
     _score(image, np.uint8(threshold), score)
     _score(~image, np.uint8(threshold), score)  # a darker arc is a brighter one of the negative
-    most = ((height + 1) // 2) * ((width + 1) // 2)  # no two are neighbours
+    most = ((height + 1) // 2) * ((width + 1) // 2)  # no two corners are neighbours
     xy, response = np.empty((most, 2), np.float32), np.empty(most, np.float32)
     kept = _peaks(score, xy, response)
     return xy[:kept].copy(), response[:kept].copy()
 
 
 class Fast:
-    """FAST-9-16, threshold 10, non-maximum suppression (the paper's text says 12 contiguous)."""
+    """FAST-9-16 with threshold 10 and non-maximum suppression (the paper's text has 12 contiguous pixels)."""
 
     rules = Rules((Group(border=float(BORDER)),), snap=True)
     frames = 2
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
-        """See Detector; FAST has no limit on the number."""
+        """See Detector. FAST has no limit on the number of keypoints."""
         xy, response = corners(grey(rgb), THRESHOLD)
         return Found(xy, np.zeros(len(xy), np.int64), response)

@@ -1,4 +1,4 @@
-"""SIFT and ORB, OpenCV's, with its defaults."""
+"""OpenCV's SIFT and ORB with their default parameters."""
 
 import functools
 
@@ -15,14 +15,14 @@ def _found(keypoints: tuple[cv2.KeyPoint, ...], group: np.ndarray) -> Found:
 
 
 class Sift:
-    """SIFT (Lowe). A group is an octave; octave -1 is the doubled image; the border is 5 px of the octave."""
+    """SIFT (Lowe). A group is an octave; octave -1 is the image at twice its size; the border is 5 px of the octave."""
 
     OCTAVES = range(-1, 6)
     rules = Rules(tuple(Group(border=5.0 * 2.0**octave) for octave in OCTAVES))
     frames = 2
 
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
-        """See Detector; SIFT has no limit on the number."""
+        """See Detector. SIFT has no limit on the number of keypoints."""
         keypoints = cv2.SIFT_create().detect(rgb, None)  # type: ignore[attr-defined]
         packed = np.array([k.octave for k in keypoints], np.int64).reshape(-1)
         octave = ((packed & 255) ^ 128) - 128  # the low byte, signed
@@ -32,7 +32,7 @@ class Sift:
 class Orb:
     """ORB (Rublee et al.), 500 features on 8 levels of scale 1.2. A group is a level.
 
-    Border: 31 px of the level. Cap: the level's share of the 500, as OpenCV divides them.
+    The border is 31 px of the level, the cap is the level's share of the 500, divided as in OpenCV.
     """
 
     FEATURES, LEVELS, SCALE, EDGE = 500, 8, 1.2, 31
@@ -40,7 +40,7 @@ class Orb:
 
     @functools.cached_property
     def rules(self) -> Rules:
-        """One group per level, see the class."""
+        """One group per level; see the class."""
         first = self.FEATURES * (1 - 1 / self.SCALE) / (1 - (1 / self.SCALE) ** self.LEVELS)
         caps = [round(first / self.SCALE**level) for level in range(self.LEVELS - 1)]
         caps.append(self.FEATURES - sum(caps))
@@ -49,6 +49,6 @@ class Orb:
     def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
         """See Detector."""
         orb = cv2.ORB_create(nfeatures=round(self.FEATURES * headroom))  # type: ignore[attr-defined]
-        sees = min(rgb.shape[:2]) > 2 * self.EDGE  # on an image of one row OpenCV would fail, not find nothing
-        keypoints = orb.detect(rgb, None) if sees else ()
+        larger = min(rgb.shape[:2]) > 2 * self.EDGE  # OpenCV raises on an image of one row
+        keypoints = orb.detect(rgb, None) if larger else ()
         return _found(keypoints, np.array([k.octave for k in keypoints], np.int64).reshape(-1))

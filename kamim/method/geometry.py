@@ -1,9 +1,9 @@
-"""Sizes, crop boxes and point maps. This is the one place that knows the coordinate convention.
+"""Sizes, crop boxes and point maps. The coordinate convention is defined here and nowhere else.
 
 Edge coordinates: x right, y down, pixel i spans [i, i + 1). A resize from width a to width b multiplies x
 by b / a; a flip of width w is w - x. Detectors report pixel centres: centre = edge - 0.5.
-Boxes are (top, left, height, width) in whole pixels. A view says how a crop is taken: its box, then whether it is
-flipped vertically and horizontally, six whole numbers.
+Boxes are (top, left, height, width) in whole pixels. A view is six integers that describe a crop: its box, then
+whether it is flipped vertically and horizontally (0 or 1).
 """
 
 import functools
@@ -14,15 +14,15 @@ import numpy as np
 from kamim.method import rng
 from kamim.method.kernels import kernel
 
-CROP_RATIO = (3 / 4, 4 / 3)  # width over height of a random resized crop, where nobody says otherwise
-CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
-POSITION_UNIT = 16  # stored keypoint positions are whole sixteenths of a pixel, as cv2.drawKeypoints rounds
+CROP_RATIO = (3 / 4, 4 / 3)  # default width / height of a random resized crop
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+POSITION_UNIT = 16  # stored keypoint positions are multiples of 1/16 px, the precision of cv2.drawKeypoints
 CANONICAL_DRAWS = 512
 MAX_FRAME_SIDE = 65535 // POSITION_UNIT  # positions are uint16
 
 
 def size_for_area(height: int, width: int, area: float) -> tuple[int, int]:
-    """The (height, width) of about `area` pixels that keeps the aspect ratio; sides in 1 .. MAX_FRAME_SIDE."""
+    """Returns the (height, width) of about `area` px that keeps the aspect ratio; sides in 1 .. MAX_FRAME_SIDE."""
     scale = math.sqrt(area / (height * width))
     return _side(height * scale), _side(width * scale)
 
@@ -32,12 +32,12 @@ def _side(length: float) -> int:
 
 
 def stored_area(resolution: int, crop_scale: tuple[float, float]) -> float:
-    """The smallest area from which no crop is enlarged: (resolution / sqrt(smallest scale))^2 px."""
+    """Returns the smallest area from which no crop is enlarged: (resolution / sqrt(smallest scale))^2 px."""
     return resolution**2 / crop_scale[0]
 
 
 def stored_size(height: int, width: int, area: float) -> tuple[int, int]:
-    """Size an image is stored at: `area` pixels, or as it is where it has no more; sides in 1 .. MAX_FRAME_SIDE."""
+    """Returns the (height, width) an image is stored at: at most `area` px, never enlarged; sides as above."""
     return size_for_area(height, width, min(area, height * width))
 
 
@@ -45,11 +45,11 @@ def stored_size(height: int, width: int, area: float) -> tuple[int, int]:
 def canonical_frames(
     height: int, width: int, resolution: int, crop_scale: tuple[float, float], count: int
 ) -> tuple[tuple[int, int], ...]:
-    """Sizes (height, width) at which random crops see an image, `count` of them: where its keypoints are looked for.
+    """Returns the `count` sizes (height, width) at which keypoints are detected, chosen from how random crops scale.
 
-    A crop is resized to resolution x resolution px, so it shows the image at one scale down and another across. Of
-    CANONICAL_DRAWS crops those scales are divided into equal parts, along the direction in which they differ most;
-    a frame has the mean scales (of their logarithms) of its part. Aspect ratios are CROP_RATIO; sides in
+    A crop is resized to resolution x resolution px, so it scales the image by one factor vertically and another
+    horizontally. The log scales of CANONICAL_DRAWS random crops (aspect ratios CROP_RATIO) are divided into `count`
+    equal parts along their principal axis; each frame has the mean log scales of its part. Sides are in
     1 .. MAX_FRAME_SIDE.
     """
     sizes = np.tile((height, width), (CANONICAL_DRAWS, 1))
@@ -64,9 +64,9 @@ def canonical_frames(
 
 @kernel
 def nearest_frames(frames, sizes, views, resolution):
-    """Which of an image's frames is nearest in scale to a view of it: int64 [n].
+    """Returns the index of each image's frame that is nearest in scale to its view: int64 [n].
 
-    frames: int [n, V, 2] (height, width), of images stored at sizes (int [n, 2]); views: int64 [n, 6].
+    frames: int [n, V, 2] (height, width); sizes: int [n, 2], the stored sizes; views: int64 [n, 6].
     """
     nearest = np.zeros(len(views), np.int64)
     for i in range(len(views)):
@@ -81,9 +81,9 @@ def nearest_frames(frames, sizes, views, resolution):
 
 @kernel
 def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, epoch, index):
-    """RandomResizedCrop's box (torchvision v2 make_params) -> (top, left, box height, box width).
+    """Returns the box (top, left, height, width) that RandomResizedCrop draws (torchvision v2, make_params).
 
-    Draw 2k and 2k + 1 of stream CROP give the area and the aspect of attempt k, draws 20 and 21 the place.
+    Draws 2k and 2k + 1 of stream CROP give the area and the aspect ratio of attempt k, draws 20 and 21 the position.
     """
     area = height * width
     log_min, log_max = math.log(ratio_min), math.log(ratio_max)
@@ -96,7 +96,7 @@ def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, ep
             top = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS) * (height - h + 1))
             left = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS + 1) * (width - w + 1))
             return top, left, h, w
-    h, w = height, width  # no attempt fits: the largest central box within the ratios
+    h, w = height, width  # if no attempt fits: the largest central box within the ratios
     if width / height < ratio_min:
         h = int(np.rint(width / ratio_min))
     elif width / height > ratio_max:
@@ -106,15 +106,15 @@ def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, ep
 
 @kernel
 def flips(seed, epoch, index):
-    """(vertical, horizontal), each true with probability 0.5 (stream FLIP, draws 0 and 1)."""
+    """Returns (vertical, horizontal), each True with probability 0.5 (stream FLIP, draws 0 and 1)."""
     return rng.unit(seed, epoch, index, rng.FLIP, 0) < 0.5, rng.unit(seed, epoch, index, rng.FLIP, 1) < 0.5
 
 
 @kernel
 def crop_views(sizes, scale, ratio, seed, epoch, indices):
-    """A random view of each image: int64 [n, 6]. sizes: int [n, 2] (height, width).
+    """Returns a random view of each image: int64 [n, 6].
 
-    scale, ratio: (least, greatest) of crop_box. indices: the samples' numbers.
+    sizes: int [n, 2] (height, width). scale, ratio: (min, max), as in crop_box. indices: sample indices, int [n].
     """
     views = np.empty((len(indices), 6), np.int64)
     for i in range(len(indices)):
@@ -126,13 +126,13 @@ def crop_views(sizes, scale, ratio, seed, epoch, indices):
 
 
 def whole_views(sizes: np.ndarray) -> np.ndarray:
-    """The views that show whole images as they are: int64 [n, 6]."""
+    """Returns the views that show whole, unflipped images: int64 [n, 6]. sizes: int [n, 2] (height, width)."""
     return np.pad(sizes.astype(np.int64), ((0, 0), (2, 2)))
 
 
 @kernel
 def axis_map(start, length, out_length, flip):
-    """(scale, offset) that takes an edge coordinate of the image to one of the resized, flipped crop."""
+    """Returns the (scale, offset) that maps an edge coordinate of the image to the resized, flipped crop."""
     scale = out_length / length
     if flip:
         return -scale, out_length + start * scale

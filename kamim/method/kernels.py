@@ -1,8 +1,8 @@
-"""How the project's loops are compiled, and where the machine code is kept.
+"""The `kernel` decorator: compiles loops with numba and caches the machine code.
 
-numba compiles a function anew when its own file changes, but not when what it calls from other files does (a documented
-limit of its cache). So the compiled code is kept in a folder named after all files with kernels: a newer version of
-any of them never runs an older one.
+numba recompiles a function when its own file changes, but not when a function it calls from another file changes (a
+documented limit of its cache). The cache folder is therefore named after the content of all files with kernels, so a
+change to any of them never runs stale code.
 """
 
 import functools
@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A function that numba compiles for the types it is called with, once per machine; it runs without the GIL."""
-    given, folder = config.CACHE_DIR, _folder()
+    """Compiles a function with numba for the types it is called with, once per machine. It runs without the GIL."""
+    configured, folder = config.CACHE_DIR, _cache_folder()
     config.CACHE_DIR = str(folder or "")
     try:
         compiled = njit(cache=folder is not None, nogil=True)(function)
     finally:
-        config.CACHE_DIR = given
+        config.CACHE_DIR = configured
     if folder is not None:
-        compiled._cache.save_overload = functools.partial(_keep, compiled._cache.save_overload)
+        compiled._cache.save_overload = functools.partial(_save_or_warn, compiled._cache.save_overload)
     return compiled
 
 
-def _keep(save: Callable[..., None], *overload: Any) -> None:
-    """Keeps machine code where there is room for it: a full disk must not end the work that the loop is for."""
+def _save_or_warn(save: Callable[..., None], *overload: Any) -> None:
+    """Saves machine code to the cache. A full disk only logs a warning, so the caller's work continues."""
     try:
         save(*overload)
     except OSError as error:
@@ -43,20 +43,20 @@ def _keep(save: Callable[..., None], *overload: Any) -> None:
 
 @functools.cache
 def _warn(line: str) -> None:
-    """Logs a line, once per process."""
+    """Logs a warning, once per process."""
     log.warning(line)
 
 
 @functools.cache
-def _folder() -> Path | None:
-    """Within NUMBA_CACHE_DIR where that is set, else beside this file, else, where that is read-only, in ~/.cache.
+def _cache_folder() -> Path | None:
+    """Returns the first writable cache folder: in NUMBA_CACHE_DIR if set, in this package, in ~/.cache/kamim.
 
-    None, and a warning, where none of them can be written to: every process then compiles for itself.
+    Logs a warning and returns None if none is writable: every process then compiles for itself.
     """
-    beside, name = Path(__file__).parent / "__pycache__", f"kernels-{_fingerprint()}"
-    for chosen in filter(None, (config.CACHE_DIR, beside, "~/.cache/kamim")):
+    package, name = Path(__file__).parent / "__pycache__", f"kernels-{_fingerprint()}"
+    for parent in filter(None, (config.CACHE_DIR, package, "~/.cache/kamim")):
         with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
-            folder = Path(chosen, name).expanduser()
+            folder = Path(parent, name).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
@@ -65,7 +65,7 @@ def _folder() -> Path | None:
 
 
 def _fingerprint() -> str:
-    """Of the content of all files with kernels: 16 hexadecimal digits."""
+    """Returns a hash of the content of all files with kernels: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(
         file for package in ("kamim", "pipelines", "preprocess") for file in (ROOT / package).rglob("*.py")

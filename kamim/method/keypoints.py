@@ -1,11 +1,11 @@
-"""Keypoints of the canonical frame -> counts in the cells of one crop.
+"""From keypoints of a canonical frame to counts in the cells of a crop.
 
-remap places stored positions in the crop, raster draws their footprint into a bit map F, cell_counts
-counts F's pixels per w_ps x w_ps cell. All three run without the GIL on scratch the caller owns.
+`remap` maps stored positions into the crop, `raster` draws their footprints into a bitmap F, `cell_counts`
+counts the pixels of F in each w_ps x w_ps cell. All three run without the GIL on scratch arrays of the caller.
 
-Footprints. `ring`: what cv2.drawKeypoints leaves above zero on a black canvas, an anti-aliased circle of
-radius 3 px around the position rounded to 1/16 px; the released code weighs with this. `point`: the one
-pixel that holds the position; the paper's text says this.
+Footprints. `ring`: the non-zero pixels of cv2.drawKeypoints on a black canvas, an anti-aliased circle of
+radius 3 px around the position rounded to 1/16 px, as in the released code. `point`: the one pixel that
+holds the position, as in the paper's text.
 """
 
 import functools
@@ -24,32 +24,33 @@ from kamim.method.simd import load8, store8
 FOOTPRINTS = ("ring", "point")
 REACH = 4  # a stamp covers pixels -REACH .. REACH + 1 around the pixel that holds the position
 STAMP_ROWS = 2 * REACH + 2
-STAMP_WORDS = 3  # of four rows, 16 bits each
-# OpenCV clips a ring's segments at the canvas border, which changes pixels INSIDE the canvas too; so the
-# columns (and rows) within BORDER of either side have stamps of their own. Class 0 .. BORDER - 1: distance
-# from the near side; BORDER: interior; then the distance from the far side.
+STAMP_WORDS = 3  # uint64 words per stamp, each of four rows of 16 bits
+# OpenCV clips a ring's segments at the canvas border, which also changes pixels INSIDE the canvas. Columns
+# and rows within BORDER px of a side therefore have stamps of their own. Class 0 .. BORDER - 1 is the distance
+# from the near side, class BORDER the interior, later classes the distance from the far side.
 BORDER = 4
 CLASSES = 2 * BORDER + 1
 WORD = 64
-MARGIN = 8  # bits of a bit map's rows before the first pixel, and at least so many behind the last: room for stamps
-MOST_GROUPS = 256  # of a detector
+MARGIN = 8  # bits before the first pixel of a bitmap's row, and at least as many after the last: room for stamps
+MOST_GROUPS = 256  # per detector
 LARGEST_CAP = 2**31 - 1
-_ROUNDER = 1.5 * 2.0**52  # added to a float64 and taken off again, it rounds as rint does, in any number of lanes
+_ROUNDER = 1.5 * 2.0**52  # adding it to a float64 and subtracting it again rounds as rint does, and vectorises
 
 
 @dataclass(frozen=True)
 class Group:
-    """Keypoints of an image that share a rule of survival (a pyramid level, or all of them).
+    """The rule for one group of keypoints, such as a pyramid level: which of them are kept on a crop.
 
-    border: px of the crop in which the detector is blind: edge coordinates outside [border, side - border)
-        are dropped. cap: at most so many are kept, the first in stored order (strongest first); 0: no cap.
+    border: px at the crop's border in which the detector reports nothing; keypoints with edge coordinates outside
+        [border, side - border) are dropped. cap: the largest number kept, in stored order (strongest first);
+        0: no cap.
     """
 
     border: float
     cap: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a border below 0 or not finite, and for a cap that is not 0 .. LARGEST_CAP."""
+        """Raises KamimError if border is negative or not finite, or cap is outside 0 .. LARGEST_CAP."""
         if not 0 <= self.border < math.inf:
             raise KamimError(f"border = {self.border}: must be 0 px or more, and finite")
         if not 0 <= self.cap <= LARGEST_CAP:
@@ -58,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a detector would do on the crop itself, as far as positions found elsewhere can tell.
+    """How to approximate, from positions on a canonical frame, what a detector would report on the crop itself.
 
     groups: one per stored group. snap: the detector reports whole pixels, so remapped centres are rounded.
     """
@@ -67,12 +68,12 @@ class Rules:
     snap: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless there are 1 .. MOST_GROUPS groups."""
+        """Raises KamimError unless there are 1 .. MOST_GROUPS groups."""
         if not 1 <= len(self.groups) <= MOST_GROUPS:
             raise KamimError(f"groups: are {len(self.groups)}, must be 1 to {MOST_GROUPS}")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """(borders float64 [G], caps int64 [G], snap), as the kernel takes them."""
+        """Returns (borders float64 [G], caps int64 [G], snap), the arguments of `remap`."""
         return (
             np.array([g.border for g in self.groups], np.float64),
             np.array([g.cap for g in self.groups], np.int64),
@@ -82,12 +83,12 @@ class Rules:
 
 @functools.cache
 def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
-    """Footprints for every border class and sub-pixel phase: uint64 [class y, class x, phase y, phase x, STAMP_WORDS].
+    """Returns the footprint bitmaps, uint64 [class y, class x, phase y, phase x, STAMP_WORDS].
 
-    phases: how many, from 0 on, along each axis; 1 is enough where all positions are whole pixels. Bit b of row r
-    is the pixel (x + b - REACH, y + r - REACH) for a position within pixel (x, y); a row takes 16 bits, so a word holds
-    four. Ring stamps are drawn by OpenCV itself, so they are its rings, whatever its version. Raises ValueError for an
-    unknown footprint.
+    There is one per border class and sub-pixel phase. phases: their number along each axis, starting at 0; 1 suffices
+    for positions on whole pixels. Bit b of row r is the pixel (x + b - REACH, y + r - REACH) for a position within
+    pixel (x, y); a row takes 16 bits, so a word holds four. Ring stamps are drawn by the installed OpenCV, so they
+    match its rings. Raises KamimError if the footprint is unknown.
     """
     if footprint not in FOOTPRINTS:
         raise KamimError(f"footprint = {footprint!r}: must be one of {', '.join(FOOTPRINTS)}")
@@ -100,11 +101,11 @@ def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
                 table[:, :, fy, fx, REACH + (fy >= half)] = 1 << (REACH + (fx >= half))
         return words
     side = 4 * BORDER + STAMP_ROWS
-    places = [*range(BORDER), side // 2, *range(side - BORDER, side)]
+    centres = [*range(BORDER), side // 2, *range(side - BORDER, side)]
     bits = (1 << np.arange(STAMP_ROWS)).astype(np.uint16)
     black = np.zeros((side, side, 3), np.uint8)
-    maps = np.zeros((phases**2, *[side + 2 * STAMP_ROWS] * 2), np.bool_)  # with room around for stamps at a border
-    for (cy, y), (cx, x) in itertools.product(enumerate(places), repeat=2):
+    maps = np.zeros((phases**2, *[side + 2 * STAMP_ROWS] * 2), np.bool_)  # padded for stamps at a border
+    for (cy, y), (cx, x) in itertools.product(enumerate(centres), repeat=2):
         for canvas, (fy, fx) in zip(maps, np.ndindex(phases, phases), strict=True):
             at = cv2.KeyPoint(x + fx / POSITION_UNIT, y + fy / POSITION_UNIT, 1.0)
             drawn = cv2.drawKeypoints(black, [at], None, color=(255, 255, 255))
@@ -116,7 +117,7 @@ def stamps(footprint: str, phases: int = POSITION_UNIT) -> np.ndarray:
 
 
 def raster_scratch(height: int, width: int) -> np.ndarray:
-    """An empty bit map F of height x width pixels, with margins for stamps: uint64 [rows, words].
+    """Returns an empty bitmap F of height x width pixels with margins for stamps: uint64 [rows, words].
 
     Pixel (x, y) is bit MARGIN + x of row REACH + y.
     """
@@ -124,21 +125,21 @@ def raster_scratch(height: int, width: int) -> np.ndarray:
 
 
 def pixels(bitmap: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The pixels of a bit map: bool [height, width]."""
+    """Returns the pixels of a bitmap: bool [height, width]."""
     bits = np.unpackbits(bitmap.view(np.uint8), axis=1, bitorder="little").astype(bool)
     return bits[REACH : REACH + height, MARGIN : MARGIN + width]
 
 
 @kernel
 def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
-    """Stored positions of one image -> centres in the crop, in 1/16 px. Returns how many survive.
+    """Maps the stored positions of one image to pixel centres in the crop, in 1/16 px. Returns the number kept.
 
-    positions: uint16 [K, 2] (x, y), 1/16 px of the canonical frame, pixel centres; counts: int [G], how
-    many belong to each group, in order; frame, size: (height, width) of the canonical frame and of the image that
+    positions: uint16 [K, 2] (x, y), pixel centres in 1/16 px of the canonical frame; counts: int [G], the number of
+    positions in each group, in order; frame, size: (height, width) of the canonical frame and of the image that
     `view` (see kamim.method.geometry) refers to; out: int32 [>= K, 2] (x, y).
 
-    Whatever the arguments hold, what survives lies within the crop, and no more than K rows of out are written: counts
-    are cut to the positions that are there, and borders below 0 count as 0.
+    For any arguments, kept points lie within the crop and at most K rows of out are written: counts are clipped to
+    the number of positions, and negative borders are treated as 0.
     """
     ax, bx = axis_map(view[1], view[3], side, view[5])
     ay, by = axis_map(view[0], view[2], side, view[4])
@@ -147,12 +148,12 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
     words, points = positions.reshape(positions.size).view(np.uint32), out.reshape(out.size).view(np.int64)
     inside = np.empty(len(positions), np.uint8)
-    kept, stop = np.uint64(0), 0  # unsigned, and so an index that needs no check
+    kept, stop = np.uint64(0), 0  # an unsigned index needs no check for negative values
     for group in range(min(len(borders), len(counts))):
         start, stop, before = stop, stop + min(max(int(counts[group]), 0), len(positions) - stop), kept
         low, high = max(borders[group], 0.0), side - max(borders[group], 0.0)
         _place(words[start:stop], ax, bx, ay, by, low, high, snap, points[start:], inside)
-        for k in range(stop - start):  # without a branch: every point is moved, and the next one over a lost one
+        for k in range(stop - start):  # without a branch: every point is copied; the next overwrites a dropped one
             points[kept] = points[start + k]
             kept += np.uint64(inside[k])
         if caps[group] > 0:
@@ -162,9 +163,9 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
 
 @kernel
 def _place(positions, ax, bx, ay, by, low, high, snap, points, inside):
-    """remap's points of one group, lost ones, too, and which of them lie inside.
+    """Maps the positions of one group for `remap`, dropped ones included, and marks which lie inside.
 
-    Each position and each point is one word, x in its lower half, so that compilers work on several at a time.
+    Each position and each point is one word with x in its lower half, so that the loop vectorises.
     """
     for k in range(len(positions)):
         x = np.int32(positions[k] & np.uint32(0xFFFF)) * ax + bx
@@ -189,7 +190,7 @@ def _border_class(i, side):
 
 @kernel
 def _draw(points, height, width, table, bitmap):
-    """raster, on what is drawn already. Its innards are no function of their own: LLVM would call it for each point."""
+    """Draws footprints as `raster` does, without clearing. LLVM would not inline the loop body as a function."""
     drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
     for k in range(len(points)):
         x, y = points[k, 0], points[k, 1]
@@ -197,10 +198,10 @@ def _draw(points, height, width, table, bitmap):
         if not ((0 <= column < width) & (0 <= row < height)):
             continue
         stamp = table[_border_class(row, height), _border_class(column, width), y & 15, x & 15]
-        upper, middle, lower = stamp[0], stamp[1], stamp[2]  # read before anything is written, which could be the table
+        upper, middle, lower = stamp[0], stamp[1], stamp[2]  # read first: for LLVM, writes could alias the table
         left = column + MARGIN - REACH
         at, shift = row * pitch + (left >> 3), np.uint64(left & 7)
-        for r in range(STAMP_ROWS):  # in every row a word that starts at a byte
+        for r in range(STAMP_ROWS):  # one byte-aligned word per row
             rows = upper if r < 4 else middle if r < 8 else lower
             store8(drawn, at, load8(drawn, at) | (((rows >> np.uint64(16 * (r % 4))) & np.uint64(0xFFFF)) << shift))
             at += pitch
@@ -210,16 +211,16 @@ def _draw(points, height, width, table, bitmap):
 def raster(points, count, height, width, table, bitmap):
     """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
 
-    bitmap: raster_scratch(height, width); it is cleared first. Points outside the crop are left out.
+    bitmap: raster_scratch(height, width), cleared first. Points outside the crop are ignored.
     """
     bitmap[:] = 0
     _draw(points[:count], height, width, table, bitmap)
 
 
 def runs(table: np.ndarray) -> np.ndarray:
-    """The unbroken runs of pixels in a footprint on a whole pixel, far from borders: int64 [R, 3] (length, row, bit).
+    """Returns the horizontal runs of set pixels of the interior footprint at phase 0: int64 [R, 3], sorted.
 
-    table: as stamps gives it. Sorted; bit and row as in stamps.
+    table: the result of `stamps`. Columns: (length, row, bit), with row and bit as in `stamps`.
     """
     rows = np.unpackbits(table[BORDER, BORDER, 0, 0].view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
     edges = np.diff(np.pad(rows.astype(np.int64), ((0, 0), (1, 1))), axis=1)
@@ -229,10 +230,10 @@ def runs(table: np.ndarray) -> np.ndarray:
 
 @kernel
 def raster_whole(points, count, height, width, table, runs, bitmap, dots):
-    """raster, for points on whole pixels: several times as fast where there are many.
+    """Draws as `raster` does, for points on whole pixels; several times as fast if there are many.
 
-    Inside, their footprints are all alike: a bit map of the points alone is widened, step by step, to every length of
-    the footprint's runs (see runs), and put in the runs' places. dots: two of raster_scratch.
+    Interior points share one footprint: a bitmap of single points is widened step by step to the length of each of
+    the footprint's runs (see `runs`), then ORed in at the run's offset. dots: two bitmaps of raster_scratch.
     """
     bitmap[:] = 0
     dots[:] = 0
@@ -242,7 +243,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     inner_width, inner_height = np.uint32(max(width - 2 * BORDER, 0)), np.uint32(max(height - 2 * BORDER, 0))
     for k in range(count):
         x, y = points[k, 0], points[k, 1]
-        column, row = np.uint32((x >> 4) - BORDER), np.uint32((y >> 4) - BORDER)  # the last ones where less than 0
+        column, row = np.uint32((x >> 4) - BORDER), np.uint32((y >> 4) - BORDER)  # negative values wrap to large ones
         if (column < inner_width) & (row < inner_height):
             left = column + np.uint32(BORDER + MARGIN - REACH)
             at = (row + np.uint32(BORDER)) * np.uint32(8 * words) + (left >> np.uint32(3))
@@ -261,7 +262,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
 
 @kernel
 def _add_moved(source, by, to):
-    """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. What leaves the last word is lost."""
+    """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. Bits past the last word are lost."""
     if by == 0:
         for i in range(len(source)):
             to[i] |= source[i]
@@ -275,7 +276,7 @@ def _add_moved(source, by, to):
 
 @kernel
 def _byte_counts(v):
-    """Bits set in each byte of a word, as bytes of a word."""
+    """Returns the number of set bits in each byte of a word, as the bytes of a word."""
     v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
     v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
     return (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -288,7 +289,7 @@ def _popcount(v):
 
 @kernel
 def _counts_of_bytes(bitmap, patch_size, counts):
-    """cell_counts where cells are whole bytes wide: eight columns of eight pixels at a time."""
+    """Computes cell_counts for cells of whole bytes: eight columns of eight pixels at a time."""
     bands, words = patch_size // 8, bitmap.shape[1]
     drawn = bitmap[REACH : REACH + 8 * bands * len(counts)].copy().reshape(-1)
     for i in range(len(drawn)):
@@ -306,10 +307,10 @@ def _counts_of_bytes(bitmap, patch_size, counts):
 
 @kernel
 def cell_counts(bitmap, patch_size, counts):
-    """Pixels of F set in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
+    """Counts the set pixels of F in each patch_size x patch_size cell. counts: int16 [g, g], overwritten.
 
-    int16 because torch sums and casts it everywhere; it holds patch_size^2 up to patch_size 181. Raises ValueError if
-    the cells are more than the bit map.
+    int16 is supported by torch on every device and holds patch_size^2 up to patch_size 181. Raises KamimError if the
+    cells exceed the bitmap.
     """
     if counts.shape[0] * patch_size > bitmap.shape[0] - STAMP_ROWS - 1 or (
         counts.shape[1] * patch_size > WORD * bitmap.shape[1] - 2 * MARGIN
@@ -334,14 +335,14 @@ def cell_counts(bitmap, patch_size, counts):
 
 
 def quantise(xy: np.ndarray) -> np.ndarray:
-    """Pixel centres in px (float32 [K, 2]) -> int32 [K, 2] in 1/16 px, rounded as cv2.drawKeypoints rounds."""
+    """Rounds pixel centres in px (float32 [K, 2]) to int32 [K, 2] in 1/16 px, as cv2.drawKeypoints does."""
     return np.rint(np.asarray(xy, np.float32) * POSITION_UNIT).astype(np.int32)
 
 
 def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.ndarray:
-    """The map F of keypoints found on an image itself: bool [height, width].
+    """Returns the map F of keypoints detected on the image itself: bool [height, width].
 
-    xy: float32 [K, 2], pixel centres in px; those that round to outside the image are left out.
+    xy: float32 [K, 2], pixel centres in px; those that round to a position outside the image are ignored.
     """
     points = quantise(xy).reshape(-1, 2)
     inside = (points >= 0).all(1) & (points[:, 0] < width * POSITION_UNIT) & (points[:, 1] < height * POSITION_UNIT)
@@ -351,7 +352,7 @@ def keypoint_map(xy: np.ndarray, height: int, width: int, footprint: str) -> np.
 
 
 def map_counts(bitmap: np.ndarray, patch_size: int) -> np.ndarray:
-    """Cells of a map F (bool [H, W]) counted: int16 [H // w_ps, W // w_ps]; a partial last cell is left out."""
+    """Counts the pixels of a map F (bool [H, W]) per cell: int16 [H // w_ps, W // w_ps]; partial cells are ignored."""
     height, width = (side // patch_size * patch_size for side in bitmap.shape)
     cells = bitmap[:height, :width].reshape(height // patch_size, patch_size, width // patch_size, patch_size)
     return cells.sum(axis=(1, 3), dtype=np.int16)

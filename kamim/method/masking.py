@@ -1,4 +1,4 @@
-"""SimMIM's mask: whole blocks, a fixed number of them per image."""
+"""SimMIM's masks: a fixed number of whole blocks per image."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def masked_count(grid: int, ratio: float) -> int:
-    """How many of grid * grid blocks are masked: ceil(ratio * blocks), as SimMIM rounds."""
+    """Returns how many of grid * grid blocks are masked: ceil(ratio * blocks), as in SimMIM."""
     return math.ceil(ratio * grid * grid)
 
 
@@ -30,7 +30,7 @@ def _shuffle_masks(masks, seed, epoch, indices, count):
 
 
 def block_masks(seed: int, epoch: int, indices: np.ndarray, grid: int, ratio: float) -> np.ndarray:
-    """Masks of the samples `indices` in `epoch`: bool [B, grid, grid], True where masked (M in Eq. 1 and 3).
+    """Returns the masks of the samples `indices` in `epoch`: bool [B, grid, grid], True = masked (M in Eq. 1 and 3).
 
     Exactly masked_count(grid, ratio) blocks of every image are masked, uniformly among all such choices.
     """
@@ -40,7 +40,7 @@ def block_masks(seed: int, epoch: int, indices: np.ndarray, grid: int, ratio: fl
 
 
 def expand_mask(mask: "Tensor", side: int) -> "Tensor":
-    """[B, g, g] -> [B, side, side], every value repeated over its block. side is a multiple of g."""
+    """Repeats every value of [B, g, g] over its block: [B, side, side]. side is a multiple of g."""
     factor = side // mask.shape[-1]
     assert factor * mask.shape[-1] == side, (mask.shape, side)
     return mask.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

@@ -1,4 +1,4 @@
-"""The training objective: Eq. 1 (SimMIM) and Eq. 3 (KAMIM), in fp32 whatever the model computes in."""
+"""The training objective, Eq. 1 (SimMIM) and Eq. 3 (KAMIM), computed in float32 for any precision of the model."""
 
 from typing import TYPE_CHECKING
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def masked_l1(images: "Tensor", reconstruction: "Tensor", mask: "Tensor", weights: "Tensor | None" = None) -> "Tensor":
-    """Mean over the masked pixels of W |x_hat - x| (Eq. 3), or of |x_hat - x| without weights (Eq. 1).
+    """Returns the mean over masked pixels of W |x_hat - x| (Eq. 3), or of |x_hat - x| without weights (Eq. 1).
 
-    images, reconstruction: [B, 3, R, R] in normalised units. mask: bool [B, g, g], True where masked.
-    weights: [B, c, c], W of Eq. 2. Blocks and cells are repeated to pixels. As the released code divides:
-    by the number of masked pixels, + 1e-5, and by the 3 channels. Returns a scalar, float32.
+    images, reconstruction: [B, 3, R, R] in normalised units. mask: bool [B, g, g], True = masked.
+    weights: [B, c, c], W of Eq. 2. Blocks and cells are repeated to pixels. The sum is divided by the number of
+    masked pixels + 1e-5 and by the 3 channels, as in the released code. The result is a float32 scalar.
     """
     side = images.shape[-1]
     masked = expand_mask(mask, side).unsqueeze(1).float()
@@ -23,7 +23,7 @@ def masked_l1(images: "Tensor", reconstruction: "Tensor", mask: "Tensor", weight
 
 
 def normalise_patches(images: "Tensor", patch_size: int) -> "Tensor":
-    """The images with every patch of patch_size px at mean 0 and variance 1 over its pixels and channels (MAE's).
+    """Normalises every patch of patch_size px to mean 0 and variance 1 over its pixels and channels, as in MAE.
 
     images: [B, 3, R, R]. Returns float32 of the same shape.
     """
@@ -34,7 +34,7 @@ def normalise_patches(images: "Tensor", patch_size: int) -> "Tensor":
 
 
 def denormalise_patches(normalised: "Tensor", images: "Tensor", patch_size: int) -> "Tensor":
-    """The inverse of normalise_patches, with the mean and deviation of the images' own patches."""
+    """Inverts normalise_patches with the mean and standard deviation of the patches of `images`."""
     from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
     _, mean, deviation = _patches(images, patch_size)
@@ -42,7 +42,7 @@ def denormalise_patches(normalised: "Tensor", images: "Tensor", patch_size: int)
 
 
 def _patches(images: "Tensor", patch_size: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """Patches, float32 [B, 3 * p * p, R / p, R / p], their mean and deviation [B, 1, R / p, R / p]."""
+    """Returns patches, float32 [B, 3 * p * p, R / p, R / p], their mean and deviation [B, 1, R / p, R / p]."""
     from torch.nn.functional import pixel_unshuffle
 
     patches = pixel_unshuffle(images.float(), patch_size)

@@ -1,18 +1,18 @@
-"""Counter-based random numbers: every draw is a pure function of what it is for.
+"""Counter-based random numbers: every draw is a pure function of (seed, epoch, index, stream, draw).
 
-A draw is addressed by (seed, epoch, index, stream, draw) and nothing else, so a sample's crop can be
-computed twice, in two places, and agree; a batch can be replayed alone; a run can resume anywhere.
+A sample's crop is therefore the same wherever and however often it is computed, a single batch can be
+replayed, and a run can resume at any step.
 
 Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
 128-bit counter holds (index, epoch, stream, draw), the 64-bit key holds the seed. Philox is a bijection
-of its counter, so under one seed no two draws, and no two streams, can ever share a number.
+of its counter, so under one seed no two draws and no two streams share a counter's output.
 """
 
 import numpy as np
 
 from kamim.method.kernels import kernel
 
-# What a draw is for. A new purpose takes a new number; numbers are never reused.
+# Streams, one per purpose. A new purpose takes a new number; numbers are never reused.
 ORDER = 0
 CROP = 1
 FLIP = 2
@@ -20,7 +20,7 @@ MASK = 3
 AUGMENT = 4
 ERASE = 5
 MIX = 6
-# 7 seeded torch's own generator at every step.
+# 7 is retired (it seeded torch's generator at every step).
 BOOTSTRAP = 8
 DROP_PATH = 9
 
@@ -32,7 +32,7 @@ _32 = np.uint64(32)
 
 @kernel
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Ten rounds of Philox4x32. All arguments and the four results are uint64 below 2**32."""
+    """Computes ten rounds of Philox4x32. All arguments and the four results are uint64 below 2**32."""
     for _ in range(10):
         p0 = _M0 * c0
         p1 = _M1 * c2
@@ -44,7 +44,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @kernel
 def unit(seed, epoch, index, stream, draw):
-    """One float64 in [0, 1), with 53 random bits.
+    """Returns one float64 in [0, 1), with 53 random bits.
 
     seed: 0 .. 2**64 - 1; epoch, index, stream, draw: 0 .. 2**32 - 1.
     """
@@ -57,7 +57,7 @@ def unit(seed, epoch, index, stream, draw):
 
 @kernel
 def units(seed, epoch, indices, stream, draws):
-    """unit() for every index and for draw = 0 .. draws - 1: float64 [len(indices), draws]."""
+    """Returns unit() of every index and of draw = 0 .. draws - 1: float64 [len(indices), draws]."""
     out = np.empty((len(indices), draws), np.float64)
     for i in range(len(indices)):
         for d in range(draws):
@@ -66,5 +66,5 @@ def units(seed, epoch, indices, stream, draws):
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of an epoch: a permutation of 0 .. n - 1, int64 [n]."""
+    """Returns the sample order of an epoch: a permutation of 0 .. n - 1, int64 [n]."""
     return np.argsort(units(seed, epoch, np.arange(n), ORDER, 1)[:, 0], kind="stable")

@@ -1,6 +1,6 @@
-"""Four machine operations that numba has no name for, so that compilers use whole registers of bytes.
+"""Four machine operations that numba does not offer, for loops that LLVM vectorises.
 
-Loads and stores are little-endian, of 8 bytes at any offset; the caller sees to it that they lie within the array.
+Loads and stores are little-endian, of 8 bytes at any offset. Nothing checks bounds: the caller ensures them.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def _address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 @intrinsic
 def load8(typing, data, offset):
-    """The 8 bytes of data (uint8 [n], contiguous) from `offset` on: uint64."""
+    """Loads the 8 bytes of data (uint8 [n], contiguous) at `offset` as a uint64."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(_address(context, builder, signature, args), align=1)
@@ -30,7 +30,7 @@ def load8(typing, data, offset):
 
 @intrinsic
 def store8(typing, data, offset, word):
-    """Writes the 8 bytes of `word` (uint64) to data (uint8 [n], contiguous) from `offset` on."""
+    """Stores the 8 bytes of `word` (uint64) to data (uint8 [n], contiguous) at `offset`."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _address(context, builder, signature, args), align=1)
@@ -41,7 +41,7 @@ def store8(typing, data, offset, word):
 
 @intrinsic
 def pointer16(typing, address):
-    """What numba.carray makes an array of: a pointer to the uint16 at `address` (uint64)."""
+    """Returns a pointer to the uint16 at `address` (uint64), as numba.carray takes it."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], _16.as_pointer())
@@ -51,7 +51,7 @@ def pointer16(typing, address):
 
 @intrinsic
 def high16(typing, a, b):
-    """The upper 16 bits of the product of two uint16: one instruction for a whole register of them."""
+    """Returns the upper 16 bits of the product of two uint16: one instruction for a whole SIMD register."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_16, [_16, _16, _32])

@@ -1,4 +1,4 @@
-"""Eq. 2: keypoint counts -> density Omega -> weights W. In NumPy for tools, in torch for training, on any device."""
+"""Eq. 2: keypoint counts -> density Omega -> weights W, in NumPy for tools and in torch for training."""
 
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,14 @@ MAX_EXPONENT = 20.0  # the released code clips Omega / T to +-20 before the expo
 
 
 def density(counts: np.ndarray, patch_size: int) -> np.ndarray:
-    """Omega: the share of map pixels set in each w_ps x w_ps cell. counts [.., g, g] -> float32 in [0, 1]."""
+    """Returns Omega, the share of set pixels in each w_ps x w_ps cell: counts [.., g, g] -> float32 in [0, 1]."""
     return counts.astype(np.float32) / np.float32(patch_size**2)
 
 
 def weights(omega: np.ndarray, temperature: float, normalize: bool = False) -> np.ndarray:
-    """W = exp(Omega / T) / min over the image's cells (Eq. 2): [.., g, g] float32, smallest weight of an image 1.
+    """Returns W = exp(Omega / T) / min over the image's cells (Eq. 2): float32 [.., g, g], at least 1.
 
-    normalize: W is divided by its mean over the image, which the paper does not. Raises ValueError unless
+    normalize: divide W by its mean over the image, which the paper does not. Raises KamimError unless
     temperature > 0.
     """
     _check(temperature)
@@ -30,12 +30,12 @@ def weights(omega: np.ndarray, temperature: float, normalize: bool = False) -> n
 
 
 def keypoint_weights(counts: np.ndarray, patch_size: int, temperature: float, normalize: bool = False) -> np.ndarray:
-    """Cell counts [.., g, g] (any integer dtype) -> W [.., g, g] float32."""
+    """Returns W, float32 [.., g, g], of cell counts [.., g, g] (any integer dtype)."""
     return weights(density(counts, patch_size), temperature, normalize)
 
 
 def counts_to_weights(counts: "Tensor", patch_size: int, temperature: float, normalize: bool = False) -> "Tensor":
-    """keypoint_weights in torch, on the device of the counts."""
+    """Computes keypoint_weights in torch, on the device of the counts."""
     _check(temperature)
     exponent = (counts.float() / patch_size**2 / temperature).clamp(-MAX_EXPONENT, MAX_EXPONENT)
     w = (exponent - exponent.amin(dim=(-2, -1), keepdim=True)).exp()

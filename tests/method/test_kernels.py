@@ -53,7 +53,7 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
 ) -> None:
     """Another user's read-only checkout: first ~/.cache is tried, then nothing is kept."""
     kernels._warn.cache_clear()
-    choose, blocked = kernels._folder.__wrapped__, tmp_path / "file"
+    choose, blocked = kernels._cache_folder.__wrapped__, tmp_path / "file"
     blocked.touch()
     monkeypatch.setattr(kernels.config, "CACHE_DIR", "")
     monkeypatch.setattr(kernels, "__file__", str(blocked / "kernels.py"))
@@ -62,7 +62,7 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
     monkeypatch.setenv("HOME", str(blocked))
     assert choose() is None
     assert "set NUMBA_CACHE_DIR" in caplog.text
-    monkeypatch.setattr(kernels, "_folder", lambda: None)
+    monkeypatch.setattr(kernels, "_cache_folder", lambda: None)
     assert kernels.kernel(_double)(21) == 42
 
 
@@ -74,7 +74,7 @@ def test_where_the_disk_is_full_loops_are_compiled_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels._warn.cache_clear()
-    monkeypatch.setattr(kernels, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(kernels, "_cache_folder", lambda: tmp_path)
     with full_disk(10):
         assert kernels.kernel(_triple)(14) == 42
     assert "compiled loops cannot be kept, so that the next start takes longer: File too large" in caplog.text

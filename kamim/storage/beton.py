@@ -1,4 +1,4 @@
-"""FFCV's .beton file, version 2, as far as a store uses it: one image field, one int field.
+"""Reads and writes FFCV's .beton files, version 2, with one image field and one int field.
 
 The layout, little-endian:
 
@@ -6,9 +6,8 @@ The layout, little-endian:
     pages of page_size bytes, holding the images                 from the next multiple of page_size
     ALLOCATION x num_samples                                     at header.alloc_table_ptr
 
-Neither reading nor writing needs the ffcv package, which imports torch. Its DatasetWriter would encode every image a
-second time, start processes of its own, and wait for ever if one of them died. Files are byte for byte what its fields
-and its page allocator make.
+The ffcv package is not needed: it imports torch, and its DatasetWriter would encode every image a second time, start
+processes of its own, and hang if one of them died. Files are byte for byte those of its fields and its page allocator.
 """
 
 from collections.abc import Iterable
@@ -41,13 +40,13 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 
 class Beton:
-    """Read-only view of a .beton: every image's bytes, and about each (N is the number of images):
+    """Read-only view of a .beton file of N images.
 
-    sizes: uint16 [N, 2] (height, width). labels, lengths (of its bytes): int64 [N]. raw: pixels, or else JPEG.
+    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. raw: whether images are pixels or JPEG.
     """
 
     def __init__(self, path: Path):
-        """Raises ValueError, which names the file and what is wrong, for a file that no store has."""
+        """Raises KamimError, naming the file and the fault, if the file cannot belong to a store."""
         size, header = file_size(path), np.fromfile(path, HEADER, 1)
         if len(header) == 0 or header[0]["version"] != VERSION:
             raise KamimError(f"{path}: not an FFCV file of version {VERSION}")
@@ -79,18 +78,18 @@ class Beton:
         self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array slices faster
 
     def data(self, index: int) -> np.ndarray:
-        """Encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
+        """Returns the encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
         return self._bytes[self._start[index] : self._start[index] + self.lengths[index]]
 
     def in_range(self) -> np.ndarray:
-        """Whether each image's bytes lie within the file: bool [N]."""
+        """Returns whether each image's bytes lie within the file: bool [N]."""
         return self._inside
 
 
 def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, int, bool]], largest: int = 0) -> None:
     """Writes `count` images, each (bytes uint8 [n], height, width, label, raw).
 
-    largest: bytes of the largest image, where that may be more than PAGE_SIZE.
+    largest: bytes of the largest image; required if it may exceed PAGE_SIZE.
     """
     page_size = max(PAGE_SIZE, power_of_two(largest))
     fields = np.zeros(2, FIELD)
@@ -98,7 +97,7 @@ def write(path: Path, count: int, images: Iterable[tuple[np.ndarray, int, int, i
         field["type_id"] = type_id
         field["name"][: len(name)] = np.frombuffer(name, np.uint8)
     samples, allocations = np.zeros(count, SAMPLE), np.zeros(count, ALLOCATION)
-    at = -(-(HEADER.itemsize + fields.nbytes + samples.nbytes) // page_size) * page_size  # of the page in memory
+    at = -(-(HEADER.itemsize + fields.nbytes + samples.nbytes) // page_size) * page_size  # file offset of `page`
     page, used = np.zeros(page_size, np.uint8), 0
     with path.open("wb") as file:
         file.seek(at)

@@ -1,4 +1,4 @@
-"""Names from outside, safe to show: others choose what files, classes, data sets, stores and checkpoints are called.
+"""Escapes untrusted names of files, classes, data sets, stores and checkpoints for display.
 
 A terminal obeys control characters, rich reads markup, matplotlib reads mathtext, a spreadsheet runs formulas. HTML
 pages escape all of their text (kamim/reporting/page.py).
@@ -6,36 +6,36 @@ pages escape all of their text (kamim/reporting/page.py).
 
 import re
 
-_FORMULA = re.compile(r"'*[=+\-@]")  # with what a spreadsheet takes for a formula, and with what marks that it is none
+_FORMULA = re.compile(r"'*[=+\-@]")  # the start of a formula in a spreadsheet, or of one that is quoted already
 
 
 def printable(text: str) -> str:
-    """One line that any terminal and any file can hold: undecodable bytes, control and format characters escaped."""
+    """Returns text as one line, with undecodable bytes and control and format characters escaped."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def one_line(error: object) -> str:
-    """The message of an error as printable text, line breaks as spaces."""
+    """Returns the message of an error as printable text, with line breaks as spaces."""
     return printable(" ".join(str(error).split()))
 
 
 def literal(text: str) -> str:
-    """A title or a label for matplotlib that shows `text`: no mathtext, and a legend does not leave it out."""
+    """Returns a matplotlib title or label that shows `text`: without mathtext, and never hidden from a legend."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def cell(text: str) -> str:
-    """A cell of a CSV file that spreadsheets show and do not compute; `text_of` undoes it."""
+    """Returns a CSV cell that spreadsheets show but do not compute. `text_of` is its inverse."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def text_of(cell: str) -> str:
-    """What `cell` was given."""
+    """Returns the text that `cell` was called with."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

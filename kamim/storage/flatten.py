@@ -1,11 +1,11 @@
-"""Nested settings as one list of keys and values."""
+"""Flattens nested settings into keys and values."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def flatten(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every leaf, nested keys joined by dots."""
+    """Yields (key, value) of every leaf, nested keys joined by dots."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", leaf) for inner, leaf in flatten(value))
@@ -14,5 +14,5 @@ def flatten(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def flat_text(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """flatten, with values as text."""
+    """Returns the result of flatten as a list, with values as text and None as "none"."""
     return [(key, "none" if value is None else str(value)) for key, value in flatten(settings)]

@@ -1,4 +1,4 @@
-"""A lock that the system lets go of when its holder dies."""
+"""File locks, which the operating system releases when their holder dies."""
 
 import fcntl
 import os
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None]:
-    """Inside, no other command writes to `out`: this process, or the first of `world`, holds OUT.lock.
+    """Holds OUT.lock in the context (in the first process of `world`), so that no other command writes to `out`.
 
-    option: what errors call `out`, such as "--out". Raises ValueError, in every process of `world`, where another
-    command does, or where `out` cannot be locked.
+    option: the name of `out` in errors, such as "--out". Raises KamimError, in every process of `world`, if another
+    command holds the lock or `out` cannot be locked.
     """
     file = out.resolve().with_name(f"{out.resolve().name}.lock")
     problem = ""
@@ -41,11 +41,8 @@ def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None
 
 @contextmanager
 def held(file: Path, busy: str, shared: bool = False) -> Iterator[None]:
-    """Inside, nobody else holds the lock of `file`; with shared, only others that share it.
-
-    Raises ValueError(busy) where somebody does.
-    """
-    descriptor = _take(file, busy, shared)
+    """Holds the lock of `file` in the context, exclusively or shared. Raises KamimError(busy) if it is not free."""
+    descriptor = _acquire(file, busy, shared)
     try:
         yield
     finally:
@@ -54,8 +51,8 @@ def held(file: Path, busy: str, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(file: Path, busy: str, shared: bool) -> int:
-    """A descriptor of `file` that holds its lock: whoever holds it alone removes the file before letting go."""
+def _acquire(file: Path, busy: str, shared: bool) -> int:
+    """Returns a descriptor of `file` that holds its lock. An exclusive holder removes the file before releasing it."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:

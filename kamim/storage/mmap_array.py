@@ -1,12 +1,12 @@
-"""Flat zarr arrays that map into memory, and small ones that are read whole.
+"""Memory-mapped, paged zarr arrays, and small zarr arrays that are read whole.
 
-A paged array is a one- or two-dimensional zarr v3 array, uncompressed, whose chunk (page) files are the
-plain little-endian bytes of their rows. Items are runs of rows; none crosses a page, so that every item is
-one contiguous view of one mapped file, shared by all processes of a machine. Any zarr reader opens it.
+A paged array is a one- or two-dimensional, uncompressed zarr v3 array whose chunk (page) files are the plain
+little-endian bytes of their rows. Items are runs of rows. No item crosses a page, so every item is a contiguous
+view of one mapped file, shared by all processes of a machine. Any zarr reader can open the array.
 
-Arrays are written with zarr and read without it. The metadata of an array that is read must equal, key by key, what is
-written here, and its files must have exactly the sizes that follow from it. So a file from elsewhere chooses no codec,
-no layout and no amount of memory.
+Arrays are written with zarr and read without it. On reading, the metadata must equal, key by key, what this module
+writes, and files must have exactly the sizes that follow from it. An untrusted file can therefore choose no codec, no
+layout and no amount of memory.
 """
 
 import json
@@ -26,18 +26,18 @@ from kamim import KamimError
 
 PAGES = 64
 METADATA = "zarr.json"
-METADATA_BYTES = 1 << 16  # of a zarr.json, at most; those written here have a few hundred
+METADATA_BYTES = 1 << 16  # largest zarr.json that is read; those written here have a few hundred bytes
 
 
 def create_group(path: Path, attributes: dict[str, str] | None = None) -> "zarr.Group":
-    """Writes a group of arrays, of which zarr writes no parents. zarr is imported here: readers do without it."""
+    """Creates a zarr group, without its parents. zarr is imported here because readers do not need it."""
     import zarr
 
     return zarr.create_group(path, zarr_format=3, attributes=attributes or {})
 
 
 def create(group: "zarr.Group", name: str, array: np.ndarray) -> None:
-    """Writes a whole small array as one uncompressed chunk, so that it maps too."""
+    """Writes a small array as one uncompressed chunk."""
     group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=_chunks(array), compressors=None)[:] = array
 
 
@@ -46,20 +46,20 @@ def _chunks(array: np.ndarray) -> tuple[int, ...]:
 
 
 def power_of_two(least: int) -> int:
-    """The smallest power of two that is not less than `least`."""
+    """Returns the smallest power of two that is at least `least`."""
     return 1 << max(least - 1, 0).bit_length()
 
 
 def page_rows(total: int, smallest: int) -> int:
-    """Rows of a page for `total` rows in all: a power of two that makes at most about PAGES of them.
+    """Returns the rows per page for `total` rows: a power of two that gives at most about PAGES pages.
 
-    Every page is a mapped file, and a process may hold only so many open (often 1,024).
+    Every page is a mapped file, and the number of open files per process is limited (often to 1,024).
     """
     return max(smallest, 1 << max(total // PAGES, 1).bit_length())
 
 
 class ArrayWriter:
-    """Appends items to the array `name` of `group`. The only writer of its chunk files."""
+    """Appends items to the array `name` of `group`."""
 
     def __init__(self, group: "zarr.Group", name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
         self._array = group.create_array(
@@ -71,9 +71,9 @@ class ArrayWriter:
         self._used = 0
 
     def append(self, rows: np.ndarray) -> int:
-        """Adds one item (rows [n, *row_shape]); returns the row it starts at.
+        """Appends one item (rows [n, *row_shape]) and returns its first row.
 
-        Raises ValueError for an item larger than a page.
+        Raises KamimError if the item is larger than a page.
         """
         if len(rows) > len(self._page):
             raise KamimError(f"an item of {len(rows)} rows does not fit a page of {len(self._page)}")
@@ -99,7 +99,7 @@ class ArrayWriter:
 
 
 def file_size(file: Path) -> int:
-    """Bytes of a regular file. Raises ValueError for a missing file, and for a link, a pipe or a folder."""
+    """Returns the size of a regular file in bytes. Raises KamimError if it is missing, a link, a pipe or a folder."""
     try:
         status = file.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -110,14 +110,14 @@ def file_size(file: Path) -> int:
 
 
 def check_size(file: Path, size: int) -> None:
-    """Raises ValueError unless `file` is a regular file of `size` bytes."""
-    found = file_size(file)
-    if found != size:
-        raise KamimError(f"{file}: has {found} bytes, must have {size}")
+    """Raises KamimError unless `file` is a regular file of `size` bytes."""
+    actual = file_size(file)
+    if actual != size:
+        raise KamimError(f"{file}: has {actual} bytes, must have {size}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of an array or a group, as it stands there. Raises ValueError if it is no JSON object."""
+    """Returns the unchecked metadata of an array or a group. Raises KamimError if it is not a JSON object."""
     file = path / METADATA
     if file_size(file) <= METADATA_BYTES:
         try:
@@ -129,21 +129,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     raise KamimError(f"{file}: is not the metadata of a zarr array or group")
 
 
-def check_metadata(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError for the first key whose value is not the expected one."""
-    for key in sorted(found.keys() | expected.keys()):
-        if found.get(key) != expected.get(key):
-            value, allowed = (json.dumps(fields[key]) if key in fields else "missing" for fields in (found, expected))
+def check_metadata(path: Path, actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises KamimError, naming the first key that differs, unless the metadata is as expected."""
+    for key in sorted(actual.keys() | expected.keys()):
+        if actual.get(key) != expected.get(key):
+            value, allowed = (json.dumps(fields[key]) if key in fields else "missing" for fields in (actual, expected))
             raise KamimError(f"{path / METADATA}: {key!r:.40} is {value:.80}, must be {allowed}")
 
 
 def check_group(path: Path, attributes: dict[str, str]) -> None:
-    """Raises ValueError unless the metadata of the group at `path` is what zarr writes for one with the attributes."""
+    """Raises KamimError unless `path` has the metadata that zarr writes for a group with these attributes."""
     check_metadata(path, read_metadata(path), {"attributes": attributes, "zarr_format": 3, "node_type": "group"})
 
 
 def _metadata(dtype: Any, shape: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:
-    """What zarr.json holds for an array as this module writes it."""
+    """Returns the content of zarr.json for an array that this module writes."""
     dtype = np.dtype(dtype)
     codec = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
     return {
@@ -155,10 +155,10 @@ def _metadata(dtype: Any, shape: Sequence[int], chunks: Sequence[int]) -> dict[s
 
 
 def _lengths(path: Path, fields: dict[str, Any], axes: int) -> tuple[list[int], list[int]]:
-    """The shape of an array and that of its chunks: `axes` whole numbers each, none below 0."""
+    """Returns the shapes of an array and of its chunks: `axes` non-negative integers each. Raises KamimError."""
     try:
-        given = fields["shape"], fields["chunk_grid"]["configuration"]["chunk_shape"]
-        shape, chunks = ([*map(operator.index, lengths)] for lengths in given)
+        shapes = fields["shape"], fields["chunk_grid"]["configuration"]["chunk_shape"]
+        shape, chunks = ([*map(operator.index, lengths)] for lengths in shapes)
         if len(shape) == len(chunks) == axes and min(*shape, *chunks) >= 0:
             return shape, chunks
     except (LookupError, TypeError):
@@ -167,14 +167,14 @@ def _lengths(path: Path, fields: dict[str, Any], axes: int) -> tuple[list[int], 
 
 
 def read(path: Path, dtype: Any, shape: Sequence[int | None]) -> np.ndarray:
-    """A small array as `create` writes it: `dtype` and `shape`, None for lengths that only the array knows.
+    """Reads a small array that `create` wrote. shape: the expected lengths, None for any length.
 
-    zarr writes no chunk that holds nothing but zeros. An array of unknown lengths must have one, so that what it takes
-    in memory it takes on disk. Raises ValueError, which names the file and what is wrong.
+    zarr does not write a chunk of zeros only. An array of unknown lengths must have a chunk nevertheless, so that it
+    takes no more memory than disk. Raises KamimError, naming the file and the fault.
     """
     fields = read_metadata(path)
-    found, _ = _lengths(path, fields, len(shape))
-    lengths = [have if want is None else want for have, want in zip(found, shape, strict=True)]
+    stored, _ = _lengths(path, fields, len(shape))
+    lengths = [have if want is None else want for have, want in zip(stored, shape, strict=True)]
     check_metadata(path, fields, _metadata(dtype, lengths, [max(length, 1) for length in lengths]))
     chunk = path.joinpath("c", *"0" * len(shape))
     if None not in shape and not chunk.is_symlink() and not chunk.exists():
@@ -186,7 +186,7 @@ def read(path: Path, dtype: Any, shape: Sequence[int | None]) -> np.ndarray:
 class ArrayReader:
     """Maps the pages of a paged array of rows of `row_shape`, read-only.
 
-    Raises ValueError, which names the file and what is wrong.
+    Raises KamimError, naming the file and the fault, if the array is not as this module writes it.
     """
 
     def __init__(self, path: Path, dtype: Any, row_shape: tuple[int, ...] = ()):
@@ -206,16 +206,16 @@ class ArrayReader:
         self._bases = np.array([page.ctypes.data for page in self._pages] or [0], np.uint64)
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """The item of `count` rows that starts at row `start`, as a view."""
+        """Returns the item of `count` rows that starts at row `start`, as a view."""
         if count == 0:
             return self._empty
         page, at = divmod(start, self._page_rows)
         return self._pages[page][at : at + count]
 
     def addresses(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Where in memory the items of `count` rows at rows `start` begin: uint64 of their shape.
+        """Returns the memory addresses of the items of `count` rows at rows `start`: uint64 of their shape.
 
-        They hold as long as the reader lives. Raises IndexError where an item does not lie within a page.
+        They are valid as long as the reader exists. Raises IndexError if an item does not lie within a page.
         """
         if not self.holds(start, count).all():
             raise IndexError("rows lie outside the pages")
@@ -223,6 +223,6 @@ class ArrayReader:
         return self._bases[page] + (at * self._row_bytes).astype(np.uint64)
 
     def holds(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Whether each item of `count` rows at row `start` lies within a page: bool of their shape."""
+        """Returns whether each item of `count` rows at row `start` lies within a page: bool of their shape."""
         rows, total = self._page_rows, self._page_rows * len(self._pages)
         return (count == 0) | ((count > 0) & (start >= 0) & (start < total) & (start % rows <= rows - count))

@@ -1,28 +1,29 @@
-"""The store: one directory per data set split, self-describing, published whole.
+"""The store: one self-describing directory per data set split, published atomically.
 
-    manifest.json                     what this is, every parameter that shaped the bytes, counts, checksums
-    manifest.backup                   its sha256 and a copy of it: any one damage of the two files is put right
-    stamps.npy                        uint64 [items], one stamp per item of the source, to notice changed ones
+    manifest.json                     format, every parameter that shaped the bytes, counts, checksums
+    manifest.backup                   its sha256 and a copy: if one of the two files is damaged, it can be repaired
+    stamps.npy                        uint64 [items], one hash per item of the source, to detect changed items
     images.beton | images.zarr/       images, FFCV or zarr (below)
     keypoints.zarr/
         <detector>/frame              uint16 [N, V, 2] (height, width) of an image's canonical frames
         <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of their frame, paged
         <detector>/start              int64 [N, V] first row of a frame's positions
-        <detector>/counts             uint32 [N, V, G] how many in each of the detector's groups, in order
-    rejects.csv                       source files that could not be read, and why
+        <detector>/counts             uint32 [N, V, G] positions in each of the detector's groups, in order
+    rejects.csv                       source files that could not be read, with the reason
 
     images.zarr/
         data                          uint8, JPEG or raw bytes, paged
-        start, length                 int64 [N] where an image's bytes lie
+        start, length                 int64 [N] offset and number of an image's bytes
         size                          uint16 [N, 2] (height, width)
         label                         int64 [N], -1 without labels
 
-Sample i is the same image in every array. Paged arrays map into memory (kamim/storage/mmap_array.py). A store is made
-of components, its images and the keypoints of each detector; each was joined from shards and can be taken apart again.
+Sample i is the same image in every array. Paged arrays are memory-mapped (kamim/storage/mmap_array.py). A store
+consists of components: its images and the keypoints of each detector. Each is joined from shards and can be split into
+them again.
 
-A store may come from anybody. What the compiled kernels and the rest of the code rely on is checked in three places:
-a manifest's names and numbers by Manifest; layout, types, shapes and sizes of files by the readers that open them; and
-every image's offsets, sizes, frames and label by image_faults and keypoint_faults, once, when Store opens a component.
+A store may come from an untrusted source. What the compiled kernels and the rest of the code rely on is checked in
+three places: names and numbers of the manifest by Manifest; layout, types, shapes and sizes of files by the readers;
+offsets, sizes, frames and label of every image by image_faults and keypoint_faults, when Store opens a component.
 """
 
 import hashlib
@@ -46,27 +47,27 @@ from kamim.method.keypoints import Rules
 from kamim.storage import beton, mmap_array
 
 SCHEMA_VERSION = 4
-READABLE = (3, 4)  # version 3 has no `resize` and no originals; the rest is the same
+READABLE = (3, 4)  # version 3 has no `resize` and no originals; otherwise it is the same
 MANIFEST, BACKUP = "manifest.json", "manifest.backup"
 STAMPS, REJECTS = "stamps.npy", "rejects.csv"
-IMAGES = "images"  # the component that is not a detector's
-IMAGE_PAGE_BYTES = 1 << 24  # the smallest pages; larger stores have larger ones
+IMAGES = "images"  # the component of the images; the others are named after detectors
+IMAGE_PAGE_BYTES = 1 << 24  # smallest page size; larger stores have larger pages
 KEYPOINT_PAGE_ROWS = 1 << 20
-LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger ones
-MANIFEST_BYTES = 1 << 30  # at most
+LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger images
+MANIFEST_BYTES = 1 << 30  # largest manifest that is read
 IMAGE_ARRAYS = ("data", "start", "length", "size", "label")
 KEYPOINT_ARRAYS = ("frame", "positions", "start", "counts")
 
 Backend = Literal["ffcv", "zarr"]
 Encoding = Literal["jpeg", "raw", "original"]  # original: the source's own JPEG bytes, neither resized nor re-encoded
-Resize = Literal["bilinear", "bicubic"]  # how images are resized into the store: without or with antialiasing
-Fingerprint = Literal["stat", "content"]  # an item is told by key, label, size and time, or by key, label and bytes
+Resize = Literal["bilinear", "bicubic"]  # interpolation of stored images: without and with antialiasing
+Fingerprint = Literal["stat", "content"]  # an item's hash covers key, label, size and time, or key, label and bytes
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Job(pydantic.BaseModel):
-    """Everything that shapes the bytes of a store, but the source. Equal jobs on equal sources give equal stores."""
+    """Everything except the source that shapes the bytes of a store: equal jobs on equal sources give equal stores."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -78,11 +79,11 @@ class Job(pydantic.BaseModel):
     images: Backend
     encoding: Encoding
     quality: Annotated[int, Field(ge=1, le=100)]
-    resize: Resize = "bilinear"  # what stores of schema version 3, which do not say, were made with
+    resize: Resize = "bilinear"  # the default is that of schema version 3, which does not record it
     resolution: Annotated[int, Field(ge=16, le=1024)]
     crop_scale: tuple[Share, Share]
     shard_size: PositiveInt
-    opencv: str  # version: its resize and its detectors shape the bytes
+    opencv: str  # version; OpenCV's resize and detectors shape the bytes
 
     @pydantic.field_validator("detectors")
     @classmethod
@@ -94,16 +95,16 @@ class Job(pydantic.BaseModel):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """What the store is made of."""
+        """The names of the store's components."""
         return (IMAGES, *self.detectors)
 
     @property
     def shards(self) -> int:
-        """How many shards every component has."""
+        """The number of shards of every component."""
         return -(-self.items // self.shard_size)
 
     def recipe(self, component: str) -> dict[str, Any]:
-        """The parameters that the component's bytes depend on."""
+        """Returns the parameters that the component's bytes depend on."""
         names = {"resolution", "crop_scale"}
         if component == IMAGES:
             of_images = {"images", "encoding"}
@@ -113,7 +114,7 @@ class Job(pydantic.BaseModel):
 
 
 class Manifest(pydantic.BaseModel):
-    """manifest.json."""
+    """The content of manifest.json."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -123,16 +124,16 @@ class Manifest(pydantic.BaseModel):
     count: PositiveInt
     classes: tuple[str, ...]
     rejects: NonNegativeInt
-    stored_area: PositiveFloat | None  # px of a stored image, at most; None: images are as large as the originals
+    stored_area: PositiveFloat | None  # largest area of a stored image in px; None: images have their original size
     rules: dict[str, Rules]
-    opencv: dict[str, str]  # the version that made each component
+    opencv: dict[str, str]  # the OpenCV version of each component
     shard_counts: tuple[NonNegativeInt, ...]  # images of each shard that could be read
     shards: dict[str, tuple[Sha256, ...]]  # sha256 of every shard of every component
-    checksums: dict[str, Sha256]  # sha256 of every other file but the backup, by its path within the store
+    checksums: dict[str, Sha256]  # sha256 of every file except the manifest and its backup, by path within the store
 
     @pydantic.model_validator(mode="after")
     def _agreeing(self) -> Self:
-        """Raises ValueError for numbers that disagree, and for names that no file of such a store has."""
+        """Raises KamimError if numbers disagree, or if checksums name a file that such a store does not have."""
         job, parts = self.job, self.shard_counts
         _require(
             self.count + self.rejects == job.items and self.count == sum(parts),
@@ -142,8 +143,8 @@ class Manifest(pydantic.BaseModel):
         _require(low <= high, f"job.crop_scale: is {low}, {high}; the first must not be larger")
         _require(max(parts) <= job.shard_size, f"shard_counts: {max(parts)} in a shard of {job.shard_size}")
         for key, components in (("rules", job.detectors), ("opencv", job.components), ("shards", job.components)):
-            found, expected = (", ".join(map(repr, sorted(names))) for names in (getattr(self, key), components))
-            _require(found == expected, f"{key}: is of {found}; must be of {expected}")
+            actual, expected = (", ".join(map(repr, sorted(names))) for names in (getattr(self, key), components))
+            _require(actual == expected, f"{key}: is of {actual}; must be of {expected}")
         for key, values in (("shard_counts", parts), *((f"shards.{name}", of) for name, of in self.shards.items())):
             _require(len(values) == job.shards, f"{key}: has {len(values)} of {job.shards} shards")
         known = file_names(job)
@@ -155,20 +156,20 @@ class Manifest(pydantic.BaseModel):
 
     @property
     def source(self) -> str:
-        """What tells this store's source from another: the sha256 of its stamps."""
+        """The identity of the store's source: the sha256 of its stamps."""
         return self.checksums[STAMPS]
 
 
-def _require(holds: bool, what: str) -> None:
-    """Raises ValueError saying `what` unless it holds."""
-    if not holds:
-        raise KamimError(what)
+def _require(condition: bool, message: str) -> None:
+    """Raises KamimError(message) unless the condition holds."""
+    if not condition:
+        raise KamimError(message)
 
 
 def file_names(job: Job) -> re.Pattern[str]:
-    """What the files of a job's store may be called, by path within it, except the manifest and its backup.
+    """Returns a pattern of the allowed file paths within a job's store, except the manifest and its backup.
 
-    No such name is absolute or leads out of the store.
+    No path that it matches is absolute or leads out of the store.
     """
     array = r"(zarr\.json|c(/[0-9]+)+)"
     images = r"images\.beton" if job.images == "ffcv" else rf"images\.zarr/(zarr\.json|{_any(IMAGE_ARRAYS)}/{array})"
@@ -181,15 +182,15 @@ def _any(names: Iterable[str]) -> str:
 
 
 def component_of(name: str) -> str:
-    """The component that a file of a store, by its path within it, belongs to."""
-    room, *rest = name.split("/")
-    return rest[0] if room == "keypoints.zarr" and len(rest) > 1 else IMAGES
+    """Returns the component that a file belongs to. name: the file's path within the store."""
+    folder, *rest = name.split("/")
+    return rest[0] if folder == "keypoints.zarr" and len(rest) > 1 else IMAGES
 
 
 class ImageReader(Protocol):
-    """What both image backends offer, about N images.
+    """The interface of both image backends, for N images.
 
-    sizes: uint16 [N, 2] (height, width). labels, lengths (of the encoded bytes): int64 [N]. raw: pixels, or else JPEG.
+    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. raw: whether images are pixels or JPEG.
     """
 
     labels: np.ndarray
@@ -198,30 +199,30 @@ class ImageReader(Protocol):
     raw: bool
 
     def data(self, index: int) -> np.ndarray:
-        """Encoded bytes of image `index`: uint8 [n]."""
+        """Returns the encoded bytes of image `index`: uint8 [n]."""
         ...
 
     def in_range(self) -> np.ndarray:
-        """Whether each image's bytes lie within the files: bool [N]."""
+        """Returns whether each image's bytes lie within the files: bool [N]."""
         ...
 
 
 class Images(Protocol):
-    """What a loader needs of a store."""
+    """The part of a store that a loader needs."""
 
     @property
     def path(self) -> Path:
-        """What errors name."""
+        """The path that errors name."""
         ...
 
     @property
     def images(self) -> ImageReader:
-        """The images, whichever backend holds them."""
+        """The images, from either backend."""
         ...
 
 
 class ZarrImages:
-    """images.zarr, read-only. Raises ValueError, which names the file and what is wrong."""
+    """Read-only view of images.zarr. Raises KamimError, naming the file and the fault, if it is damaged."""
 
     def __init__(self, path: Path):
         encoding = mmap_array.read_metadata(path).get("attributes")
@@ -235,16 +236,16 @@ class ZarrImages:
         self._bytes = mmap_array.ArrayReader(path / "data", np.uint8)
 
     def data(self, index: int) -> np.ndarray:
-        """Encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
+        """Returns the encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
         return self._bytes.rows(int(self._start[index]), int(self.lengths[index]))
 
     def in_range(self) -> np.ndarray:
-        """Whether each image's bytes lie within the files: bool [N]."""
+        """Returns whether each image's bytes lie within the files: bool [N]."""
         return (self.lengths > 0) & self._bytes.holds(self._start, self.lengths)
 
 
 def image_faults(images: ImageReader, classes: int) -> dict[str, np.ndarray]:
-    """What may be wrong with single images, and with which of them it is: bool [N] each. classes: their number."""
+    """Returns the possible faults of single images and which images have them, bool [N]. classes: their number."""
     pixels = images.sizes[:, 0].astype(np.int64) * images.sizes[:, 1]
     return {
         "lies outside its file": ~images.in_range(),
@@ -258,9 +259,9 @@ def write_zarr_images(
     path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int,
     encoding: Literal["jpeg", "raw"], largest: int = 0,
 ) -> None:  # fmt: skip
-    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw).
+    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw) of every image.
 
-    total_bytes: of all images; largest: of the largest, where that may be more than a page.
+    total_bytes: bytes of all images. largest: bytes of the largest image; required if it may exceed a page.
     """
     group = mmap_array.create_group(path, {"encoding": encoding})
     page_bytes = mmap_array.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, mmap_array.power_of_two(largest)))
@@ -277,9 +278,9 @@ def write_zarr_images(
 
 
 class Keypoints:
-    """One detector's keypoints, read-only, of N images on V frames in G groups.
+    """Read-only keypoints of one detector, of N images on V frames in G groups.
 
-    frame: uint16 [N, V, 2] (height, width). Raises ValueError, which names the file and what is wrong.
+    frame: uint16 [N, V, 2] (height, width). Raises KamimError, naming the file and the fault, if they are damaged.
     """
 
     def __init__(self, path: Path, detector: str, rules: Rules):
@@ -297,26 +298,26 @@ class Keypoints:
         self._positions = mmap_array.ArrayReader(folder / "positions", np.uint16, (2,))
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G] of each group, in order)."""
+        """Returns the keypoints of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G])."""
         start, total = self._start[index, frame], self._total[index, frame]
         return self._positions.rows(int(start), int(total)), self._counts[index, frame]
 
     def addresses(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of one frame each (int [n]) of several images (int [n]): (addresses uint64 [n], counts uint32 [n, G]).
+        """Returns (addresses uint64 [n], counts uint32 [n, G]) for images `indices` (int [n]) on `frames` (int [n]).
 
-        An address is that of positions as `image` gives them, good as long as this object lives. Raises IndexError
-        where the store is damaged and they lie outside its files.
+        An address points to the positions that `image` returns, and is valid as long as this object exists. Raises
+        IndexError if the store is damaged and positions lie outside its files.
         """
         totals = self._total[indices, frames]
         return self._positions.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
-        """Whether each image's positions lie within the files: bool [N]."""
+        """Returns whether each image's positions lie within the files: bool [N]."""
         return np.asarray(self._positions.holds(self._start, self._total).all(axis=1))
 
 
 def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
-    """What may be wrong with the keypoints of single images, and with which of them it is: bool [N] each."""
+    """Returns the possible faults of the keypoints of single images and which images have them, bool [N]."""
     outside = np.asarray((keypoints.frame < 1) | (keypoints.frame > MAX_FRAME_SIDE))
     return {
         "lies outside its file": ~keypoints.in_range(),
@@ -327,8 +328,10 @@ def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
 def write_keypoints(
     path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], total_rows: int
 ) -> None:
-    """Writes keypoints.zarr/<detector>. Of every image: positions uint16 [K, 2], its frames' one after the other;
-    counts int64 [V, G]; frames uint16 [V, 2]."""
+    """Writes keypoints.zarr/<detector> from (positions, counts, frames) of every image.
+
+    positions: uint16 [K, 2], one frame after the other; counts: int64 [V, G]; frames: uint16 [V, 2].
+    """
     group = mmap_array.create_group(path / detector)
     writer = mmap_array.ArrayWriter(
         group, "positions", (2,), np.uint16, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
@@ -346,10 +349,10 @@ def write_keypoints(
 
 
 class Store:
-    """A published store, opened read-only. Any number of processes may hold the same one."""
+    """A published store, opened read-only. Any number of processes may open the same store."""
 
     def __init__(self, path: Path | str):
-        """Raises ValueError where there is no store, or one of another schema version."""
+        """Raises KamimError if there is no store at `path`, or one of another schema version."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
 
@@ -363,14 +366,14 @@ class Store:
 
     @cached_property
     def images(self) -> ImageReader:
-        """The images, whichever backend holds them. Raises ValueError, naming the file and what is wrong."""
+        """The images, from either backend. Raises KamimError, naming the file and the fault, if they are damaged."""
         self.check_files(IMAGES)
         reader = self.open_images()
         self._check(IMAGES, image_faults(reader, len(self.manifest.classes)))
         return reader
 
     def keypoints(self, detector: str) -> Keypoints:
-        """Keypoints of `detector`. Raises ValueError, with what to do, where the store has none, or damaged ones."""
+        """Opens the keypoints of `detector`. Raises KamimError, with the remedy, if they are missing or damaged."""
         if detector not in self.manifest.rules:
             raise KamimError(
                 f"{self.path}: has no {detector!r} keypoints, only {', '.join(self.detectors) or 'images'}; "
@@ -382,11 +385,11 @@ class Store:
         return reader
 
     def check(self) -> None:
-        """Opens all components. Raises ValueError, naming the file and what is wrong, where one is damaged."""
+        """Opens all components. Raises KamimError, naming the file and the fault, if one is damaged."""
         _ = self.images, *map(self.keypoints, self.detectors)
 
     def check_files(self, component: str | None = None) -> None:
-        """Raises ValueError unless all files of a component (None: of all) are there, and no link is in the store."""
+        """Raises KamimError if a file of the component (None: of any) is missing, or if the store contains a link."""
         files, others = entries(self.path)
         for name in sorted(others):
             raise KamimError(f"{self.path / name}: is a link or a special file; a store has files and folders only")
@@ -395,7 +398,7 @@ class Store:
                 raise KamimError(f"{self.path / name}: is missing; {self._remedy()}")
 
     def open_images(self) -> ImageReader:
-        """The images, where single ones may still be damaged. Raises ValueError where all of them are."""
+        """Opens the images without checking single ones. Raises KamimError if the component is damaged as a whole."""
         path = self._file(IMAGES)
         reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
         self._check_count(path, len(reader.sizes))
@@ -404,14 +407,14 @@ class Store:
         return reader
 
     def open_keypoints(self, detector: str) -> Keypoints:
-        """Keypoints, where those of single images may still be damaged. Raises ValueError where all of them are."""
+        """Opens keypoints without checking single images. Raises KamimError if the component is damaged as a whole."""
         path = self._file(detector)
         reader = Keypoints(path.parent, detector, self.manifest.rules[detector])
         self._check_count(path, len(reader.frame))
         return reader
 
     def _file(self, component: str) -> Path:
-        """The file or folder that holds a component."""
+        """Returns the file or folder of a component."""
         if component == IMAGES:
             return self.path / ("images.beton" if self.manifest.job.images == "ffcv" else "images.zarr")
         return self.path / "keypoints.zarr" / component
@@ -421,18 +424,18 @@ class Store:
             raise KamimError(f"{path}: holds {held} images, but {MANIFEST} says {self.manifest.count}")
 
     def _check(self, component: str, faults: dict[str, np.ndarray]) -> None:
-        """Raises ValueError where any image has one of the faults."""
-        for what, wrong in faults.items():
-            if wrong.any():
-                others = f", and {wrong.sum() - 1} more" if wrong.sum() > 1 else ""
-                raise KamimError(f"{self._file(component)}: image {wrong.argmax()} {what}{others}; {self._remedy()}")
+        """Raises KamimError if any image has one of the faults."""
+        for fault, faulty in faults.items():
+            if faulty.any():
+                others = f", and {faulty.sum() - 1} more" if faulty.sum() > 1 else ""
+                raise KamimError(f"{self._file(component)}: image {faulty.argmax()} {fault}{others}; {self._remedy()}")
 
     def _remedy(self) -> str:
         return f"put it right with `kamim store verify {self.path} --repair`"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """manifest.json of the store at `path`. Raises ValueError, naming what is wrong."""
+    """Reads manifest.json of the store at `path`. Raises KamimError, naming the fault."""
     file = path / MANIFEST
     if not file.is_file() and (path / BACKUP).is_file():
         raise KamimError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
@@ -444,7 +447,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
-    """The manifest of the store at `path` from the file's bytes. Raises ValueError, naming what is wrong."""
+    """Parses the bytes of the manifest of the store at `path`. Raises KamimError, naming the fault."""
     file = path / MANIFEST
     try:
         fields: dict[str, Any] = json.loads(content)
@@ -460,53 +463,54 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
-        raise KamimError(": ".join(filter(None, (str(file), where, what)))) from error
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise KamimError(": ".join(filter(None, (str(file), key, message)))) from error
 
 
 def seal(path: Path, content: bytes) -> None:
-    """Gives a store that is otherwise whole its manifest, and the manifest's backup."""
+    """Writes the manifest and its backup, the last files of a store."""
     write_whole(path / BACKUP, backup_of(content))
     write_whole(path / MANIFEST, content)
 
 
 def backup_of(manifest: bytes) -> bytes:
-    """What manifest.backup holds."""
+    """Returns the content of manifest.backup."""
     return hashlib.sha256(manifest).hexdigest().encode() + b"\n" + manifest
 
 
 def agreed_manifest(path: Path) -> bytes | None:
-    """The manifest's bytes by the majority of the file, its copy and the sha256; None where no two agree.
+    """Returns the manifest's bytes by majority of the file, its copy and the sha256, or None if no two agree.
 
-    Where one of the two files is missing, the other one's word counts.
+    If one of the two files is missing, the other one counts.
     """
-    ours, backup = (sealed_file(path / name) for name in (MANIFEST, BACKUP))
+    manifest, backup = (sealed_file(path / name) for name in (MANIFEST, BACKUP))
     copy = backup.partition(b"\n")[2]
     if backup == backup_of(copy):
         return copy
-    return ours if ours and (not backup or ours == copy or backup.startswith(backup_of(ours)[:64])) else None
+    trusted = not backup or manifest == copy or backup.startswith(backup_of(manifest)[:64])
+    return manifest if manifest and trusted else None
 
 
 def sealed_file(file: Path) -> bytes:
-    """What the manifest or its backup holds; nothing if it is missing, no regular file, or larger than any can be."""
+    """Reads the manifest or its backup; returns b"" if it is missing, not a regular file, or too large."""
     plain = file.is_file() and not file.is_symlink() and file.stat().st_size <= 2 * MANIFEST_BYTES
     return file.read_bytes() if plain else b""
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """Returns the sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(path: Path, besides: Collection[str] = ()) -> dict[str, str]:
-    """sha256 of every file below `path`, by relative path, sorted; not of the manifest, its backup, and `besides`."""
+    """Returns the sha256 of every file below `path` by relative path, except the manifest, its backup and `besides`."""
     return {name: checksum(path / name) for name in sorted(entries(path)[0] - {MANIFEST, BACKUP, *besides})}
 
 
 def entries(path: Path) -> tuple[set[str], set[str]]:
-    """What lies below `path`, by relative path: (regular files, what is neither file nor folder, such as links)."""
+    """Returns the relative paths below `path`: (regular files, everything else except folders, such as links)."""
     files: set[str] = set()
     others: set[str] = set()
     for folder, folders, names in os.walk(path):
@@ -518,7 +522,7 @@ def entries(path: Path) -> tuple[set[str], set[str]]:
 
 
 def fsync(path: Path) -> None:
-    """Makes a file or a directory entry durable."""
+    """Flushes a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -527,13 +531,13 @@ def fsync(path: Path) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file durably so that it is never there in part; one that had its name is replaced. Raises OSError."""
+    """Writes a file atomically and durably, replacing an existing one. Raises OSError if it cannot be written."""
     staged = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # other hosts may write the same file
     try:
         staged.write_bytes(content)
         fsync(staged)
         staged.replace(file)
-    except OSError as error:  # of a full disk the system names no file
+    except OSError as error:  # for a full disk, the system names no file
         raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         staged.unlink(missing_ok=True)
@@ -541,13 +545,13 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Makes everything below `partial` durable, then gives it its final name in one rename."""
+    """Flushes everything below `partial` to disk, then renames it to `final`, so that `final` is always complete."""
     make_durable(partial)
     partial.rename(final)
     fsync(final.parent)
 
 
 def make_durable(path: Path) -> None:
-    """Makes a directory and everything below it durable."""
+    """Flushes a directory and everything below it to disk."""
     for entry in (*path.rglob("*"), path):
         fsync(entry)

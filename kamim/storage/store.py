@@ -89,7 +89,7 @@ class Job(pydantic.BaseModel):
     @classmethod
     def _folder_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            _require(name.isidentifier() and name != IMAGES, f"{name!r} is no name of a detector")
+            _require(name.isidentifier() and name != IMAGES, f"{name!r} is not a detector name")
             _require(names.count(name) == 1, f"{name} is named twice")
         return names
 
@@ -403,7 +403,8 @@ class Store:
         reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
         self._check_count(path, len(reader.sizes))
         if reader.raw != (self.manifest.job.encoding == "raw"):
-            raise KamimError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} says otherwise")
+            encoding = self.manifest.job.encoding
+            raise KamimError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} has encoding {encoding!r}")
         return reader
 
     def open_keypoints(self, detector: str) -> Keypoints:
@@ -421,7 +422,7 @@ class Store:
 
     def _check_count(self, path: Path, held: int) -> None:
         if held != self.manifest.count:
-            raise KamimError(f"{path}: holds {held} images, but {MANIFEST} says {self.manifest.count}")
+            raise KamimError(f"{path}: holds {held} images, but {MANIFEST} has count {self.manifest.count}")
 
     def _check(self, component: str, faults: dict[str, np.ndarray]) -> None:
         """Raises KamimError if any image has one of the faults."""

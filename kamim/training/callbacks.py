@@ -1,6 +1,6 @@
-"""What runs between steps: a panel of reconstructions, and a kNN probe of the features.
+"""Callbacks of pretraining: a panel of reconstructions, and a kNN probe of the features.
 
-Neither trains anything, draws from a generator or leaves a trace in the model, so a run with them is the run without.
+They train nothing, use no random generator and leave the model unchanged, so they do not change a run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,19 +30,19 @@ from pipelines.samples import Samples, all_samples, check_labels, some_per_class
 
 NEIGHBOURS = 20
 SHOWN = 8  # samples in a panel
-BATCH = 256  # images of a step of the probe
+BATCH = 256  # images per batch of the probe
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The labelled samples of a run's online probe."""
+    """The labelled samples of the online probe."""
 
     train: Samples
     val: Samples
 
 
 def open_probe(config: Pretrain) -> Probe | None:
-    """The stores of config.probe, if there is one. Raises ValueError where they cannot be probed on."""
+    """Opens the stores of config.probe, if it is set. Raises KamimError if they do not suit a probe."""
     if config.probe is None:
         return None
     train, val = Store(config.probe.train), Store(config.probe.val)
@@ -60,7 +60,7 @@ def open_probe(config: Pretrain) -> Probe | None:
 
 
 def of_run(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
-    """The callbacks that a run's configuration asks for."""
+    """Returns the callbacks that the configuration of a run enables."""
     model, device, per_epoch = trainer.model, trainer.world.device, trainer.run.steps_per_epoch
     assert isinstance(model, MaskedImageModel)
     requested = []
@@ -73,25 +73,26 @@ def of_run(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None
 
 
 def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callable[[], Batch]) -> Callback:
-    """Shows the samples every so many steps: masked, reconstructed, and for KAMIM their keypoints and weights.
+    """Returns a callback that draws samples: masked, reconstructed, and for KAMIM with keypoints and weights.
 
-    samples: always the same, on the model's device; counts, if any, in cells of one pixel, which is the map F.
+    every: steps between two panels. samples: returns the same samples at each call, on the model's device, with counts
+    (if any) in cells of one pixel, which form the map F.
     """
 
     def run(step: int, metrics: Metrics) -> None:
         from kamim.reporting import plots  # takes a second to import
 
         batch, weighting = samples(), config.weighting
-        with _evaluating(model):  # not compiled, which would be done once more for this size
-            made = reconstruct(model, batch, config.mask, config.seed, 0, config.compute)
+        with _eval_mode(model):  # the uncompiled model: torch.compile would recompile for this batch size
+            reconstruction = reconstruct(model, batch, config.mask, config.seed, 0, config.compute)
         bitmaps = weights = None
         if weighting is not None and batch.counts is not None:
             bitmaps = batch.counts.cpu().numpy() > 0
             counts = np.stack([map_counts(f, weighting.patch_size) for f in bitmaps])
             weights = keypoint_weights(counts, weighting.patch_size, weighting.temperature)
         figure = plots.panel_sheet(
-            batch.images.cpu().numpy(), made.masked_pixels.cpu().numpy(),
-            made.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",
+            batch.images.cpu().numpy(), reconstruction.masked_pixels.cpu().numpy(),
+            reconstruction.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",
         )  # fmt: skip
         metrics.panel(step, plots.pixels(figure))
 
@@ -99,11 +100,11 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
 
 
 def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Probe, device: torch.device) -> Callback:
-    """Logs knn_top1 every so many steps: per cent of val whose class NEIGHBOURS samples of train vote for.
+    """Returns a callback that logs knn_top1: the top-1 accuracy (%) on val of a vote of NEIGHBOURS samples of train.
 
-    Features are those of `kamim eval --mode knn`.
+    every: steps between two probes. Features are those of `kamim eval --mode knn`.
     """
-    alone = World(0, 1, device)  # the first process does it alone
+    alone = World(0, 1, device)  # only the first process computes the probe
     readout = Readout(resolve(model.encoder, "paper"), "mean", "none")
 
     def features(samples: Samples) -> tuple[Tensor, Tensor]:
@@ -111,15 +112,15 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
         return _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
 
     def run(step: int, metrics: Metrics) -> None:
-        with _evaluating(model):
-            known, known_labels = features(probe.train)
-            asked, labels = features(probe.val)
-        k = min(NEIGHBOURS, len(known))
-        found = knn(
-            known, known_labels, asked, labels, len(probe.train.classes), known.device, lambda done, total: None,
+        with _eval_mode(model):
+            train, train_labels = features(probe.train)
+            val, val_labels = features(probe.val)
+        k = min(NEIGHBOURS, len(train))
+        accuracies = knn(
+            train, train_labels, val, val_labels, len(probe.train.classes), train.device, lambda done, total: None,
             ks=(k,),
         )  # fmt: skip
-        metrics.log({"knn_top1": found[str(k)]["top1"]})
+        metrics.log({"knn_top1": accuracies[str(k)]["top1"]})
 
     return Callback(every, run)
 
@@ -127,19 +128,19 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
 def _features(
     model: MaskedImageModel, readout: Readout, batches: Iterable[Batch], compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """float32 [N, D] and labels int64 [N]."""
-    found, labels = [], []
+    """Returns features float32 [N, D] and labels int64 [N]."""
+    features, labels = [], []
     for batch in batches:
         with autocast(compute, batch.images.device):
             *_, (_, tokens) = blocks(model.encoder, normalise(batch.images), readout.block)
-            found.append(fixed(model.encoder, tokens, readout).float())
+            features.append(fixed(model.encoder, tokens, readout).float())
         labels.append(batch.labels.clone())  # the loader reuses its memory
-    return torch.cat(found), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 @contextmanager
-def _evaluating(model: MaskedImageModel) -> Iterator[None]:
-    """Inside, the model evaluates and keeps no gradients; after it, it trains again if it did."""
+def _eval_mode(model: MaskedImageModel) -> Iterator[None]:
+    """Sets eval mode without gradients in the context, and restores the model's mode after it."""
     training = model.training
     model.eval()
     try:

@@ -1,11 +1,11 @@
-"""Checkpoints: a directory of safetensors and JSON, written beside and renamed. Nothing is unpickled.
+"""Checkpoints: directories of safetensors and JSON files, published by a rename. Nothing is unpickled.
 
-RUN/checkpoints/step-00001200/       model.safetensors   weights, by parameter name
-                                     optimizer.safetensors  the optimiser's state, as <parameter>.<field>
-                                     state.json          kind of run, step, configuration, versions, checksums
+RUN/checkpoints/step-00001200/       model.safetensors      weights by parameter name
+                                     optimizer.safetensors  optimiser state as <parameter>.<field>
+                                     state.json             kind of run, step, configuration, versions, checksums
 
-What has a final name was whole and durable when it got it. A name that ends in .partial is of something half-written or
-half-removed, which the next save clears away.
+A directory without the suffix .partial is complete and fsynced. One with it is half-written or half-removed; the next
+save removes it.
 """
 
 import json
@@ -46,18 +46,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `newest` so many, and those at multiples of `every` steps for good."""
+    """Retention of checkpoints: the `newest` n, and permanently those at multiples of `every` steps."""
 
     newest: int
     every: int | None = None
 
     def drops(self, steps: list[int]) -> list[int]:
-        """Those of `steps`, ascending, that need not stay."""
+        """Returns the steps (given in ascending order) whose checkpoints are to be removed."""
         return [step for step in steps[: -self.newest] if not self.every or step % self.every]
 
 
 class State(pydantic.BaseModel):
-    """state.json, as another may have written it. checksums: sha256 of the other files, by name."""
+    """The untrusted content of state.json. checksums: sha256 of the other files, by name."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -79,9 +79,9 @@ class State(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved state of a run of `kind`. step: optimiser steps done. weights: sha256 of model.safetensors.
+    """A saved state of a run of `kind`. step: optimiser steps done. weights: sha256 of model.safetensors.
 
-    has_head: false for an imported encoder without a pixel head.
+    has_head: False for an imported encoder without a pixel head.
     """
 
     path: Path
@@ -93,17 +93,17 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Pretrain:
-        """How it was pretrained. Raises ValueError where it is no pretraining checkpoint."""
+        """The configuration of the pretraining. Raises KamimError if it is not a pretraining checkpoint."""
         if self.kind != "pretrain":
             raise KamimError(f"{self.path}: is of kind {self.kind}, not a pretraining checkpoint")
         return _pretraining(self.settings)
 
     def model_state(self) -> dict[str, Tensor]:
-        """Weights by parameter name. Raises ValueError where the file is not safetensors."""
+        """Returns the weights by parameter name. Raises KamimError if the file is not safetensors."""
         return _load_tensors(self.path / MODEL)
 
     def build_model(self) -> MaskedImageModel:
-        """The model of this checkpoint, on the CPU, weights loaded. Raises ValueError for weights of another model."""
+        """Returns the model with its weights, on the CPU. Raises KamimError if the weights do not fit the model."""
         name, resolution, state = self.config.model.name, self.config.data.resolution, self.model_state()
         with torch.device("meta"):  # weights are compared before the model takes any memory
             own = MaskedImageModel(name, resolution).state_dict()
@@ -117,10 +117,10 @@ class Checkpoint:
 def save(
     run: Path, step: int, kind: Kind, config: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, keep: Keep
 ) -> Path:
-    """Writes RUN/checkpoints/step-*, durable and whole; once it stands, drops those that need not stay.
+    """Writes RUN/checkpoints/step-* atomically and durably, then removes the checkpoints that `keep` drops.
 
-    Later ones than `step` are dropped, too: the run went back behind them, as they were damaged. Raises OSError
-    where it cannot be written (a full disk); what was there before is there still.
+    Checkpoints later than `step` are removed too: they were damaged, and the run resumed before them. Raises OSError if
+    it cannot be written (a full disk); existing checkpoints are then kept.
     """
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     files = {MODEL: weights, OPTIMIZER: _optimizer_state(model, optimizer)}
@@ -132,15 +132,15 @@ def save(
 
 
 def tidy(run: Path, step: int, keep: Keep) -> None:
-    """Drops checkpoints up to `step` that need not stay, and what is half-written or half-removed."""
+    """Removes the checkpoints up to `step` that `keep` drops, and half-written or half-removed directories."""
     for old in keep.drops([other for other in saved(run) if other <= step]):
         _remove(_path(run, old))
-    for left in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
-    """Writes weights from elsewhere as a checkpoint at `path`. Raises ValueError where something is there."""
+    """Writes imported weights as a checkpoint at `path`. Raises KamimError if `path` exists."""
     given = {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
     config = load(Pretrain, None, given=given)
     with lock.alone(path, "--out"):
@@ -176,17 +176,17 @@ def _write(
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file with the mode that new files have, where the library gives it 0600. Raises OSError."""
+    """Writes a safetensors file with the default file mode (the library sets 0600). Raises OSError."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})  # which transformers asks for
-    except SafetensorError as error:  # its own for a full disk
+        save_file(tensors, file, metadata={"format": "pt"})  # transformers requires this metadata
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(f"{file}: {error}") from error
-    os.umask(mask := os.umask(0))  # can only be read by setting it
+    os.umask(mask := os.umask(0))  # the umask can only be read by setting it
     file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:
-    """Its name goes first, so that what is half-removed is not taken for a checkpoint."""
+    """Removes a checkpoint. It is renamed first, so that a half-removed one is not read as a checkpoint."""
     shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")), ignore_errors=True)
 
 
@@ -195,54 +195,54 @@ def _path(run: Path, step: int) -> Path:
 
 
 def saved(run: Path) -> list[int]:
-    """Steps of a run's checkpoints, ascending, whole or not."""
-    found = (re.fullmatch("step-([0-9]{8,})", path.name) for path in (run / "checkpoints").glob("step-*"))
-    return sorted(int(name[1]) for name in found if name)
+    """Returns the steps of a run's checkpoints in ascending order, damaged ones included."""
+    names = (re.fullmatch("step-([0-9]{8,})", path.name) for path in (run / "checkpoints").glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def at(run: Path, step: int) -> Checkpoint:
-    """A run's checkpoint after `step` steps. Raises ValueError where it is missing or damaged."""
-    found = read(_path(run, step))
-    if found.step != step:
-        raise KamimError(f"{found.path / STATE}: is of step {found.step}, its folder of step {step}")
-    return found
+    """Reads a run's checkpoint after `step` steps. Raises KamimError if it is missing or damaged."""
+    checkpoint = read(_path(run, step))
+    if checkpoint.step != step:
+        raise KamimError(f"{checkpoint.path / STATE}: is of step {checkpoint.step}, its folder of step {step}")
+    return checkpoint
 
 
 def latest(run: Path, most: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run directory (of at most `most` steps), or None where it has none.
+    """Reads the newest undamaged checkpoint of a run (of at most `most` steps); None if the run has no checkpoint.
 
-    Damaged ones are passed over with a warning. Raises ValueError where all are damaged.
+    Damaged ones are skipped with a warning. Raises KamimError if all are damaged.
     """
     problem = None
     for step in reversed([step for step in saved(run) if most is None or step <= most]):
         try:
-            found = at(run, step)
+            checkpoint = at(run, step)
         except (ValueError, OSError) as error:
             problem = error
-            log.warning("%s; taking the checkpoint before", error)
+            log.warning("%s; using the checkpoint before it", error)
         else:
-            return found
+            return checkpoint
     if problem is not None:
-        raise KamimError(f"{run}: has no checkpoint that is whole; remove {run / 'checkpoints'} to start anew")
+        raise KamimError(f"{run}: has only damaged checkpoints; remove {run / 'checkpoints'} to start anew")
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint directory, or the newest one of a run directory. Raises ValueError where it is neither."""
+    """Reads a checkpoint directory, or the newest one of a run directory. Raises KamimError if it is neither."""
     file = path / STATE
     if not file.is_file():
-        found = latest(path)
-        if found is None:
+        newest = latest(path)
+        if newest is None:
             raise KamimError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
-        return found
+        return newest
     try:
         state = State.model_validate_json(file.read_bytes())
         if state.kind == "pretrain":
             _pretraining(state.config)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        said = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-        raise KamimError(f"{file}: not a checkpoint's state: {one_line(said)}") from error
+        message = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise KamimError(f"{file}: not a checkpoint's state: {one_line(message)}") from error
     except ValueError as error:
         raise KamimError(f"{file}: not a checkpoint's state: {one_line(error)}") from error
     for name, expected in state.checksums.items():
@@ -258,12 +258,12 @@ def _pretraining(settings: dict[str, Any]) -> Pretrain:
 def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (SafetensorError, LookupError) as error:  # LookupError: of a dtype that torch does not have
+    except (SafetensorError, LookupError) as error:  # LookupError: a dtype that torch does not have
         raise KamimError(f"{file}: not a file of tensors: {one_line(error)}") from error
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Loads weights and optimiser state. Raises ValueError for another architecture, or another optimiser's state."""
+    """Loads weights and optimiser state. Raises KamimError if they are of another architecture or optimiser."""
     load_weights(checkpoint, model)
     file = checkpoint.path / OPTIMIZER
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -282,25 +282,25 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Loads weights into `model`. Raises ValueError, naming the first difference, for another architecture."""
+    """Loads weights into `model`. Raises KamimError, naming the first difference, if the architecture differs."""
     state = checkpoint.model_state()
     _check_fits(checkpoint.path, state, model.state_dict())
     model.load_state_dict(state)
 
 
 def _check_fits(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming the first difference, where weights are not a model's by name, shape and type."""
+    """Raises KamimError, naming the first difference, unless weights have the model's names, shapes and types."""
     for name in sorted(own.keys() | state.keys()):
-        there, here = (_about(d[name]) if name in d else "nothing" for d in (state, own))
-        if there != here:
+        stored, expected = (_about(d[name]) if name in d else "nothing" for d in (state, own))
+        if stored != expected:
             raise KamimError(
-                f"{path}: holds another architecture than the model asked for "
-                f"({name} is {there} in the checkpoint, {here} in the model)"
+                f"{path}: holds another architecture than the requested model "
+                f"({name} is {stored} in the checkpoint, {expected} in the model)"
             )
 
 
 def _about(tensor: Tensor) -> str:
-    """Its shape, and its type unless that is floating-point."""
+    """Returns the shape as text, with the dtype unless it is floating-point."""
     shape = str(tuple(tensor.shape))
     return shape if tensor.is_floating_point() else f"{shape} of {tensor.dtype}"
 

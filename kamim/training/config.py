@@ -1,7 +1,7 @@
 """Configuration of pretraining.
 
-Defaults are the paper's (section 4.1, and the released code's where the paper is silent), so a preset in configs/ holds
-only what differs. `kamim config show NAME` prints every key of a preset with its meaning.
+Defaults are the paper's (section 4.1), or the released code's if the paper gives none, so a preset in configs/ holds
+only the keys that differ. `kamim config show NAME` prints every key of a preset with its meaning.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ class Model(Section):
     name: str = "vit_base"
     """A key of kamim.models.architectures.ARCHITECTURES."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth rate of the last block. The released code has none, for a Swin as for a ViT."""
+    """Stochastic depth rate of the last block. The released code uses none, for Swin and ViT alike."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -48,27 +48,27 @@ class Model(Section):
 
 
 class Data(Section):
-    """What is trained on."""
+    """The training data."""
 
     store: Path
     """A store made by `kamim preprocess`."""
     resolution: Annotated[int, Field(gt=0, le=65_535)] = 192
     """Side of the crops in px."""
     crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
-    """Smallest and largest share of the image's area that a random resized crop shows."""
+    """Smallest and largest share of the image's area that a random resized crop covers."""
     crop_ratio: tuple[Positive, Positive] = CROP_RATIO
     """Smallest and largest ratio of a crop's width to its height."""
     flip_v: bool = True
-    """Whether half of the crops are flipped vertically, turned upside down, as the released code's are."""
+    """Whether half of the crops are flipped vertically (upside down), as in the released code."""
     flip_h: bool = True
     """Whether half of the crops are flipped horizontally."""
     drop_last: bool = True
-    """Whether an epoch leaves out the samples that do not fill a step, or ends with a short step, as the released
-    code's."""
+    """Whether an epoch leaves out the samples that do not fill a step. With false it ends with a short step, as in
+    the released code."""
     workers: Count | None = None
-    """Loader threads; null is one per core."""
+    """Number of loader threads; null is one per core."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Whether a sample that cannot be loaded stops the run, or is left out of its batch, counted and logged."""
+    """Whether a sample that cannot be loaded stops the run, or is left out of its batch, counted and logged (skip)."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -80,7 +80,7 @@ class Data(Section):
 
 
 class Mask(Section):
-    """SimMIM's mask."""
+    """SimMIM's masks."""
 
     patch_size: Count = 32
     """Side of a mask block in px."""
@@ -94,16 +94,16 @@ class Weighting(Section):
     detector: str = "fast"
     """fast, sift, orb, or a registered detector."""
     footprint: str = "ring"
-    """What a keypoint sets in the map F: ring is the released code's, point the paper's text's."""
+    """Pixels that a keypoint sets in the map F: ring as in the released code, point as in the paper's text."""
     patch_size: Annotated[int, Field(gt=0, le=128)] = 8
     """w_ps: side of a cell of W in px."""
     temperature: Positive = 0.25
-    """T."""
+    """T of Eq. 2."""
     keypoints: Literal["store", "online"] = "store"
-    """Whether keypoints come from the store or are found on every crop. The latter is the released code's way only on a
-    store of originals (`kamim preprocess --images-as original`)."""
+    """Whether keypoints come from the store or are detected on every crop (online). The latter reproduces the released
+    code only on a store of originals (`kamim preprocess --images-as original`)."""
     normalize: bool = False
-    """Whether W is divided by its mean over the image, so that T does not scale the loss. The paper does not."""
+    """Whether W is divided by its mean over the image, so that T does not scale the loss. The paper does not do so."""
 
     @pydantic.field_validator("detector")
     @classmethod
@@ -120,27 +120,27 @@ class Optim(Section):
     """AdamW and the cosine schedule."""
 
     lr: Positive = 8e-4
-    """Learning rate for batch_size samples per step over all ranks; it is not scaled."""
+    """Peak learning rate for batch_size samples per step over all ranks; it is not scaled."""
     weight_decay: NotNegative = 0.05
-    """Of every parameter."""
+    """Weight decay of every parameter."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Of AdamW."""
+    """AdamW's betas."""
     clip_grad: Positive | None = 1.0
     """Largest gradient norm; null does not clip."""
     batch_size: Count = 2048
-    """Samples of a step, over all ranks."""
+    """Samples per step, over all ranks."""
     micro_batch: Count = 256
     """Samples that a rank computes at once; it changes a run by rounding only."""
     epochs: Count = 100
-    """Passes over the samples."""
+    """Number of passes over the samples."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
     """Epochs of linear warm-up."""
     cosine_epochs: Count | None = None
-    """Where the cosine reaches min_lr, counted from the start of the run, warm-up included; null is epochs."""
+    """Epoch at which the cosine reaches min_lr, counted from the start of the run, warm-up included; null is epochs."""
     warmup_lr: NotNegative = 1e-6
-    """Where the warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     min_lr: NotNegative = 1e-5
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -152,25 +152,25 @@ class Optim(Section):
         return self
 
     def schedule(self, steps_per_epoch: int) -> tuple[int, int, int]:
-        """Optimiser steps: of the run, of its warm-up, and to the cosine's end."""
+        """Returns the optimiser steps of the run, of its warm-up, and to the cosine's end."""
         end = self.epochs if self.cosine_epochs is None else self.cosine_epochs
         return self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch, end * steps_per_epoch
 
 
 class PretrainOptim(Optim):
-    """Optim, with durations in any unit."""
+    """Optim with durations in any unit."""
 
     duration: Duration | None = None
     """Overrides epochs, in any unit: 5000 steps, 0.5 epochs or 1e6 examples."""
     warmup: Duration | None = None
-    """Overrides warmup_epochs, likewise."""
+    """Overrides warmup_epochs, in any unit."""
     cosine: Duration | None = None
-    """Overrides cosine_epochs, likewise."""
+    """Overrides cosine_epochs, in any unit."""
     decay_all: bool = True
-    """false spares vectors (biases, norms), positions and tokens the weight decay. The released code does not."""
+    """false exempts vectors (biases, norms), positions and tokens from weight decay. The released code does not."""
 
     def schedule(self, steps_per_epoch: int) -> tuple[int, int, int]:
-        """As Optim's. Raises ValueError where the three do not fit together."""
+        """Returns the steps as Optim does. Raises KamimError unless warmup < cosine <= duration."""
         total, warmup, end = super().schedule(steps_per_epoch)
         if self.duration is not None:
             total = in_steps(self.duration, self.batch_size, steps_per_epoch)
@@ -188,42 +188,42 @@ class PretrainOptim(Optim):
 
 
 class Compute(Section):
-    """What a run computes with."""
+    """Device and precision of the computation."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is cuda where there is one."""
+    """auto is cuda if available, otherwise cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda, and fp32 on a CPU, where bf16 is
-    mostly slower. `kamim eval` validates and reconstructs in fp32 whatever this says."""
+    """bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda, and fp32 on a CPU, on which bf16 is
+    mostly slower. `kamim eval` always validates and reconstructs in fp32."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to torch.compile; auto does on cuda."""
+    """Whether to use torch.compile; auto is true on cuda only."""
     threads: Count | None = None
     """Threads of torch's operations on a CPU, in every process; null is OMP_NUM_THREADS if that is set (torchrun sets
     it to 1), otherwise the number of cores that the process may use."""
 
 
 class Log(Section):
-    """Where metrics go beside metrics.jsonl and TensorBoard."""
+    """Loggers besides metrics.jsonl and TensorBoard."""
 
     wandb: bool | str = False
-    """Weights & Biases: true, or a project's name."""
+    """Weights & Biases: true, or the name of a project."""
 
 
 class OnlineProbe(Section):
-    """Nearest neighbours by the features so far. The first process alone computes them."""
+    """A kNN probe of the features during pretraining. Only the first process computes it."""
 
     train: Path
-    """A labelled store, of any classes."""
+    """A labelled store, with any classes."""
     val: Path
     """A store with the same classes."""
     every_epochs: Count = 10
     """Epochs between two probes."""
     per_class: Count | None = 100
-    """Training samples of each class; null is all."""
+    """Training samples per class; null is all."""
 
 
 class Pretrain(Section):
-    """`kamim pretrain`."""
+    """Configuration of `kamim pretrain`."""
 
     PRESETS: ClassVar[str] = "pretrain"
 
@@ -234,29 +234,29 @@ class Pretrain(Section):
     """null is SimMIM (Eq. 1), otherwise KAMIM (Eq. 3)."""
     optim: PretrainOptim = PretrainOptim()
     norm_pix_loss: bool = False
-    """Whether the target of every patch is normalised by its own mean and deviation, as MAE's. A patch is what one
-    output token reconstructs: 16 px of a ViT, 32 px of a Swin."""
+    """Whether the target of every patch is normalised by its own mean and deviation, as in MAE. A patch is the area
+    that one output token reconstructs: 16 px for a ViT, 32 px for a Swin."""
     init_from: Path | None = None
-    """A run, a checkpoint or a file that `kamim import` reads, whose weights the run begins with; null begins with
-    random ones."""
+    """A run, a checkpoint or a file that `kamim import` reads, whose weights initialise the model; null initialises it
+    randomly."""
     compute: Compute = Compute()
     out: Path
     """The run's folder."""
     seed: Seed = 0
-    """Of every random draw."""
+    """Seed of every random draw."""
     checkpoint_epochs: Count = 5
     """Epochs between two checkpoints."""
     keep_checkpoints: Count = 3
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     keep_every_epochs: Count | None = None
-    """Epochs between two checkpoints that stay for good; null is none."""
+    """Epochs between two checkpoints that are kept permanently; null is none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What happens where a loss or gradient is not finite."""
+    """Whether a loss or gradient that is not finite stops the run, or its step is skipped."""
     log: Log = Log()
     panel_epochs: Count | None = 10
-    """Epochs between two pictures of what the model makes of a few samples; null is none."""
+    """Epochs between two pictures of a few reconstructed samples; null is none."""
     probe: OnlineProbe | None = None
-    """A kNN probe of the features while they train; null is none."""
+    """A kNN probe of the features during training; null is none."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
@@ -271,7 +271,7 @@ class Pretrain(Section):
 
     @property
     def normalised_patches(self) -> int | None:
-        """Side in px of the patches whose targets norm_pix_loss normalises; None without it."""
+        """Side in px of the patches that norm_pix_loss normalises; None without it."""
         return ARCHITECTURES[self.model.name].stride if self.norm_pix_loss else None
 
 

@@ -1,4 +1,4 @@
-"""What a run reads: its store's loader, and what must fit between the two."""
+"""Builds the loaders of a run and checks that its store and its configuration match."""
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from pipelines.samples import Samples
 
 
 def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
-    """The random crops, keypoint counts and order that a process of a run trains on.
+    """Returns the loader of the random crops and keypoint counts that a process of a run trains on.
 
-    Raises ValueError where the store cannot give them.
+    Raises KamimError if the store does not have them.
     """
     optim, data = config.optim, config.data
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
@@ -33,7 +33,8 @@ def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
 
 
 def shown_samples(config: Pretrain, store: Store, count: int, device: torch.device) -> Batch:
-    """A few samples from all over the store, cropped as in the first epoch; counts in cells of one pixel: the map F."""
+    """Returns samples spread evenly over the store, cropped as in the first epoch, with counts in cells of one pixel
+    (the map F)."""
     count = min(count, len(store))
     chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
     plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
@@ -45,7 +46,7 @@ def shown_samples(config: Pretrain, store: Store, count: int, device: torch.devi
 
 
 def whole_images(samples: Samples, resolution: int, batch_size: int, workers: int | None, world: World) -> Loader:
-    """Every sample once, in order, as a whole image of resolution x resolution px: what evaluation reads."""
+    """Returns the loader of evaluation: every sample once, in order, as a whole image of resolution x resolution px."""
     size = max(min(batch_size, len(samples.numbers)), world.size)
     plan = Plan(
         len(samples.numbers), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size,
@@ -55,7 +56,7 @@ def whole_images(samples: Samples, resolution: int, batch_size: int, workers: in
 
 
 def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
-    """Raises ValueError where the store's images were made too small, so that crops would be enlarged."""
+    """Raises KamimError if the store's images are so small that crops would be enlarged."""
     area = store.manifest.stored_area
     if area is not None and area < 0.99 * resolution**2 / smallest_crop:
         raise KamimError(
@@ -65,13 +66,13 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
 
 
 def online_differs(config: Pretrain, store: Store) -> str:
-    """What to know of a run that detects keypoints online on images that are not the originals, else ''."""
+    """Returns a warning if a run detects keypoints online on images that are not the originals, otherwise ""."""
     online = config.weighting is not None and config.weighting.keypoints == "online"
     if not online or store.manifest.job.encoding == "original":
         return ""
     return (
         f"weighting.keypoints = online: {store.path} holds resized images, on which detectors find other "
-        "keypoints than on the originals (docs/fidelity.md); the released code's way needs a store of "
+        "keypoints than on the originals (docs/fidelity.md); to reproduce the released code, use a store of "
         "`kamim preprocess --images-as original`"
     )
 
@@ -82,7 +83,7 @@ def _crop(config: Pretrain) -> Crop:
 
 
 def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:
-    """Where the counts of a run come from, in cells of patch_size px. Raises ValueError where the store has none."""
+    """Returns the source of a run's counts in cells of patch_size px. Raises KamimError if the store has none."""
     weighting = config.weighting
     if weighting is None:
         return None

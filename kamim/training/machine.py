@@ -1,4 +1,4 @@
-"""What a result was made on: processor, GPUs, versions."""
+"""The machine that a result was computed on, and process-wide settings of memory and threads."""
 
 import ctypes
 import json
@@ -17,12 +17,12 @@ import torch
 import kamim
 from kamim.training.distributed import World
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 LIBRARIES = ("torch", "timm", "numpy", "numba", "opencv-python", "simplejpeg")
 
 
 def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
-    """Names and versions, for JSON. gpus: as torch names them."""
+    """Returns names and versions of hardware and libraries, for JSON. gpus: torch's names."""
     return {
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -31,8 +31,8 @@ def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
 
 
 def keep_memory() -> None:
-    """Of this process, for itself: glibc hands large tensors back to the system after every use, and the system clears
-    every page that it gives anew. Nothing happens without glibc, or on another system.
+    """Keeps freed memory in this process. By default glibc returns large tensors to the system after every use, and the
+    system clears every page before it hands it out again. Without glibc, or on another system, it does nothing.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
@@ -41,13 +41,13 @@ def keep_memory() -> None:
 
 def use_threads(threads: int | None) -> None:
     """Sets the number of threads of torch's operations on a CPU; None: see kamim.training.config.Compute."""
-    openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by level of nesting, of which torch has one
+    openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list by nesting level; torch has one level
     default = int(openmp) if openmp.isdecimal() else len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(default, 1))
 
 
 def log_start(run: Path, step: int, steps: int, world: World) -> None:
-    """Adds a line to RUN/starts.jsonl: when, from which step of how many, and on what the run goes on."""
+    """Appends a line to RUN/starts.jsonl: time, first step, number of steps, and the machine."""
     run.mkdir(parents=True, exist_ok=True)
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
@@ -60,14 +60,14 @@ def log_start(run: Path, step: int, steps: int, world: World) -> None:
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    """All of them, oldest first, except lines that are not whole; none where there is no file."""
-    file, found = run / "starts.jsonl", []
+    """Reads RUN/starts.jsonl, oldest first, without damaged lines; returns [] if there is no file."""
+    file, records = run / "starts.jsonl", []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
-        with suppress(ValueError, RecursionError):  # a machine that went down, a full disk, somebody else's file
-            start = json.loads(line)
-            if isinstance(start, dict) and all(type(start.get(key)) is int for key in ("step", "steps", "processes")):
-                found.append(start)
-    return found
+        with suppress(ValueError, RecursionError):  # a crash, a full disk or an untrusted file
+            record = json.loads(line)
+            if isinstance(record, dict) and all(type(record.get(key)) is int for key in ("step", "steps", "processes")):
+                records.append(record)
+    return records
 
 
 def _version(library: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl and TensorBoard always, Weights & Biases where asked for.
+"""Logs the metrics of a run to metrics.jsonl and TensorBoard, and to Weights & Biases if it is enabled.
 
 RUN/metrics.jsonl   one line per optimiser step
 RUN/panels/         pictures, as step-<steps done>.png
@@ -37,25 +37,25 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Where numbers and pictures go. A step comes once, steps come in order."""
+    """A logger of numbers and pictures. Each step is logged once, in order."""
 
     def numbers(self, step: int, values: Values) -> None:
-        """Of one step."""
+        """Logs the numbers of one step."""
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
-        """A picture, uint8 [H, W, 3]."""
+        """Logs a picture, uint8 [H, W, 3]."""
 
     def flush(self) -> None:
-        """Makes what came so far outlive this process."""
+        """Makes everything logged so far durable."""
 
     def close(self) -> None:
-        """After the last step."""
+        """Ends the log, after the last step."""
 
 
 class Files:
-    """metrics.jsonl and panels/. Lines of steps from `first` on, of a run that got further before, are dropped.
+    """Writes metrics.jsonl and panels/. Lines of steps from `first` on, left by a longer run, are removed.
 
-    What finds no room on the disk waits: lines for the next; a panel is left out.
+    If the disk is full, lines are written with a later one, and panels are left out.
     """
 
     def __init__(self, run: Path, first: int):
@@ -67,7 +67,7 @@ class Files:
         self._unwritten = b""
 
     def numbers(self, step: int, values: Values) -> None:
-        """See Sink. What is not finite is null."""
+        """See Sink. Values that are not finite are written as null."""
         late = bool(self._unwritten)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._unwritten += json.dumps({"step": step, **line}).encode() + b"\n"
@@ -75,7 +75,7 @@ class Files:
             self._write()
         except OSError as error:
             if not late:
-                warn(self._run, f"step {step}: {FILE} is behind, the run goes on: {error}")
+                warn(self._run, f"step {step}: {FILE} is behind, the run continues: {error}")
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
         """See Sink."""
@@ -85,10 +85,10 @@ class Files:
             Image.fromarray(rgb).save(stream, "png")
             write_whole(self._panels / f"step-{step:08d}.png", stream.getvalue())
         except OSError as error:
-            warn(self._run, f"step {step}: no panel, the run goes on: {error}")
+            warn(self._run, f"step {step}: no panel, the run continues: {error}")
 
     def flush(self) -> None:
-        """See Sink. Raises OSError where a line finds no room."""
+        """See Sink. Raises OSError if a line cannot be written (a full disk)."""
         self._write()
         os.fsync(self._stream.fileno())
 
@@ -102,7 +102,7 @@ class Files:
 
 
 class TensorBoard:
-    """Event files. TensorBoard leaves out what a run before this one said of steps from `first` on."""
+    """Writes TensorBoard event files. TensorBoard hides earlier events of steps from `first` on."""
 
     def __init__(self, run: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -128,7 +128,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, which ignores steps that it has. RUN/wandb-id tells it that a resumed run is the same one."""
+    """Logs to Weights & Biases, which ignores steps that it has. RUN/wandb-id identifies a run when it is resumed."""
 
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
         import wandb
@@ -150,7 +150,7 @@ class Wandb:
         self._run.log({"panel": self._image(rgb)}, step=step)
 
     def flush(self) -> None:
-        """It keeps its own files."""
+        """Does nothing: Weights & Biases writes its own files."""
 
     def close(self) -> None:
         """See Sink."""
@@ -158,21 +158,21 @@ class Wandb:
 
 
 def check(log: Log) -> None:
-    """Before any work. Raises ValueError for a sink that is not installed."""
+    """Raises KamimError if an enabled logger is not installed."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
         raise KamimError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")
 
 
 def sinks(run: Path, first: int, log: Log, config: Mapping[str, Any]) -> list[Sink]:
-    """Of a run that begins at step `first`, and whose folder is there."""
-    made: list[Sink] = [Files(run, first), TensorBoard(run, first)]
+    """Returns the sinks of a run that starts at step `first`. Its folder must exist."""
+    enabled: list[Sink] = [Files(run, first), TensorBoard(run, first)]
     if log.wandb:
-        made.append(Wandb(run, "kamim" if log.wandb is True else log.wandb, config))
-    return made
+        enabled.append(Wandb(run, "kamim" if log.wandb is True else log.wandb, config))
+    return enabled
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, as far as they are whole, nan for null; none where there is no file."""
+    """Reads metrics.jsonl up to the first damaged line, null as nan; returns [] if there is no file."""
     return [
         {name: math.nan if value is None else value for name, value in values.items()}
         for _, values in _lines(run / FILE)
@@ -180,7 +180,7 @@ def read(run: Path) -> list[dict[str, float]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they say, up to the first that is not whole: a machine that went down may leave anything."""
+    """Yields lines and their values up to the first damaged line, which a crashed machine may leave."""
     for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
         try:
             values = json.loads(line)
@@ -198,7 +198,7 @@ def _is_int64(value: object) -> bool:
 
 
 def warn(run: Path, line: str) -> None:
-    """Says a line on stderr, and in RUN/log.txt where there is room for it."""
+    """Logs a warning, and appends it to RUN/log.txt unless the disk is full."""
     line = one_line(line)
     log.warning("%s", line)
     with suppress(OSError), (run / "log.txt").open("a") as file:
@@ -206,86 +206,86 @@ def warn(run: Path, line: str) -> None:
 
 
 def check_finite(step: int, values: Values) -> None:
-    """Raises FloatingPointError for a loss or a gradient that is not finite."""
+    """Raises Diverged, a FloatingPointError, if the loss or the gradient is not finite."""
     for name, value in (("loss", values["loss"]), ("gradient's norm", values["grad_norm"])):
         if not math.isfinite(value):
             raise Diverged(f"step {step}: the {name} is {value}; the newest checkpoint is sound")
 
 
 class Metrics:
-    """Numbers of steps on their way to the sinks. Nothing here waits for a step before the next one is queued.
+    """Passes the numbers of steps to the sinks one step late, so that the host never waits for a step it just queued.
 
-    newest: what was written last. check(step, numbers): raises for what must stop the run. A sink beside Files that
-    finds no room on the disk is left out from then on.
+    newest: the numbers written last. check(step, numbers): raises an exception to stop the run. A sink other than Files
+    that raises OSError (a full disk) is dropped.
     """
 
     def __init__(self, sinks: Iterable[Sink], check: Callable[[int, Values], None] = check_finite):
         self._check = check
         self.newest: dict[str, float] = {}
         self._sinks = list(sinks)
-        self._waiting: _Waiting | None = None
+        self._pending: _PendingStep | None = None
         self.restart()
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tell(lambda sink: sink.close())
+        self._for_each(lambda sink: sink.close())
 
     def restart(self) -> None:
-        """What has passed since the last step is not the next one's."""
+        """Restarts the clock: the time since the last step is not counted for the next one."""
         self._clock = time.perf_counter()
 
     def add(self, step: int, lr: float, values: Mapping[str, Tensor | float]) -> None:
-        """Takes the numbers of a step that has just been queued; writes those of the step before.
+        """Takes the numbers of a step that has just been queued, and writes those of the step before.
 
-        values: samples, loss and grad_norm at least. Adds images_per_second and, where there is data_wait (seconds),
-        data_wait_share of the step's time.
+        values: samples, loss and grad_norm at least. Adds images_per_second and, if data_wait (seconds) is given,
+        data_wait_share, its share of the step's time.
         """
-        waiting = _Waiting(step, {**values, "lr": lr})
+        pending = _PendingStep(step, {**values, "lr": lr})
         self._write()
-        waiting.seconds = time.perf_counter() - self._clock
+        pending.seconds = time.perf_counter() - self._clock
         self.restart()
-        self._waiting = waiting
+        self._pending = pending
 
     def log(self, values: Values) -> None:
-        """Adds to the step that was taken last."""
-        assert self._waiting is not None
-        self._waiting.plain.update(values)
+        """Adds numbers to the newest step."""
+        assert self._pending is not None
+        self._pending.plain.update(values)
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
-        """Shows a picture, uint8 [H, W, 3]."""
-        self._tell(lambda sink: sink.panel(step, rgb))
+        """Logs a picture, uint8 [H, W, 3]."""
+        self._for_each(lambda sink: sink.panel(step, rgb))
 
     def flush(self) -> None:
-        """Writes all there is, to stay. Raises what check does, and OSError where metrics.jsonl finds no room."""
+        """Writes all numbers durably. Raises what check raises, and OSError if metrics.jsonl cannot be written."""
         self._write()
-        self._tell(lambda sink: sink.flush())
+        self._for_each(lambda sink: sink.flush())
 
-    def _tell(self, tell: Callable[[Sink], None]) -> None:
+    def _for_each(self, action: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
             try:
-                tell(sink)
+                action(sink)
             except OSError as error:
                 if isinstance(sink, Files):
                     raise
-                log.warning("%s is left out, the run goes on: %s", type(sink).__name__, error)
+                log.warning("%s is left out, the run continues: %s", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
     def _write(self) -> None:
-        if self._waiting is None:
+        if self._pending is None:
             return
-        step, values = self._waiting.step, self._waiting.read()
-        self._waiting = None
+        step, values = self._pending.step, self._pending.read()
+        self._pending = None
         self.newest = {"step": step, **values}
         self._check(step, self.newest)
-        self._tell(lambda sink: sink.numbers(step, values))
+        self._for_each(lambda sink: sink.numbers(step, values))
 
 
-class _Waiting:
-    """A step's numbers, those on the device on their way to the host, behind the step's own work and no other.
+class _PendingStep:
+    """The numbers of a queued step. Those on the device are copied to the host right after the step's own work.
 
-    seconds: that the step took.
+    seconds: the duration of the step.
     """
 
     seconds: float
@@ -296,11 +296,11 @@ class _Waiting:
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         self._names = list(tensors)
         stacked = torch.stack([value.detach().float() for value in tensors.values()])
-        self._copied = stacked.to("cpu", non_blocking=True)  # pinned there, where it comes from a GPU
+        self._copied = stacked.to("cpu", non_blocking=True)  # in pinned memory if it comes from a GPU
         self._done = torch.cuda.current_stream(stacked.device).record_event() if stacked.is_cuda else None
 
     def read(self) -> dict[str, float]:
-        """Waits for the step, not for what was queued behind it."""
+        """Waits for the step, but not for work that was queued after it, and returns its numbers."""
         if self._done is not None:
             self._done.synchronize()
         numbers = {**dict(zip(self._names, self._copied.tolist(), strict=True)), **self.plain}
@@ -311,7 +311,7 @@ class _Waiting:
 
 
 class TimedBatches(Generic[T]):
-    """The same batches, and how long their user has waited for them."""
+    """Iterates over batches and measures how long the caller waits for them."""
 
     def __init__(self, batches: Iterable[T]):
         self._batches = batches
@@ -328,6 +328,6 @@ class TimedBatches(Generic[T]):
             yield batch
 
     def pop_seconds(self) -> float:
-        """Seconds waited since the last call."""
+        """Returns the seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

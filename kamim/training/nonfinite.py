@@ -1,8 +1,8 @@
-"""A step whose loss or gradient is not finite never reaches the weights, and leaves what it takes to replay it.
+"""Keeps steps whose loss or gradient is not finite from changing the weights, and records them for replay.
 
-Numbers are read one step late, so that nobody waits for the device. So it is the device that decides: the fused
-optimiser leaves everything as it is where its `found_inf` is 1. To stop, that stays 1 from the first such step on: when
-the host hears of it, weights and optimiser are still what they were before it.
+Numbers are read one step late, so that the host never waits for the device. The decision is therefore made on the
+device: the fused optimiser changes nothing while its `found_inf` is 1. With the policy stop, it stays 1 from the first
+such step on, so weights and optimiser still have the state before that step when the host reads the numbers.
 """
 
 import json
@@ -22,16 +22,16 @@ from kamim.storage.store import write_whole
 from kamim.training.distributed import World
 from pipelines.batch import Batch
 
-FOLDER = "nonfinite"  # of a run
-IN_A_ROW = 20  # so many steps skipped one after the other mean that the weights themselves are beyond help
+FOLDER = "nonfinite"  # within a run's folder
+IN_A_ROW = 20  # after this many consecutive skipped steps the weights themselves have diverged
 
 
 class Diverged(KamimError, FloatingPointError):
-    """A loss or a gradient is not finite, and the run ends."""
+    """A loss or a gradient is not finite, which ends the run."""
 
 
 class NonFinite(Diverged):
-    """The run stops before `step`, in the state of before it."""
+    """The run stops before `step`, with the state before that step."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -39,14 +39,14 @@ class NonFinite(Diverged):
 
 
 class NonFiniteGuard:
-    """Of a fused optimiser. policy: stop, or skip the step's update and go on."""
+    """Guards the updates of a fused optimiser. policy: stop the run, or skip the step's update and continue."""
 
     def __init__(self, optimizer: Optimizer, policy: Literal["stop", "skip"], run: Path, seed: int, world: World):
         self._optimizer: Any = optimizer
         self._policy = policy
         self._run, self._seed, self._world = run, seed, world
         self._held = torch.zeros((), device=world.device)
-        self._skipped = 0  # in a row
+        self._skipped = 0  # consecutive steps
         self._seen: deque[tuple[int, int, np.ndarray, Tensor]] = deque()  # step, epoch, indices, loss
 
     def see(self, batch: Batch, loss: Tensor) -> None:
@@ -56,16 +56,16 @@ class NonFiniteGuard:
             self._seen.popleft()
 
     def gate(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
-        """Before an update: lets it through, or not. What to log of it where the run goes on: 1 where not, else 0."""
+        """Permits or blocks the next update. With the policy skip, returns the number to log: skipped, 1 or 0."""
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         self._held = torch.maximum(self._held, bad) if self._policy == "stop" else bad
         self._optimizer.found_inf = self._held
         return {"skipped": bad} if self._policy == "skip" else {}
 
     def check(self, step: int, values: Mapping[str, float]) -> str | None:
-        """On all ranks: None for finite numbers; else records the step and returns what there is to say.
+        """Returns None if the numbers are finite; otherwise records the step and returns a message. Call on all ranks.
 
-        Raises NonFinite where the run is to stop, FloatingPointError where it has skipped IN_A_ROW steps in a row.
+        Raises NonFinite if the policy is stop, and Diverged after IN_A_ROW consecutive skipped steps.
         """
         name, value = next(((n, values[n]) for n in ("loss", "grad_norm") if not math.isfinite(values[n])), ("", 0.0))
         if not name:
@@ -76,26 +76,26 @@ class NonFiniteGuard:
             {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
             for seen, epoch, indices, loss in self._seen if seen == step
         ])  # fmt: skip
-        said = f"step {step}: {'the loss' if name == 'loss' else 'the norm of the gradient'} is {value}"
+        message = f"step {step}: {'the loss' if name == 'loss' else 'the norm of the gradient'} is {value}"
         if self._world.is_main:
             record = {"step": step, "seed": self._seed, **values, "ranks": parts}
             try:
                 file.parent.mkdir(exist_ok=True)
                 write_whole(file, (json.dumps(_strict(record), indent=2) + "\n").encode())
-            except OSError as error:  # a full disk; the step can be replayed without
-                said += f" (unrecorded: {error})"
+            except OSError as error:  # a full disk; replay does not need the record
+                message += f" (unrecorded: {error})"
         if self._policy == "stop":
             raise NonFinite(
-                step, f"{said}; stopped before it, see {file}; `kamim replay {self._run}` shows its samples"
+                step, f"{message}; stopped before it, see {file}; `kamim replay {self._run}` shows its samples"
             )
         self._skipped += 1
         if self._skipped == IN_A_ROW:
-            raise Diverged(f"{said}, as were {IN_A_ROW - 1} before it; no use to go on, see {file.parent}")
-        return f"{said}; skipped, see {file}"
+            raise Diverged(f"{message}, as were {IN_A_ROW - 1} before it; stopped, see {file.parent}")
+        return f"{message}; skipped, see {file}"
 
 
 def recorded(run: Path) -> dict[int, int]:
-    """Steps of a run that were not finite, ascending, and how many ranks each had. Raises ValueError for no record."""
+    """Returns the recorded steps of a run, ascending, with their numbers of ranks. Raises KamimError if one is bad."""
     return dict(map(_recorded, sorted((run / FOLDER).glob("step-*.json"))))
 
 
@@ -107,7 +107,7 @@ def _recorded(file: Path) -> tuple[int, int]:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no word for what is not finite: text instead."""
+    """Returns the value with numbers that are not finite as text, since JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, list):

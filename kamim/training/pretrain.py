@@ -24,9 +24,9 @@ from pipelines.loader import Loader
 def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last step.
 
-    fresh: there must be no run in config.out. Raises ValueError for a configuration that does not fit its store or this
-    machine, before anything is written; for a folder that holds a run of another configuration, or one that another
-    process trains now; and for an init_from that does not fit. Raises NonFinite for a loss that is not finite.
+    fresh: config.out must not hold a run. Raises KamimError, before anything is written, if the configuration does not
+    fit its store or this machine, config.out holds a run of another configuration, another process trains there, or
+    init_from does not fit. Raises NonFinite if a loss is not finite.
     """
     with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
@@ -38,7 +38,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             if config.init_from is not None and not checkpoint.saved(config.out):
                 initialise(trainer.model, config)
             trainer.callbacks = callbacks.of_run(config, trainer, store, probe)
-            world.barrier()  # every rank has looked at the folder
+            world.barrier()  # every rank has read the folder
             total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
             if world.is_main and total not in checkpoint.saved(config.out):
                 run_folder.claim(config)
@@ -46,26 +46,26 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             outcome = trainer.fit(progress)
         if world.is_main:
             _report(config, outcome)
-        world.barrier()  # torchrun ends the other ranks once one leaves to be resumed
+        world.barrier()  # torchrun ends the other ranks once one exits with a code for resuming
         return outcome
 
 
 def _report(config: Pretrain, outcome: Outcome) -> None:
-    """Writes report.html, unless it is that of the last step already."""
-    from kamim.training import report  # with matplotlib, which takes a second to import
+    """Writes report.html unless it is up to date."""
+    from kamim.training import report  # imports matplotlib, which takes a second
 
     if outcome.first < outcome.step or not report.is_current(config.out):
         report.save_report(config.out)
 
 
 def check(config: Pretrain) -> None:
-    """Runs the same validation as pretrain, except the checks of config.out. Raises ValueError."""
+    """Runs the same validation as pretrain, except the checks of config.out. Raises KamimError."""
     with distributed.joined(config.compute.device) as world:
         _checked(config, world)
 
 
 def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.Probe | None]:
-    """What a run trains on and is probed by. Raises ValueError for what cannot be."""
+    """Opens the store, loader and probe of a run. Raises KamimError if the configuration does not fit them."""
     metrics.check(config.log)
     store = Store(config.data.store)
     loader = training_loader(config, store, world)
@@ -75,7 +75,7 @@ def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.P
 
 
 def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
-    """A trainer of a new model: random weights from the seed, AdamW, and the guard against what is not finite."""
+    """Returns a trainer of a new model with random weights from the seed, AdamW and a NonFiniteGuard."""
     machine.use_threads(config.compute.threads)
     if world.device.type == "cpu":
         machine.keep_memory()
@@ -96,56 +96,56 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
 
 
 class MaskedReconstruction:
-    """Eq. 1 or Eq. 3 of a micro-batch: an objective of the Trainer."""
+    """The objective of pretraining: Eq. 1 or Eq. 3 of a micro-batch."""
 
     def __init__(self, config: Pretrain, network: nn.Module):
         self._config = config
         self._network = network
 
     def __call__(self, batch: Batch) -> Losses:
-        """The loss; to log, Eq. 1 whatever the method, and for KAMIM the mean and the largest W."""
-        target, made, weights = self.reconstruct(batch)
-        loss = masked_l1(target, made.output, made.mask, weights)
+        """Returns the loss and, to log, Eq. 1 for both methods and the mean and largest W for KAMIM."""
+        target, reconstruction, weights = self.reconstruct(batch)
+        loss = masked_l1(target, reconstruction.output, reconstruction.mask, weights)
         if weights is None:
             return Losses(loss, {"loss_unweighted": loss})
-        unweighted = masked_l1(target, made.output.detach(), made.mask)
+        unweighted = masked_l1(target, reconstruction.output.detach(), reconstruction.mask)
         return Losses(
             loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
         )
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Reconstruction, Tensor | None]:
-        """The target [B, 3, R, R], its reconstruction, and the weights W [B, c, c] or None."""
+        """Returns the target [B, 3, R, R], its reconstruction, and the weights W [B, c, c] or None."""
         config, weighting = self._config, self._config.weighting
-        made = reconstruct(self._network, batch, config.mask, config.seed, batch.epoch, config.compute)
+        reconstruction = reconstruct(self._network, batch, config.mask, config.seed, batch.epoch, config.compute)
         weights = None
         if weighting is not None:
             assert batch.counts is not None, "KAMIM needs keypoint counts"
             weights = counts_to_weights(batch.counts, weighting.patch_size, weighting.temperature, weighting.normalize)
-        return made.target(config.normalised_patches), made, weights
+        return reconstruction.target(config.normalised_patches), reconstruction, weights
 
 
 def initialise(model: nn.Module, config: Pretrain) -> None:
-    """Loads config.init_from, positions interpolated for another resolution; what it lacks stays random.
+    """Loads config.init_from, with position embeddings interpolated to the resolution. Missing weights stay random.
 
-    Raises ValueError where it cannot be read or is of another architecture.
+    Raises KamimError if it cannot be read or is of another architecture.
     """
     path = config.init_from
     assert path is not None
     try:
         state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
-        made = interop.convert(state, config.data.resolution, config.model.name)
+        converted = interop.convert(state, config.data.resolution, config.model.name)
     except ValueError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
-    model.load_state_dict(made.state, strict=made.has_head)
+    model.load_state_dict(converted.state, strict=converted.has_head)
 
 
 def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Optimizer:
-    """Fused AdamW; with optim.decay_all false, vectors, positions and tokens have no weight decay."""
+    """Returns fused AdamW. If optim.decay_all is false, vectors, positions and tokens have no weight decay."""
     optim = config.optim
-    kept = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+    exempt = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
-        return optim.decay_all or not (parameter.ndim < 2 or name in kept or name.endswith("bias_table"))
+        return optim.decay_all or not (parameter.ndim < 2 or name in exempt or name.endswith("bias_table"))
 
     named = list(model.named_parameters())
     groups = [

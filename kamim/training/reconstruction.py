@@ -1,4 +1,4 @@
-"""Masking a batch and having it reconstructed: the step that training, panels, replays and evaluation share."""
+"""Masks and reconstructs a batch; training, panels, replays and evaluation share this step."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,10 @@ from pipelines.batch import Batch, denormalise, normalise, upload
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """images: normalised, float32 [B, 3, R, R]. mask: bool [B, g, g], True where masked. output: [B, 3, R, R]."""
+    """A reconstructed batch.
+
+    images: normalised, float32 [B, 3, R, R]. mask: bool [B, g, g], True = masked. output: [B, 3, R, R].
+    """
 
     images: Tensor
     mask: Tensor
@@ -22,21 +25,21 @@ class Reconstruction:
 
     @property
     def masked_pixels(self) -> Tensor:
-        """The mask, for every pixel: bool [B, R, R]."""
+        """The mask of every pixel: bool [B, R, R]."""
         return expand_mask(self.mask, self.images.shape[-1])
 
     def target(self, normalised_patches: int | None) -> Tensor:
-        """What the output is compared with: the images, or their normalised patches (MAE's): [B, 3, R, R].
+        """Returns the target of the loss, [B, 3, R, R]: the images, or their normalised patches (MAE).
 
         normalised_patches: side of these patches in px, or None.
         """
         return self.images if normalised_patches is None else normalise_patches(self.images, normalised_patches)
 
     def pixels(self, normalised_patches: int | None) -> Tensor:
-        """The output as an image: uint8 [B, R, R, 3].
+        """Returns the output as images, uint8 [B, R, R, 3].
 
-        An output that was trained on normalised patches has no brightness of its own: its patches get the mean and
-        deviation of the image's.
+        normalised_patches: as in `target`. Such an output has no brightness of its own; its patches get the mean and
+        deviation of the image's patches.
         """
         output = self.output
         if normalised_patches is not None:
@@ -47,7 +50,7 @@ class Reconstruction:
 def reconstruct(
     network: nn.Module, batch: Batch, mask: Mask, seed: int, epoch: int, compute: Compute
 ) -> Reconstruction:
-    """Masks the batch's images as a run of this seed masks them in `epoch`, and reconstructs them."""
+    """Masks a batch as a run with this seed does in `epoch`, and reconstructs it."""
     device = batch.images.device
     grid = batch.images.shape[1] // mask.patch_size
     masked = upload(block_masks(seed, epoch, batch.indices, grid, mask.ratio), device)

@@ -1,4 +1,4 @@
-"""One step of a run again, sample by sample: from the newest checkpoint before it, through the steps in between."""
+"""Replays one step of a run sample by sample, from the newest checkpoint before it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from pipelines.batch import Batch
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a step. index: its number in the store; weight_max: its largest W, None for SimMIM.
+    """One sample of a step. index: its index in the store; weight_max: its largest W, None for SimMIM.
 
-    image, made: uint8 [R, R, 3], what the model saw and made of it; masked: bool [R, R].
+    image, made: uint8 [R, R, 3], the model's input and its reconstruction; masked: bool [R, R].
     """
 
     index: int
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step's samples in their order, its loss, and the step of the checkpoint that the replay began at."""
+    """The samples of a step in order, its loss, and the step of the checkpoint at which the replay began."""
 
     step: int
     began: int
@@ -48,15 +48,15 @@ class Replayed:
 
     @property
     def worst(self) -> list[Sample]:
-        """Samples by falling loss, those that are not finite first."""
+        """The samples by descending loss, those with a loss that is not finite first."""
         return sorted(self.samples, key=lambda sample: (np.isfinite(sample.loss), -sample.loss))
 
 
 def replay(run: Path, step: int | None, device: str) -> Replayed:
-    """What `step` of a run computed; None: the newest step that was not finite. device: auto, cuda or cpu.
+    """Recomputes `step` of a run; None is the newest step that was not finite. device: auto, cuda or cpu.
 
-    On a CPU the numbers are the run's, bit by bit, if the steps in between were computed by one process. Raises
-    ValueError where there is no such run or step.
+    On a CPU the numbers equal the run's bit by bit if one process computed the steps since the checkpoint. Raises
+    KamimError if there is no such run or step.
     """
     if not (run / CONFIG).is_file():
         raise KamimError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
@@ -85,7 +85,7 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
 
 
 def _bring_to(step: int, trainer: Trainer, config: Pretrain) -> int:
-    """Brings the model to its state before `step`. Returns the step of the checkpoint that this began at."""
+    """Brings the model to its state before `step`. Returns the step of the checkpoint it starts from."""
     began = trainer.resume(at_most=step)
     if began == 0 and config.init_from is not None:
         initialise(trainer.model, config)
@@ -96,24 +96,25 @@ def _bring_to(step: int, trainer: Trainer, config: Pretrain) -> int:
 
 
 def _of_ranks(config: Pretrain, store: Store, step: int, ranks: int, device: torch.device) -> Iterator[Batch]:
-    """The micro-batches that had samples, of each of the ranks that trained."""
+    """Yields the non-empty micro-batches of a step, of every rank that trained."""
     for rank in range(ranks):
         loader = training_loader(config, store, World(rank, ranks, device))
         yield from (batch for batch in loader.steps(step, step + 1) if len(batch))
 
 
 def _samples(config: Pretrain, trainer: Trainer, batch: Batch) -> tuple[Tensor, list[Sample]]:
-    """The loss of a micro-batch, and of each of its samples."""
+    """Returns the loss of a micro-batch, and its samples with their losses."""
     assert isinstance(trainer.objective, MaskedReconstruction)
     with torch.no_grad():
-        target, made, weights = trainer.objective.reconstruct(batch)
+        target, result, weights = trainer.objective.reconstruct(batch)
         rows = [slice(i, i + 1) for i in range(len(batch))]
         losses = [
-            masked_l1(target[i], made.output[i], made.mask[i], None if weights is None else weights[i]) for i in rows
+            masked_l1(target[i], result.output[i], result.mask[i], None if weights is None else weights[i])
+            for i in rows
         ]
-        whole = masked_l1(target, made.output, made.mask, weights)
-    images, pixels = batch.images.cpu().numpy(), made.pixels(config.normalised_patches).cpu().numpy()
-    masked = made.masked_pixels.cpu().numpy()
+        whole = masked_l1(target, result.output, result.mask, weights)
+    images, pixels = batch.images.cpu().numpy(), result.pixels(config.normalised_patches).cpu().numpy()
+    masked = result.masked_pixels.cpu().numpy()
     return whole, [
         Sample(
             int(batch.indices[i]), float(losses[i]), None if weights is None else float(weights[i].max()),

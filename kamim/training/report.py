@@ -1,4 +1,4 @@
-"""A pretraining run as one HTML page that needs nothing else: how it was made, its curves, its panels."""
+"""Reports a pretraining run as one self-contained HTML page: curves, panels, machines and configuration."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from kamim.training.config import Pretrain
 from kamim.training.settings import load
 
 FILE = "report.html"
-PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
-POINTS = 100  # of a curve; of more steps than these each point is the mean of some, and a band their range
+PNG = b"\x89PNG\r\n\x1a\n"  # the signature of a PNG file
+POINTS = 100  # per curve; for more steps, each point is the mean of a group and a band its range
 COLUMNS = 3
-Lines = Sequence[Mapping[str, float]]  # of a metrics.jsonl
-STYLES = ("-", "--", ":")  # of settings in one picture, of which there may be more than colours
-PANELS = 12  # at most, from all over the run
-# title: the numbers drawn together, as metrics.jsonl names them, and what the y axis says
+Lines = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl
+STYLES = ("-", "--", ":")  # line styles, for more settings in one figure than there are colours
+PANELS = 12  # largest number of panels, spread evenly over the run
+# title: ({key in metrics.jsonl: label}, scale of the y axis)
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "loss": ({"loss": ""}, "linear"),
     "loss without weights (Eq. 1)": ({"loss_unweighted": ""}, "linear"),
@@ -39,13 +39,13 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
 
 
 def is_current(run: Path) -> bool:
-    """Whether the report says all that the run has said."""
-    report, said = run / FILE, run / metrics.FILE
-    return report.is_file() and said.is_file() and report.stat().st_mtime_ns >= said.stat().st_mtime_ns
+    """Returns whether the report is newer than the metrics."""
+    report, logged = run / FILE, run / metrics.FILE
+    return report.is_file() and logged.is_file() and report.stat().st_mtime_ns >= logged.stat().st_mtime_ns
 
 
 def save_report(run: Path) -> Path:
-    """RUN/report.html, of a run that goes on, was stopped or is done. Raises ValueError where there is none."""
+    """Writes RUN/report.html of a running, stopped or finished run. Raises KamimError if there is no run."""
     if not (run / "config.yaml").is_file() or not (lines := metrics.read(run)):
         raise KamimError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
     config, starts = load(Pretrain, run / "config.yaml"), machine.starts(run)
@@ -64,7 +64,7 @@ def save_report(run: Path) -> Path:
 
 @styled
 def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figure:
-    """A panel for each kind of number there is. lines: as metrics.jsonl has them."""
+    """Draws one panel for each kind of logged number. lines: the lines of metrics.jsonl."""
     drawn = {
         title: (known, scale) for title, (names, scale) in CURVES.items()
         if (known := {name: label for name, label in names.items() if any(name in line for line in lines)})
@@ -87,8 +87,10 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
 
 @styled
 def comparison(settings: Mapping[str, Sequence[Lines]]) -> Figure:
-    """Eq. 1 and, if any run logged it, the kNN probe by optimiser step: one line for each setting, whose runs differ by
-    seed. Lines are means over the runs, bands the range of the runs."""
+    """Draws Eq. 1 and, if any run logged it, the kNN probe by optimiser step, with one line per setting.
+
+    The runs of a setting differ by seed. Lines are means over the runs, bands their range.
+    """
     drawn = {"loss_unweighted": "loss without weights (Eq. 1)", "knn_top1": "kNN probe, top-1 (%)"}
     drawn = {
         name: title for name, title in drawn.items()
@@ -106,7 +108,7 @@ def comparison(settings: Mapping[str, Sequence[Lines]]) -> Figure:
 
 
 def _band(axes: Axes, name: str, runs: Sequence[Lines], colour: str, style: str, label: str) -> None:
-    """One line for some runs, as far as all of them have come."""
+    """Draws one line for several runs, up to the last step that all of them have reached."""
     logged = [np.array([(line["step"], line[name]) for line in lines if name in line]) for lines in runs]
     logged = [xy for xy in logged if len(xy)]
     shared = min(map(len, logged))
@@ -119,24 +121,24 @@ def _band(axes: Axes, name: str, runs: Sequence[Lines], colour: str, style: str,
 
 
 def last_unweighted(lines: Lines) -> float | None:
-    """Eq. 1, mean over the last tenth of the steps, except those without a finite loss; None if it was not logged."""
-    found = [line["loss_unweighted"] for line in lines if np.isfinite(line.get("loss_unweighted", np.nan))]
-    return float(np.mean(found[-max(len(found) // 10, 1) :])) if found else None
+    """Returns the mean of Eq. 1 over the last tenth of the steps with a finite loss; None if it was not logged."""
+    losses = [line["loss_unweighted"] for line in lines if np.isfinite(line.get("loss_unweighted", np.nan))]
+    return float(np.mean(losses[-max(len(losses) // 10, 1) :])) if losses else None
 
 
 def mean_of(name: str, lines: Lines) -> float | None:
-    """The mean of a number over the steps that logged a finite one; None if no step did."""
+    """Returns the mean of a number over the steps that logged a finite one; None if no step did."""
     values = [line[name] for line in lines if np.isfinite(line.get(name, np.nan))]
     return float(np.mean(values)) if values else None
 
 
 def _parts(xy: np.ndarray) -> list[np.ndarray]:
-    """Steps [N, 2] in at most POINTS groups."""
+    """Splits steps [N, 2] into at most POINTS groups."""
     return np.array_split(xy, min(len(xy), POINTS))
 
 
 def _curve(axes: Axes, xy: np.ndarray, colour: str, label: str) -> None:
-    """xy: [N, 2]."""
+    """Draws a curve of xy [N, 2]."""
     parts = _parts(xy)
     middle = np.array([part.mean(axis=0) for part in parts])
     if len(parts) < len(xy):
@@ -168,17 +170,17 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
 
 
 def _is_panel(file: Path) -> bool:
-    """Whether it is a picture of a run: a page shows no other file, whatever it is called or a link to."""
+    """Returns whether a file is a PNG panel of a run; a page shows no other file, such as a link to something else."""
     return file.is_file() and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
 
 
 def _panels(files: Sequence[Path]) -> list[page.Part]:
-    """The newest one open, some of the others folded."""
+    """Returns the newest panel open and some of the others folded."""
     if not files:
         return []
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, PANELS).round().astype(int))]
     pictures = [page.picture(file.read_bytes(), file.stem, _steps(file)) for file in files]
-    older = [page.folded(_steps(file), made) for file, made in zip(files[:-1], pictures[:-1], strict=True)]
+    older = [page.folded(_steps(file), picture) for file, picture in zip(files[:-1], pictures[:-1], strict=True)]
     return [page.heading("What it makes of a few samples"), pictures[-1], *older]
 
 
@@ -187,7 +189,7 @@ def _steps(file: Path) -> str:
 
 
 def _starts(starts: Sequence[Mapping[str, Any]]) -> page.Part:
-    """A column for every time the run was started."""
+    """Returns a table with a column for every start of the run."""
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [(name, *(_text(start.get(name)) for start in starts)) for name in names]
     return page.table(("", *(f"start {i}" for i in range(1, len(starts) + 1))), [row for row in rows if any(row[1:])])

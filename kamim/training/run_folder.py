@@ -1,4 +1,4 @@
-"""A run's folder: it holds one run, of one configuration."""
+"""The folder of a run. It holds one run of one configuration."""
 
 from kamim import KamimError
 from kamim.storage.store import MANIFEST, write_whole
@@ -9,7 +9,7 @@ CONFIG = "config.yaml"
 
 
 def check_free(config: Pretrain, fresh: bool) -> None:
-    """Raises ValueError where another run lives in config.out, or any, if it must be fresh, or a store."""
+    """Raises KamimError if config.out holds a store, a run of another configuration, or (if `fresh`) any run."""
     file = config.out / CONFIG
     if (config.out / MANIFEST).is_file():
         raise KamimError(f"out = {config.out}: is a store; choose another out=...")
@@ -32,15 +32,15 @@ def claim(config: Pretrain) -> None:
     write_whole(config.out / CONFIG, dump(config).encode())
 
 
-# What a resumed run may change: none of it says which samples are trained on, or how.
+# Keys that a resumed run may change: none of them affects which samples are trained on, or how.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
          "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 
-def _difference(there: Pretrain, asked: Pretrain) -> str:
-    """The first key on which the runs differ, with both values, or nothing."""
-    old, new = (dump(config, exclude=_FREE).splitlines() for config in (there, asked))
+def _difference(existing: Pretrain, requested: Pretrain) -> str:
+    """Returns the first key in which the configurations differ, with both values, or ""."""
+    old, new = (dump(config, exclude=_FREE).splitlines() for config in (existing, requested))
     pairs = zip(old, new, strict=False)
-    changed = next((f"{a.strip()} there, {b.strip()} asked for" for a, b in pairs if a != b), "")
+    changed = next((f"{a.strip()} there, {b.strip()} requested" for a, b in pairs if a != b), "")
     return changed or ("other keys" if len(old) != len(new) else "")

@@ -1,4 +1,4 @@
-"""Learning rate by optimiser step, through timm's scheduler."""
+"""The learning rate schedule, from timm."""
 
 from timm.scheduler import CosineLRScheduler
 from torch.optim import Optimizer
@@ -7,9 +7,9 @@ from kamim.training.config import Optim
 
 
 def cosine(optimizer: Optimizer, optim: Optim, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up, a cosine to min_lr, then min_lr. scheduler.step_update(step) is a pure function of step.
+    """Returns a schedule of linear warm-up, a cosine to min_lr, then min_lr. step_update(step) depends on step only.
 
-    The cosine's clock runs from step 0 and the warm-up stands in for its beginning, as the released code has it.
+    The cosine is computed from step 0 and the warm-up replaces its beginning, as in the released code.
     """
     _, warmup, end = optim.schedule(steps_per_epoch)
     return CosineLRScheduler(

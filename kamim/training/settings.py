@@ -1,7 +1,7 @@
-"""How configurations are read: YAML files and key=value overrides into typed sections, checked before any work.
+"""Reads configurations: YAML files and key=value overrides become typed sections, checked before any work.
 
-An unknown key, a wrong type or an impossible combination is a ValueError of one line that names the key, its value
-and what is allowed. The sections stand beside what they configure: kamim.training.config, kamim.evaluation.config.
+An unknown key, a wrong type or an impossible combination raises KamimError, one line with the key, its value and what
+is allowed. The sections are defined in kamim.training.config and kamim.evaluation.config.
 """
 
 import re
@@ -28,19 +28,19 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 def one_of(value: str, allowed: Sequence[str]) -> str:
-    """The value. Raises ValueError unless it is allowed."""
+    """Returns the value. Raises KamimError unless it is allowed."""
     if value not in allowed:
         raise KamimError(f"must be one of {', '.join(allowed)}")
     return value
 
 
-def _some(value: tuple[Any, ...]) -> tuple[Any, ...]:
+def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     if not value:
         raise KamimError("must hold one at least")
     return value
 
 
-SOME = AfterValidator(_some)
+SOME = AfterValidator(_not_empty)
 DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
 
 
@@ -54,21 +54,21 @@ Duration = Annotated[str, AfterValidator(_duration)]
 
 
 def in_steps(duration: str, batch_size: int, steps_per_epoch: int) -> int:
-    """A Duration in optimiser steps, rounded."""
-    found = DURATION.fullmatch(duration)
-    assert found is not None, duration
-    per_unit = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}[found[2]]
-    return round(float(found[1]) * per_unit)
+    """Converts a Duration to optimiser steps, rounded."""
+    match = DURATION.fullmatch(duration)
+    assert match is not None, duration
+    per_unit = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}[match[2]]
+    return round(float(match[1]) * per_unit)
 
 
-_SHORT = reprlib.Repr()  # of a value in a message: YAML's aliases make a few lines endless
+_SHORT = reprlib.Repr()  # shortens values in messages: with YAML aliases a few lines can expand without bound
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
 class Section(pydantic.BaseModel):
-    """A group of keys. Unknown keys are errors; values are fixed once read. The text below a key documents it."""
+    """A group of keys. Unknown keys are errors, and values are immutable. The string below a key documents it."""
 
-    PRESETS: ClassVar[str] = ""  # the folder of configs/ that holds presets of this kind
+    PRESETS: ClassVar[str] = ""  # the subfolder of configs/ with the presets of this kind
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -77,10 +77,10 @@ C = TypeVar("C", bound=Section)
 
 
 def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> C:
-    """Reads a YAML file (or nothing), applies `key.key=value` overrides (values are YAML), checks the whole.
+    """Reads a YAML file (if any), applies `key.key=value` overrides (values are YAML), and validates the result.
 
-    file: a path, or the name of a preset, such as vit_base_kamim. given: top-level keys that override both, taken as
-    they are. Raises ValueError of one line.
+    file: a path, or the name of a preset, such as vit_base_kamim. given: top-level keys that override both, not parsed
+    as YAML. Raises KamimError.
     """
     tree: dict[str, Any] = {}
     if file is not None:
@@ -101,21 +101,21 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given:
 
 
 def find_preset(kind: type[Section], file: Path) -> Path:
-    """The file itself, if it exists, otherwise the preset of that name. Raises ValueError if there is neither."""
+    """Returns the file if it exists, otherwise the preset of that name. Raises KamimError if there is neither."""
     if file.is_file():
         return file
-    if found := presets(kind).get(str(file).removesuffix(".yaml")):
-        return found
+    if preset := presets(kind).get(str(file).removesuffix(".yaml")):
+        return preset
     raise KamimError(f"-c {file}: neither a file nor a preset; presets are {', '.join(presets(kind)) or 'none'}")
 
 
 def presets(kind: type[Section]) -> dict[str, Path]:
-    """The presets of a kind that kamim comes with, by name."""
+    """Returns kamim's own presets of a kind, by name."""
     return {file.stem: file for file in sorted((_configs() / kind.PRESETS).glob("*.yaml"))} if kind.PRESETS else {}
 
 
 def _configs() -> Path:
-    """The folder configs/: within the package where kamim is installed, beside it in a clone."""
+    """Returns the folder configs/: within an installed package, beside the package in a clone."""
     package = Path(kamim.__file__).parent
     return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
 
@@ -138,7 +138,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text and 2026-11-22 as a date; people mean a number and a name."""
+    """Converts values that YAML 1.1 misreads: 1e-3 is a number, not text, and 2026-11-22 is text, not a date."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -170,13 +170,13 @@ def _fields(kind: type[Section], location: Sequence[Any]) -> list[str]:
 
 
 def dump(config: Section, exclude: Any = None) -> str:
-    """The resolved configuration as YAML, less the keys in `exclude`; load() reads the whole back to the same."""
+    """Returns the resolved configuration as YAML, without the keys in `exclude`. load() is its inverse."""
     text: str = yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False)
     return text
 
 
 def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, default as YAML, meaning) of every key of a section and of those in it, nested keys joined by dots."""
+    """Yields (key, default as YAML, meaning) of every key of a section, nested keys joined by dots."""
     for name, field in kind.model_fields.items():
         key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
         inner = _section_in(field.annotation)
@@ -187,7 +187,7 @@ def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that a key holds, if it does: Section, or Section | None."""
+    """Returns the section type of an annotation that is Section or Section | None, otherwise None."""
     options = [option for option in (annotation, *get_args(annotation)) if option is not NoneType]
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 

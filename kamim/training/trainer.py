@@ -36,10 +36,10 @@ Progress = Callable[[int, int, Mapping[str, float]], None]  # (steps done, steps
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective computes on a micro-batch: scalars on the device.
+    """The losses of a micro-batch: scalars on the device.
 
-    loss: its mean over the micro-batch's samples is minimised. means: logged as means over the step's samples; largest:
-    logged as maxima over them.
+    loss: the mean over the micro-batch's samples, which is minimised. means: logged as means over the step's samples.
+    largest: logged as maxima over them.
     """
 
     loss: Tensor
@@ -48,18 +48,18 @@ class Losses:
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """The function to minimise."""
 
     def __call__(self, batch: Batch) -> Losses:
-        """The losses of a micro-batch of one sample or more."""
+        """Returns the losses of a micro-batch of one sample or more."""
         ...
 
 
 @dataclass(frozen=True)
 class Callback:
-    """Runs every `every` steps and after the last: run(steps done, metrics), in the first process alone.
+    """A function run(steps done, metrics) that the first process calls every `every` steps and after the last.
 
-    It must leave the model, its gradients and its mode as they were.
+    It must not change the model, its gradients or its mode.
     """
 
     every: int
@@ -68,9 +68,9 @@ class Callback:
 
 @dataclass(frozen=True)
 class Run:
-    """Where training keeps its state, and for how long it runs.
+    """The folder, schedule and checkpoints of a training run.
 
-    kind and config are written to every checkpoint: what was trained, and how. every: steps between two checkpoints.
+    kind and config are written to every checkpoint. every: steps between two checkpoints.
     """
 
     out: Path
@@ -83,13 +83,13 @@ class Run:
     log: Log = field(default_factory=Log)
 
     def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
+        """Returns whether a checkpoint is due after `step` steps."""
         return step % self.every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The steps that training went through: first .. step - 1. Where finished is false, it can be resumed."""
+    """The steps of a call of fit: first .. step - 1. If finished is False, the run can be resumed."""
 
     first: int
     step: int
@@ -98,11 +98,11 @@ class Outcome:
 
 @dataclass
 class Trainer:
-    """Trains `model` on `batches` for as long as `run` says.
+    """Trains `model` on `batches` for the steps of `run`.
 
-    model: what checkpoints hold. network: what the objective calls, the model itself or DDP around (a part of) it.
-    guard: what happens to a step that is not finite; None stops with FloatingPointError. after_update: called after
-    every update of the weights, for moving averages.
+    model: the module in checkpoints. network: the module that the objective calls: the model, or DDP around (a part of)
+    it. guard: the policy for steps that are not finite; None raises Diverged. after_update: called after every update
+    of the weights, for moving averages.
     """
 
     run: Run
@@ -120,11 +120,11 @@ class Trainer:
         self.scheduler: CosineLRScheduler = schedule.cosine(self.optimizer, self.run.optim, self.run.steps_per_epoch)
 
     def fit(self, progress: Progress) -> Outcome:
-        """Trains from the newest checkpoint in run.out, or from the model as it is, to the last step.
+        """Trains from the newest checkpoint in run.out, or from the current weights, to the last step.
 
-        SIGINT, SIGTERM and SIGUSR1 end it after a step, with a checkpoint. A checkpoint that cannot be written (a full
-        disk) is left out with a warning; for the last one OSError is raised. Raises FloatingPointError where a step is
-        not finite: with a guard NonFinite, after saving the state before that step.
+        On SIGINT, SIGTERM or SIGUSR1 it stops after the current step, with a checkpoint. If a checkpoint cannot be
+        written (a full disk), it logs a warning and continues. Raises OSError if the last checkpoint cannot be written,
+        and Diverged if a step is not finite; with a guard that is NonFinite, after saving the state before that step.
         """
         run, world = self.run, self.world
         total, _, _ = run.optim.schedule(run.steps_per_epoch)
@@ -156,12 +156,12 @@ class Trainer:
         return Outcome(first, done, done == total)
 
     def train_step(self, step: int, micro_batches: Iterable[Batch]) -> dict[str, Tensor | float]:
-        """One step of the optimiser, on the step's micro-batches of this rank. Returns what to log."""
+        """Does one optimiser step on the step's micro-batches of this rank. Returns the numbers to log."""
         self.scheduler.step_update(step)
         self.network.train()
         totals = _Totals(self.world)
         for batch in micro_batches:
-            trained = batch if len(batch) else batch.stand_in()  # a rank without samples takes part all the same
+            trained = batch if len(batch) else batch.stand_in()  # a rank without samples takes part in collectives
             with self._gradients_averaged(batch.last):
                 losses = self.objective(trained)
                 (losses.loss * (trained.share * self.world.size)).backward()  # DDP averages over the ranks
@@ -180,26 +180,26 @@ class Trainer:
         return {**logged, "grad_norm": norm}
 
     def resume(self, at_most: int | None = None) -> int:
-        """Restores the newest whole checkpoint (of at most `at_most` steps), if any. Returns the steps that are done.
+        """Restores the newest undamaged checkpoint (of at most `at_most` steps), if any. Returns the steps done.
 
         The first process chooses for all, since they may not see the same files.
         """
         out, world = self.run.out, self.world
-        found = checkpoint.latest(out, at_most) if world.is_main else None
-        step = torch.tensor(-1 if found is None else found.step, device=world.device)
+        newest = checkpoint.latest(out, at_most) if world.is_main else None
+        step = torch.tensor(-1 if newest is None else newest.step, device=world.device)
         world.broadcast(step)
         if step < 0:
             return 0
-        checkpoint.restore(found or checkpoint.at(out, int(step)), self.model, self.optimizer)
+        checkpoint.restore(newest or checkpoint.at(out, int(step)), self.model, self.optimizer)
         world.barrier()  # before the first process removes any
         return int(step)
 
     def _gradients_averaged(self, last: bool) -> AbstractContextManager[None]:
-        """Inside, a backward pass averages gradients over the ranks, but only in the step's last micro-batch."""
+        """Averages gradients over the ranks in the context's backward pass if it is the step's last micro-batch."""
         return nullcontext() if last or self.world.size == 1 else self.network.no_sync()  # type: ignore[operator]
 
     def _rate(self) -> float:
-        """The learning rate; of the last layer, where layers differ."""
+        """Returns the learning rate, of the last layer if layers differ."""
         return float(self.optimizer.param_groups[-1]["lr"])
 
     def _check(self, step: int, values: Mapping[str, float]) -> None:
@@ -215,7 +215,7 @@ class Trainer:
                 metrics.restart()
 
     def _save(self, step: int, metrics: Metrics, last: bool) -> None:
-        """Saves a checkpoint; before that, the metrics of the steps before it become durable."""
+        """Saves a checkpoint, after making the metrics of its steps durable."""
         run = self.run
         try:
             metrics.flush()
@@ -228,13 +228,13 @@ class Trainer:
 
     @contextmanager
     def _saved_if_not_finite(self, metrics: Metrics) -> Iterator[None]:
-        """A step that is not finite ends the run; the state before it, which the guard has kept, is saved."""
+        """Saves the state before a step that is not finite, which the guard has kept, when that step ends the run."""
         try:
             yield
         except NonFinite as error:
             if self.world.is_main and error.step not in checkpoint.saved(self.run.out):
                 self._save(error.step, metrics, last=False)
-            self.world.barrier()  # or the other ranks' end would end the first one
+            self.world.barrier()  # otherwise the exit of the other ranks would end the first one
             raise
 
 
@@ -248,7 +248,7 @@ class _Totals:
         self._largest: dict[str, Tensor] = {}
 
     def add(self, samples: int, share: float, losses: Losses) -> None:
-        """Adds a micro-batch. share: of the step's samples on all ranks."""
+        """Adds a micro-batch. share: its share of the step's samples on all ranks."""
         self._samples += samples
         for name, value in {"loss": losses.loss, **losses.means}.items():
             part = value.detach() * share
@@ -257,7 +257,7 @@ class _Totals:
             self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
 
     def over_ranks(self) -> dict[str, Tensor]:
-        """What to log of the step: samples, loss and the objective's other numbers, over all ranks."""
+        """Returns the numbers to log, over all ranks: samples, loss and the objective's other numbers."""
         samples = torch.tensor(float(self._samples), device=self._world.device)
         sums = self._world.sum(torch.stack([samples, *self._means.values()]))
         logged = dict(zip(("samples", *self._means), sums, strict=True))
@@ -265,7 +265,7 @@ class _Totals:
 
 
 def by_step(batches: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
-    """(step, its micro-batches) of one step after the other; nothing of the next step is requested ahead."""
+    """Yields (step, its micro-batches) in order, without requesting batches of the next step ahead."""
     batches = iter(batches)
 
     def until_last(batch: Batch) -> Iterator[Batch]:
@@ -279,7 +279,7 @@ def by_step(batches: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
 
 
 def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
-    """The model as the objective calls it: over all ranks, and compiled where `compute` says so."""
+    """Returns the module that the objective calls: the model, in DDP on several ranks, compiled if configured."""
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(compute, world.device):
         network.compile()
@@ -287,7 +287,7 @@ def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 autocast, or nothing. Raises ValueError where bf16 is requested on a GPU that does not support it."""
+    """Returns bf16 autocast or a null context. Raises KamimError if a GPU does not support the requested bf16."""
     lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if lacks and compute.precision == "bf16":
         raise KamimError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
@@ -297,16 +297,16 @@ def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[N
 
 
 def should_compile(compute: Compute, device: torch.device) -> bool:
-    """Whether to torch.compile on this device."""
+    """Returns whether to use torch.compile on this device."""
     return device.type == "cuda" if compute.compile == "auto" else compute.compile
 
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only set a flag, which the yielded function reads.
+    """In the context, SIGINT, SIGTERM and SIGUSR1 only set a flag, which the yielded function returns.
 
-    A second SIGINT, which a person sends, raises KeyboardInterrupt at once; batch systems and torchrun may send the
-    same signal twice.
+    A second SIGINT, sent by a person, raises KeyboardInterrupt at once. A repeated SIGTERM or SIGUSR1 does not: batch
+    systems and torchrun may send a signal twice.
     """
     received: list[int] = []
 

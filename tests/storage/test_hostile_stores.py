@@ -107,10 +107,10 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
                 count=10**11, shard_counts=[10**11], job=manifest["job"] | {"items": 10**11, "shard_size": 10**11},
                 shards={name: hashes[:1] for name, hashes in manifest["shards"].items()},
             )
-        ), r"images\.zarr: holds 12 images, but manifest\.json says 100000000000",
+        ), r"images\.zarr: holds 12 images, but manifest\.json has count 100000000000",
     ),
     "shards-of-nothing": (field("job.shard_size", 0), "job.shard_size: Input should be greater than 0"),
-    "detector-that-leads-out": (field("job.detectors", ["../x"]), "job.detectors: '../x' is no name of a detector"),
+    "detector-that-leads-out": (field("job.detectors", ["../x"]), "job.detectors: '../x' is not a detector name"),
     "checksum-that-leads-out": (field("checksums", {"../../x": "0" * 64}), f"'../../x' {NOT_OURS}"),
     "checksum-of-a-root": (field("checksums", {"/etc/passwd": "0" * 64}), f"'/etc/passwd' {NOT_OURS}"),
     "checksum-of-no-component": (
@@ -119,7 +119,7 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
     ),
     "no-stamps": (edited(lambda manifest: manifest["checksums"].pop("stamps.npy")), "checksums: has no stamps.npy"),
     "nested": (lambda path: store.seal(path, b"[" * 10**6), "not a manifest: maximum recursion depth"),
-    "encoding-of-pixels": (field("job.encoding", "raw"), "images.zarr: is JPEG, but manifest.json says otherwise"),
+    "encoding-of-pixels": (field("job.encoding", "raw"), "images.zarr: is JPEG, but manifest.json has encoding 'raw'"),
 }  # fmt: skip
 
 IN_KEYPOINTS: dict[str, tuple[Change, str]] = {

@@ -152,7 +152,7 @@ def test_skipping_ends_where_nothing_else_would_come(
 ) -> None:
     given = config(tmp_path / "run", store, "on_nonfinite=skip", "optim.epochs=12")
     monkeypatch.setattr(pretraining, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; no use to go on"):
+    with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; stopped"):
         pretrain(given, quiet)
 
 

@@ -185,7 +185,7 @@ def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
 
 
 def test_another_configuration_in_the_same_place_is_refused(finished: Path, store: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a run of another configuration \(lr: 0.0008 there, lr: 0.001 asked"):
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(lr: 0.0008 there, lr: 0.001 r"):
         pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_noticed(finished: Path, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_architecture_is_refused(finished: Path) -> None:
     found = checkpoint.latest(finished)
     assert found is not None
-    with pytest.raises(ValueError, match="holds another architecture than the model asked for"):
+    with pytest.raises(ValueError, match="holds another architecture than the requested model"):
         checkpoint.load_weights(found, MaskedImageModel("vit_tiny", 64))
 
 

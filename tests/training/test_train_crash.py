@@ -211,7 +211,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     damage(run / "checkpoints/step-00000006")
     assert checkpoint.read(run).step == 4
     assert "step-00000006" in caplog.text
-    assert "taking the checkpoint before" in caplog.text
+    assert "using the checkpoint before it" in caplog.text
     assert pretrain(asked(run, store, "keep_checkpoints=1"), quiet).finished
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert pretrain(asked(run, store), quiet).finished
@@ -228,7 +228,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
     run = copied(finished, tmp_path / "run")
     for file in run.glob("checkpoints/*/model.safetensors"):
         harm(file)
-    with pytest.raises(ValueError, match=r"has no checkpoint that is whole; remove .*checkpoints to start anew"):
+    with pytest.raises(ValueError, match=r"has only damaged checkpoints; remove .*checkpoints to start anew"):
         pretrain(asked(run, store), quiet)
     assert len(list((run / "checkpoints").iterdir())) == 2
 
@@ -318,5 +318,5 @@ def test_metrics_that_find_no_room_are_written_later(
             room_ends.__exit__(None, None, None)
 
     assert pretrain(asked(tmp_path / "run", store), progress).finished
-    assert caplog.text.count("metrics.jsonl is behind, the run goes on") == 1
+    assert caplog.text.count("metrics.jsonl is behind, the run continues") == 1
     assert ended(tmp_path / "run")["metrics"] == whole["metrics"]

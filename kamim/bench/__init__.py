@@ -1,1 +1,1 @@
-"""Measurements: how faithful the cached keypoints are, how fast the loader is."""
+"""Benchmarks: fidelity of cached keypoints and stored pixels; speed of preprocessing, loading, training, evaluation."""

@@ -1,4 +1,4 @@
-"""`kamim doctor`: what this machine and a store are good for, what holds a training up, and what to change."""
+"""`kamim doctor`: checks a store, benchmarks the loader and the model on this machine, and names the bottleneck."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +18,19 @@ from kamim.training.trainer import should_compile
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 
-BATCH = {"cuda": 256, "cpu": 16}  # images of a measured step, at most the configuration's
+BATCH = {"cuda": 256, "cpu": 16}  # images per measured step, at most the configuration's
 STEPS = {"cuda": 20, "cpu": 3}
-SECONDS = 4.0  # for which the loader is measured
-SPARE = 1.1  # a loader this much faster than the model keeps it busy
+SECONDS = 4.0  # duration of the measurement of the loader
+SPARE = 1.1  # a loader this many times as fast as the model keeps it busy
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
-def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
-    """Says what there is, line by line; with a configuration, also rates. Returns whether all is well.
+def examine(store: Path, config: Pretrain | None, say: Print) -> bool:
+    """Prints the machine and the store line by line and, with a configuration, rates and the bottleneck.
 
-    Raises ValueError where there is no store, or a damaged one, or where the configuration does not fit it.
+    Returns False if the loader is the bottleneck. Raises KamimError if there is no store, it is damaged, or the
+    configuration does not fit it.
     """
     for name, value in machine.describe().items():
         text = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
@@ -48,8 +49,8 @@ def examine(store: Path, config: Pretrain | None, say: Say) -> bool:
     return True if config is None else _rates(config, opened, say)
 
 
-def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
-    """Measures loader and model, and says which one the other waits for, and what helps."""
+def _rates(config: Pretrain, opened: Store, say: Print) -> bool:
+    """Measures loader and model, and prints which is the bottleneck and what helps."""
     with distributed.joined(config.compute.device) as world:
         batches = training_loader(config, opened, world)
         if line := online_differs(config, opened):
@@ -72,7 +73,7 @@ def _rates(config: Pretrain, opened: Store, say: Say) -> bool:
 
 
 def _loader_rate(batches: Loader) -> float:
-    """Images per second, after the first batches have filled the buffers."""
+    """Returns images per second, after the first batches have filled the buffers."""
     seen, start = 0, 0.0
     for number, batch in enumerate(batches.steps(0, 1 << 40)):
         if number < 4:
@@ -85,19 +86,19 @@ def _loader_rate(batches: Loader) -> float:
 
 
 def _model_rate(config: Pretrain, batches: Loader, batch: Batch, world: World) -> float:
-    """Images per second of whole steps on one batch that is there already."""
+    """Returns images per second of complete steps on one batch that is already loaded."""
     kind = world.device.type
     size, count = min(BATCH[kind], len(batch)), STEPS[kind]
     counts = None if batch.counts is None else batch.counts[:size].clone()
-    given = replace(
+    loaded = replace(
         batch, images=batch.images[:size].clone(), counts=counts, labels=batch.labels[:size], last=True, share=1.0,
         indices=batch.indices[:size],
     ).to(world.device)  # fmt: skip
     trainer = build_trainer(config, batches, world)
     start = 0.0
     for step in range(2 + count):
-        trainer.train_step(step, [replace(given, step=step)])
-        if step <= 1:  # compiled and warm
+        trainer.train_step(step, [replace(loaded, step=step)])
+        if step <= 1:  # the first steps compile and warm up
             _finish(world)
             start = time.perf_counter()
     _finish(world)

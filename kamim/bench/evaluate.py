@@ -1,4 +1,4 @@
-"""What evaluation costs: augmentation, the frozen forward pass, the probe sweep; ratios of one interleaved run."""
+"""Benchmarks evaluation: augmentation, the frozen forward pass and the probe sweep, interleaved."""
 
 import os
 import statistics
@@ -32,13 +32,13 @@ from preprocess.sources import Source
 
 SWEEP = {"images": 50_000, "poolings": 3, "lrs": 10, "epochs": 10, "classes": 10}
 PROBE_EPOCHS = 100
-PASSES = 4  # over the store, of our loader in one measured pass; its first batch costs more than the others
+PASSES = 4  # epochs of our loader in one measured pass, since its first batch costs more than the others
 
-Decode = Callable[[int], Tensor]  # number -> uint8 [3, H, W]
+Decode = Callable[[int], Tensor]  # index -> uint8 [3, H, W]
 
 
 class TorchvisionDataset(torch.utils.data.Dataset[torch.Tensor]):
-    """Samples of the evaluation as torchvision makes them: for training where augmented, else for validation."""
+    """Samples of the evaluation from torchvision's transforms: for training if augmented, otherwise for validation."""
 
     def __init__(self, decode: Decode, count: int, resolution: int, augmented: bool):
         self._decode, self._count = decode, count
@@ -68,7 +68,7 @@ def _one_thread(_: int) -> None:
 def torchvision_rate(
     decode: Decode, count: int, resolution: int, batch: int, workers: int, augmented: bool
 ) -> Callable[[], int]:
-    """A DataLoader with a worker process per core."""
+    """Returns a pass of a DataLoader with one worker process per core."""
     loader = torch.utils.data.DataLoader(
         TorchvisionDataset(decode, count, resolution, augmented), even_batch(count, batch, workers),
         num_workers=workers, persistent_workers=True, worker_init_fn=_one_thread,
@@ -77,23 +77,23 @@ def torchvision_rate(
 
 
 def our_rate(store: Store, resolution: int, batch: int, augmented: bool, mixed: bool) -> Callable[[], int]:
-    """The loader's whole images, with a worker thread per core, augmented there, then normalised and mixed."""
+    """Returns a pass of our loader: whole images, one thread per core, with augmentation and mixing if set."""
     plan = Plan(len(store), batch, batch, seed=0, drop_last=False)
     loader = Loader(store, plan, resolution, augment=Augment(resolution) if augmented else None)
 
     def run() -> int:
-        seen = 0
-        for made in loader.steps(0, PASSES * plan.steps_per_epoch):
+        images = 0
+        for batch in loader.steps(0, PASSES * plan.steps_per_epoch):
             if mixed:
-                mixed_batch(made, len(store.manifest.classes), 0)
-            seen += len(made)
-        return seen
+                mixed_batch(batch, len(store.manifest.classes), 0)
+            images += len(batch)
+        return images
 
     return run
 
 
 def forward_rate(model: str, resolution: int, batch: int, block: int | None) -> Callable[[], int]:
-    """A frozen encoder's pass to `block`, or through all of it, in whole images."""
+    """Returns a pass of a frozen encoder over a batch, up to `block`, or through all blocks if it is None."""
     encoder = build_encoder(model, resolution)
     frozen = Frozen(encoder, Readout(resolve(encoder, block or "last"), "mean", "none"), Compute(), torch.device("cpu"))
     images = torch.zeros(batch, 3, resolution, resolution)
@@ -109,10 +109,10 @@ def bench(
     store: Store, source: Source, model: str, resolution: int, batch: int, rounds: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Images per second (medians of the rounds), ratios, and what a sweep costs beside one probe, on the CPU.
+    """Returns images per second (medians of the rounds), ratios, and hours of a sweep and of one probe, on the CPU.
 
-    torchvision reads the originals, as the released code does; torchvision_stored the very JPEGs of the store.
-    Raises ValueError for a store of raw pixels, or with images that have no label.
+    torchvision reads the originals, as the released code does; torchvision_stored reads the JPEGs of the store.
+    Raises KamimError if the store holds raw pixels or images without a label.
     """
     check_jpeg(store)
     if unlabelled := int((store.images.labels < 0).sum()):
@@ -135,7 +135,7 @@ def bench(
         "forward_to_block": forward_rate(model, resolution, 8, block),
     }
     rates = interleaved(runs, rounds, progress)
-    rate = {name: statistics.median(made) for name, made in rates.items()}
+    rate = {name: statistics.median(of_rounds) for name, of_rounds in rates.items()}
     seconds = _sweep_seconds(encoder.num_features)
     readouts = depth(encoder) * SWEEP["poolings"]
     sweep_hours = (SWEEP["images"] / rate["forward"] + seconds * readouts) / 3600
@@ -155,7 +155,7 @@ def bench(
 
 
 def _sweep_seconds(width: int) -> float:
-    """What the sweep itself takes for one readout, measured on noise."""
+    """Returns the seconds of the sweep of one readout, measured on constant features."""
     features = torch.zeros(SWEEP["images"], width, dtype=torch.bfloat16)
     labels = torch.arange(SWEEP["images"]) % SWEEP["classes"]
     start = time.perf_counter()

@@ -1,9 +1,8 @@
-"""How well keypoints found once stand for keypoints found on every crop, and stored pixels for the original ones.
+"""Measures how well cached keypoints approximate online keypoints, and stored pixels the original ones.
 
-For random crops of full-size photographs: W from the canonical frames' keypoints, remapped, against W from the
-keypoints of the crop itself; beside the noise floor, which is the crop's own W against that of the same crop moved by
-one source pixel. Nothing is stored or compressed on the way, so that the remap alone is judged. Pixels: see
-kamim.bench.pixels.
+For random crops of full-size photographs, W from remapped keypoints of the canonical frames is compared with W from
+keypoints detected on the crop. The noise floor is the crop's own W compared with that of the same crop moved by one
+source pixel. Nothing is stored or compressed, so that only the remapping is measured. Pixels: kamim.bench.pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,9 @@ from preprocess.sources import Source
 
 @dataclass(frozen=True)
 class FidelityCase:
-    """resolution, crop_scale, w_ps and T of the comparison.
+    """The resolution, crop_scale, w_ps and T of a comparison.
 
-    frames: how many canonical frames an image has, or None for as many as the detector's.
+    frames: the number of canonical frames per image, or None for the detector's own number.
     """
 
     resolution: int = 192
@@ -42,11 +41,11 @@ def fidelity(
     source: Source, detectors: Sequence[str], setting: FidelityCase, images: int, crops: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """keypoints: a row per (detector, footprint): correlations of W and density, L1 of W / mean W, means of W.
-    pixels: medians over the crops, and over the `whole` images, in dB (PSNR) and as ratios (sharpness).
+    """Compares `crops` random crops of each of `images` images, spread evenly over the source.
 
-    Images are taken evenly through the source, `crops` random crops of each. An `_interval` holds 95 per cent of what
-    resampling the images gives. Raises ValueError if the source has fewer than `images`.
+    Returns keypoints: a row per (detector, footprint) with correlations of W and density, L1 of W / mean W, and means
+    of W; and pixels: medians over the crops and over the `whole` images, in dB (PSNR) and as ratios (sharpness). An
+    `_interval` is a 95 % bootstrap interval over images. Raises KamimError if the source has fewer than `images`.
     """
     if images > len(source.items):
         raise KamimError(f"--images {images}: --source has {len(source.items)}")
@@ -63,7 +62,7 @@ def fidelity(
         data, pixels = originals.read(source, source.items[index])
         image = StoredImage(job, data, pixels, int(index), crops)
         stored.append(image)
-        frames = {name: _Found(pixels, name, setting) for name in detectors}
+        frames = {name: _CachedKeypoints(pixels, name, setting) for name in detectors}
         for name in detectors:
             held[name].append(frames[name].bytes)
         for crop in range(crops):
@@ -87,8 +86,8 @@ def fidelity(
     return {"keypoints": rows, "pixels": compare_pixels(job, stored)}
 
 
-class _Found:
-    """A detector's keypoints on the canonical frames of an image, as a store would hold them."""
+class _CachedKeypoints:
+    """A detector's keypoints on the canonical frames of an image, in the form of a store."""
 
     def __init__(self, pixels: np.ndarray, name: str, setting: FidelityCase):
         self.size = np.array([pixels.shape[:2]])
@@ -101,7 +100,7 @@ class _Found:
         self._rules = detector(name).rules.arrays()
 
     def remapped(self, view: np.ndarray, side: int) -> np.ndarray:
-        """Centres in the crop taken as `view` says, in px: float [K, 2]."""
+        """Returns the keypoints' centres in the crop of `view`, in px: float [K, 2]."""
         (nearest,) = geometry.nearest_frames(self.frames[None], self.size, view[None], side)
         positions, groups = self._packed[nearest]
         points = np.empty((len(positions), 2), np.int32)
@@ -110,9 +109,9 @@ class _Found:
 
 
 def _counts(
-    pixels: np.ndarray, frames: Mapping[str, _Found], epoch: int, index: int, setting: FidelityCase
+    pixels: np.ndarray, frames: Mapping[str, _CachedKeypoints], epoch: int, index: int, setting: FidelityCase
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Cell counts of one random crop: cached, online, and online of the moved crop, by detector and footprint."""
+    """Returns cell counts of a random crop by detector and footprint: cached, online, and online of the moved crop."""
     height, width = pixels.shape[:2]
     (view,) = geometry.crop_views(
         np.array([[height, width]]), setting.crop_scale, geometry.CROP_RATIO, SEED, epoch, np.array([index])
@@ -120,16 +119,17 @@ def _counts(
     crop = _crop(pixels, view, setting.resolution)
     moved = _crop(pixels, _moved(view, height, width), setting.resolution)
     counts = {}
-    for name, found in frames.items():
-        xy = (found.remapped(view, setting.resolution), *(detector(name).detect(image).xy for image in (crop, moved)))
+    for name, keypoints in frames.items():
+        remapped = keypoints.remapped(view, setting.resolution)
+        xy = (remapped, *(detector(name).detect(image).xy for image in (crop, moved)))
         for footprint in kp.FOOTPRINTS:
-            cached, online, again = (_cells(points, footprint, setting) for points in xy)
-            counts[name, footprint] = (cached, online, again)
+            cached, online, of_moved = (_cells(points, footprint, setting) for points in xy)
+            counts[name, footprint] = (cached, online, of_moved)
     return counts
 
 
 def _crop(pixels: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
-    """As the released code crops: bilinear, antialias off, straight from the full-size image, then flips."""
+    """Crops as the released code does: bilinear, without antialiasing, from the full-size image, then flips."""
     top, left, height, width, flip_v, flip_h = view
     crop = resize_plain(pixels[top : top + height, left : left + width], (side, side))
     crop = crop[::-1] if flip_v else crop
@@ -137,7 +137,7 @@ def _crop(pixels: np.ndarray, view: np.ndarray, side: int) -> np.ndarray:
 
 
 def _moved(view: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The crop one pixel to the right, or else down, or else (it is the whole image) one pixel narrower."""
+    """Returns the view moved by one pixel, horizontally if possible; of a whole image, one pixel narrower."""
     top, left, h, w, *_ = view.tolist()
     if w < width:
         by = (0, 1 if left + w < width else -1, 0, 0, 0, 0)
@@ -156,7 +156,7 @@ def _cells(xy: np.ndarray, footprint: str, setting: FidelityCase) -> np.ndarray:
 def _compare(
     maps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], crops: int, setting: FidelityCase
 ) -> dict[str, Any]:
-    """maps: counts of every crop, those of one image one after the other."""
+    """Returns a row's measures. maps: counts of every crop, grouped by image."""
     counts = [np.stack(kind) for kind in zip(*maps, strict=True)]
     cached, online, moved = (_weights(of_kind, setting) for of_kind in counts)
 
@@ -184,18 +184,18 @@ def _compare(
 
 
 def _weights(counts: np.ndarray, setting: FidelityCase) -> np.ndarray:
-    """W of many crops: float64 [crops, g, g], of counts int16 [crops, g, g]."""
+    """Returns W, float64 [crops, g, g], of counts, int16 [crops, g, g]."""
     return keypoint_weights(counts, setting.patch_size, setting.temperature).astype(np.float64)
 
 
 def _share_interval(cached: np.ndarray, online: np.ndarray, moved: np.ndarray, crops: int) -> list[float]:
-    """Where 95 per cent of the shares of the floor lie if images are drawn anew, with all their crops.
+    """Returns the 95 % bootstrap interval of the share of the floor; images are resampled with all their crops.
 
-    All of them float64 [images * crops, g, g]. A draw adds up the sums that its images' correlations are made of.
+    Arguments are float64 [images * crops, g, g]. A resample adds the per-image sums that determine the correlation.
     """
 
     def sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """[images, 6]: how many cells, and their sums of 1, a, b, aa, bb and ab."""
+        """Returns, per image, the number of cells and their sums of a, b, aa, bb and ab: [images, 6]."""
         a, b = (w.reshape(len(w) // crops, -1) for w in (a, b))
         return np.stack([np.full(len(a), a.shape[1]), *(x.sum(1) for x in (a, b, a * a, b * b, a * b))], axis=1)
 

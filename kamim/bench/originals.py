@@ -1,4 +1,4 @@
-"""A store and the image files that it was made of, as the benchmarks compare them."""
+"""The image files that a store was built from, for benchmarks that compare the two."""
 
 from dataclasses import replace
 
@@ -12,19 +12,19 @@ from preprocess.sources import Item, Source, printable
 
 
 def check_jpeg(store: Store) -> None:
-    """Raises ValueError for a store of raw pixels."""
+    """Raises KamimError if the store holds raw pixels."""
     if store.images.raw:
         raise KamimError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
 
 
 def accepted(source: Source, store: Store) -> Source:
-    """The source without the files that the store rejected: other libraries' loaders stop at most of them."""
+    """Returns the source without the files that the store rejected; most of them stop other libraries' loaders."""
     rejected = {name for shard in stored_rejects(store.path, store.manifest) for name, _ in shard}
     return replace(source, items=[item for item in source.items if printable(item.key) not in rejected])
 
 
 def read(source: Source, item: Item) -> tuple[bytes | np.ndarray, np.ndarray]:
-    """An image as its source gives it, and RGB uint8 [H, W, 3]. Raises ValueError, which names an undecodable file."""
+    """Returns an item's data and its RGB pixels, uint8 [H, W, 3]. Raises KamimError if it cannot be decoded."""
     data = source.read(item)
     try:
         return data, decode(data)

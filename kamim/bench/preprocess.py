@@ -1,10 +1,10 @@
-"""Images per second of preprocessing, step by step and as a whole, beside plain JPEG decoding of the same files.
+"""Benchmarks preprocessing, step by step and as a whole, against plain JPEG decoding of the same files.
 
-Every step is done to every image by one thread. A rate is images over that thread's processor time, which other
-programs on a shared machine disturb least, so it is a rate per core. The whole is the job's own shard task: in this
-thread, and in 1 and in 2 worker processes; their rates are of wall time, and of the busiest worker's processor time,
-which is what wall time would be if nothing else ran. All of it is interleaved, after one unmeasured round; the table
-holds the medians of the rounds.
+One thread applies every step to every image. A rate is images per second of that thread's processor time, which other
+programs on a shared machine disturb least, so it is a rate per core. The whole is the job's own shard task, in this
+thread and in 1 and 2 worker processes. Workers have two rates: by wall time, and by the busiest worker's processor
+time, which would be the wall time on an idle machine. Everything is interleaved, after one unmeasured round; reported
+rates are medians of the rounds.
 """
 
 import os
@@ -34,7 +34,7 @@ from preprocess.resize import resize_plain
 from preprocess.shards import ShardTask, run_shard
 from preprocess.sources import Item, Read, Source
 
-PARTS = 16  # equal shards, which 1 and 2 workers share evenly
+PARTS = 16  # equal shards, so that 1 and 2 workers share them evenly
 LIBRARIES = ("numba", "numpy", "opencv-python", "simplejpeg")
 WORKERS = (1, 2)
 Seconds = dict[str, float]
@@ -43,7 +43,7 @@ Seconds = dict[str, float]
 def bench(
     source: Source, detectors: Sequence[str], rounds: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Rates (images per second, medians) and the ratios that matter. Raises ValueError for a source of few JPEGs."""
+    """Returns rates (images per second, medians) and ratios. Raises KamimError if the source has too few JPEGs."""
     cv2.setNumThreads(1)
     items = [item for item in source.items if _is_plain_jpeg(source.read(item))]
     size = len(items) // PARTS
@@ -56,27 +56,27 @@ def bench(
         "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
         resolution=192, crop_scale=(0.67, 1.0),
     )  # fmt: skip
-    made: list[Seconds] = []
+    measured: list[Seconds] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for component in job.components:
             (folder / component).mkdir()
         spawn = get_context("spawn")
         pools = {n: stack.enter_context(ProcessPoolExecutor(n, mp_context=spawn)) for n in WORKERS}
-        for turn in range(rounds + 1):  # the first compiles and warms, and is not counted
+        for turn in range(rounds + 1):  # the first round compiles and warms up, and is not counted
             seconds = _steps(job, source, list(chain(*shards)), detectors)
             for shard in shards:
                 _shard(job, source, shard, folder, seconds)
             for n, pool in pools.items():
                 pooled = _pooled(pool, job, source, shards, folder)
                 seconds |= {f"workers_{n}_{kind}": value for kind, value in pooled.items()}
-            made += [seconds] if turn else []
+            measured += [seconds] if turn else []
             progress(turn + 1, rounds + 1)
-    return _report(made, PARTS * size)
+    return _report(measured, PARTS * size)
 
 
 def _is_plain_jpeg(data: bytes | np.ndarray) -> bool:
-    """Whether libjpeg-turbo decodes it, and nothing else has to."""
+    """Returns whether libjpeg-turbo alone decodes the data."""
     try:
         return isinstance(data, bytes) and decode_plain_jpeg(data) is not None
     except Undecodable:
@@ -84,14 +84,14 @@ def _is_plain_jpeg(data: bytes | np.ndarray) -> bool:
 
 
 def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[str]) -> Seconds:
-    """Processor time of each step over all items; a step is handed what the one before it made."""
+    """Returns the processor time of each step over all items. Each step gets the result of the step before."""
     spent: Seconds = {}
 
-    def timed(name: str, step: Callable[..., Any], *given: Any) -> Any:
+    def timed(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
         start = time.thread_time()
-        made = step(*given)
+        result = step(*arguments)
         spent[name] = spent.get(name, 0) + time.thread_time() - start
-        return made
+        return result
 
     for item in items:
         data = timed("read", source.read, item)
@@ -112,35 +112,36 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
 
 
 def _opencv_fast(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What kamim.detectors.fast stands in for: OpenCV's detector, and its keypoints as arrays."""
-    found = cv2.FastFeatureDetector_create().detect(frame)  # type: ignore[attr-defined]
-    return np.asarray(cv2.KeyPoint_convert(found)), np.array([k.response for k in found], np.float32)  # type: ignore[attr-defined]
+    """Runs OpenCV's FAST, the baseline of kamim.detectors.fast, and returns its keypoints as arrays."""
+    keypoints = cv2.FastFeatureDetector_create().detect(frame)  # type: ignore[attr-defined]
+    xy = np.asarray(cv2.KeyPoint_convert(keypoints))  # type: ignore[attr-defined]
+    return xy, np.array([k.response for k in keypoints], np.float32)
 
 
 def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent: Seconds) -> None:
-    """Adds processor time of the job's task for these items: `whole_fast`, of which `write` comes after the last image.
+    """Adds processor time of the shard task of these items: `whole_fast`, and `write`, its part after the last image.
 
     Waiting for the disk is not processor time.
     """
-    last = Item("", -1, 0)  # cannot be read, so the task goes on to write
-    written_from = 0.0
+    last = Item("", -1, 0)  # cannot be read, and marks the end of the images
+    write_start = 0.0
 
     def read(item: Item) -> bytes | np.ndarray:
-        nonlocal written_from
+        nonlocal write_start
         if item is last:
-            written_from = time.thread_time()
+            write_start = time.thread_time()
             raise FileNotFoundError
         return source.read(item)
 
     start = time.thread_time()
-    run_shard(_made(job, read, [*items, last], 0, folder, strict=False))
+    run_shard(_shard_task(job, read, [*items, last], 0, folder, strict=False))
     end = time.thread_time()
-    for name, begun in (("whole_fast", start), ("write", written_from)):
-        spent[name] = spent.get(name, 0) + end - begun
+    for name, begin in (("whole_fast", start), ("write", write_start)):
+        spent[name] = spent.get(name, 0) + end - begin
 
 
 def _pooled(pool: Executor, job: Job, source: Source, shards: Sequence[Sequence[Item]], folder: Path) -> Seconds:
-    """Wall time of the shards, made by a pool of workers, and the processor time of the worker that used most."""
+    """Returns the wall time of the shards in a pool of workers, and the processor time of the busiest worker."""
     start = time.perf_counter()
     tasks = [pool.submit(_task, job, source.read, shard, number, folder) for number, shard in enumerate(shards)]
     busy: Seconds = {}
@@ -150,18 +151,18 @@ def _pooled(pool: Executor, job: Job, source: Source, shards: Sequence[Sequence[
     return {"wall": time.perf_counter() - start, "busiest": max(busy.values())}
 
 
-def _made(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> ShardTask:
+def _shard_task(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path, strict: bool) -> ShardTask:
     return ShardTask(job, number, items, read, {component: folder / component for component in job.components}, strict)
 
 
 def _task(job: Job, read: Read, items: Sequence[Item], number: int, folder: Path) -> tuple[str, float]:
     start = time.process_time()
-    run_shard(_made(job, read, items, number, folder, strict=True))
+    run_shard(_shard_task(job, read, items, number, folder, strict=True))
     return str(os.getpid()), time.process_time() - start
 
 
-def _report(made: Sequence[Seconds], images: int) -> dict[str, Any]:
-    rounds = {name: [images / seconds[name] for seconds in made] for name in made[0]}
+def _report(measured: Sequence[Seconds], images: int) -> dict[str, Any]:
+    rounds = {name: [images / seconds[name] for seconds in measured] for name in measured[0]}
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
 
     def ratio(over: str, under: str) -> float:

@@ -1,19 +1,19 @@
-"""Rates of several things, measured in turns, so that what disturbs the machine disturbs all of them."""
+"""Measures rates of several runs in turns, so that other load on the machine affects all of them alike."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-Run = Callable[[], int]  # one measured pass; returns how many images it made
+Run = Callable[[], int]  # one measured pass; returns its number of images
 
 
 def interleaved(
     runs: Mapping[str, Run], rounds: int, progress: Callable[[int, int], None]
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Images per second of wall time, of every run in each of `rounds` rounds.
+    """Returns images per second of wall time, of every run in each of `rounds` rounds.
 
-    A first round compiles and warms, and is not counted. progress(passes done, in all).
+    A first round compiles and warms up, and is not counted. progress: called with (passes done, passes in total).
     """
     rates: dict[str, list[float]] = {name: [] for name in runs}
     total = len(runs) * (rounds + 1)
@@ -28,10 +28,10 @@ def interleaved(
 
 
 def even_batch(images: int, most: int, workers: int) -> int:
-    """The size of a DataLoader's batches, at most `most`, with which all its workers get as many images."""
+    """Returns a batch size of at most `most` with which all workers of a DataLoader get the same number of images."""
     return math.ceil(images / (workers * math.ceil(images / (workers * most))))
 
 
 def paired(rates: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the rounds' ratios: what slows a whole round down leaves its ratio alone."""
+    """Returns the median of the rounds' ratios; a slow-down of a whole round does not change its ratio."""
     return statistics.median(a / b for a, b in zip(rates, others, strict=True))

@@ -1,4 +1,4 @@
-"""What a loader costs before it is fast: opening a store, the time to its first batch, and the memory it holds."""
+"""Benchmarks the start of a loader: opening a store, the time to the first batch, and memory."""
 
 import subprocess
 import sys
@@ -31,14 +31,17 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Bare:
-    """Images without a store around them, for the loader."""
+    """Images without a store, for the loader."""
 
     path: Path
     images: ImageReader
 
 
 def measure(store: Store) -> dict[str, float]:
-    """Each in a process of its own: seconds to the first batch; at a million images, seconds to open and megabytes."""
+    """Returns the seconds to the first batch and, for a million images, the seconds to open them and the megabytes.
+
+    Each is measured in a process of its own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         _elsewhere(f"write_images({str(store.path)!r}, {folder!r}, {MILLION})")
         return {
@@ -49,13 +52,13 @@ def measure(store: Store) -> dict[str, float]:
 
 
 def _elsewhere(call: str) -> float:
-    """What a function of this module returns in a new process."""
+    """Calls a function of this module in a new process and returns its result."""
     code = f"from kamim.bench import startup; print(startup.{call})"
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def first_batch_seconds(path: str, started: float) -> float:
-    """From `started` (time.time()) to the first batch of a store, with counts where it has keypoints."""
+    """Returns the seconds from `started` (time.time()) to a store's first batch, with counts if it has keypoints."""
     store = Store(path)
     counter = next((CachedCounts(store.keypoints(name), "ring", PATCH_SIZE) for name in store.detectors), None)
     batch = min(BATCH, len(store))
@@ -64,7 +67,7 @@ def first_batch_seconds(path: str, started: float) -> float:
 
 
 def write_images(path: str, folder: str, images: int) -> int:
-    """Leaves images.zarr and keypoints.zarr of so many images in `folder`: all of them the first of the store."""
+    """Writes images.zarr and keypoints.zarr to `folder`, with the first image of the store `images` times."""
     import zarr
 
     store, out = Store(path), Path(folder)
@@ -86,7 +89,7 @@ def write_images(path: str, folder: str, images: int) -> int:
 
 
 def open_seconds(folder: str) -> float:
-    """How long it takes to open the images and keypoints of write_images and to check all of them."""
+    """Returns the seconds it takes to open and check all images and keypoints of write_images."""
     start = time.perf_counter()
     keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)
     for faults in (image_faults(ZarrImages(Path(folder, "images.zarr")), 1), keypoint_faults(keypoints)):
@@ -95,7 +98,7 @@ def open_seconds(folder: str) -> float:
 
 
 def resident_mb(folder: str) -> float:
-    """What a loader of the images of write_images holds in memory, mapped files left out."""
+    """Returns the memory in MB of a loader of the images of write_images, without mapped files."""
     before = _anonymous_mb()
     images = ZarrImages(Path(folder, "images.zarr"))
     keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)

@@ -1,10 +1,11 @@
-"""Images per second of training: ours, KAMIM and SimMIM, beside a plain loop as the released code's, interleaved.
+"""Benchmarks training: our KAMIM and SimMIM against a plain loop like the released code's, interleaved.
 
-All do whole steps: loading, forward, backward, clipping, AdamW, a line of metrics. The plain loop is a Hugging Face
-model, eager, fed from the original files by a DataLoader that finds FAST keypoints on every crop. A pass is so many
-steps from a standing start, so it holds a wait for its first batch; the data-wait share is of the steps after that.
-Each loop has a process of its own, so that they share neither memory nor settings. The peak of arithmetic is what this
-device reaches on large square matrices in the same dtype, in the same rounds.
+All do complete steps: loading, forward, backward, clipping, AdamW, a line of metrics. The plain loop trains a Hugging
+Face model in eager mode, with a DataLoader that reads the original files and detects FAST keypoints on every crop. A
+pass is a number of steps that starts without prefetched data, so it includes the wait for its first batch; the
+data-wait share covers the steps after the first. Each loop has a process of its own, so that they share neither memory
+nor settings. Peak arithmetic is the rate of this device for products of large square matrices of the same dtype, in
+the same rounds.
 """
 
 import os
@@ -44,27 +45,27 @@ from kamim.training.trainer import Trainer, autocast, by_step
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source
 
-Pass = Callable[[], Iterator[float]]  # does its steps; yields after each the seconds it waited for data
+Pass = Callable[[], Iterator[float]]  # does steps, and yields after each the seconds it waited for data
 
 
 class Ours:
-    """The steps of `kamim pretrain`, with all that belongs to them but checkpoints."""
+    """The steps of `kamim pretrain`, without checkpoints and callbacks. length: steps of a pass."""
 
     def __init__(self, config: Pretrain, length: int):
-        """Raises ValueError for a store that cannot be trained on so."""
+        """Raises KamimError if the store does not fit the configuration."""
         self._config, self._length, self._world = config, length, World(0, 1, _device())
         self._loader = training_loader(config, Store(config.data.store), self._world)
         self._done = 0
 
     @cached_property
-    def _made(self) -> tuple[Trainer, Metrics]:
+    def _trainer_and_metrics(self) -> tuple[Trainer, Metrics]:
         self._config.out.mkdir()
         logs = Metrics(sinks(self._config.out, 0, self._config.log, {}))
         return build_trainer(self._config, self._loader, self._world), logs
 
     def __call__(self) -> Iterator[float]:
-        """One pass."""
-        trainer, metrics = self._made
+        """Does one pass."""
+        trainer, metrics = self._trainer_and_metrics
         first, self._done = self._done, self._done + self._length
         batches = TimedBatches(self._loader.steps(first, self._done))
         for step, micro_batches in by_step(batches):
@@ -75,7 +76,7 @@ class Ours:
 
 
 class OnlineDataset(ReferenceDataset):
-    """Normalised crops, weights W and a mask of patches, as the released code's data loader makes them."""
+    """Normalised crops, weights W and masks, as in the released code's data loader."""
 
     def __init__(self, source: Source, images: int):
         super().__init__(source)
@@ -85,7 +86,7 @@ class OnlineDataset(ReferenceDataset):
         return self._images
 
     def __getitem__(self, index: int) -> Any:
-        """float [3, R, R], float [R / 8, R / 8], bool [R / 32, R / 32]."""
+        """Returns a crop float [3, R, R], weights float [R / 8, R / 8] and a mask bool [R / 32, R / 32]."""
         crop, weights = super().__getitem__(index % len(self._source.items))
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         blocks = (RESOLUTION // 32) ** 2
@@ -95,7 +96,7 @@ class OnlineDataset(ReferenceDataset):
 
 
 class Plain:
-    """A loop as the released code's: transformers' model, eager, bf16 autocast on cuda, weights from online maps."""
+    """A loop like the released code's: transformers' model in eager mode, bf16 autocast on cuda, online keypoints."""
 
     def __init__(self, source: Source, config: Pretrain, length: int):
         self._config, self._device = config, _device()
@@ -106,31 +107,31 @@ class Plain:
         )  # fmt: skip
 
     @cached_property
-    def _made(self) -> tuple[Any, torch.optim.Optimizer]:
+    def _model_and_optimizer(self) -> tuple[Any, torch.optim.Optimizer]:
         model = hugging_face(self._config.model.name).to(self._device).train()
         optim = self._config.optim
         return model, torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
 
     def __call__(self) -> Iterator[float]:
-        """One pass."""
-        model, optimizer = self._made
+        """Does one pass."""
+        model, optimizer = self._model_and_optimizer
         waits = TimedBatches(self._loader)
         for batch in waits:
             images, weights, mask = (tensor.to(self._device) for tensor in batch)
-            patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # of 16 px
+            patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # 16 px each
             with autocast(self._config.compute, self._device):
-                made = model(images, bool_masked_pos=patches).reconstruction
-            loss = masked_l1(images, made, mask, weights)
+                reconstruction = model(images, bool_masked_pos=patches).reconstruction
+            loss = masked_l1(images, reconstruction, mask, weights)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            loss.item()  # for its log
+            loss.item()  # the released code logs the loss of every step
             yield waits.pop_seconds()
 
 
 def hugging_face(name: str) -> Any:
-    """A ViT of ours as transformers has it, new. Raises ValueError for a Swin, or without transformers."""
+    """Returns transformers' model of our ViT's size. Raises KamimError for a Swin, or without transformers."""
     try:
         from transformers import ViTConfig, ViTForMaskedImageModeling
     except ImportError:
@@ -146,7 +147,7 @@ def hugging_face(name: str) -> Any:
 
 
 def flops(name: str) -> int:
-    """Floating-point operations of matrix products and convolutions, forward and backward, for one image."""
+    """Returns the floating-point operations of matrix products and convolutions, forward and backward, per image."""
     model = MaskedImageModel(name, RESOLUTION)
     images = torch.zeros(1, 3, RESOLUTION, RESOLUTION)
     mask = torch.ones(1, RESOLUTION // 32, RESOLUTION // 32, dtype=torch.bool)
@@ -156,7 +157,7 @@ def flops(name: str) -> int:
 
 
 def matmul() -> Run:
-    """Multiplies large matrices; gives the operations that took, not images."""
+    """Returns a run that multiplies large matrices and returns its floating-point operations instead of images."""
     side, times, dtype = (8192, 20, torch.bfloat16) if torch.cuda.is_available() else (2048, 4, torch.float32)
     a, b = (torch.randn(side, side, device=_device(), dtype=dtype) for _ in range(2))
 
@@ -170,22 +171,22 @@ def matmul() -> Run:
 
 
 class Measured:
-    """A pass as kamim.bench.rounds runs it, in a process of its own, and what it saw there."""
+    """Runs passes in a process of their own, as kamim.bench.rounds.Run, and records data-wait and memory."""
 
     def __init__(self, make: Callable[[], Pass], images: int, stack: ExitStack):
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(make,))
         self._pool, self._images = stack.enter_context(pool), images
-        self.shares: list[float] = []  # of time spent waiting for data, by pass
-        self.memory = 0  # bytes at its peak: on the GPU, or of the process
+        self.shares: list[float] = []  # share of time spent waiting for data, by pass
+        self.memory = 0  # peak memory in bytes, of the GPU or of the process
 
     def __call__(self) -> int:
-        """One pass; the first makes model and optimiser."""
+        """Does one pass; the first builds model and optimiser."""
         share, self.memory = self._pool.submit(_measure).result()
         self.shares.append(share)
         return self._images
 
 
-_steps: Pass  # of this process, which does nothing else
+_steps: Pass  # the only pass of this process
 
 
 def _begin(make: Callable[[], Pass]) -> None:
@@ -194,37 +195,38 @@ def _begin(make: Callable[[], Pass]) -> None:
 
 
 def _measure() -> tuple[float, int]:
-    """The share of time spent waiting for data, and the peak of memory so far."""
-    waits, stamps = [], []
+    """Returns the share of time spent waiting for data, and the peak memory in bytes."""
+    waits, ends = [], []
     for wait in _steps():
         waits.append(wait)
-        stamps.append(time.perf_counter())
+        ends.append(time.perf_counter())
     _finish()
-    return sum(waits[1:]) / (time.perf_counter() - stamps[0]), _peak_memory()
+    return sum(waits[1:]) / (time.perf_counter() - ends[0]), _peak_memory()
 
 
 def bench(
     store: Path, source: Source, name: str, batch: int, length: int, rounds: int, progress: Callable[[int, int], None],
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians of the rounds. batch: images a step; length: steps a pass; overrides: of Pretrain, for ours alone.
+    """Returns medians of the rounds.
 
-    Raises ValueError for a store that cannot be trained on so, and without the transformers package.
+    batch: images per step; length: steps per pass; overrides: of Pretrain, for our loops only. Raises KamimError if the
+    store does not fit the configuration, or the transformers package is missing.
     """
     if length < 2:
         raise KamimError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
-    given = [
+    settings = [
         f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",
         f"optim.micro_batch={batch}", f"weighting.patch_size={PATCH_SIZE}",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         kamim, simmim, plain = (
-            load(Pretrain, None, [*given, f"out={folder}/{of}", *more])
+            load(Pretrain, None, [*settings, f"out={folder}/{of}", *more])
             for of, more in (("kamim", overrides), ("simmim", ("weighting=null", *overrides)), ("plain", ()))
         )
         for config in (kamim, simmim):
-            Ours(config, length)  # a ValueError is the user's only where it is raised in this process
+            Ours(config, length)  # raises KamimError here, before it is raised in another process
         loops = {
             of: Measured(make, length * batch, stack) for of, make in (
                 ("kamim", partial(Ours, kamim, length)), ("simmim", partial(Ours, simmim, length)),
@@ -232,7 +234,7 @@ def bench(
             )
         }  # fmt: skip
         rates = interleaved({**loops, "matmul": matmul()}, rounds, progress)
-    medians = {of: statistics.median(made) for of, made in rates.items()}
+    medians = {of: statistics.median(of_rounds) for of, of_rounds in rates.items()}
     arithmetic, each = medians.pop("matmul"), flops(name)
     return {
         "images_per_second": medians,
@@ -241,8 +243,8 @@ def bench(
             "kamim_over_simmim": medians["kamim"] / medians["simmim"],
         },
         "flop_utilisation": {of: rate * each / arithmetic for of, rate in medians.items()},
-        "data_wait_share": {of: statistics.median(made.shares[1:]) for of, made in loops.items()},
-        "peak_memory_gb": {of: made.memory / 1e9 for of, made in loops.items()},
+        "data_wait_share": {of: statistics.median(loop.shares[1:]) for of, loop in loops.items()},
+        "peak_memory_gb": {of: loop.memory / 1e9 for of, loop in loops.items()},
         "matmul_flops_per_second": arithmetic, "flops_per_image": each, "rounds": rates, "model": name,
         "batch": batch, "steps": length, "machine": machine.describe(),
     }  # fmt: skip

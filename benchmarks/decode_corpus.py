@@ -1,13 +1,13 @@
-"""Decodes every file of folder trees, whatever it is, and prints what became of them.
+"""Decodes all files of folder trees, of any type, and prints a table of the outcomes.
 
     python benchmarks/decode_corpus.py DIR...
 
-Files are decoded one by one in a process of its own, with limits on memory and time, so that a file may do its worst:
+Files are decoded one by one in a separate process with limits on memory and time. Outcomes of preprocess.decode:
 
-    decoded   the pixels of `preprocess.decode.decode` are those of Pillow, in RGB
+    decoded   its pixels equal Pillow's, in RGB
     refused   it raised Undecodable
-    escaped   it raised anything else, killed the process, or took too long
-    differs   it gave other pixels than Pillow, or Pillow gave none
+    escaped   it raised another exception, killed the process, or took too long
+    differs   its pixels differ from Pillow's, or Pillow could not decode the file
 """
 
 import argparse
@@ -32,12 +32,12 @@ SECONDS = 60
 
 
 def outcome(data: bytes) -> tuple[str, str]:
-    """What becomes of a file, and why."""
+    """Decodes the bytes of a file and returns (outcome, reason)."""
     try:
         pixels = decode(data)
     except Undecodable as error:
         return "refused", str(error)
-    except BaseException as error:  # noqa: BLE001 - what this script looks for
+    except BaseException as error:  # noqa: BLE001 - this script looks for any other exception
         return "escaped", repr(error)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
@@ -55,7 +55,7 @@ def serve(connection: Connection) -> None:
 
 
 def outcomes(files: list[Path]) -> Iterator[tuple[Path, str, str, float]]:
-    """Each file's outcome, why, and its seconds."""
+    """Yields (file, outcome, reason, seconds) of each file."""
     context = multiprocessing.get_context("spawn")
     process = None
     for file in files:
@@ -67,12 +67,12 @@ def outcomes(files: list[Path]) -> Iterator[tuple[Path, str, str, float]]:
         start = time.perf_counter()
         ours.send(file)
         try:
-            found, why = ours.recv() if ours.poll(SECONDS) else ("escaped", f"more than {SECONDS} s")
+            result, reason = ours.recv() if ours.poll(SECONDS) else ("escaped", f"more than {SECONDS} s")
         except EOFError:
             process.join()
-            found, why = "escaped", f"exit code {process.exitcode}"
-        yield file, found, why, time.perf_counter() - start
-        if found == "escaped":
+            result, reason = "escaped", f"exit code {process.exitcode}"
+        yield file, result, reason, time.perf_counter() - start
+        if result == "escaped":
             process.kill()
             process = None
     if process is not None:
@@ -81,18 +81,18 @@ def outcomes(files: list[Path]) -> Iterator[tuple[Path, str, str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decodes every file of folder trees and prints what became of them.")
+    parser = argparse.ArgumentParser(description="Decodes all files of folder trees and prints a table of outcomes.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     folders: list[Path] = parser.parse_args().folders
     rows = []
     for folder in folders:
         counts: Counter[str] = Counter()
         slowest = 0.0
-        for file, found, why, seconds in outcomes(sorted(file for file in folder.rglob("*") if file.is_file())):
-            counts[found] += 1
+        for file, result, reason, seconds in outcomes(sorted(file for file in folder.rglob("*") if file.is_file())):
+            counts[result] += 1
             slowest = max(slowest, seconds)
-            if found in ("escaped", "differs"):
-                print(f"{found}: {file}: {why}", flush=True)
+            if result in ("escaped", "differs"):
+                print(f"{result}: {file}: {reason}", flush=True)
         rows.append((folder.name, counts.total(), *(counts[name] for name in OUTCOMES), f"{slowest:.1f}"))
     print("\n| folder | files |", " | ".join(OUTCOMES), "| slowest, s |")
     print("| --- " * 7 + "|")

@@ -1,5 +1,6 @@
-"""What a kill leaves, in the manner of SQLite's crash tests, but all crashes come from one run: what a kill leaves is
-what is on the disk at that moment, so the tree is copied at every change.
+"""Simulates kills at every change of the file system, like SQLite's crash tests, but in a single run.
+
+A kill leaves the files on the disk at that moment, so the tree is copied before every change.
 """
 
 import os
@@ -26,7 +27,7 @@ sys.addaudithook(_hear)
 
 @contextmanager
 def watched(watcher: Callable[[], None]) -> Iterator[None]:
-    """Inside, `watcher` is called before every change of the file system."""
+    """Calls `watcher` before every change of the file system in the context."""
     _watchers.append(watcher)
     try:
         yield
@@ -42,8 +43,7 @@ def tree(path: Path) -> dict[Path, bytes]:
 class Camera:
     """Copies a tree before every change that a job makes to it, once for every state.
 
-    A file about to be fsynced is copied without the second half of what is new in it, as a machine that goes down may
-    leave it.
+    A file about to be fsynced is copied without the second half of its new bytes, as after a power cut.
     """
 
     def __init__(self, world: Path, copies: Path, patch: pytest.MonkeyPatch):
@@ -58,7 +58,7 @@ class Camera:
         return sorted(self.copies.iterdir(), key=lambda copy: int(copy.name))
 
     def state(self) -> dict[Path, bytes]:
-        """What tells one copy from another."""
+        """The state that identifies a copy."""
         return tree(self.world)
 
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads stores of any content in processes of their own, and says how that ended.
+"""Reads stores of any content in separate processes and reports the outcomes.
 
 As a program: python isolated.py FOLDER STEPS WHOLE SOURCE reads each of FOLDER/* in a fork of a process that has read
 WHOLE, a sound store, before, so that nothing has to be imported or compiled again. Prints a JSON object per store.
@@ -26,7 +26,7 @@ Outcome = dict[str, str]  # how: fine, refused or broken; what: the digest of th
 def outcomes(
     folder: Path, steps: Sequence[str], whole: Path, source: Path | None = None
 ) -> dict[str, dict[str, Outcome]]:
-    """How each step ended for each store in a folder, by name of the store and step."""
+    """Returns the outcome of each step for each store in a folder, by name of the store and step."""
     command = [sys.executable, str(TESTS / "isolated.py"), *map(str, (folder, ",".join(steps), whole, source or ""))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -61,7 +61,7 @@ def load(path: Path, _: Path) -> Outcome:
 
 
 def command(*arguments: str) -> Outcome:
-    """A command as the user sees it."""
+    """Runs a command and returns its output."""
     from typer.testing import CliRunner
 
     from kamim.cli import app
@@ -104,7 +104,7 @@ STEPS: dict[str, Callable[[Path, Path], Outcome]] = {
 
 
 def isolated(steps: Sequence[str], path: Path, source: Path) -> dict[str, Outcome]:
-    """Runs steps in a fork of this process; those that come after one that kills it, in another."""
+    """Runs steps in a fork of this process; steps after one that kills the fork run in another."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Ways to change a store and make its checksums right again: one thing on purpose, or anything at random."""
+"""Changes stores and updates their checksums: one thing on purpose, or anything at random."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def reseal(path: Path) -> None:
-    """Makes all checksums right."""
+    """Updates all checksums."""
     edited(lambda fields: fields.update(checksums=store.checksums(path)))(path)
 
 
@@ -69,7 +69,7 @@ def element(name: str, index: Any, value: int) -> Change:
 
 
 def array(name: str, dtype: str, values: Any = None) -> Change:
-    """Puts an array of another type in the place of one, with its values unless others are given."""
+    """Replaces an array by one of another type, with the same values unless others are given."""
 
     def change(path: Path) -> None:
         held = np.asarray(zarr.open_array(path / name, mode="r")) if values is None else values
@@ -144,7 +144,7 @@ def both(*changes: Change) -> Change:
 
 
 def mutate(path: Path, random: Random) -> str:
-    """Changes the store at `path`; returns what was done, in words."""
+    """Changes the store at `path` at random and returns a description of the changes."""
     done = []
     if random.random() < 0.85:
         done += [_choose(random, CHANGES)(path, random) for _ in range(_choose(random, (1, 1, 1, 1, 2, 3)))]
@@ -204,7 +204,7 @@ def _exchange(path: Path, random: Random) -> str:
 
 
 def _special(path: Path, random: Random) -> str:
-    """A file that is gone, a link, a pipe or a folder."""
+    """Removes a file, or replaces it by a link, a pipe or a folder."""
     file = _file(path, random)
     content = file.read_bytes()
     file.unlink()
@@ -253,7 +253,7 @@ def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _of_manifest(path: Path, random: Random) -> str:
-    """Edits the manifest, and mostly its backup alike."""
+    """Edits the manifest and, in most cases, its backup."""
     file = path / store.MANIFEST
     done = _edit(file, random) if file.is_file() else "nothing"
     if random.random() < 0.9 and file.is_file():

@@ -1,4 +1,4 @@
-"""Small pretraining runs, and what they leave."""
+"""Small pretraining runs, and their results."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The repository keeps its own rules. Which way imports run, lint-imports checks (pyproject.toml)."""
+"""Rules of the repository. lint-imports checks the direction of imports (pyproject.toml)."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Names from outside reach terminal, log, page, picture and table as text, whatever they hold."""
+"""Untrusted names are shown as text in terminals, logs, pages, pictures and tables."""
 
 import ast
 import csv
@@ -164,7 +164,7 @@ def test_only_templates_make_markup(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hostile_store(class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose folder and classes have such names: what a file system allows, and what a manifest does."""
+    """A store whose folder and classes have hostile names, as far as file system and manifest allow."""
     root = tmp_path_factory.mktemp("hostile")
     store = build_store(class_folder, root / "s\x1b[31m$\\bad$[red]", detectors=("fast",))
     manifest = Store(store).manifest.model_copy(update={"classes": (HOSTILE[0], HOSTILE[1], HOSTILE[7])})
@@ -189,7 +189,7 @@ def test_rejects_are_no_formulas_and_the_store_comes_apart(photos: list[np.ndarr
 
 
 def outputs(result: object, folder: Path) -> Iterator[tuple[str, str]]:
-    """All text that a command left: what it printed, and its files."""
+    """Returns all text that a command printed or wrote to files."""
     yield "output", result.output  # type: ignore[attr-defined]
     for file in folder.rglob("*"):
         if file.is_file() and file.suffix in (".html", ".md", ".json", ".txt"):
@@ -227,9 +227,9 @@ def test_commands_show_hostile_names(hostile_store: Path, tmp_path: Path) -> Non
 
 
 def test_nobody_else_prints() -> None:
-    """What is printed goes through the two consoles, and rejects.csv is the only CSV file.
+    """All output goes through the two consoles, and rejects.csv is the only CSV file.
 
-    Two modules are scripts that run in a process of their own, and print what their caller reads.
+    Two modules are scripts that run in a separate process and print for their caller.
     """
     scripts = ("preprocess.sources.devkit", "preprocess.sources.footers")
     for file in (file for file in MODULES if name(file) not in scripts):

@@ -1,4 +1,4 @@
-"""FAST is OpenCV's, bit for bit; other packages' detectors are found by name, everywhere a name is taken."""
+"""FAST equals OpenCV's bit for bit; plug-ins can be named wherever a detector is named."""
 
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
@@ -83,7 +83,7 @@ def test_fast_on_imagenet() -> None:
 
 
 def packed_rows(name: str, rgb: np.ndarray, headroom: float) -> tuple[np.ndarray, list[int]]:
-    """detect_packed, slowly: one row at a time."""
+    """A slow detect_packed, one row at a time."""
     rules, found = detector(name).rules, detector(name).detect(rgb, headroom)
     rows: list[tuple[int, int]] = []
     counts = []
@@ -118,7 +118,7 @@ def forget() -> None:
 
 
 def install(site: Path, distribution: str, registered: dict[str, str], code: str = "") -> None:
-    """What pip would leave in a site directory of a package of one module."""
+    """Installs a package of one module into a site directory, as pip does."""
     info = site / f"{distribution}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -158,7 +158,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def own(site: Path) -> None:
-    """This project's own registrations, as pyproject.toml has them; installed or not."""
+    """Registers the entry points of this project's pyproject.toml, installed or not."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     registered = project["entry-points"]["kamim.detectors"]
     assert set(registered) == set(OWN)

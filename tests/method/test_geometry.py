@@ -11,7 +11,7 @@ from kamim.method import geometry, rng
 
 
 def torchvision_box(height: int, width: int, scale: tuple[float, float], index: int) -> tuple[int, int, int, int]:
-    """torchvision's own make_params, fed with our draws where it would ask a global generator."""
+    """Calls torchvision's own make_params with our draws in place of its global generator."""
     shape = iter([rng.unit(5, 2, index, rng.CROP, draw) for draw in range(2 * geometry.CROP_ATTEMPTS)])
     place = iter([rng.unit(5, 2, index, rng.CROP, 2 * geometry.CROP_ATTEMPTS + k) for k in (0, 1)])
 

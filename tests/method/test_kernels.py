@@ -1,4 +1,4 @@
-"""Compiled code is never older than the sources it was made of."""
+"""Cached machine code is never older than its sources, and a missing cache does not stop a command."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def _double(x: int) -> int:
 def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another user's read-only checkout: first ~/.cache is tried, then nothing is kept."""
+    """In another user's read-only checkout, ~/.cache is used; without it, nothing is cached."""
     kernels._warn.cache_clear()
     choose, blocked = kernels._cache_folder.__wrapped__, tmp_path / "file"
     blocked.touch()

@@ -1,4 +1,4 @@
-"""Block masks: how many, how evenly, of what they are a function."""
+"""Block masks: their number, their distribution, and that they depend on seed, epoch and index only."""
 
 import numpy as np
 import pytest

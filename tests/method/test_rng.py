@@ -1,4 +1,4 @@
-"""Counter-based numbers: known answers, pinned values, independence of what they are for."""
+"""Counter-based random numbers: known answers, pinned values, independence of streams."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""Stores made to do harm: they are refused or reported in plain words, and nothing is executed or written for them.
+"""Malicious stores are rejected with a clear message, and nothing is executed or written for them.
 
-Each is a small store in which one thing was changed and all checksums were made right again. What reads it does so in a
-process of its own (tests/isolated.py).
+Each is a small store in which one thing was changed and all checksums were updated. It is read in a separate process
+(tests/isolated.py).
 """
 
 import collections
@@ -54,7 +54,7 @@ EXECUTED = Path(tempfile.gettempdir(), f"kamim-test-{os.getpid()}")
 
 
 class Executed:
-    """Leaves a folder behind if it is ever unpickled."""
+    """Creates a folder if it is ever unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(EXECUTED),)
@@ -232,7 +232,7 @@ def stores(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def ends(
     stores: dict[str, Path], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Outcome]]:
-    """How every step ended on every case, and on the whole stores."""
+    """Returns the outcome of every step on every case, and on the undamaged stores."""
     root = tmp_path_factory.mktemp("cases") / "stores"
     for name, (change, _) in CASES.items():
         change(shutil.copytree(stores["ffcv" if name.startswith("beton") else "zarr"], root / name))
@@ -329,9 +329,9 @@ AT_ONCE = 400
 
 
 def fault(path: Path, whole: Path, ends: dict[str, Outcome], sound: Outcome) -> str:
-    """What is wrong with how reading a store with random damage ended; empty if nothing is.
+    """Returns what is wrong with the outcome of reading a randomly damaged store, or an empty string.
 
-    Nothing may break. What `verify --deep` calls as written can be loaded and gives the batches of the whole store. A
+    Nothing may crash. A store that passes `verify --deep` can be loaded and gives the batches of the undamaged store. A
     manifest that was itself changed and sealed may have other rules, and so other batches: it is another store.
     """
     broken = [f"{step}: {end['what']}" for step, end in ends.items() if end["how"] == "broken"]

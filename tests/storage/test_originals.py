@@ -113,7 +113,7 @@ def test_a_store_keeps_its_encoding_where_none_is_asked_for(folder: Path, tmp_pa
 
 
 def downgraded(path: Path) -> Path:
-    """The store as schema version 3 wrote it: images resized without antialiasing, which it does not say."""
+    """The store as written by schema version 3: images are resized without antialiasing, which is not recorded."""
     fields = json.loads((path / stores.MANIFEST).read_bytes())
     fields["schema_version"] = 3
     del fields["job"]["resize"]

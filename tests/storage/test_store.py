@@ -1,4 +1,4 @@
-"""What a store promises, whichever backend holds the images; pages; FFCV's format; what is said of a bad store."""
+"""Guarantees of a store with either image backend; pages; FFCV's format; messages about damaged stores."""
 
 import ctypes
 import json
@@ -275,7 +275,7 @@ def test_our_types_are_ffcvs() -> None:
 
 
 def read_by_stock_ffcv(file: str) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels and labels of a file, in order. For a process of its own: see kamim.bench.loader.stock_ffcv."""
+    """Returns all pixels and labels of a file, in order. Runs in a separate process (see bench.loader.stock_ffcv)."""
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
@@ -342,7 +342,7 @@ runner = CliRunner()
 
 
 def complaint(*arguments: str) -> str:
-    """What a command says where it fails: one line, no traceback."""
+    """Returns the error of a failing command: one line, no traceback."""
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1

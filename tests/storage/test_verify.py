@@ -1,4 +1,4 @@
-"""Damage to a store is found, and repaired bit for bit from the source; what cannot be repaired is said."""
+"""Damage to a store is detected, and repaired bit for bit from the source; irreparable damage is reported."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
 
 
 def mend(path: Path, source: Path) -> list[str]:
-    """Repairs; returns what was said."""
+    """Repairs the store and returns the output."""
     said: list[str] = []
     listed = plan_job(source, shard_size=3)[1]
     repair(path, lambda job: listed, workers=1, progress=lambda done, total: None, say=said.append)
@@ -162,7 +162,7 @@ def test_two_votes_of_three_decide_on_the_manifest(path: Path, copy: Path) -> No
 
 
 def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_path: Path, source: Path) -> None:
-    """Files that were never right: verify does not take the manifest's word for what they hold."""
+    """Files that were wrong from the start: verify does not trust the manifest about their contents."""
     if (path / "images.beton").exists():
         pytest.skip("zarr arrays are written more easily")
 

@@ -1,4 +1,4 @@
-"""Configuration: what is refused, in which words, and that presets are the paper's."""
+"""Configurations: rejected values, error messages, and presets equal to the paper's settings."""
 
 import re
 import shlex
@@ -122,7 +122,7 @@ def test_fine_tuning_has_no_stochastic_depth_as_the_released_codes() -> None:
 
 
 def test_a_checkpoint_states_its_own_stochastic_depth(tmp_path: Path) -> None:
-    """Swins were once trained with 0.1, and go on so."""
+    """Older Swin runs were trained with 0.1, and resume with it."""
     made = load(Pretrain, CONFIGS / "pretrain/swin_tiny_kamim.yaml", ["model.drop_path=0.1"])
     (tmp_path / "config.yaml").write_text(dump(made))
     assert load(Pretrain, tmp_path / "config.yaml").model.drop_path == 0.1

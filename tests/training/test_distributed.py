@@ -1,6 +1,6 @@
-"""One process or several (gloo, on a CPU): the same samples, the same losses, and runs that go on elsewhere.
+"""One process or several (gloo, on a CPU): equal samples, equal losses, and runs that resume on other ranks.
 
-A run of N ranks is N forks of one helper process, which has imported everything and computed nothing.
+A run of N ranks consists of N forks of a helper process, which has imported everything and computed nothing.
 """
 
 import json
@@ -109,7 +109,7 @@ def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize("kind", ["", "short"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_do_not_depend_on_the_number_of_ranks(ranks: int, kind: str, runs: Path) -> None:
-    """Up to the order of summation, which AdamW's first steps amplify where a gradient is nearly 0."""
+    """Equal up to the order of summation, which AdamW's first steps amplify if a gradient is nearly 0."""
     one, several = lines(runs / f"{kind}1"), lines(runs / f"{kind}{ranks}")
     assert [a["samples"] for a in one] == [b["samples"] for b in several] == SAMPLES[kind]
     for a, b in zip(one, several, strict=True):
@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
 
 
 def test_a_run_goes_on_behind_and_before_a_short_step(runs: Path) -> None:
-    """One rank stopped before the short step, four right behind it, of which one had none of it, two to the end."""
+    """One rank stops before the short step, four ranks (one without samples) right after it, two train to the end."""
     whole, moved = lines(runs / "short1"), lines(runs / "shortmoved")
     assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
     parts = [seen(runs / "shortmoved", ranks) for ranks in (1, 4, 2)]
@@ -142,7 +142,7 @@ def test_a_run_goes_on_behind_and_before_a_short_step(runs: Path) -> None:
 
 
 def test_one_ranks_trouble_is_everyones(runs: Path) -> None:
-    """The second of two ranks has no number at step 3: both leave the step out, and both are in the record."""
+    """The second of two ranks has a NaN loss at step 3: both skip the step, and both are in the record."""
     run = runs / "spoilt"
     assert [line["skipped"] for line in lines(run)] == [0, 0, 0, 1, 0, 0]
     assert [line["loss"] for line in lines(run)[:3]] == [line["loss"] for line in lines(runs / "2")[:3]]

@@ -18,7 +18,7 @@ from kamim.training.settings import load
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What torch's number of threads is set to."""
+    """Records the number of threads that torch is set to."""
     found: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     return found

@@ -1,4 +1,4 @@
-"""What a run says while it goes: every step once, in every sink, whatever happened to the run."""
+"""Metrics of a run: every step appears once in every sink, also after interruptions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from kamim.training.pretrain import pretrain
 
 
 class Listener:
-    """A sink that keeps what it is told."""
+    """A sink that records its calls."""
 
     def __init__(self) -> None:
         self.said: list[tuple[int, dict[str, float]]] = []
@@ -61,7 +61,7 @@ def test_a_step_is_read_when_the_next_one_is_queued() -> None:
 
 
 def test_rates_are_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies between restart() and the step before (a checkpoint, a panel) is no step's time."""
+    """The time between the last step and restart() (a checkpoint, a panel) counts for no step."""
     now = iter([0.0, 2.0, 2.0, 10.0, 11.0, 11.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     heard = Listener()
@@ -93,7 +93,7 @@ def test_waits_add_up_what_the_user_waited_and_nothing_else(monkeypatch: pytest.
 
 @pytest.fixture(scope="module")
 def resumed(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that died after 5 of 8 steps, a step behind its checkpoint, and was started again."""
+    """A run that was killed after 5 of 8 steps, one step after its checkpoint, and resumed."""
     run = tmp_path_factory.mktemp("runs") / "resumed"
 
     class Killed(Exception):
@@ -159,7 +159,7 @@ def test_a_finished_run_trains_and_says_nothing_more(resumed: Path, stores: dict
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for the package: remembers what it is given."""
+    """A fake of the package that records its calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

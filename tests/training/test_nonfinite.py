@@ -1,4 +1,4 @@
-"""A loss that is not finite: nothing of it reaches the weights, and the step can be looked at again."""
+"""A loss that is not finite never changes the weights, and its step can be replayed."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, sample: int, value: float, *, gradient: bool = False) -> None:
-    """From here on the loss (or its gradient alone) of every batch of step BAD with the sample is `value`."""
+    """Sets the loss (or only its gradient) of every batch of step BAD with the sample to `value`."""
     losses = MaskedReconstruction.__call__
 
     def spoilt(objective: MaskedReconstruction, batch: Batch) -> Losses:
@@ -69,7 +69,7 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def indices_of(run: Path) -> list[list[int]]:
-    """Of step BAD's micro-batches."""
+    """Returns the indices of step BAD's micro-batches."""
     (record,) = (run / "nonfinite").glob("*.json")
     return [part["indices"] for rank in json.loads(record.read_text())["ranks"] for part in rank]
 
@@ -78,7 +78,7 @@ def indices_of(run: Path) -> list[list[int]]:
 def test_the_run_stops_in_the_state_of_before_the_step(
     gradient: bool, finished: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although the host hears of it only when the step after has been computed, too."""
+    """Although the host reads the loss only when the next step has been computed."""
     given = config(
         tmp_path / "run",
         store,
@@ -160,7 +160,7 @@ def test_skipping_ends_where_nothing_else_would_come(
 def test_a_replay_computes_the_step_again(
     policy: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the state of before it where the run stopped, else from the newest checkpoint before."""
+    """It starts from the state saved before the step if the run stopped, otherwise from the newest checkpoint."""
     given = config(tmp_path / "run", store, "model.drop_path=0.2", "optim.micro_batch=8", f"on_nonfinite={policy}")
     sample = a_sample(store, given)
 
@@ -189,7 +189,7 @@ def test_a_replay_computes_the_step_again(
 
 
 def poison(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on W of a sample in epoch 2 is no number, wherever it is computed, as a fault of the data would be."""
+    """Sets W of a sample in epoch 2 to NaN wherever it is computed, like a fault of the data."""
     reconstruct = MaskedReconstruction.reconstruct
 
     def spoilt(objective: MaskedReconstruction, batch: Batch) -> Any:
@@ -202,7 +202,7 @@ def poison(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_step_replays(finished: Path) -> None:
-    """7 from its checkpoint's step and one step on; 1 from the beginning, as the checkpoints before it are gone."""
+    """Step 7 replays from the checkpoint one step before; step 1 from the beginning, as its checkpoints are gone."""
     for step, began in ((7, 6), (1, 0)):
         found = replay(finished, step, "cpu")
         assert found.began == began

@@ -1,4 +1,4 @@
-"""What looks at a run sees what is there, and leaves no trace in it."""
+"""Panels and the probe show the state of a run and do not change it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def store(stores: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 epochs of 2 steps, looked at after every second epoch."""
+    """A run of 4 epochs of 2 steps, with panels and probe after every second epoch."""
     out = tmp_path_factory.mktemp("runs") / "watched"
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2, per_class: 6}}"
     assert pretrain(config(out, store, "panel_epochs=2", probe), quiet).finished

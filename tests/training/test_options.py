@@ -1,4 +1,4 @@
-"""What the paper does not do and a run may: off by default, and what each does where it is on."""
+"""Options beyond the paper: off by default, and the effect of each."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_a_run_with_normalised_weights(store: Path, tmp_path: Path) -> None:
 
 
 def obvious(images: Tensor, p: int) -> Tensor:
-    """As in MAE's forward_loss, patch by patch."""
+    """Normalises as MAE's forward_loss does, patch by patch."""
     made = images.clone()
     for image in range(len(images)):
         for y in range(0, images.shape[2], p):
@@ -141,7 +141,7 @@ def test_a_run_begins_with_anothers_weights(store: Path, tmp_path: Path) -> None
 
 
 def test_a_run_begins_with_weights_from_elsewhere_at_another_resolution(store: Path, tmp_path: Path) -> None:
-    """A ViT of 96 px, without a head: what it lacks is as random as in any run of this seed."""
+    """A ViT of 96 px without a head: its missing weights are those of any run with this seed."""
     torch.manual_seed(7)
     elsewhere = build_encoder("vit_demo", 96).state_dict()
     save_file(elsewhere, tmp_path / "vit.safetensors")

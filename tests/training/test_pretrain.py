@@ -1,4 +1,4 @@
-"""The loop: it learns, it replays, it resumes, it refuses."""
+"""The training loop: learning, replay, resuming, and rejected configurations."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def test_a_run_replays_exactly(finished: Path, store: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("at", [1, 2, 5, 7])
 def test_a_stopped_run_resumes_exactly(finished: Path, store: Path, tmp_path: Path, at: int) -> None:
-    """SIGTERM after step `at`: saved at that step; the rest is as if nothing had happened."""
+    """After SIGTERM at step `at`, the state of that step is saved, and the resumed run equals an uninterrupted one."""
 
     def stop(done: int, total: int, metrics: dict[str, float]) -> None:
         if done == at:
@@ -147,7 +147,7 @@ def logged(run: Path, name: str) -> list[float]:
 
 
 def test_runs_of_any_weights_have_eq_1_in_common(finished: Path, store: Path, tmp_path: Path) -> None:
-    """From the same random weights, on the same crops and masks: the first step's is SimMIM's own loss."""
+    """With equal random weights, crops and masks, the first step's loss_unweighted is SimMIM's loss."""
     pretrain(config(tmp_path / "simmim", store, "weighting=null", "optim.epochs=2"), quiet)
     assert logged(tmp_path / "simmim", "loss_unweighted") == losses(tmp_path / "simmim")
     assert logged(finished, "loss_unweighted")[0] == losses(tmp_path / "simmim")[0]
@@ -165,7 +165,7 @@ def test_steps_that_were_clipped_are_marked(finished: Path, store: Path, tmp_pat
 
 
 def test_it_learns(tmp_path: Path, store: Path) -> None:
-    """One batch, shown again and again with the same mask, is learnt by heart."""
+    """The model overfits one batch with a fixed mask."""
     photos = torch.from_numpy(data.astronaut()[:128, 150:278].copy()).unfold(0, 64, 64).unfold(1, 64, 64)
     images = photos.permute(0, 1, 3, 4, 2).reshape(4, 64, 64, 3)
 

@@ -1,4 +1,4 @@
-"""A run as one page, whatever state it is in."""
+"""The report page of a run in any state."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_a_simmim_run_has_no_weights(finished: Path) -> None:
 
 
 def test_runs_are_compared_by_what_they_have_in_common() -> None:
-    """More runs than colours are told apart; a run of before has no such numbers; a step without one does not count."""
+    """Runs are distinguishable even if there are more than colours; runs or steps without the number are skipped."""
     lines = [{"step": i, "loss": 9.0, "loss_unweighted": 1.0 if i < 90 else 0.5, "clipped": i % 2} for i in range(100)]
     figure = report.comparison({**{f"run {i}": [lines] for i in range(9)}, "old": [[{"step": 0, "loss": 1.0}]]})
     drawn = figure.axes[0].lines

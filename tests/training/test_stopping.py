@@ -1,4 +1,4 @@
-"""The command, stopped as batch systems stop jobs, and asked for what cannot be."""
+"""The command, stopped as by a batch system, and with impossible settings."""
 
 import json
 import os

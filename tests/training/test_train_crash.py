@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, or loses a checkpoint, ends as if nothing had happened: same losses, same weights."""
+"""A run that is killed anywhere, or loses a checkpoint, ends with the losses and weights of an uninterrupted run."""
 
 import json
 import os
@@ -29,24 +29,24 @@ SMALL: Mapping[str, architectures.Architecture] = {
 
 
 class Unheard(metrics.Files):
-    """A sink that leaves nothing."""
+    """A sink that writes nothing."""
 
     def __init__(self, run: Path, first: int):
-        """Opens nothing."""
+        """Does nothing."""
 
     def numbers(self, step: int, values: metrics.Values) -> None:
-        """Drops them."""
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Has nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Has nothing."""
+        """Does nothing."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
-    """A model that saves in no time."""
+    """A model that is saved quickly."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (masked_image_model, config):
             patch.setattr(module, "ARCHITECTURES", SMALL)
@@ -70,7 +70,7 @@ def quiet(done: int, total: int, metrics: dict[str, float]) -> None:
 
 
 def ended(run: Path) -> dict[str, Any]:
-    """All that a run leaves, but what hangs on the clock."""
+    """Returns all files of a finished run, except timing fields."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for name in ("images_per_second", "data_wait", "data_wait_share"):
@@ -170,7 +170,7 @@ for name in numbers:
 
 
 def test_what_real_kills_leave_is_continued(whole: dict[str, Any], store: Path, tmp_path: Path) -> None:
-    """In the middle of a checkpoint's writing, of dropping one, of a step's second micro-batch, of an epoch."""
+    """Kills during the writing of a checkpoint, the removal of one, a step's second micro-batch, and an epoch."""
     numbers = ("w9", "w20", "s4", "s9")
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(store), str(tmp_path), *numbers], capture_output=True, text=True, check=True,
@@ -308,7 +308,7 @@ def test_a_last_checkpoint_that_finds_no_room_is_an_error(store: Path, tmp_path:
 def test_metrics_that_find_no_room_are_written_later(
     whole: dict[str, Any], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While even metrics.jsonl cannot grow, nothing stands without its lines; then both catch up."""
+    """While metrics.jsonl cannot grow, no checkpoint is published without its lines; then both catch up."""
     room_ends = full_disk(0)
 
     def progress(done: int, total: int, metrics: dict[str, float]) -> None:

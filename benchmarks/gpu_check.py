@@ -1,12 +1,12 @@
-"""What only a GPU can show, in one run: that cuda gives the CPU's losses, and how fast a ViT-B trains.
+"""Checks on a GPU, in one run, that cuda gives the CPU's losses, and benchmarks the training of a ViT-B.
 
     python benchmarks/gpu_check.py [--json OUT]
 
 Builds a small store of the sample photographs, then: (1) trains a small ViT for 30 steps on the CPU in fp32 and on
-cuda in fp32 and bf16, and compares the losses; (2) lists what waits for the device in ten steps of the loop; (3)
-runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and prints what it reaches beside each aim; (4) compares
-MixUp and CutMix on cuda with the CPU's, pixel for pixel, and every mode of `kamim eval` in fp32, number by number.
-Without a GPU it says so and exits with 0.
+cuda in fp32 and bf16, and compares the losses; (2) lists the operations that wait for the device in ten steps of the
+loop; (3) runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and prints each result with its aim; (4)
+compares MixUp and CutMix on cuda with those on the CPU, pixel by pixel, and every mode of `kamim eval` in fp32, number
+by number. Without a GPU it prints a message and exits with 0.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CUDA = torch.device("cuda")
 
 
 def make_store(out: Path, resolution: int) -> Path:
-    """The sample photographs' training patches, for crops of `resolution`."""
+    """Builds a store of the sample photographs' training patches, for crops of `resolution` px."""
     source = list_source("sample", None, "train")
     job = make_job(
         "sample", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
@@ -48,14 +48,14 @@ def make_store(out: Path, resolution: int) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    """A run's loss at every step."""
+    """Returns the loss of a run at every step."""
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_losses(folder: Path) -> dict[str, Any]:
-    """Largest relative difference of 30 steps' losses to the CPU's."""
+    """Returns the largest relative difference of the losses of 30 steps to those on the CPU."""
     data = make_store(folder / "small", 96)
-    made = {}
+    by_device = {}
     for name, device, precision, compiled in (
         ("cpu", "cpu", "fp32", "false"), ("cuda_fp32", "cuda", "fp32", "false"), ("cuda_bf16", "cuda", "bf16", "true")
     ):  # fmt: skip
@@ -65,30 +65,30 @@ def same_losses(folder: Path) -> dict[str, Any]:
             f"compute.precision={precision}", f"compute.compile={compiled}",
         ])  # fmt: skip
         pretrain(config, lambda *_: None)
-        made[name] = np.array(losses(folder / name))
+        by_device[name] = np.array(losses(folder / name))
     return {
-        name: float(np.abs(made[name] / made["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")
+        name: float(np.abs(by_device[name] / by_device["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")
     }  # fmt: skip
 
 
 def synchronisations(folder: Path) -> list[str]:
-    """What waits for the device in ten steps of a small ViT, after ten that compile; nothing should."""
+    """Returns the operations that wait for the device in ten steps of a small ViT, after a first pass; none should."""
     config = load(Pretrain, None, [
         f"data.store={folder / 'small'}", "data.resolution=96", "model.name=vit_demo", f"out={folder / 'waits'}",
         "optim.batch_size=64", "optim.micro_batch=32",
     ])  # fmt: skip
     ours = Ours(config, 10)
     list(ours())
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         list(ours())
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in said]
+    return [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in recorded]
 
 
 def photographs(folder: Path, count: int) -> Path:
-    """An image folder of `count` JPEGs, 500x375 px, cut from the sample photographs."""
+    """Writes an image folder of `count` JPEGs of 500x375 px, cropped from the sample photographs."""
     random, photos = np.random.default_rng(0), [photograph(name) for name in ("astronaut.png", "coffee.png")]
     (folder / "photographs").mkdir(parents=True)
     for i in range(count):
@@ -99,40 +99,40 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """`kamim bench train` of a ViT-B at 192 px, compiled, bf16; each aim beside what was reached."""
+    """Runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and adds each aim with its result."""
     source = list_source("imagefolder", photographs(folder / "photographs", 2048), "train")
     job = make_job(
         "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
         resolution=192, crop_scale=(0.67, 1.0),
     )  # fmt: skip
     build(job, source, folder / "large", workers=8, strict=True, progress=lambda done, total: None)
-    made = bench(folder / "large", source, "vit_base", 512, 30, 3, lambda done, total: None)
-    return {**made, "aims": {
-        "FLOP utilisation, at least 0.45": made["flop_utilisation"]["kamim"],
-        "data-wait share, less than 0.02": made["data_wait_share"]["kamim"],
-        "over the plain loop, at least 2": made["ratios"]["kamim_over_plain"],
-        "KAMIM over SimMIM, at least 0.99": made["ratios"]["kamim_over_simmim"],
+    result = bench(folder / "large", source, "vit_base", 512, 30, 3, lambda done, total: None)
+    return {**result, "aims": {
+        "FLOP utilisation, at least 0.45": result["flop_utilisation"]["kamim"],
+        "data-wait share, less than 0.02": result["data_wait_share"]["kamim"],
+        "over the plain loop, at least 2": result["ratios"]["kamim_over_plain"],
+        "KAMIM over SimMIM, at least 0.99": result["ratios"]["kamim_over_simmim"],
     }}  # fmt: skip
 
 
 def same_mixing() -> dict[str, Any]:
-    """The largest difference of normalised and mixed batches on cuda from the CPU's, in standard deviations."""
+    """Returns the largest difference of normalised and mixed batches between cuda and CPU, in standard deviations."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 192, 192, 3), np.uint8))
     differences = []
-    for step in range(8):  # MixUp and CutMix are both among them
+    for step in range(8):  # includes both MixUp and CutMix
         batch = Batch(images, None, torch.arange(256) % 10, np.arange(256), 0, step, last=True, share=1.0)
-        (ours, _), (theirs, _) = (mixed_batch(given, 10, 0) for given in (batch, batch.to(CUDA)))
-        differences.append((ours - theirs.cpu()).abs().max().item())
+        (on_cpu, _), (on_cuda, _) = (mixed_batch(source, 10, 0) for source in (batch, batch.to(CUDA)))
+        differences.append((on_cpu - on_cuda.cpu()).abs().max().item())
     return {"largest_difference": max(differences)}
 
 
 def same_evaluation(folder: Path) -> dict[str, Any]:
-    """Every mode on the CPU and on cuda, on the run and the store of same_losses: its headline on each."""
-    shown = {
+    """Returns the main result of every mode on the CPU and on cuda, for the run and the store of same_losses."""
+    main_result = {
         "linprobe": lambda m: m.top1, "finetune": lambda m: m.top1, "knn": lambda m: m.k[5].top1,
         "probe-sweep": lambda m: m.best.top1, "reconstruct": lambda m: m.honest.psnr,
     }  # fmt: skip
-    made: dict[str, Any] = {}
+    by_device: dict[str, Any] = {}
     for device in ("cpu", "cuda"):
         config = load(Evaluation, None, [
             f"checkpoint=[run={folder / 'cpu'}]", f"train={folder / 'small'}", f"val={folder / 'small'}",
@@ -143,17 +143,17 @@ def same_evaluation(folder: Path) -> dict[str, Any]:
         ])  # fmt: skip
         start = time.perf_counter()
         results = evaluate(config, None, lambda title: lambda *_: None)
-        made[device] = {r.settings.mode: shown[r.settings.mode](r.measured) for r in results} | {
+        by_device[device] = {r.settings.mode: main_result[r.settings.mode](r.measured) for r in results} | {
             "seconds": time.perf_counter() - start
         }
-    return made
+    return by_device
 
 
 def main() -> None:
-    """Runs all of it and prints one JSON object."""
+    """Runs all checks and prints one JSON object."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: no CUDA device here, nothing checked")
         return
@@ -166,8 +166,8 @@ def main() -> None:
             "training": training(Path(folder)),
         }  # fmt: skip
     print(json.dumps(result, indent=2))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

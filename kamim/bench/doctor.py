@@ -26,7 +26,7 @@ SPARE = 1.1  # a loader this many times as fast as the model keeps it busy
 Print = Callable[[str], None]
 
 
-def examine(store: Path, config: Pretrain | None, say: Print) -> bool:
+def examine(store: Path, config: Pretrain | None, print_line: Print) -> bool:
     """Prints the machine and the store line by line and, with a configuration, rates and the bottleneck.
 
     Returns False if the loader is the bottleneck. Raises KamimError if there is no store, it is damaged, or the
@@ -34,55 +34,55 @@ def examine(store: Path, config: Pretrain | None, say: Print) -> bool:
     """
     for name, value in machine.describe().items():
         text = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
-        say(f"{name:14} {text}")
+        print_line(f"{name:14} {text}")
     opened = Store(store)
     manifest = opened.manifest
     job = manifest.job
     encoding = {"jpeg": f"JPEG q{job.quality}", "raw": "raw", "original": "original files"}[job.encoding]
-    say(
+    print_line(
         f"{'store':14} {store}: {manifest.count:,} images of {len(manifest.classes):,} classes, {encoding} "
         f"({job.images}), for {job.resolution} px; keypoints: {', '.join(opened.detectors) or 'none'}; "
         f"{manifest.rejects} rejected"
     )
     opened.check()
-    say(f"{'':14} every image and keypoint lies within its file; `kamim store verify --deep` reads all of them")
-    return True if config is None else _rates(config, opened, say)
+    print_line(f"{'':14} every image and keypoint lies within its file; `kamim store verify --deep` reads all of them")
+    return True if config is None else _rates(config, opened, print_line)
 
 
-def _rates(config: Pretrain, opened: Store, say: Print) -> bool:
+def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
     """Measures loader and model, and prints which is the bottleneck and what helps."""
     with distributed.joined(config.compute.device) as world:
         batches = training_loader(config, opened, world)
         if line := online_differs(config, opened):
-            say(f"{'note':14} {line}")
+            print_line(f"{'note':14} {line}")
         first = next(iter(batches.steps(0, 1)))
         loader = _loader_rate(batches)
         model = _model_rate(config, batches, first, world)
         threads = config.data.workers or machine.describe()["cores"]
-        say(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
-        say(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
+        print_line(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
+        print_line(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
         if loader >= SPARE * model:
-            say(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
+            print_line(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
             for line in _for_the_model(config, world):
-                say(f"{'':14} {line}")
+                print_line(f"{'':14} {line}")
             return True
-        say(f"{'bottleneck':14} the loader: it gives {loader / model:.0%} of what the model takes")
+        print_line(f"{'bottleneck':14} the loader: it reaches {loader / model:.0%} of the model's rate")
         for line in _for_the_loader(config, opened, model, loader / threads):
-            say(f"{'':14} {line}")
+            print_line(f"{'':14} {line}")
         return False
 
 
 def _loader_rate(batches: Loader) -> float:
     """Returns images per second, after the first batches have filled the buffers."""
-    seen, start = 0, 0.0
+    images, start = 0, 0.0
     for number, batch in enumerate(batches.steps(0, 1 << 40)):
         if number < 4:
             start = time.perf_counter()
             continue
-        seen += len(batch)
+        images += len(batch)
         if time.perf_counter() - start > SECONDS:
             break
-    return seen / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start)
 
 
 def _model_rate(config: Pretrain, batches: Loader, batch: Batch, world: World) -> float:
@@ -112,14 +112,14 @@ def _finish(world: World) -> None:
 
 def _for_the_model(config: Pretrain, world: World) -> Iterator[str]:
     if world.device.type == "cpu":
-        yield "a GPU would help; this is what training on processors is like"
+        yield "training on a CPU is slow; use a GPU if there is one"
         return
     if config.compute.precision == "fp32":
         yield "compute.precision=bf16 is faster"
     if not should_compile(config.compute, world.device):
         yield "compute.compile=true is faster"
     if torch.cuda.device_count() > 1:
-        yield f"torchrun --nproc_per_node {torch.cuda.device_count()} -m kamim pretrain ... takes all GPUs"
+        yield f"torchrun --nproc_per_node {torch.cuda.device_count()} -m kamim pretrain ... uses all GPUs"
 
 
 def _for_the_loader(config: Pretrain, opened: Store, model: float, each: float) -> Iterator[str]:
@@ -128,10 +128,10 @@ def _for_the_loader(config: Pretrain, opened: Store, model: float, each: float) 
     if threads < min(needed, cores):
         yield f"data.workers={min(needed, cores)}: this machine has {cores} cores"
     if needed > cores:
-        yield f"{needed} cores would do, if they scale; this machine has {cores}"
+        yield f"{needed} cores would suffice if the loader scales with them; this machine has {cores}"
     if config.weighting is not None and config.weighting.keypoints == "online":
-        yield "weighting.keypoints=store: keypoints are found on every crop now"
+        yield "weighting.keypoints=store: keypoints are currently detected on every crop"
     if opened.manifest.job.encoding == "original":
-        yield "kamim preprocess --images-as resized: images that crops need no larger decode several times as fast"
+        yield "kamim preprocess --images-as resized: images no larger than crops need decode several times as fast"
     if opened.manifest.job.encoding == "jpeg":
         yield "kamim preprocess --encoding raw: several times as fast and about eight times as large"

@@ -45,21 +45,21 @@ class NonFiniteGuard:
         self._optimizer: Any = optimizer
         self._policy = policy
         self._run, self._seed, self._world = run, seed, world
-        self._held = torch.zeros((), device=world.device)
+        self._found_inf = torch.zeros((), device=world.device)
         self._skipped = 0  # consecutive steps
-        self._seen: deque[tuple[int, int, np.ndarray, Tensor]] = deque()  # step, epoch, indices, loss
+        self._recent: deque[tuple[int, int, np.ndarray, Tensor]] = deque()  # step, epoch, indices, loss
 
     def see(self, batch: Batch, loss: Tensor) -> None:
         """Remembers a micro-batch and its loss until the step after next."""
-        self._seen.append((batch.step, batch.epoch, batch.indices, loss))
-        while self._seen[0][0] < batch.step - 1:
-            self._seen.popleft()
+        self._recent.append((batch.step, batch.epoch, batch.indices, loss))
+        while self._recent[0][0] < batch.step - 1:
+            self._recent.popleft()
 
     def gate(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
         """Permits or blocks the next update. With the policy skip, returns the number to log: skipped, 1 or 0."""
         bad = (~(loss.isfinite() & norm.isfinite())).float()
-        self._held = torch.maximum(self._held, bad) if self._policy == "stop" else bad
-        self._optimizer.found_inf = self._held
+        self._found_inf = torch.maximum(self._found_inf, bad) if self._policy == "stop" else bad
+        self._optimizer.found_inf = self._found_inf
         return {"skipped": bad} if self._policy == "skip" else {}
 
     def check(self, step: int, values: Mapping[str, float]) -> str | None:
@@ -74,7 +74,7 @@ class NonFiniteGuard:
         file = self._run / FOLDER / f"step-{step:08d}.json"
         parts = self._world.gather([
             {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
-            for seen, epoch, indices, loss in self._seen if seen == step
+            for recent, epoch, indices, loss in self._recent if recent == step
         ])  # fmt: skip
         message = f"step {step}: {'the loss' if name == 'loss' else 'the norm of the gradient'} is {value}"
         if self._world.is_main:

@@ -52,8 +52,8 @@ def test_it_says_who_waits(stores: dict[str, Path], loader: float, code: int, mo
     found, said, _ = asked(stores["zarr"], *CONFIG)
     assert found == code
     if code:
-        assert f"the loader: it gives {loader:.0f}% of what the model takes" in said
-        assert f"{int(np.ceil(110 / loader))} cores would do" in said or "data.workers=2" in said
+        assert f"the loader: it reaches {loader:.0f}% of the model's rate" in said
+        assert f"{int(np.ceil(110 / loader))} cores would suffice" in said or "data.workers=2" in said
         assert "kamim preprocess --encoding raw" in said
     else:
         assert "the cpu: the loader is 10.0 times as fast" in said

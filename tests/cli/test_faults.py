@@ -180,13 +180,15 @@ def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp
         "import": ["import", str(weights), "--out", at["import"]],
         "sweep": ["sweep", str(tmp_path / "sweep.yaml")],
     }  # fmt: skip
+    locked = {name: tmp_path / name for name in commands}
+    locked |= {"eval": tmp_path / "eval/A", "sweep": tmp_path / "sweep/t0.25"}  # others may work beside these
     for name, command in commands.items():
         more = ["knn.k=[3]", "compute.device=cpu"] if name == "eval" else []
-        with lock.alone(tmp_path / name, "--out"):
+        with lock.alone(locked[name], "--out"):
             line = one_line(*command, *more)
-        assert f"{at[name]}: another process works there now; wait until it is done, or choose another" in line
-        assert not (tmp_path / name).exists()
-        assert not (tmp_path / f"{name}.lock").exists()
+        assert f"{locked[name]}: another process works there now; wait until it is done, or choose another" in line
+        assert not locked[name].exists()
+        assert not locked[name].with_name(f"{locked[name].name}.lock").exists()
 
 
 def test_ranks_hear_of_a_lock_alike(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kamim.method import rng
+from kamim.models.label_free import centred
 
 NMI_EPSILON = 1e-8  # added to every weight, so that zeros have a logarithm
 FOURIER_EPSILON = 1e-6
-UNIFORMITY_T = 2.0  # Wang and Isola 2020
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -69,32 +69,10 @@ def log_amplitude(tokens: Tensor) -> Tensor:
     return centred.diagonal(dim1=1, dim2=2)[:, side // 2 :]
 
 
-def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of centred features [n, D] (Roy and Vetterli 2007).
-
-    1 for features on a line, min(n - 1, D) at most; 0 if all features are equal.
-    """
-    values = torch.linalg.svdvals(_centred(features))
-    if float(values.sum()) == 0:
-        return 0.0
-    share = values / values.sum()
-    return float(torch.exp(-torch.xlogy(share, share).sum()))
-
-
-def uniformity(features: Tensor) -> float:
-    """log mean exp(-2 |a - b|²) over pairs of unit-length features [n, D] (Wang and Isola 2020).
-
-    0 if all features point in one direction; the more negative, the more evenly they cover the sphere, to about -4.
-    """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    squared = torch.pdist(unit).square()
-    return float((-UNIFORMITY_T * squared).exp().mean().log())
-
-
 def normalised_gram(features: Tensor) -> Tensor:
     """Centred Gram matrix of features [n, D], of Frobenius norm 1 (or 0): float64 [n, n]."""
-    centred = _centred(features)
-    gram = centred @ centred.T
+    residuals = centred(features)
+    gram = residuals @ residuals.T
     norm = torch.linalg.matrix_norm(gram)
     return gram / norm if float(norm) > 0 else gram
 
@@ -103,11 +81,6 @@ def linear_cka(one: list[Tensor], other: list[Tensor]) -> np.ndarray:
     """Linear CKA (Kornblith et al. 2019) of every pair: lists of [n, D] of the same n samples -> [a, b] in [0, 1]."""
     grams, others = (torch.stack([normalised_gram(f) for f in side]).flatten(1) for side in (one, other))
     return (grams @ others.T).cpu().numpy()
-
-
-def _centred(features: Tensor) -> Tensor:
-    features = features.double()
-    return features - features.mean(dim=0)
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:

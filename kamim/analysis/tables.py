@@ -10,6 +10,7 @@ from kamim import KamimError
 from kamim.analysis import embed, measures
 from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image
+from kamim.models.label_free import centred, effective_rank, uniformity
 
 Table = dict[str, Any]
 
@@ -76,8 +77,8 @@ def features(curves: Curves) -> Table:
     """Effective rank and uniformity of mean tokens, per depth from 0."""
     tokens = pooled(curves)
     return {
-        "rank": np.array([measures.effective_rank(f) for f in tokens]),
-        "uniformity": np.array([measures.uniformity(f) for f in tokens]),
+        "rank": np.array([effective_rank(centred(f)) for f in tokens]),
+        "uniformity": np.array([uniformity(f) for f in tokens]),
         "images": len(tokens[0]),
     }
 

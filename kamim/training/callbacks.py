@@ -1,4 +1,4 @@
-"""Callbacks of pretraining: a panel of reconstructions, and a kNN probe of the features.
+"""Callbacks of pretraining: a panel of reconstructions, a kNN probe of the features, and measures without labels.
 
 They train nothing, use no random generator and leave the model unchanged, so they do not change a run.
 """
@@ -16,6 +16,7 @@ from kamim import KamimError
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
 from kamim.models.knn import knn
+from kamim.models.label_free import measures
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
 from kamim.storage.store import Store
@@ -66,6 +67,8 @@ def of_run(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None
     requested = []
     if probe is not None and config.probe is not None:
         requested.append(knn_probe(config, model, config.probe.every_epochs * per_epoch, probe, device))
+    if config.label_free is not None:
+        requested.append(label_free_metrics(config, model, config.label_free.every_epochs * per_epoch, store, device))
     if config.panel_epochs is not None:
         samples = partial(shown_samples, config, store, SHOWN, device)
         requested.append(panel(config, model, config.panel_epochs * per_epoch, samples))
@@ -121,6 +124,29 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
             ks=(k,),
         )  # fmt: skip
         metrics.log({"knn_top1": accuracies[str(k)]["top1"]})
+
+    return Callback(every, run)
+
+
+def label_free_metrics(
+    config: Pretrain, model: MaskedImageModel, every: int, store: Store, device: torch.device
+) -> Callback:
+    """Returns a callback that logs kamim.models.label_free.measures of config.label_free.images images of the store.
+
+    every: steps between two measurements. The images are evenly spaced and whole; features are those of the kNN probe.
+    """
+    assert config.label_free is not None
+    count = min(config.label_free.images, len(store))
+    samples = Samples(store, np.linspace(0, len(store) - 1, count).astype(np.int64))
+    readout = Readout(resolve(model.encoder, "paper"), "mean", "none")
+
+    def run(step: int, metrics: Metrics) -> None:
+        loader = whole_images(
+            samples, config.data.resolution, BATCH, config.data.workers, World(0, 1, device), config.data.on_error
+        )
+        with _eval_mode(model):
+            features, _ = _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
+            metrics.log(measures(features))
 
     return Callback(every, run)
 

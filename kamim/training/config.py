@@ -222,6 +222,15 @@ class OnlineProbe(Section):
     """Training samples per class; null is all."""
 
 
+class LabelFree(Section):
+    """Measures of the features so far that need no labels: RankMe, uniformity and alpha-ReQ."""
+
+    images: Annotated[int, Field(ge=2)] = 2048
+    """Images whose features are measured, from all over data.store; all of them if it has fewer."""
+    every_epochs: Count = 10
+    """Epochs between two measurements."""
+
+
 class Pretrain(Section):
     """Configuration of `kamim pretrain`."""
 
@@ -257,6 +266,8 @@ class Pretrain(Section):
     """Epochs between two pictures of a few reconstructed samples; null is none."""
     probe: OnlineProbe | None = None
     """A kNN probe of the features during training; null is none."""
+    label_free: LabelFree | None = None
+    """Measures of the features during training that need no labels; null is none, `{}` is the defaults."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:

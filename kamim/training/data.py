@@ -1,5 +1,7 @@
 """Builds the loaders of a run and checks that its store and its configuration match."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -45,14 +47,17 @@ def shown_samples(config: Pretrain, store: Store, count: int, device: torch.devi
     return next(iter(loader.steps(0, 1)))
 
 
-def whole_images(samples: Samples, resolution: int, batch_size: int, workers: int | None, world: World) -> Loader:
+def whole_images(
+    samples: Samples, resolution: int, batch_size: int, workers: int | None, world: World,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Loader:  # fmt: skip
     """Returns the loader of evaluation: every sample once, in order, as a whole image of resolution x resolution px."""
     size = max(min(batch_size, len(samples.numbers)), world.size)
     plan = Plan(
         len(samples.numbers), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size,
         listed=samples.numbers,
     )  # fmt: skip
-    return Loader(samples.store, plan, resolution, workers=workers, device=world.device)
+    return Loader(samples.store, plan, resolution, workers=workers, on_error=on_error, device=world.device)
 
 
 def check_area(store: Store, resolution: int, smallest_crop: float) -> None:

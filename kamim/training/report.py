@@ -35,6 +35,9 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "images per second": ({"images_per_second": ""}, "linear"),
     "data-wait, share of a step's time": ({"data_wait_share": ""}, "linear"),
     "kNN, top-1 (%)": ({"knn_top1": ""}, "linear"),
+    "effective rank (RankMe)": ({"rankme": ""}, "linear"),
+    "uniformity": ({"uniformity": ""}, "linear"),
+    "alpha-ReQ": ({"alpha_req": ""}, "linear"),
 }
 
 

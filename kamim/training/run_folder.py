@@ -35,7 +35,7 @@ def claim(config: Pretrain) -> None:
 # Keys that a resumed run may change: none of them affects which samples are trained on, or how.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
-         "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+         "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 
 def _difference(existing: Pretrain, requested: Pretrain) -> str:

@@ -177,22 +177,6 @@ def test_checkerboard_lies_beyond_the_half_diagonal_of_an_even_grid() -> None:
 # Geometry
 
 
-def test_effective_rank_of_known_matrices() -> None:
-    line = torch.outer(torch.arange(10.0), torch.tensor([1.0, 2.0, 3.0]))
-    assert measures.effective_rank(line) == pytest.approx(1)
-    cross = torch.cat([torch.eye(4), -torch.eye(4)])
-    assert measures.effective_rank(cross) == pytest.approx(4)
-    assert measures.effective_rank(torch.ones(5, 3)) == 0
-    wide = torch.cat([torch.diag(torch.tensor([3.0, 1.0])), -torch.diag(torch.tensor([3.0, 1.0]))])
-    assert measures.effective_rank(wide) == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
-
-
-def test_uniformity_of_known_sets() -> None:
-    assert measures.uniformity(torch.ones(5, 3)) == pytest.approx(0)
-    opposite = torch.tensor([[1.0, 0.0], [-5.0, 0.0]])
-    assert measures.uniformity(opposite) == pytest.approx(-8)  # squared distance 4 on the sphere, t = 2
-
-
 def test_cka_of_equal_rotated_and_orthogonal_features() -> None:
     one = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3))).Q

@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import board, config, quiet, weights
+from runs import WORLD, board, config, quiet, weights
 
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.run import evaluate
+from kamim.models.label_free import effective_rank, uniformity
+from kamim.models.readout import tokens_after
 from kamim.reporting import plots
-from kamim.training import metrics
+from kamim.storage.store import Store
+from kamim.training import checkpoint, metrics, report
+from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
+from pipelines.batch import normalise
 from pipelines.loader import Loader
+from pipelines.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,8 @@ def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 epochs of 2 steps, with panels and probe after every second epoch."""
     out = tmp_path_factory.mktemp("runs") / "watched"
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2, per_class: 6}}"
-    assert pretrain(config(out, store, "panel_epochs=2", probe), quiet).finished
+    label_free = "label_free={images: 9, every_epochs: 3}"
+    assert pretrain(config(out, store, "panel_epochs=2", probe, label_free), quiet).finished
     return out
 
 
@@ -79,6 +86,21 @@ def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None
     result, = evaluate(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
     assert made[7] == pytest.approx(result.measured.k[18].top1, abs=100 / 24 + 1e-6)  # features are rounded there
     assert {event.step: event.value for event in board(watched).Scalars("knn_top1")} == pytest.approx(made)
+
+
+def test_measures_without_labels_are_those_of_the_probes_features(watched: Path, store: Path) -> None:
+    made = {line["step"]: line for line in metrics.read(watched) if "rankme" in line}
+    assert list(made) == [5, 7]  # after three epochs of two steps, and after the last step
+    encoder = checkpoint.read(watched).build_model().encoder.eval()
+    chosen = Samples(Store(store), np.linspace(0, 23, 9).astype(np.int64))
+    batch = next(iter(whole_images(chosen, 64, 9, 1, WORLD).steps(0, 1)))
+    with torch.no_grad():
+        tokens = tokens_after(encoder, normalise(batch.images), 6)[:, 1:]  # less the class token
+    features = tokens.mean(dim=1)
+    expected = {"rankme": effective_rank(features), "uniformity": uniformity(features)}
+    assert {name: made[7][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    titles = [axes.get_title() for axes in report.curves(metrics.read(watched)).axes]
+    assert {"kNN, top-1 (%)", "effective rank (RankMe)", "uniformity", "alpha-ReQ"} <= set(titles)
 
 
 def test_a_store_without_labels_is_refused_before_any_work(store: Path, tmp_path: Path) -> None:

@@ -151,6 +151,47 @@ class Knn(Section):
         return {**KNN_PROTOCOLS[given.get("protocol", "linprobe")], **given}
 
 
+class AttentiveOptim(ClassifierOptim):
+    """ClassifierOptim, as in efficient probing's code. lr is not used: see Attentive.blr."""
+
+    COSINE_AFTER_WARMUP: ClassVar[bool] = True
+
+    algorithm: Literal["adamw", "sgd", "lars"] = "lars"
+    weight_decay: NotNegative = 0.0
+    batch_size: Count = 4096
+    """Samples of a step, over all ranks; all training samples if there are fewer."""
+    micro_batch: Count = 256
+    """Samples that a rank computes at once, and that a batch norm has its statistics of. Micro-batches of a step are as
+    even as they can be."""
+    epochs: Count = 90
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+
+
+class Attentive(Section):
+    """Attentive probes: attention over the patch tokens of a frozen encoder is learned with the linear layer.
+
+    Tokens are computed once and kept in out: 2 bytes a number, 1 GB for 9,469 images and a ViT-S at 192 px.
+    """
+
+    poolings: Annotated[tuple[Literal["ep", "abmilp", "mean"], ...], SOME] = ("ep", "abmilp", "mean")
+    """Which probes are trained, each alone and all alike. ep: efficient probing, several queries (Psomas et al., ICLR
+    2026). abmilp: one score a token (Beyond [cls], ICCV 2025). mean: a linear probe of the tokens' mean."""
+    queries: Count = 32
+    """Of ep; a divisor of the encoder's width."""
+    abmilp_depth: Count = 1
+    """Layers of abmilp's score, with tanh between them. 1 is the command in its README, 2 the default of its code."""
+    block: BlockName = "paper"
+    """As in linprobe. Efficient probing's own results are of the last block."""
+    norm: Literal["none", "token", "final"] = "none"
+    """As in linprobe."""
+    blr: Positive = 0.1
+    """Learning rate for 256 samples: the rate is blr x samples of a step / 256."""
+    optim: AttentiveOptim = AttentiveOptim()
+    checkpoint_epochs: Count = 30
+    """Epochs between two checkpoints."""
+
+
 class ProbeSweep(Section):
     """Linear probes of every block, pooling, norm and learning rate at once, on features without augmentation."""
 
@@ -200,5 +241,6 @@ class Evaluation(Section):
     linprobe: Linprobe = Linprobe()
     finetune: Finetune = Finetune()
     knn: Knn = Knn()
+    attentive: Attentive = Attentive()
     sweep: ProbeSweep = ProbeSweep()
     reconstruct: Reconstruct = Reconstruct()

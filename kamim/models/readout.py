@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -33,10 +33,11 @@ class Readout:
     """block: whose output, from 1 (of a Swin: its stage). norm: what happens to it before or after pooling.
 
     none; token: a LayerNorm without affine; final: the encoder's own; joint, batch: see kamim.evaluation.probe.Head.
+    pooling tokens: nothing is pooled, and the features are all patch tokens.
     """
 
     block: int
-    pooling: Pooling
+    pooling: Pooling | Literal["tokens"]
     norm: Norm
 
     def __str__(self) -> str:
@@ -78,6 +79,13 @@ def check(encoder: Encoder, readout: Readout) -> None:
         raise KamimError(f"norm = joint: is over patch tokens; pooling = {readout.pooling} reads another one")
 
 
+def width(encoder: Encoder, block: int) -> int:
+    """D of the tokens [B, P + N, D] after a block."""
+    if isinstance(encoder, SwinTransformer):
+        return int(encoder.feature_info[block - 1]["num_chs"])
+    return encoder.num_features
+
+
 def prefix(encoder: Encoder) -> int:
     """Class tokens before the patch tokens."""
     return encoder.num_prefix_tokens if isinstance(encoder, VisionTransformer) else 0
@@ -110,8 +118,10 @@ def tokens_after(encoder: Encoder, images: Tensor, block: int) -> Tensor:
     return tokens
 
 
-def pool(tokens: Tensor, pooling: Pooling, prefix: int) -> Tensor:
-    """[B, P + N, D] -> [B, D], of cls_mean [B, 2 D]. prefix: P."""
+def pool(tokens: Tensor, pooling: Pooling | Literal["tokens"], prefix: int) -> Tensor:
+    """[B, P + N, D] -> [B, D], of cls_mean [B, 2 D], of tokens [B, N D]. prefix: P."""
+    if pooling == "tokens":
+        return tokens[:, prefix:].flatten(1)
     if pooling == "cls":
         return tokens[:, 0]
     if pooling == "max":
@@ -121,7 +131,7 @@ def pool(tokens: Tensor, pooling: Pooling, prefix: int) -> Tensor:
 
 
 def fixed(encoder: Encoder, tokens: Tensor, readout: Readout) -> Tensor:
-    """Features [B, D] of a readout, as far as its norm learns nothing."""
+    """Features [B, D] of a readout (see pool for its widths), as far as its norm learns nothing."""
     if readout.norm == "token":
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
     elif readout.norm in ("final", "batch"):

@@ -119,6 +119,8 @@ class Weighting(Section):
 class Optim(Section):
     """AdamW and the cosine schedule."""
 
+    COSINE_AFTER_WARMUP: ClassVar[bool] = False  # whether the cosine begins after the warm-up, not below it
+
     lr: Positive = 8e-4
     """Peak learning rate for batch_size samples per step over all ranks; it is not scaled."""
     weight_decay: NotNegative = 0.05

@@ -1,0 +1,144 @@
+"""Attentive probes: which patch tokens count is learned too, on the cached tokens of a frozen encoder.
+
+Every probe is a pooling of the tokens, a batch norm without affine and a linear layer, trained alike, so that probes
+of one block differ in how they pool and in nothing else:
+
+ep      efficient probing (Psomas et al., "Attention, Please!", ICLR 2026): queries that each pool a part of the values
+abmilp  "Beyond [cls]" (Przewięźlikowski et al., ICCV 2025): one score a token
+mean    a linear probe: every token counts alike
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kamim.training.trainer import Batches
+from pipelines.batch import Batch, upload
+from pipelines.plan import Plan
+
+AttentivePooling = Literal["ep", "abmilp", "mean"]
+QUERY_STD = 0.02
+RESIDENT_BYTES = 4 << 30  # of tokens that are kept on a GPU; more stay in their file
+
+
+class EfficientPooling(nn.Module):
+    """Efficient probing. The keys are the tokens; query q pools the q-th part of one value projection's output.
+
+    A part of the values is a linear function of the token, so tokens are pooled before they are projected: of
+    [B, Q, D] instead of [B, T, D], which gives the same output.
+    """
+
+    def __init__(self, width: int, queries: int):
+        """width: D, a multiple of queries."""
+        super().__init__()
+        assert width % queries == 0, (width, queries)
+        self.queries = nn.Parameter(QUERY_STD * torch.randn(queries, width))
+        self.value = nn.Linear(width, width, bias=False)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, Q, T], whose rows sum to 1."""
+        scores = tokens @ (self.queries.T * self.queries.shape[1] ** -0.5)  # [B, T, Q]
+        return scores.softmax(dim=1).transpose(1, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D], the outputs of the queries side by side."""
+        pooled = self.attention(tokens).to(tokens.dtype) @ tokens  # [B, Q, D]
+        values = self.value.weight.unflatten(0, (len(self.queries), -1))  # [Q, D / Q, D]
+        return (pooled.transpose(0, 1) @ values.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+class AbmilpPooling(nn.Module):
+    """AbMILP: the sum of the tokens, weighted by a softmax over one score of each.
+
+    depth: layers of the score, of the tokens' width, with tanh between them (Ilse et al. 2018).
+    """
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.Tanh())]
+        self.score = nn.Sequential(*hidden, nn.Linear(width, 1))
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, 1, T], whose rows sum to 1."""
+        scores: Tensor = self.score(tokens)
+        return scores.softmax(dim=1).transpose(1, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D]."""
+        pooled: Tensor = self.attention(tokens).to(tokens.dtype) @ tokens
+        return pooled.squeeze(1)
+
+
+class MeanPooling(nn.Module):
+    """The mean of the tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D]."""
+        return tokens.mean(dim=1)
+
+
+class AttentiveHead(nn.Module):
+    """A pooling, a batch norm without affine and a linear layer."""
+
+    def __init__(self, pooling: nn.Module, width: int, classes: int):
+        super().__init__()
+        self.pooling = pooling
+        self.batch = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float32 [B, T, D] -> logits float32 [B, classes]. Only the pooling takes part in autocast."""
+        pooled = self.pooling(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits: Tensor = self.linear(self.batch(pooled.float()))
+        return logits
+
+
+def build_head(
+    pooling: AttentivePooling, width: int, classes: int, queries: int, depth: int, seed: int
+) -> AttentiveHead:
+    """A head with random weights, a pure function of its arguments. queries: of ep; depth: of abmilp."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        poolings = {
+            "ep": lambda: EfficientPooling(width, queries), "abmilp": lambda: AbmilpPooling(width, depth),
+            "mean": MeanPooling,
+        }  # fmt: skip
+        return AttentiveHead(poolings[pooling](), width, classes)
+
+
+class CachedTokens:
+    """Patch tokens of N samples, as training reads them: batches of row numbers, and the tokens of a batch."""
+
+    def __init__(self, tokens: Tensor, labels: Tensor, device: torch.device):
+        """tokens: [N, T, D], any float type, memory-mapped or not. labels: int64 [N]."""
+        self._tokens = tokens.to(device) if tokens.nbytes <= RESIDENT_BYTES else tokens
+        self._labels, self._device = labels, device
+
+    def batches(self, plan: Plan) -> Batches:
+        """The micro-batches of a plan of the N rows, without images: their indices are the numbers of rows."""
+
+        def steps(first: int, stop: int) -> Iterator[Batch]:
+            for part in plan.micro_batches(first, stop):
+                images = torch.empty(len(part.indices), 0, dtype=torch.uint8, device=self._device)
+                labels = upload(self._labels[part.indices].numpy(), self._device)
+                yield Batch(images, None, labels, part.indices, part.epoch, part.step, part.last, part.share)
+
+        return steps
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Tokens of some rows (int64 [B]): float32 [B, T, D] on the device."""
+        rows = torch.from_numpy(indices).to(self._tokens.device)
+        return self._tokens[rows].to(self._device).float()
+
+
+def even_micro_batch(batch_size: int, micro_batch: int, world_size: int) -> int:
+    """The size of the fewest micro-batches of at most micro_batch samples, as even as they can be.
+
+    Batch norm has its statistics of a micro-batch, and none of a single sample, which a remainder may be.
+    """
+    per_rank = -(-batch_size // world_size)
+    return -(-per_rank // -(-per_rank // micro_batch))

@@ -41,7 +41,7 @@ class EfficientPooling(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, Q, T], whose rows sum to 1."""
         scores = tokens @ (self.queries.T * self.queries.shape[1] ** -0.5)  # [B, T, Q]
-        return scores.softmax(dim=1).transpose(1, 2)
+        return scores.float().softmax(dim=1).transpose(1, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D], the outputs of the queries side by side."""
@@ -64,7 +64,7 @@ class AbmilpPooling(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, 1, T], whose rows sum to 1."""
         scores: Tensor = self.score(tokens)
-        return scores.softmax(dim=1).transpose(1, 2)
+        return scores.float().softmax(dim=1).transpose(1, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D]."""
@@ -90,9 +90,10 @@ class AttentiveHead(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float32 [B, T, D] -> logits float32 [B, classes]. Only the pooling takes part in autocast."""
-        pooled = self.pooling(tokens)
-        with torch.autocast(tokens.device.type, enabled=False):
+        """float [B, T, D] -> logits float32 [B, classes]. In fp32, except the pooling under autocast."""
+        device = tokens.device.type
+        pooled = self.pooling(tokens if torch.is_autocast_enabled(device) else tokens.float())
+        with torch.autocast(device, enabled=False):
             logits: Tensor = self.linear(self.batch(pooled.float()))
         return logits
 
@@ -130,9 +131,9 @@ class CachedTokens:
         return steps
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """Tokens of some rows (int64 [B]): float32 [B, T, D] on the device."""
+        """Tokens of some rows (int64 [B]): [B, T, D] on the device, in the type that they are kept in."""
         rows = torch.from_numpy(indices).to(self._tokens.device)
-        return self._tokens[rows].to(self._device).float()
+        return self._tokens[rows].to(self._device)
 
 
 def even_micro_batch(batch_size: int, micro_batch: int, world_size: int) -> int:

@@ -115,6 +115,16 @@ def test_a_head_equals_its_twin_in_output_and_gradients(pooling: Any, depth: int
     torch.testing.assert_close(head(tokens), twin(tokens), rtol=1e-5, atol=1e-6)
 
 
+def test_under_autocast_only_the_pooling_is_rounded() -> None:
+    tokens = noise(64, T, D).to(torch.bfloat16)
+    head = build_head("ep", D, CLASSES, QUERIES, 1, seed=1).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head(tokens)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, head(tokens), rtol=0.02, atol=0.02)
+    assert not torch.equal(rounded, head(tokens))
+
+
 def test_a_head_begins_as_the_code_of_efficient_probing() -> None:
     head = build_head("ep", 384, 10, 32, 1, seed=0)
     assert sorted(name for name, _ in head.named_parameters()) == [
@@ -157,7 +167,7 @@ def test_batches_are_those_of_the_plan_with_their_own_tokens_and_labels() -> Non
     for batch, part in zip(batches, plan.micro_batches(1, 4), strict=True):
         assert np.array_equal(batch.indices, part.indices)
         assert torch.equal(batch.labels, torch.from_numpy(3 * part.indices))
-        assert torch.equal(cached.read(batch.indices), tokens[part.indices].float())
+        assert torch.equal(cached.read(batch.indices), tokens[part.indices])
         assert len(batch.stand_in()) == 1 and batch.stand_in().share == 0
 
 

@@ -8,18 +8,21 @@ abmilp  "Beyond [cls]" (Przewięźlikowski et al., ICCV 2025): one score a token
 mean    a linear probe: every token counts alike
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kamim import KamimError
+from kamim.evaluation.config import Attentive, AttentiveOptim
+from kamim.training.distributed import World
 from kamim.training.trainer import Batches
 from pipelines.batch import Batch, upload
 from pipelines.plan import Plan
 
-AttentivePooling = Literal["ep", "abmilp", "mean"]
+PoolingName = Literal["ep", "abmilp", "mean"]
 QUERY_STD = 0.02
 RESIDENT_BYTES = 4 << 30  # of tokens that are kept on a GPU; more stay in their file
 
@@ -80,10 +83,13 @@ class MeanPooling(nn.Module):
         return tokens.mean(dim=1)
 
 
+Pooling = EfficientPooling | AbmilpPooling | MeanPooling
+
+
 class AttentiveHead(nn.Module):
     """A pooling, a batch norm without affine and a linear layer."""
 
-    def __init__(self, pooling: nn.Module, width: int, classes: int):
+    def __init__(self, pooling: Pooling, width: int, classes: int):
         super().__init__()
         self.pooling = pooling
         self.batch = nn.BatchNorm1d(width, eps=1e-6, affine=False)
@@ -92,23 +98,23 @@ class AttentiveHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """float [B, T, D] -> logits float32 [B, classes]. In fp32, except the pooling under autocast."""
         device = tokens.device.type
-        pooled = self.pooling(tokens if torch.is_autocast_enabled(device) else tokens.float())
+        pooled: Tensor = self.pooling(tokens if torch.is_autocast_enabled(device) else tokens.float())
         with torch.autocast(device, enabled=False):
             logits: Tensor = self.linear(self.batch(pooled.float()))
         return logits
 
 
-def build_head(
-    pooling: AttentivePooling, width: int, classes: int, queries: int, depth: int, seed: int
-) -> AttentiveHead:
+def build_head(name: PoolingName, width: int, classes: int, queries: int, depth: int, seed: int) -> AttentiveHead:
     """A head with random weights, a pure function of its arguments. queries: of ep; depth: of abmilp."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        poolings = {
-            "ep": lambda: EfficientPooling(width, queries), "abmilp": lambda: AbmilpPooling(width, depth),
-            "mean": MeanPooling,
-        }  # fmt: skip
-        return AttentiveHead(poolings[pooling](), width, classes)
+        return AttentiveHead(_pooling(name, width, queries, depth), width, classes)
+
+
+def _pooling(name: PoolingName, width: int, queries: int, depth: int) -> Pooling:
+    if name == "ep":
+        return EfficientPooling(width, queries)
+    return AbmilpPooling(width, depth) if name == "abmilp" else MeanPooling()
 
 
 class CachedTokens:
@@ -118,6 +124,18 @@ class CachedTokens:
         """tokens: [N, T, D], any float type, memory-mapped or not. labels: int64 [N]."""
         self._tokens = tokens.to(device) if tokens.nbytes <= RESIDENT_BYTES else tokens
         self._labels, self._device = labels, device
+
+    def shuffled(self, optim: AttentiveOptim, seed: int, world: World) -> Plan:
+        """The steps of a training: every epoch in another order, without the samples that do not fill a step."""
+        micro_batch = even_micro_batch(optim, world.size)
+        return Plan(len(self._labels), optim.batch_size, micro_batch, seed, rank=world.rank, world=world.size)
+
+    def in_order(self, batch_size: int, world: World) -> Plan:
+        """The steps of one pass over all rows."""
+        size = max(min(batch_size, len(self._labels)), world.size)
+        return Plan(
+            len(self._labels), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size
+        )  # fmt: skip
 
     def batches(self, plan: Plan) -> Batches:
         """The micro-batches of a plan of the N rows, without images: their indices are the numbers of rows."""
@@ -136,10 +154,36 @@ class CachedTokens:
         return self._tokens[rows].to(self._device)
 
 
-def even_micro_batch(batch_size: int, micro_batch: int, world_size: int) -> int:
-    """The size of the fewest micro-batches of at most micro_batch samples, as even as they can be.
+def attention_maps(heads: Mapping[PoolingName, AttentiveHead], tokens: Tensor) -> dict[str, Tensor]:
+    """The attention of heads that learn one: float32 [B, Q, g, g] on the CPU, by name.
 
-    Batch norm has its statistics of a micro-batch, and none of a single sample, which a remainder may be.
+    tokens: float [B, g * g, D], in rows of the token grid.
     """
-    per_rank = -(-batch_size // world_size)
-    return -(-per_rank // -(-per_rank // micro_batch))
+    side = int(tokens.shape[1] ** 0.5)
+    with torch.no_grad():
+        return {
+            name: head.pooling.attention(tokens.float()).unflatten(2, (side, side)).cpu()
+            for name, head in heads.items() if not isinstance(head.pooling, MeanPooling)
+        }  # fmt: skip
+
+
+def fitted(options: Attentive, samples: int) -> Attentive:
+    """The options for so many training samples: a step takes at most all of them, and optim.lr follows from blr."""
+    batch = min(options.optim.batch_size, samples)
+    optim = options.optim.model_copy(update={"batch_size": batch, "lr": options.blr * batch / 256})
+    return options.model_copy(update={"optim": optim})
+
+
+def even_micro_batch(optim: AttentiveOptim, world_size: int) -> int:
+    """The size of the fewest micro-batches of at most optim.micro_batch samples, as even as they can be.
+
+    Batch norm has no statistics of a single sample, which a remainder may be. Raises KamimError if one is left.
+    """
+    per_rank = -(-optim.batch_size // world_size)
+    size = -(-per_rank // -(-per_rank // optim.micro_batch))
+    if any(samples % size == 1 % size for samples in (per_rank, optim.batch_size // world_size)):
+        raise KamimError(
+            f"attentive.optim.micro_batch = {optim.micro_batch}: steps of {optim.batch_size} samples leave a "
+            "micro-batch of one, which a batch norm cannot normalise; choose another"
+        )
+    return size

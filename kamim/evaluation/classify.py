@@ -13,7 +13,7 @@ from kamim.models.target_rank import target_rank
 from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Losses, autocast
-from pipelines.batch import Batch, normalise
+from pipelines.batch import Batch
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]
 Read = Callable[[Tensor], Tensor]  # normalised images -> the network's input
@@ -38,8 +38,8 @@ class CrossEntropy:
         return Losses(cross_entropy(logits.float(), targets))
 
 
-def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: World) -> Accuracy:
-    """The accuracy over all ranks' batches, in fp32, as the released code validates."""
+def accuracy(network: nn.Module, inputs: Callable[[Batch], Tensor], batches: Iterable[Batch], world: World) -> Accuracy:
+    """The accuracy of network(inputs(batch)) over all ranks' batches, in fp32, as the released code validates."""
     network.eval()
     for buffer in network.buffers():  # every rank has a BatchNorm's statistics of its own samples
         world.broadcast(buffer)
@@ -47,7 +47,7 @@ def accuracy(network: nn.Module, read: Read, batches: Iterable[Batch], world: Wo
     for batch in batches:
         if len(batch):  # a rank may have no samples of a short last step
             with torch.no_grad():
-                logits = network(read(normalise(batch.images)))
+                logits = network(inputs(batch))
             rank = target_rank(logits, batch.labels)
             counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), (rank >= 0).sum()])
     top1, top5, samples = world.sum(counts).tolist()

@@ -13,7 +13,7 @@ from kamim.training.config import Compute, Optim
 from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
 
 BlockName = Count | Literal["paper", "last"]
-ModeName = Literal["linprobe", "finetune", "knn", "probe-sweep", "reconstruct"]
+ModeName = Literal["linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 
 
@@ -190,6 +190,8 @@ class Attentive(Section):
     optim: AttentiveOptim = AttentiveOptim()
     checkpoint_epochs: Count = 30
     """Epochs between two checkpoints."""
+    shown: Count = 6
+    """Images in the picture of the attention."""
 
 
 class ProbeSweep(Section):

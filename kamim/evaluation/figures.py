@@ -39,6 +39,19 @@ def depth(sweeps: Mapping[str, Sequence[SweepRow]]) -> Figure:
 
 
 @styled
+def poolings(accuracies: Mapping[str, Mapping[str, float]]) -> Figure:
+    """top1 by how features are read: {checkpoint: {way to read them: top1}}, a line for each checkpoint."""
+    ways = list(dict.fromkeys(way for of_checkpoint in accuracies.values() for way in of_checkpoint))
+    figure, ((axes,),) = panels(1, side=6.4, height=3.3)
+    for i, (name, top1) in enumerate(accuracies.items()):
+        axes.plot([ways.index(way) for way in top1], list(top1.values()), label=literal(name), **look(i))
+    axes.set_xticks(range(len(ways)), labels=ways)
+    axes.set_ylabel("top-1 (%)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
 def neighbours(results: Mapping[str, KnnAccuracy]) -> Figure:
     """top1 by the number of neighbours k: {checkpoint: accuracy}."""
     figure, ((axes,),) = panels(1, side=5.2, height=3.3)

@@ -14,6 +14,7 @@ from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.results import (
     Accuracy,
+    AttentiveAccuracy,
     KnnAccuracy,
     Measured,
     Reconstructions,
@@ -55,6 +56,10 @@ MODES: Mapping[str, Mode[Any]] = {
     ),
     "knn": Mode(
         tasks.knn_task, KnnAccuracy, "Nearest neighbours", "kNN, best k on val", sections.neighbours, chosen_on_val=True
+    ),
+    "attentive": Mode(
+        tasks.attentive_task, AttentiveAccuracy, "Attentive probes", "attentive (ep)", sections.attentive_probes,
+        pictures=sections.attention_sheets,
     ),
     "probe-sweep": Mode(
         tasks.sweep_task, SweepAccuracy, "Probe sweep", "probe sweep, best on val", sections.swept, chosen_on_val=True

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import kamim
+from kamim.evaluation.comparison import compared
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.results import EvalSettings, Result, headline
@@ -37,6 +38,7 @@ def save_report(
     parts.append(_checkpoints([r.settings for r in results]))
     if any(quoted(r.settings) for r in results):
         parts.append(page.paragraph(f"Columns {PAPER_HEADER}: what the paper reports for the same setting."))
+    parts += compared(results)
     for name, mode in MODES.items():
         of_mode = [r for r in results if r.settings.mode == name]
         if of_mode:

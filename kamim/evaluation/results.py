@@ -128,6 +128,23 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class AttentiveAccuracy:
+    """The accuracy of each attentive probe, by the name of its pooling: ep, abmilp, mean."""
+
+    poolings: Mapping[str, Accuracy]
+
+    @property
+    def headline(self) -> str:
+        """top1 of efficient probing; empty if it was not asked for."""
+        return self.poolings["ep"].headline if "ep" in self.poolings else ""
+
+    @property
+    def summary(self) -> str:
+        """top1 of every pooling."""
+        return ", ".join(f"{name}: top-1 {accuracy.top1:.2f} %" for name, accuracy in self.poolings.items())
+
+
+@dataclass(frozen=True)
 class KnnAccuracy:
     """The accuracy for each number of neighbours k."""
 

@@ -9,6 +9,7 @@ from kamim.evaluation import figures
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.results import (
     Accuracy,
+    AttentiveAccuracy,
     EvalSettings,
     KnnAccuracy,
     Reconstructions,
@@ -18,9 +19,11 @@ from kamim.evaluation.results import (
     best_by_readout,
 )
 from kamim.reporting import page
-from kamim.reporting.plots import reconstruction_sheet
+from kamim.reporting.plots import attention_sheet, reconstruction_sheet
 
 PAPER_HEADER = "paper's"
+ATTENTION = "attention.npz"  # originals, and the attention [n, Q, g, g] of each probe that learns one, by its name
+SHOWN_QUERIES = 6
 SHOWN = "shown.npz"  # originals, masks and made (the reconstructions), for plots.reconstruction_sheet
 
 
@@ -36,6 +39,36 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
             ) for s, measured in ((r.settings, r.measured) for r in results)
         ],
     )  # fmt: skip
+
+
+def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[page.Part]:
+    """A table with a row for each checkpoint and pooling."""
+    yield page.table(
+        ("checkpoint", "pooling", "block", "norm", "epochs", "top-1", "top-5"),
+        [
+            (
+                s.name, name, _text(s.block), _text(s.norm), _text(s.epochs), _percent(accuracy.top1),
+                _percent(accuracy.top5),
+            ) for s, measured in ((r.settings, r.measured) for r in results)
+            for name, accuracy in measured.poolings.items()
+        ],
+    )  # fmt: skip
+
+
+def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
+    """(PNG, caption) of the attention that probes have learned, of (checkpoint, folder of its task)."""
+    for name, folder in folders:
+        with np.load(folder / ATTENTION) as arrays:
+            originals, maps = arrays["originals"], {key: arrays[key] for key in arrays.files if key != "originals"}
+        rows = [(f"{key}, mean" if maps[key].shape[1] > 1 else key, maps[key].mean(axis=1)) for key in maps]
+        for key in (key for key in maps if maps[key].shape[1] > 1):
+            rows += [(f"query {i + 1}", maps[key][:, i]) for i in range(min(SHOWN_QUERIES, maps[key].shape[1]))]
+        if rows:
+            caption = (
+                f"{name}: the weight of each token, bright for the largest in an image. Of ep the mean over its "
+                "queries, and the first of them, in no order."
+            )
+            yield page.png(attention_sheet(originals, rows, "")), caption
 
 
 def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:

@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from kamim import KamimError
-from kamim.evaluation import finetune, paper, probe
+from kamim.evaluation import attentive, finetune, paper, probe
+from kamim.evaluation.attentive import CachedTokens
 from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
-from kamim.evaluation.config import ClassifierOptim, Finetune, Linprobe
+from kamim.evaluation.config import Attentive, ClassifierOptim, Finetune, Linprobe
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.probe_sweep import sweep
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.results import (
     Accuracy,
+    AttentiveAccuracy,
     KnnAccuracy,
     Reconstructions,
     SweepAccuracy,
     best_row,
 )
-from kamim.evaluation.sections import SHOWN
+from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
-from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve
+from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve, width
 from kamim.storage.store import write_whole
 from kamim.training.checkpoint import Keep, Kind
 from kamim.training.config import Compute
@@ -74,6 +76,73 @@ def linprobe_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         "linprobe", context, evaluated, run, protocol=options.protocol, options=options, readout=readout,
         epochs=options.optim.epochs,
     )  # fmt: skip
+
+
+def attentive_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Trains attentive probes, one after the other, on the cached patch tokens of a frozen encoder."""
+    config, samples = context.config, context.labelled()
+    options = attentive.fitted(config.attentive, len(samples.numbers))
+    readout = Readout(resolve(evaluated.encoder, options.block), "tokens", options.norm)
+    check(evaluated.encoder, readout)
+    d = width(evaluated.encoder, readout.block)
+    if "ep" in options.poolings and d % options.queries:
+        raise KamimError(
+            f"attentive.queries = {options.queries}: does not divide {d}, the width of block {readout.block} of "
+            f"{evaluated.name}"
+        )
+    attentive.even_micro_batch(options.optim, context.world.size)
+
+    def run(folder: Path, progress: Progress) -> AttentiveAccuracy:
+        train, val = (
+            CachedTokens(features[readout].unflatten(1, (-1, d)), part.labels, context.world.device)
+            for features, part in zip(
+                features_of(context, evaluated, [readout], folder, progress), (samples, context.val), strict=True
+            )
+        )
+        heads = {}
+        for name in options.poolings:
+            head = attentive.build_head(
+                name, d, len(samples.classes), options.queries, options.abmilp_depth, config.seed
+            )
+            heads[name] = head.to(context.world.device)
+            _fit_head(context, options, name, head, train, folder / name, progress)
+        if context.world.is_main:
+            batch = _spread(context, evaluated.resolution, options.shown)
+            tokens = val.read(np.searchsorted(context.val.numbers, batch.indices))
+            maps = attentive.attention_maps(heads, tokens)
+            write_whole(folder / ATTENTION, _npz(originals=batch.images.cpu(), **maps))
+        plan = val.in_order(config.batch_size, context.world)
+
+        def measure(head: nn.Module) -> Accuracy:
+            batches = val.batches(plan)(0, plan.steps_per_epoch)
+            return accuracy(head, lambda batch: val.read(batch.indices), batches, context.world)
+
+        return AttentiveAccuracy({name: measure(head) for name, head in heads.items()})
+
+    return task(
+        "attentive", context, evaluated, run, protocol="ep", options=options, readout=readout,
+        epochs=options.optim.epochs,
+    )  # fmt: skip
+
+
+def _fit_head(
+    context: EvalContext, options: Attentive, name: str, head: nn.Module, train: CachedTokens, folder: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Trains one attentive probe, or the rest of its training."""
+    config, optim, world = context.config, options.optim, context.world
+    plan = train.shuffled(optim, config.seed, world)
+    network = parallel(head, NOT_COMPILED, world)
+    groups = [{"params": list(head.parameters()), "weight_decay": optim.weight_decay}]
+    every = options.checkpoint_epochs * plan.steps_per_epoch
+    about = {**options.model_dump(mode="json"), "pooling": name}
+    run = Run(folder, "attentive", about, optim, plan.steps_per_epoch, every, Keep(1))
+
+    def finish(batch: Batch) -> tuple[Tensor, Tensor]:
+        return train.read(batch.indices), one_hot(batch.labels, len(context.val.classes)).float()
+
+    objective = CrossEntropy(network, _identity, finish, config.compute, config.seed)
+    _fit(Trainer(run, head, network, make_optimizer(groups, optim), objective, train.batches(plan), world), progress)
 
 
 def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
@@ -175,17 +244,22 @@ def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         measured = Reconstructions(**{name: metric.compute() for name, metric in metrics.items()})
         if world.is_main:
             batch = _spread(context, evaluated.resolution, options.shown)
-            reconstruction, arrays = reconstructed(batch), io.BytesIO()
-            np.savez(
-                arrays, originals=batch.images.cpu(), masks=reconstruction.masked_pixels.cpu(),
-                made=reconstruction.pixels(None).cpu(),
-            )  # fmt: skip
-            write_whole(folder / SHOWN, arrays.getvalue())
+            reconstruction = reconstructed(batch)
+            masks, made = reconstruction.masked_pixels.cpu(), reconstruction.pixels(None).cpu()
+            write_whole(folder / SHOWN, _npz(originals=batch.images.cpu(), masks=masks, made=made))
         return measured
 
     return task(
         "reconstruct", context, evaluated, run, protocol="paper", options=options, mask_ratio=mask.ratio, trains=False
     )
+
+
+def _npz(**arrays: Tensor) -> bytes:
+    """The content of an .npz file."""
+    stream = io.BytesIO()
+    content: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
+    np.savez(stream, **content)
+    return stream.getvalue()
 
 
 def _spread(context: EvalContext, resolution: int, count: int) -> Batch:
@@ -267,4 +341,4 @@ def _fit(trainer: Trainer, progress: Progress) -> None:
 def _accuracy(context: EvalContext, evaluated: EvaluatedModel, network: nn.Module, read: Read) -> Accuracy:
     loader = context.in_order(context.val, evaluated.resolution)
     batches = loader.steps(0, loader.plan.steps_per_epoch)
-    return accuracy(network, read, batches, context.world)
+    return accuracy(network, lambda batch: read(normalise(batch.images)), batches, context.world)

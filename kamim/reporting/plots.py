@@ -104,6 +104,21 @@ def reconstruction_sheet(
     return _sheet(_reconstructions(originals, masks, reconstructions), caption)
 
 
+def attention_sheet(originals: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
+    """Columns are images: the original, then named maps of attention over it.
+
+    originals: uint8 [N, R, R, 3]; a map: float [N, g, g], not negative, g dividing R. A map's brightness is relative to
+    the largest value in the same image.
+    """
+    rows = [("original", originals)]
+    for name, attention in maps:
+        scale = originals.shape[1] // attention.shape[1]
+        relative = attention / attention.max(axis=(1, 2), keepdims=True)
+        heat = colormaps["inferno"](relative.repeat(scale, axis=1).repeat(scale, axis=2))[..., :3]
+        rows.append((name, (0.35 * originals + 0.65 * 255 * heat).astype(np.uint8)))
+    return _sheet(rows, caption)
+
+
 def panel_sheet(
     originals: np.ndarray, masks: np.ndarray, reconstructions: np.ndarray, bitmaps: np.ndarray | None,
     weights: np.ndarray | None, caption: str,

@@ -1,18 +1,27 @@
 """Attentive probes against plain twins, what they learn, and their training on cached tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kamim.evaluation import attentive
-from kamim.evaluation.attentive import CachedTokens, build_head, even_micro_batch
-from kamim.evaluation.config import AttentiveOptim
+from kamim.evaluation.attentive import CachedTokens, build_head, even_micro_batch, fitted
+from kamim.evaluation.config import Attentive, AttentiveOptim, Evaluation
+from kamim.evaluation.run import evaluate
+from kamim.method import rng
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, fixed, prefix, tokens_after, width
-from kamim.training import schedule
+from kamim.storage.store import Store
+from kamim.training import checkpoint, schedule
+from kamim.training.pretrain import pretrain
+from kamim.training.settings import load
+from kamim.training.trainer import Trainer
 from pipelines.plan import Plan
 
 CPU = torch.device("cpu")
@@ -171,11 +180,25 @@ def test_batches_are_those_of_the_plan_with_their_own_tokens_and_labels() -> Non
         assert len(batch.stand_in()) == 1 and batch.stand_in().share == 0
 
 
-@pytest.mark.parametrize(("batch", "micro", "world", "expected"), [
-    (4096, 256, 1, 256), (257, 256, 1, 129), (50, 256, 1, 50), (4096, 256, 3, 228), (9, 4, 2, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [(4096, 256, 1, 256), (257, 256, 1, 129), (50, 256, 1, 50), (4096, 256, 3, 228), (10, 4, 2, 3)],
+)
 def test_micro_batches_are_even(batch: int, micro: int, world: int, expected: int) -> None:
-    assert even_micro_batch(batch, micro, world) == expected
+    assert even_micro_batch(AttentiveOptim(batch_size=batch, micro_batch=micro), world) == expected
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 1, 1), (5, 2, 1), (3, 256, 2), (9, 4, 2)])
+def test_a_micro_batch_of_one_sample_is_an_error(batch: int, micro: int, world: int) -> None:
+    with pytest.raises(ValueError, match=f"micro_batch = {micro}: steps of {batch} samples leave a micro-batch of one"):
+        even_micro_batch(AttentiveOptim(batch_size=batch, micro_batch=micro), world)
+
+
+def test_a_step_takes_no_more_than_there_is_and_the_rate_follows() -> None:
+    given = Attentive(blr=0.2)
+    assert (given.optim.batch_size, fitted(given, 9469).optim.lr) == (4096, 0.2 * 16)
+    small = fitted(given, 64).optim
+    assert (small.batch_size, small.lr, small.epochs) == (64, 0.05, 90)
 
 
 @pytest.mark.parametrize("name", ["vit_demo", "swin_tiny"])
@@ -203,3 +226,147 @@ def test_the_rate_is_that_of_the_code_of_efficient_probing() -> None:
         expected = 1.6 * epoch / 10 if epoch < 10 else 0.8 * (1 + np.cos(np.pi * (epoch - 10) / 80))
         scheduler.step_update(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-9), step
+
+
+@pytest.fixture(scope="module")
+def store(stores: dict[str, Path]) -> Path:
+    return stores["zarr"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    short = ("optim.epochs=1", "optim.warmup_epochs=0", "panel_epochs=null")
+    assert pretrain(runs.config(out, store, *short), lambda *_: None).finished
+    return out
+
+
+SHORT = ("compute.device=cpu", "batch_size=10", "attentive.optim.epochs=6", "attentive.optim.warmup_epochs=2")
+
+
+def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evaluation:
+    return load(Evaluation, None, [*SHORT, *more], {"checkpoint": (str(spec),), "train": store, "val": store, **given})
+
+
+def run(config: Evaluation) -> dict[str, Any]:
+    (result,) = evaluate(config, ["attentive"], lambda title: lambda done, total, values: None)
+    return result.as_json()
+
+
+@pytest.fixture(scope="module")
+def evaluated(pretrained: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("eval")
+    return out, run(evaluation(pretrained, store, "attentive.blr=4", out=out))
+
+
+def cached(folder: Path) -> Tensor:
+    """Tokens that an evaluation has left: [24, 16, 128]."""
+    stored = torch.from_numpy(np.fromfile(folder / "6-tokens-none", np.int16)).view(torch.bfloat16)
+    return stored.view(24, 16, 128).float()
+
+
+def lars(parameters: list[nn.Parameter], speeds: list[Tensor], lr: float) -> None:
+    """One step of util/lars.py in words of our own: momentum 0.9, the rate of matrices in proportion to their norm."""
+    for parameter, speed in zip(parameters, speeds, strict=True):
+        assert parameter.grad is not None
+        trust = 0.001 * parameter.norm() / parameter.grad.norm() if parameter.ndim > 1 else 1.0
+        speed.mul_(0.9).add_(trust * parameter.grad)
+        with torch.no_grad():
+            parameter -= lr * speed
+        parameter.grad = None
+
+
+def test_a_probe_ends_where_its_twin_does(evaluated: tuple[Path, dict[str, Any]], store: Path) -> None:
+    """The whole mode against a plain loop: tokens, order, rates, LARS, batch norm and accuracy."""
+    out, result = evaluated
+    tokens, labels = cached(out / "run/attentive/train"), torch.from_numpy(Store(store).images.labels)
+    head = build_head("ep", 128, 3, 32, 1, seed=0)
+    queries, speeds = head.pooling.queries, [torch.zeros_like(p) for p in head.parameters()]
+    values = head.pooling.value.weight
+    for epoch in range(6):
+        lr = 4 * 24 / 256 * (epoch / 2 if epoch < 2 else (1 + np.cos(np.pi * (epoch - 2) / 4)) / 2)
+        batch = rng.permutation(0, epoch, 24)
+        x, outputs = tokens[batch], []
+        for q in range(32):
+            weights = ((x * queries[q]).sum(dim=2) / 128**0.5).softmax(dim=1)
+            outputs.append((weights[..., None] * (x @ values[4 * q : 4 * q + 4].T)).sum(dim=1))
+        nn.functional.cross_entropy(head.linear(head.batch(torch.cat(outputs, dim=1))), labels[batch]).backward()
+        lars(list(head.parameters()), speeds, lr)
+    found = checkpoint.latest(out / "run/attentive/ep")
+    assert found is not None and found.step == 6
+    for name, tensor in load_file(found.path / "model.safetensors").items():
+        torch.testing.assert_close(
+            tensor, head.state_dict()[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    logits = head.eval()(cached(out / "run/attentive/val"))
+    top1 = 100 * float((logits.argmax(dim=1) == labels).double().mean())
+    assert result["poolings"]["ep"]["top1"] == pytest.approx(top1)
+    assert top1 > 40  # three classes: it has learned
+
+
+def test_a_result_names_all_that_led_to_it(
+    evaluated: tuple[Path, dict[str, Any]], pretrained: Path, store: Path
+) -> None:
+    _, result = evaluated
+    assert [result[key] for key in ("mode", "protocol", "block", "pooling", "norm", "epochs")] == [
+        "attentive", "ep", 6, "tokens", "none", 6,
+    ]  # fmt: skip
+    assert list(result["poolings"]) == ["ep", "abmilp", "mean"]
+    assert (result["options"]["optim"]["batch_size"], result["options"]["optim"]["lr"]) == (24, 4 * 24 / 256)
+    assert run(evaluation(pretrained, store, "attentive.blr=4")) == result
+    other = run(evaluation(pretrained, store, "attentive.blr=4", "seed=1"))
+    assert other["poolings"] != result["poolings"]
+
+
+def test_the_page_has_the_attention_and_the_comparison(
+    evaluated: tuple[Path, dict[str, Any]], pretrained: Path, store: Path
+) -> None:
+    out, _ = evaluated
+    with np.load(out / "run/attentive/attention.npz") as arrays:
+        assert {name: arrays[name].shape for name in arrays.files} == {
+            "originals": (6, 64, 64, 3), "ep": (6, 32, 4, 4), "abmilp": (6, 1, 4, 4),
+        }  # fmt: skip
+        np.testing.assert_allclose(arrays["ep"].sum(axis=(2, 3)), 1, rtol=1e-5)
+    alone = (out / "index.html").read_text()
+    assert "Features or pooling" in alone and alone.count("data:image/png") == 2
+    evaluate(evaluation(pretrained, store, "knn.block=2", "knn.k=[1]", out=out), ["knn"], lambda title: lambda *_: None)
+    page = (out / "index.html").read_text()
+    assert "<th>kNN, best k</th><th>mean</th><th>abmilp</th><th>ep</th>" in page
+    assert "run: the modes read different features" in page and "knn block 2, norm none" in page
+
+
+@pytest.mark.parametrize("pooling", ["ep", "abmilp"])
+def test_a_stopped_probe_resumes_to_the_same_result(
+    pooling: str, evaluated: tuple[Path, dict[str, Any]], pretrained: Path, store: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given = ("attentive.blr=4", "attentive.checkpoint_epochs=1", f"attentive.poolings=[{pooling}]")
+    config = evaluation(pretrained, store, *given, out=tmp_path)
+    train_step = Trainer.train_step
+
+    def killed(trainer: Trainer, step: int, micro_batches: Any) -> Any:
+        if step == 3:
+            raise SystemError("killed")
+        return train_step(trainer, step, micro_batches)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        patched.setattr(Trainer, "train_step", killed)
+        run(config)
+    run(config)
+    one, other = (checkpoint.latest(folder / "run/attentive" / pooling) for folder in (evaluated[0], tmp_path))
+    assert one is not None and other is not None and one.weights == other.weights
+
+
+def test_baselines_can_be_probed(pretrained: Path, store: Path, tmp_path: Path) -> None:
+    for spec in (f"random:{pretrained}", f"pixels:{pretrained}"):
+        run(evaluation(spec, store, "attentive.optim.epochs=3", "attentive.poolings=[abmilp]", out=tmp_path))
+    assert "pixels run: the weight of each token" in (tmp_path / "index.html").read_text()
+    result = run(evaluation(pretrained, store, "attentive.poolings=[mean]", "attentive.norm=final", out=tmp_path))
+    assert list(result["poolings"]) == ["mean"]
+
+
+def test_queries_must_divide_the_width(pretrained: Path, store: Path) -> None:
+    with pytest.raises(ValueError, match=r"attentive.queries = 24: does not divide 128, the width of block 6 of run"):
+        run(evaluation(pretrained, store, "attentive.queries=24"))
+    with pytest.raises(ValueError, match=r"micro_batch = 1: .*; choose another"):
+        run(evaluation(pretrained, store, "attentive.optim.micro_batch=1"))

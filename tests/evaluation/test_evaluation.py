@@ -81,7 +81,7 @@ def probed(labels: np.ndarray, shown: np.ndarray, readout: Readout, folder: Path
     assert Trainer(run, head, head, optimizer, objective, batches, WORLD).fit(lambda *_: None).finished
     truth = np.arange(80) % CLASSES
     val = [Batch(coloured(truth, 2), None, torch.from_numpy(truth), np.arange(80), 0, 0, True, 1.0)]
-    return classify.accuracy(head, frozen, val, WORLD)
+    return classify.accuracy(head, lambda batch: frozen(normalise(batch.images)), val, WORLD)
 
 
 @pytest.mark.parametrize("norm", ["none", "token", "joint", "batch"])

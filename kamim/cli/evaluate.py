@@ -30,7 +30,9 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")
     ] = None,
-    mode: Annotated[str, typer.Option(help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct or all")] = "linprobe",
+    mode: Annotated[
+        str, typer.Option(help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct or all")
+    ] = "linprobe",
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(help="[NAME=]RUN, one of its checkpoints or a weights file; random:RUN, pixels:RUN; repeatable."),

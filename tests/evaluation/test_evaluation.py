@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import build_store
 from PIL import Image
+from safetensors.torch import load_file
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -227,6 +228,8 @@ SHORT = (
     "compute.device=cpu", "knn.k=[1,5]", "batch_size=10", "sweep.optim.batch_size=12", "sweep.optim.epochs=2",
     *(f"{mode}.optim.{option}" for mode in ("linprobe", "finetune")
       for option in ("batch_size=12", "epochs=2", "warmup_epochs=0")),
+    "attentive.poolings=[abmilp]", "attentive.optim.epochs=2", "attentive.optim.warmup_epochs=0",
+    "attentive.optim.micro_batch=12",
 )  # fmt: skip
 
 
@@ -240,7 +243,7 @@ def run(config: Evaluation, *modes: str) -> list[dict[str, Any]]:
 
 
 def test_the_same_twice_and_all_that_led_to_it(stores: dict[str, Path], pretrained: Path) -> None:
-    for mode in ("linprobe", "finetune", "knn", "probe-sweep", "reconstruct"):
+    for mode in MODES:
         (first,), (second,) = (run(evaluation(pretrained, stores["zarr"]), mode) for _ in range(2))
         assert first == second
         assert (first["mode"], first["name"], first["step"]) == (mode, "run", 2)
@@ -522,8 +525,8 @@ def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path,
     one = evaluate(evaluation("", stores["zarr"], last, checkpoint=(kamim, pixels), out=tmp_path / "one"), None, silent)
     made = {(result.settings.name, result.settings.mode): result.as_json() for result in one}
     assert made.keys() == {
-        *(("KAMIM", mode) for mode in ("linprobe", "knn", "finetune", "reconstruct", "probe-sweep")),
-        *(("pixels run", mode) for mode in ("linprobe", "knn", "probe-sweep")),
+        *(("KAMIM", mode) for mode in ("linprobe", "knn", "attentive", "finetune", "reconstruct", "probe-sweep")),
+        *(("pixels run", mode) for mode in ("linprobe", "knn", "attentive", "probe-sweep")),
     }
     for (name, mode), result in made.items():
         other = json.loads((tmp_path / "two" / name / mode / "result.json").read_text())
@@ -532,8 +535,13 @@ def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path,
             assert other == result
         if mode == "reconstruct":
             assert other["honest"] == pytest.approx(result["honest"], rel=1e-5)
+    heads = [checkpoint.latest(tmp_path / out / "KAMIM/attentive/abmilp") for out in ("one", "two")]
+    trained, other = (load_file(head.path / "model.safetensors") for head in heads if head is not None)
+    for name in ("pooling.score.0.weight", "linear.weight", "linear.bias"):  # micro-batches are those of the ranks
+        torch.testing.assert_close(trained[name], other[name])
     page = (tmp_path / "one/index.html").read_text()
-    assert all(f"<h2>{title}</h2>" in page for title in ("Linear probe", "Fine-tuning", "Reconstruction"))
+    titles = ("Linear probe", "Fine-tuning", "Attentive probes", "Features or pooling", "Reconstruction")
+    assert all(f"<h2>{title}</h2>" in page for title in titles)
 
 
 def test_small_images_are_enlarged_to_the_checkpoints_resolution(pretrained: Path, tmp_path: Path) -> None:

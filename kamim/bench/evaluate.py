@@ -1,4 +1,4 @@
-"""Benchmarks evaluation: augmentation, the frozen forward pass and the probe sweep, interleaved."""
+"""Benchmarks evaluation: augmentation, the frozen forward pass, the probe sweep and attentive probes, interleaved."""
 
 import os
 import statistics
@@ -6,25 +6,30 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from kamim import KamimError
 from kamim.bench.originals import accepted, check_jpeg
-from kamim.bench.rounds import even_batch, interleaved
-from kamim.evaluation.config import SweepOptim
+from kamim.bench.rounds import Run, even_batch, interleaved, paired
+from kamim.evaluation.attentive import CachedTokens, PoolingName, build_head, fitted
+from kamim.evaluation.config import Attentive, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
+from kamim.evaluation.tasks import make_optimizer
+from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import build_encoder
-from kamim.models.readout import Readout, depth, resolve
+from kamim.models.readout import Readout, depth, resolve, width
 from kamim.storage.store import ImageReader, Store
 from kamim.training.config import Compute
+from kamim.training.distributed import World
 from pipelines.augment import Augment, mixed_batch
 from pipelines.loader import Loader
 from pipelines.plan import Plan
@@ -32,6 +37,8 @@ from preprocess.sources import Source
 
 SWEEP = {"images": 50_000, "poolings": 3, "lrs": 10, "epochs": 10, "classes": 10}
 PROBE_EPOCHS = 100
+ATTENTIVE_IMAGES = 1024
+POOLINGS: tuple[PoolingName, ...] = get_args(PoolingName)
 PASSES = 4  # epochs of our loader in one measured pass, since its first batch costs more than the others
 
 Decode = Callable[[int], Tensor]  # index -> uint8 [3, H, W]
@@ -105,12 +112,32 @@ def forward_rate(model: str, resolution: int, batch: int, block: int | None) -> 
     return run
 
 
+def attentive_rate(name: PoolingName, tokens: Tensor) -> Callable[[], int]:
+    """An epoch of an attentive probe's training, in one step, on cached tokens [N, T, D]."""
+    options = fitted(Attentive(), len(tokens))
+    labels = torch.arange(len(tokens)) % SWEEP["classes"]
+    cached = CachedTokens(tokens, labels, torch.device("cpu"))
+    head = build_head(name, tokens.shape[2], SWEEP["classes"], options.queries, options.abmilp_depth, seed=0)
+    optimizer = make_optimizer([{"params": list(head.parameters()), "weight_decay": 0.0}], options.optim)
+    batches = cached.batches(cached.shuffled(options.optim, 0, World(0, 1, torch.device("cpu"))))
+
+    def run() -> int:
+        for batch in batches(0, 1):
+            (cross_entropy(head(cached.read(batch.indices)), batch.labels) * batch.share).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(tokens)
+
+    return run
+
+
 def bench(
     store: Store, source: Source, model: str, resolution: int, batch: int, rounds: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Returns images per second (medians of the rounds), ratios, and hours of a sweep and of one probe, on the CPU.
 
+    Attentive probes train on noise in place of the tokens of ATTENTIVE_IMAGES images, which takes as long.
     torchvision reads the originals, as the released code does; torchvision_stored reads the JPEGs of the store.
     Raises KamimError if the store holds raw pixels or images without a label.
     """
@@ -124,7 +151,9 @@ def bench(
     original, stored = partial(_original, source), partial(_stored, store.images)
     torchvision = partial(torchvision_rate, resolution=resolution, batch=batch, workers=workers)
     ours = partial(our_rate, store, resolution, batch)
-    runs = {
+    grid = resolution // ARCHITECTURES[model].stride
+    tokens = torch.randn(ATTENTIVE_IMAGES, grid * grid, width(encoder, block)).to(torch.bfloat16)
+    runs: dict[str, Run] = {
         "torchvision_resized": torchvision(original, len(source.items), augmented=False),
         "torchvision": torchvision(original, len(source.items), augmented=True),
         "torchvision_stored": torchvision(stored, len(store), augmented=True),
@@ -133,6 +162,7 @@ def bench(
         "mixed": ours(augmented=True, mixed=True),
         "forward": forward_rate(model, resolution, 8, None),
         "forward_to_block": forward_rate(model, resolution, 8, block),
+        **{name: attentive_rate(name, tokens) for name in POOLINGS},
     }
     rates = interleaved(runs, rounds, progress)
     rate = {name: statistics.median(of_rounds) for name, of_rounds in rates.items()}
@@ -148,6 +178,8 @@ def bench(
             "augmented_over_torchvision_stored": rate["augmented"] / rate["torchvision_stored"],
             "block_over_whole_pass": rate["forward"] / rate["forward_to_block"],
             "probe_over_sweep": probe_hours / sweep_hours,
+            "ep_over_mean_time": paired(rates["mean"], rates["ep"]),
+            "abmilp_over_mean_time": paired(rates["mean"], rates["abmilp"]),
         },
         "hours": {"probe": probe_hours, "sweep": sweep_hours}, "block": block, "model": model, "rounds": rates,
         "workers": workers, "batch": batch, "sweep": {**SWEEP, "readouts": readouts},

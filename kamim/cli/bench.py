@@ -117,7 +117,7 @@ def bench_eval(
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write rates and ratios here.")] = None,
 ) -> None:
-    """Compares augmentation with torchvision's, the frozen pass with a full one, a probe sweep with one probe."""
+    """Compares augmentation with torchvision's, the frozen pass with a full one, sweep and attentive with a probe."""
     from kamim.bench.evaluate import bench
     from kamim.storage.store import Store
     from preprocess.sources import list_source

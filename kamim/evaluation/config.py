@@ -152,10 +152,12 @@ class Knn(Section):
 
 
 class AttentiveOptim(ClassifierOptim):
-    """ClassifierOptim, as in efficient probing's code. lr is not used: see Attentive.blr."""
+    """ClassifierOptim, as in efficient probing's code."""
 
     COSINE_AFTER_WARMUP: ClassVar[bool] = True
 
+    lr: Positive = 5e-3
+    """Not used: see attentive.blr."""
     algorithm: Literal["adamw", "sgd", "lars"] = "lars"
     weight_decay: NotNegative = 0.0
     batch_size: Count = 4096

@@ -1,4 +1,4 @@
-"""The training loop. Pretraining, the linear probe and fine-tuning use it; only their objectives differ.
+"""The training loop. Pretraining, probes and fine-tuning use it; only their objectives differ.
 
 for step in range(first, total):
     for batch in the step's micro-batches:

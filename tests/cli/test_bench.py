@@ -121,6 +121,7 @@ def test_bench_eval_reports_rates_and_ratios(
     class_folder: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(evaluate.SWEEP, "images", 2048)
+    monkeypatch.setattr(evaluate, "ATTENTIVE_IMAGES", 64)
     given = [
         "bench",
         "eval",
@@ -138,7 +139,9 @@ def test_bench_eval_reports_rates_and_ratios(
     made = json.loads((tmp_path / "r.json").read_text())
     rates, ratios = made["images_per_second"], made["ratios"]
     theirs = {"torchvision_resized", "torchvision", "torchvision_stored"}
-    assert set(rates) == theirs | {"loader", "augmented", "mixed", "forward", "forward_to_block"}
+    ours = {"loader", "augmented", "mixed", "forward", "forward_to_block", "ep", "abmilp", "mean"}
+    assert set(rates) == theirs | ours
+    assert ratios["ep_over_mean_time"] == pytest.approx(rates["mean"] / rates["ep"])
     assert ratios["loader_over_torchvision"] == pytest.approx(rates["loader"] / rates["torchvision_resized"])
     assert ratios["augmented_over_torchvision"] == pytest.approx(rates["augmented"] / rates["torchvision"])
     assert ratios["probe_over_sweep"] == pytest.approx(made["hours"]["probe"] / made["hours"]["sweep"])

@@ -42,13 +42,13 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
 
 
 def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[page.Part]:
-    """A table with a row for each checkpoint and pooling."""
+    """A table with a row for each checkpoint and pooling; a step may take fewer samples than was configured."""
     yield page.table(
-        ("checkpoint", "pooling", "block", "norm", "epochs", "top-1", "top-5"),
+        ("checkpoint", "pooling", "block", "norm", "epochs", "samples a step", "rate", "top-1", "top-5"),
         [
             (
-                s.name, name, _text(s.block), _text(s.norm), _text(s.epochs), _percent(accuracy.top1),
-                _percent(accuracy.top5),
+                s.name, name, _text(s.block), _text(s.norm), _text(s.epochs), _text(s.options["optim"]["batch_size"]),
+                f"{s.options['optim']['lr']:g}", _percent(accuracy.top1), _percent(accuracy.top5),
             ) for s, measured in ((r.settings, r.measured) for r in results)
             for name, accuracy in measured.poolings.items()
         ],
@@ -60,9 +60,11 @@ def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[byte
     for name, folder in folders:
         with np.load(folder / ATTENTION) as arrays:
             originals, maps = arrays["originals"], {key: arrays[key] for key in arrays.files if key != "originals"}
-        rows = [(f"{key}, mean" if maps[key].shape[1] > 1 else key, maps[key].mean(axis=1)) for key in maps]
-        for key in (key for key in maps if maps[key].shape[1] > 1):
-            rows += [(f"query {i + 1}", maps[key][:, i]) for i in range(min(SHOWN_QUERIES, maps[key].shape[1]))]
+        rows = [(key, attention.mean(axis=1)) for key, attention in maps.items()]
+        if "ep" in maps:
+            rows += [
+                (f"query {i}", maps["ep"][:, i - 1]) for i in range(1, min(SHOWN_QUERIES, maps["ep"].shape[1]) + 1)
+            ]
         if rows:
             caption = (
                 f"{name}: the weight of each token, bright for the largest in an image. Of ep the mean over its "

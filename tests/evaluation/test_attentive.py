@@ -328,6 +328,7 @@ def test_the_page_has_the_attention_and_the_comparison(
         }  # fmt: skip
         np.testing.assert_allclose(arrays["ep"].sum(axis=(2, 3)), 1, rtol=1e-5)
     alone = (out / "index.html").read_text()
+    assert "<th>samples a step</th><th>rate</th>" in alone and "<td>24</td><td>0.375</td>" in alone
     assert "Features or pooling" in alone and alone.count("data:image/png") == 2
     evaluate(evaluation(pretrained, store, "knn.block=2", "knn.k=[1]", out=out), ["knn"], lambda title: lambda *_: None)
     page = (out / "index.html").read_text()

@@ -19,7 +19,7 @@ from kamim.evaluation.results import (
     best_by_readout,
 )
 from kamim.reporting import page
-from kamim.reporting.plots import attention_sheet, reconstruction_sheet
+from kamim.reporting.plots import BRIGHTEST, attention_sheet, reconstruction_sheet
 
 PAPER_HEADER = "paper's"
 ATTENTION = "attention.npz"  # originals, and the attention [n, Q, g, g] of each probe that learns one, by its name
@@ -67,8 +67,8 @@ def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[byte
             ]
         if rows:
             caption = (
-                f"{name}: the weight of each token, bright for the largest in an image. Of ep the mean over its "
-                "queries, and the first of them, in no order."
+                f"{name}: the weight of each token, from black for none to bright for {BRIGHTEST:g} times the uniform "
+                "weight or more. Of ep the mean over its queries, and the first of them, in no order."
             )
             yield page.png(attention_sheet(originals, rows, "")), caption
 

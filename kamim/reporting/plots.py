@@ -30,6 +30,7 @@ STYLE: Any = {
 styled = matplotlib.rc_context(STYLE)
 RING_COLOUR = np.array([230, 159, 0], np.uint8)  # Okabe and Ito's orange
 MASK_GREY = 128
+BRIGHTEST = 3.0  # of attention, in uniform weights
 
 
 def look(i: int) -> dict[str, Any]:
@@ -107,13 +108,13 @@ def reconstruction_sheet(
 def attention_sheet(originals: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], caption: str) -> Figure:
     """Columns are images: the original, then named maps of attention over it.
 
-    originals: uint8 [N, R, R, 3]; a map: float [N, g, g], not negative, g dividing R. A map's brightness is relative to
-    the largest value in the same image.
+    originals: uint8 [N, R, R, 3]; a map: float [N, g, g], not negative, of sum 1, g dividing R. No weight is black, and
+    BRIGHTEST times the uniform weight, 1 / g², or more is brightest.
     """
     rows = [("original", originals)]
     for name, attention in maps:
         scale = originals.shape[1] // attention.shape[1]
-        relative = attention / attention.max(axis=(1, 2), keepdims=True)
+        relative = (attention * attention[0].size / BRIGHTEST).clip(0, 1)
         heat = colormaps["inferno"](relative.repeat(scale, axis=1).repeat(scale, axis=2))[..., :3]
         rows.append((name, (0.35 * originals + 0.65 * 255 * heat).astype(np.uint8)))
     return _sheet(rows, caption)

@@ -17,6 +17,7 @@ from kamim.evaluation.run import evaluate
 from kamim.method import rng
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, fixed, prefix, tokens_after, width
+from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training import checkpoint, schedule
 from kamim.training.pretrain import pretrain
@@ -371,3 +372,15 @@ def test_queries_must_divide_the_width(pretrained: Path, store: Path) -> None:
         run(evaluation(pretrained, store, "attentive.queries=24"))
     with pytest.raises(ValueError, match=r"micro_batch = 1: .*; choose another"):
         run(evaluation(pretrained, store, "attentive.optim.micro_batch=1"))
+
+
+def test_a_sheet_shows_weights_relative_to_the_uniform_one() -> None:
+    originals = np.full((1, 8, 8, 3), 100, np.uint8)
+    attention = np.array([[[0.0, 0.25], [0.75, 0.0]]])
+    figure = plots.attention_sheet(originals, [("one", attention)], "")
+    drawn = figure.axes[1].images[0].get_array()
+    assert drawn.shape == (8, 8, 3)
+    colours = {place: tuple(drawn[place].tolist()) for place in ((0, 0), (0, 7), (7, 0), (7, 7))}
+    assert colours[0, 0] == colours[7, 7] and drawn[0, 0].sum() < drawn[0, 7].sum() < drawn[7, 0].sum()
+    brighter = plots.attention_sheet(originals, [("one", attention * 2)], "").axes[1].images[0].get_array()
+    assert (brighter[7, 0] == drawn[7, 0]).all() and brighter[0, 7].sum() > drawn[0, 7].sum()

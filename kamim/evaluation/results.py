@@ -134,9 +134,9 @@ class AttentiveAccuracy:
     poolings: Mapping[str, Accuracy]
 
     @property
-    def headline(self) -> str:
-        """top1 of efficient probing; empty if it was not asked for."""
-        return self.poolings["ep"].headline if "ep" in self.poolings else ""
+    def score(self) -> float | None:
+        """top1 of efficient probing; None if it was not asked for."""
+        return self.poolings["ep"].top1 if "ep" in self.poolings else None
 
     @property
     def summary(self) -> str:

@@ -19,8 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from kamim import KamimError
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
-from kamim.evaluation.attentive import CachedTokens, PoolingName, build_head, fitted
-from kamim.evaluation.config import Attentive, SweepOptim
+from kamim.evaluation.attentive import CachedTokens, build_head, fitted
+from kamim.evaluation.config import Attentive, AttentivePooling, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
 from kamim.evaluation.tasks import make_optimizer
@@ -38,7 +38,7 @@ from preprocess.sources import Source
 SWEEP = {"images": 50_000, "poolings": 3, "lrs": 10, "epochs": 10, "classes": 10}
 PROBE_EPOCHS = 100
 ATTENTIVE_IMAGES = 1024
-POOLINGS: tuple[PoolingName, ...] = get_args(PoolingName)
+POOLINGS: tuple[AttentivePooling, ...] = get_args(AttentivePooling)
 PASSES = 4  # epochs of our loader in one measured pass, since its first batch costs more than the others
 
 Decode = Callable[[int], Tensor]  # index -> uint8 [3, H, W]
@@ -112,7 +112,7 @@ def forward_rate(model: str, resolution: int, batch: int, block: int | None) -> 
     return run
 
 
-def attentive_rate(name: PoolingName, tokens: Tensor) -> Callable[[], int]:
+def attentive_rate(name: AttentivePooling, tokens: Tensor) -> Callable[[], int]:
     """An epoch of an attentive probe's training, in one step, on cached tokens [N, T, D]."""
     options = fitted(Attentive(), len(tokens))
     labels = torch.arange(len(tokens)) % SWEEP["classes"]

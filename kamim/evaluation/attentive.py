@@ -9,20 +9,18 @@ mean    a linear probe: every token counts alike
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kamim import KamimError
-from kamim.evaluation.config import Attentive, AttentiveOptim
+from kamim.evaluation.config import Attentive, AttentiveOptim, AttentivePooling
 from kamim.training.distributed import World
 from kamim.training.trainer import Batches
 from pipelines.batch import Batch, upload
 from pipelines.plan import Plan
 
-PoolingName = Literal["ep", "abmilp", "mean"]
 QUERY_STD = 0.02
 RESIDENT_BYTES = 4 << 30  # of tokens that are kept on a GPU; more stay in their file
 
@@ -104,14 +102,14 @@ class AttentiveHead(nn.Module):
         return logits
 
 
-def build_head(name: PoolingName, width: int, classes: int, queries: int, depth: int, seed: int) -> AttentiveHead:
+def build_head(name: AttentivePooling, width: int, classes: int, queries: int, depth: int, seed: int) -> AttentiveHead:
     """A head with random weights, a pure function of its arguments. queries: of ep; depth: of abmilp."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return AttentiveHead(_pooling(name, width, queries, depth), width, classes)
 
 
-def _pooling(name: PoolingName, width: int, queries: int, depth: int) -> Pooling:
+def _pooling(name: AttentivePooling, width: int, queries: int, depth: int) -> Pooling:
     if name == "ep":
         return EfficientPooling(width, queries)
     return AbmilpPooling(width, depth) if name == "abmilp" else MeanPooling()
@@ -154,7 +152,7 @@ class CachedTokens:
         return self._tokens[rows].to(self._device)
 
 
-def attention_maps(heads: Mapping[PoolingName, AttentiveHead], tokens: Tensor) -> dict[str, Tensor]:
+def attention_maps(heads: Mapping[AttentivePooling, AttentiveHead], tokens: Tensor) -> dict[str, Tensor]:
     """The attention of heads that learn one: float32 [B, Q, g, g] on the CPU, by name.
 
     tokens: float [B, g * g, D], in rows of the token grid.

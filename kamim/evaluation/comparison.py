@@ -22,8 +22,8 @@ def _pooling(name: str) -> Callable[[Any], float | None]:
 
 # Column: the mode that it is of, and top1 in per cent from what the mode measured.
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], float | None]]] = {
-    "kNN, best k": ("knn", lambda measured: max(accuracy.top1 for accuracy in measured.k.values())),
-    "linear": ("linprobe", lambda measured: measured.top1),
+    "kNN, best k": ("knn", lambda measured: measured.score),
+    "linear": ("linprobe", lambda measured: measured.score),
     "mean": ("attentive", _pooling("mean")),
     "abmilp": ("attentive", _pooling("abmilp")),
     "ep": ("attentive", _pooling("ep")),

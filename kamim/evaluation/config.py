@@ -151,6 +151,9 @@ class Knn(Section):
         return {**KNN_PROTOCOLS[given.get("protocol", "linprobe")], **given}
 
 
+AttentivePooling = Literal["ep", "abmilp", "mean"]
+
+
 class AttentiveOptim(ClassifierOptim):
     """ClassifierOptim, as in efficient probing's code."""
 
@@ -176,7 +179,7 @@ class Attentive(Section):
     Tokens are computed once and kept in out: 2 bytes a number, 1 GB for 9,469 images and a ViT-S at 192 px.
     """
 
-    poolings: Annotated[tuple[Literal["ep", "abmilp", "mean"], ...], SOME] = ("ep", "abmilp", "mean")
+    poolings: Annotated[tuple[AttentivePooling, ...], SOME] = ("ep", "abmilp", "mean")
     """Which probes are trained, each alone and all alike. ep: efficient probing, several queries (Psomas et al., ICLR
     2026). abmilp: one score a token (Beyond [cls], ICCV 2025). mean: a linear probe of the tokens' mean."""
     queries: Count = 32

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from kamim.evaluation import attentive
 from kamim.evaluation.attentive import CachedTokens, build_head, even_micro_batch, fitted
 from kamim.evaluation.config import Attentive, AttentiveOptim, Evaluation
+from kamim.evaluation.context import EvalContext
+from kamim.evaluation.evaluated_model import planned_model
+from kamim.evaluation.modes import MODES
 from kamim.evaluation.run import evaluate
 from kamim.method import rng
 from kamim.models.masked_image_model import build_encoder
@@ -20,10 +23,12 @@ from kamim.models.readout import Readout, fixed, prefix, tokens_after, width
 from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training import checkpoint, schedule
+from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
 from kamim.training.trainer import Trainer
 from pipelines.plan import Plan
+from pipelines.samples import all_samples
 
 CPU = torch.device("cpu")
 T, D, QUERIES, CLASSES = 9, 12, 4, 5
@@ -384,3 +389,13 @@ def test_a_sheet_shows_weights_relative_to_the_uniform_one() -> None:
     assert colours[0, 0] == colours[7, 7] and drawn[0, 0].sum() < drawn[0, 7].sum() < drawn[7, 0].sum()
     brighter = plots.attention_sheet(originals, [("one", attention * 2)], "").axes[1].images[0].get_array()
     assert (brighter[7, 0] == drawn[7, 0]).all() and brighter[0, 7].sum() > drawn[0, 7].sum()
+
+
+def test_a_sweep_can_plan_a_probe_of_a_run_that_is_not_trained_yet(store: Path) -> None:
+    samples = all_samples(Store(store))
+    model = planned_model("x", load(Pretrain, None, ["data.store=s", "out=o", "model.name=swin_tiny"]))
+    context = EvalContext(evaluation("x", store), runs.WORLD, samples, samples)
+    assert MODES["attentive"].plan(context, model).settings.block == 4
+    refused = EvalContext(evaluation("x", store, "attentive.queries=36"), runs.WORLD, samples, samples)
+    with pytest.raises(ValueError, match="does not divide 768, the width of block 4 of x"):
+        MODES["attentive"].plan(refused, model)

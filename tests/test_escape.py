@@ -99,6 +99,7 @@ def test_every_figure_takes_names_as_text() -> None:
         analysis.probe({bad: {"block": [1, 2], "top1": [1.0, 2.0]}}),
         analysis.reconstructions(image, image[..., 0] > 0, [(bad, image)], bad), evaluation.depth({bad: [row]}),
         evaluation.neighbours({bad: KnnAccuracy({5: Accuracy(1.0, 2.0)})}),
+        evaluation.poolings({bad: {"mean": 1.0, "ep": 2.0}}),
     ]  # fmt: skip
     for number, figure in enumerate(drawn):
         figure.savefig(io.BytesIO(), format="png", dpi=20)

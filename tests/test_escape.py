@@ -26,7 +26,7 @@ from kamim.analysis import figures as analysis
 from kamim.cli import app, console
 from kamim.cli.console import bar
 from kamim.evaluation import figures as evaluation
-from kamim.evaluation import grid
+from kamim.evaluation import grid_table
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
@@ -149,7 +149,7 @@ def test_pages_and_tables_hold_text(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&#34;&#39;' in text
     assert text.count("&lt;script") == 2 + 8 and "<p>" in text
-    assert grid.Table(HOSTILE, (HOSTILE,)).markdown().count("\n") == 3
+    assert grid_table.Table(HOSTILE, (HOSTILE,)).markdown().count("\n") == 3
 
 
 def test_only_templates_make_markup(tmp_path: Path) -> None:

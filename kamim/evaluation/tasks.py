@@ -32,7 +32,7 @@ from kamim.evaluation.results import (
 from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
-from kamim.models.readout import Pixels, Readout, check, depth, prefix, resolve, width
+from kamim.models.readout import Pixels, Readout, check, depth, has_class_token, resolve, width
 from kamim.storage.store import write_whole
 from kamim.training.checkpoint import Keep, Kind
 from kamim.training.config import Compute
@@ -197,7 +197,7 @@ def sweep_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
     readouts = [
         Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
-        for norm in options.norms if pooling != "cls" or prefix(encoder)
+        for norm in options.norms if pooling != "cls" or has_class_token(encoder)
     ]  # fmt: skip
     if not readouts:
         raise KamimError(f"sweep.poolings = {list(options.poolings)}: {evaluated.name} has no class token; add mean")

@@ -1,5 +1,6 @@
-"""The encoders by name, and what can be read of one. Neither torch nor timm is imported to check a name."""
+"""The encoders by name, and what can be read from one. Checking a preset's name imports neither torch nor timm."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,32 +15,39 @@ Block = int | Literal["paper", "last"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm model and how it is made. stride: px of the image per token of the encoder's output.
+    """A timm model and the options that it is created with.
 
-    norm_eps: the epsilon of every LayerNorm where timm's is not the released code's (Hugging Face's ViT: 1e-12).
+    patch_size: side of a model patch in px. stride: px of the image per token of the encoder's output. multiple: what
+    the side of the images must be a multiple of, in px: a ViT's patch, and for a Swin whole windows at every stage.
+    norm_eps: the epsilon of every LayerNorm; None is timm's. shared_position_bias: see kamim.models.position_bias.
     """
 
     timm_name: str
     patch_size: int
     stride: int
+    multiple: int
     options: Mapping[str, Any]
     norm_eps: float | None = None
+    shared_position_bias: bool = False
 
     def check_resolution(self, resolution: int) -> None:
-        """Raises ValueError where the encoder cannot take images of this side."""
-        window = self.options.get("window_size", 1)
-        if resolution % (self.stride * window):
+        """Raises KamimError if the encoder cannot take images of this side."""
+        if resolution % self.multiple:
+            nearest = max(1, round(resolution / self.multiple)) * self.multiple
             raise KamimError(
-                f"data.resolution = {resolution}: {self.timm_name} needs a multiple of {self.stride * window}"
+                f"data.resolution = {resolution}: {self.timm_name} needs a multiple of {self.multiple} px, such as "
+                f"{nearest}"
             )
 
 
-def _vit(timm_name: str, **options: Any) -> Architecture:
-    return Architecture(timm_name, patch_size=16, stride=16, options=options, norm_eps=1e-12)
+def _vit(timm_name: str, norm_eps: float | None = 1e-12, **options: Any) -> Architecture:
+    """A ViT with patches of 16 px. norm_eps: that of Hugging Face's ViT, which the released code trains."""
+    return Architecture(timm_name, patch_size=16, stride=16, multiple=16, options=options, norm_eps=norm_eps)
 
 
 def _swin(timm_name: str) -> Architecture:
-    return Architecture(timm_name, patch_size=4, stride=32, options={"window_size": 6})
+    """A Swin with patches of 4 px and windows of 6 tokens, as the released code has it for 192 px."""
+    return Architecture(timm_name, patch_size=4, stride=32, multiple=192, options={"window_size": 6})
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
@@ -51,5 +59,51 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "swin_base": _swin("swin_base_patch4_window7_224"),
         # Small enough for a CPU: `make demo` and tests.
         "vit_demo": _vit("vit_tiny_patch16_224", embed_dim=128, depth=6, num_heads=4),
+        # MoCo v3's ViT-S, whose 12 heads are half as wide as those of timm's.
+        "vit_small_moco": _vit("vit_small_patch16_224", norm_eps=None, num_heads=12),
     }
 )
+
+
+def architecture(name: str) -> Architecture:
+    """The preset `name`, or timm's ViT or Swin of that name as timm creates it, LayerNorm epsilon included.
+
+    Only a name that is not a preset's imports timm, which takes seconds. Raises KamimError, with the nearest names, for
+    one that is neither, and for a model that cannot be trained as a masked image model here.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    from kamim.models.timm_models import describe
+
+    return describe(name)
+
+
+def check_patches(patch_size: int, mask_patch_size: int, weight_patch_size: int | None, resolution: int) -> None:
+    """Raises KamimError, with the sizes that are possible, unless patches, mask blocks and weight cells fit an image.
+
+    patch_size: a model patch. mask_patch_size: a block of SimMIM's mask. weight_patch_size: w_ps, a cell of W, or None.
+    All in px.
+    """
+    if resolution % patch_size:
+        raise KamimError(
+            f"data.resolution = {resolution}: must be a multiple of model patch = {patch_size}, such as "
+            f"{max(1, round(resolution / patch_size)) * patch_size}"
+        )
+    for key, size in (("mask.patch_size", mask_patch_size), ("weighting.patch_size", weight_patch_size)):
+        if size is not None and resolution % size:
+            unit = patch_size if key == "mask.patch_size" else 1
+            raise KamimError(
+                f"data.resolution = {resolution}: must be a multiple of {key} = {size}; sizes that fit are "
+                f"{_divisors(resolution, unit)}"
+            )
+    if mask_patch_size % patch_size:
+        raise KamimError(
+            f"mask.patch_size = {mask_patch_size}: must be a multiple of model patch = {patch_size}; sizes that fit "
+            f"are {_divisors(resolution, patch_size)}"
+        )
+
+
+def _divisors(whole: int, unit: int) -> str:
+    """The divisors of `whole` that are multiples of `unit`, the largest 8 below the whole, ascending."""
+    found = {d for small in range(1, math.isqrt(whole) + 1) if whole % small == 0 for d in (small, whole // small)}
+    return ", ".join(map(str, sorted(d for d in found if d % unit == 0)[:-1][-8:])) or str(whole)

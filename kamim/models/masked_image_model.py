@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kamim.method.masking import expand_mask
-from kamim.models.architectures import ARCHITECTURES
+from kamim.models.architectures import architecture
 from kamim.models.stochastic_depth import replace_drop_paths
 
 
 def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
-    """The timm backbone `name` for images of side `resolution`, random weights, no classifier.
+    """The encoder `name` for images of side `resolution`, random weights, no classifier.
 
-    drop_path: stochastic depth rate of the last block. With one, stochastic_depth.draw_paths has to be called before
-    every training batch.
+    name: a preset or a timm name, see architectures.architecture. drop_path: stochastic depth rate of the last block. If
+    it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
     """
-    architecture = ARCHITECTURES[name]
-    options = dict(architecture.options)
-    if architecture.norm_eps is not None:
-        options["norm_layer"] = partial(nn.LayerNorm, eps=architecture.norm_eps)
+    known = architecture(name)
+    options = dict(known.options)
+    if known.norm_eps is not None:
+        options["norm_layer"] = partial(nn.LayerNorm, eps=known.norm_eps)
     encoder = timm.create_model(
-        architecture.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
+        known.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
     )
     assert isinstance(encoder, VisionTransformer | SwinTransformer)
     replace_drop_paths(encoder)
@@ -45,15 +45,15 @@ class MaskedImageModel(nn.Module):
         self.name = name
         self.resolution = resolution
         self.encoder = build_encoder(name, resolution, drop_path)
-        stride = ARCHITECTURES[name].stride
+        stride = architecture(name).stride
         embedding = self.encoder.patch_embed.proj
         self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))
         pixels = nn.Conv2d(self.encoder.num_features, stride * stride * 3, kernel_size=1)
         self.head = nn.Sequential(pixels, nn.PixelShuffle(stride))
         for convolution in (embedding, pixels):
-            assert convolution.bias is not None
             nn.init.trunc_normal_(convolution.weight, std=0.02)
-            nn.init.zeros_(convolution.bias)
+            if convolution.bias is not None:  # the embedding of a ViT that norms its tokens next (CLIP's) has none
+                nn.init.zeros_(convolution.bias)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Reconstruction of every pixel.
@@ -67,8 +67,8 @@ class MaskedImageModel(nn.Module):
             tokens = self._encode_swin(self.encoder, images, mask)
         pixels, shuffle = self.head
         assert isinstance(pixels, nn.Conv2d)
-        made = linear(tokens, pixels.weight.flatten(1), pixels.bias)
-        reconstruction: Tensor = shuffle(made.permute(0, 3, 1, 2))
+        values = linear(tokens, pixels.weight.flatten(1), pixels.bias)
+        reconstruction: Tensor = shuffle(values.permute(0, 3, 1, 2))
         return reconstruction
 
     def _encode_vit(self, vit: VisionTransformer, images: Tensor, mask: Tensor) -> Tensor:

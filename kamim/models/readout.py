@@ -68,7 +68,7 @@ def resolve(encoder: Encoder, block: Block) -> int:
 
 def check(encoder: Encoder, readout: Readout) -> None:
     """Raises ValueError where the encoder has no such tokens."""
-    if "cls" in readout.pooling and prefix(encoder) == 0:
+    if "cls" in readout.pooling and not has_class_token(encoder):
         raise KamimError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
     if readout.norm in ("final", "batch") and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):
         raise KamimError(
@@ -87,8 +87,13 @@ def width(encoder: Encoder, block: int) -> int:
 
 
 def prefix(encoder: Encoder) -> int:
-    """Class tokens before the patch tokens."""
+    """The number P of class and register tokens before the patch tokens."""
     return encoder.num_prefix_tokens if isinstance(encoder, VisionTransformer) else 0
+
+
+def has_class_token(encoder: Encoder) -> bool:
+    """Whether the first token is a class token; registers may come without one."""
+    return isinstance(encoder, VisionTransformer) and encoder.cls_token is not None
 
 
 def blocks(encoder: Encoder, images: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:

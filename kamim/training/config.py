@@ -14,7 +14,7 @@ from kamim import KamimError
 from kamim.detectors import names as detector_names
 from kamim.method.geometry import CROP_RATIO
 from kamim.method.keypoints import FOOTPRINTS
-from kamim.models.architectures import ARCHITECTURES
+from kamim.models.architectures import architecture, check_patches
 from kamim.training.settings import (
     Count,
     Duration,
@@ -32,19 +32,21 @@ class Model(Section):
     """The encoder."""
 
     name: str = "vit_base"
-    """A key of kamim.models.architectures.ARCHITECTURES."""
+    """A preset (vit_tiny, vit_small, vit_base, swin_tiny, swin_base, vit_demo, ...) or the name of a ViT or Swin of
+    timm, such as vit_large_patch16_224, which is created as timm does, at data.resolution."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block. The released code uses none, for Swin and ViT alike."""
 
     @pydantic.field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        return one_of(value, list(ARCHITECTURES))
+        architecture(value)
+        return value
 
     @property
     def patch_size(self) -> int:
         """Side of a model patch in px."""
-        return ARCHITECTURES[self.name].patch_size
+        return architecture(self.name).patch_size
 
 
 class Data(Section):
@@ -246,7 +248,7 @@ class Pretrain(Section):
     optim: PretrainOptim = PretrainOptim()
     norm_pix_loss: bool = False
     """Whether the target of every patch is normalised by its own mean and deviation, as in MAE. A patch is the area
-    that one output token reconstructs: 16 px for a ViT, 32 px for a Swin."""
+    that one output token reconstructs: a model patch of a ViT, 32 px for a Swin."""
     init_from: Path | None = None
     """A run, a checkpoint or a file that `kamim import` reads, whose weights initialise the model; null initialises it
     randomly."""
@@ -274,20 +276,12 @@ class Pretrain(Section):
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         r = self.data.resolution
-        _divides("model patch", self.model.patch_size, "data.resolution", r)
-        _divides("mask.patch_size", self.mask.patch_size, "data.resolution", r)
-        _divides("model patch", self.model.patch_size, "mask.patch_size", self.mask.patch_size)
-        if self.weighting is not None:
-            _divides("weighting.patch_size", self.weighting.patch_size, "data.resolution", r)
-        ARCHITECTURES[self.model.name].check_resolution(r)
+        cell = None if self.weighting is None else self.weighting.patch_size
+        check_patches(self.model.patch_size, self.mask.patch_size, cell, r)
+        architecture(self.model.name).check_resolution(r)
         return self
 
     @property
     def normalised_patches(self) -> int | None:
         """Side in px of the patches that norm_pix_loss normalises; None without it."""
-        return ARCHITECTURES[self.model.name].stride if self.norm_pix_loss else None
-
-
-def _divides(name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part:
-        raise KamimError(f"{whole_name} = {whole}: must be a multiple of {name} = {part}")
+        return architecture(self.model.name).stride if self.norm_pix_loss else None

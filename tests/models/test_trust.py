@@ -19,10 +19,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.models import architectures, interop, masked_image_model
+from kamim.models import architectures, interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.store import checksum
-from kamim.training import checkpoint, config, metrics, nonfinite
+from kamim.training import checkpoint, metrics, nonfinite
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain as pretrain_run
 from kamim.training.settings import load
@@ -40,8 +40,7 @@ SMALL = {
 def small() -> Iterator[None]:
     """A model that is made in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (masked_image_model, config, interop):
-            patch.setattr(module, "ARCHITECTURES", SMALL)
+        patch.setattr(architectures, "ARCHITECTURES", SMALL)
         yield
 
 

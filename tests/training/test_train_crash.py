@@ -16,8 +16,8 @@ from camera import Camera, watched
 from conftest import full_disk
 from safetensors.torch import load_file
 
-from kamim.models import architectures, masked_image_model
-from kamim.training import checkpoint, config, metrics
+from kamim.models import architectures
+from kamim.training import checkpoint, metrics
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
@@ -48,8 +48,7 @@ class Unheard(metrics.Files):
 def small() -> Iterator[None]:
     """A model that is saved quickly."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (masked_image_model, config):
-            patch.setattr(module, "ARCHITECTURES", SMALL)
+        patch.setattr(architectures, "ARCHITECTURES", SMALL)
         patch.setattr(metrics, "TensorBoard", Unheard)  # it writes from a thread of its own
         yield
 
@@ -124,8 +123,7 @@ def test_a_run_killed_at_any_write_ends_the_same(
     assert_same(world / "run", whole)
     monkeypatch.undo()
     monkeypatch.setattr(metrics, "TensorBoard", Unheard)
-    for module in (masked_image_model, config):
-        monkeypatch.setattr(module, "ARCHITECTURES", SMALL)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", SMALL)
     assert len(camera.killed) > 40
     for copy in camera.killed:
         assert pretrain(asked(copy / "run", store), quiet).finished
@@ -142,8 +140,7 @@ from kamim.training import pretrain as pretraining
 from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
-for module in (own.masked_image_model, own.config):
-    module.ARCHITECTURES = own.SMALL
+own.architectures.ARCHITECTURES = own.SMALL
 store, base, *numbers = sys.argv[1:]
 for name in numbers:
     child = os.fork()

@@ -15,6 +15,8 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kamim.models.position_bias import BiasedAttention
+
 OnTokens = Callable[[int, Tensor], None]
 OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -32,6 +34,8 @@ def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tens
     scores = (q * module.scale) @ k.transpose(-2, -1)
     if isinstance(module, WindowAttention):
         scores = scores + module._get_rel_pos_bias()
+    if isinstance(module, BiasedAttention):
+        scores = scores + module.bias()
     if mask is not None:
         scores = (scores.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)
     weights: Tensor = scores.softmax(dim=-1)

@@ -1,5 +1,6 @@
 """Runs an analysis: passes images through every model, computes numbers, draws figures, writes the page."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -147,7 +148,8 @@ def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, see
     pictures, indices = {}, chosen.curves[:MASK_IMAGES]
     for side in sorted({m.resolution for m in models}):
         shown = images(source, indices, side)
-        block = MASK_BLOCK if side % MASK_BLOCK == 0 else min(m.patch for m in models if m.resolution == side)
+        patches = math.lcm(*(m.patch for m in models if m.resolution == side))
+        block = MASK_BLOCK if side % MASK_BLOCK == MASK_BLOCK % patches == 0 else patches
         mask = torch.from_numpy(block_masks(seed, 0, indices, side // block, MASK_RATIO))
         reconstructions = []
         for name, model in ((m.name, m.model) for m in models if m.resolution == side):

@@ -1,4 +1,4 @@
-"""kamim import, kamim export: weights from elsewhere, and to it."""
+"""kamim import and kamim export: weights of other projects to checkpoints, and checkpoints to other libraries."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,18 +18,30 @@ if TYPE_CHECKING:
 @app.command(name="import")
 @says_errors
 def import_(
-    file: Annotated[Path, typer.Argument(help="Weights of the authors, MoCo v3, microsoft/SimMIM or timm.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Weights of the authors, microsoft/SimMIM, MAE, DINO, MoCo v3 or timm, or a Hugging Face folder."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
-    resolution: Annotated[int | None, typer.Option(help="Side of the images in px. Default: as trained.")] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images in px. Default: as trained; of a Swin, what its windows fit."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The architecture, such as vit_large_patch16_224. Default: found from the weights."),
+    ] = None,
 ) -> None:
     """Converts weights of other projects to a checkpoint."""
     from kamim.models import interop
     from kamim.training import checkpoint
 
-    made = interop.load(file, resolution)
-    checkpoint.save_imported(out, made.architecture, made.resolution, made.state, made.has_head)
-    head = "with its pixel head" if made.has_head else "encoder alone"
-    out_console.print(f"{out}: {made.architecture} at {made.resolution} px, {head}")
+    weights = interop.load(file, resolution, model)
+    checkpoint.save_imported(out, weights.architecture, weights.resolution, weights.state, weights.has_head)
+    head = "with its pixel head" if weights.has_head else "encoder alone"
+    out_console.print(f"{out}: {weights.architecture} at {weights.resolution} px, {head}")
 
 
 @app.command()
@@ -73,35 +85,41 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _export_hugging_face(found: "Checkpoint", out: Path) -> None:
-    from kamim.models import interop
+def _export_hugging_face(saved: "Checkpoint", out: Path) -> None:
+    from kamim.models import hugging_face
     from kamim.training.checkpoint import save_tensors
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise KamimError(f"--out {out}: is there already; choose another or remove it")
-    name, resolution = found.config.model.name, found.config.data.resolution
-    config, weights = interop.to_hugging_face(found.model_state(), name, resolution, found.has_head)
+    name, resolution = saved.config.model.name, saved.config.data.resolution
+    config, weights = hugging_face.to_hugging_face(saved.model_state(), name, resolution, saved.has_head)
     with _staged(out) as partial:
         partial.mkdir()
         save_tensors(weights, partial / "model.safetensors")
         write_json(partial / "config.json", config)
+        write_json(partial / "preprocessor_config.json", hugging_face.preprocessor(resolution))
     out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained({str(out)!r})")
 
 
-def _export_timm(found: "Checkpoint", out: Path) -> None:
+def _export_timm(saved: "Checkpoint", out: Path) -> None:
     from kamim.models import interop
-    from kamim.models.architectures import ARCHITECTURES
+    from kamim.models.architectures import architecture
     from kamim.training.checkpoint import save_tensors
 
     if out.suffix != ".safetensors":
         raise KamimError(f"--out {out}: must end in .safetensors")
+    name = saved.config.model.name
+    known = architecture(name)
+    if known.shared_position_bias:
+        raise KamimError(
+            f"{saved.path}: a {name}, whose shared position bias timm's ViT does not have; cannot be exported"
+        )
     with _staged(out) as partial:
-        save_tensors(interop.to_timm(found.model_state()), partial)
-    architecture = ARCHITECTURES[found.config.model.name]
-    options = "".join(f", {key}={value}" for key, value in architecture.options.items())
-    if architecture.norm_eps:
-        options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
+        save_tensors(interop.to_timm(saved.model_state()), partial, {interop.ARCHITECTURE: name})
+    options = "".join(f", {key}={value!r}" for key, value in known.options.items())
+    if known.norm_eps:
+        options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={known.norm_eps})"
     out_console.print(
-        f"{out}: timm.create_model('{architecture.timm_name}', img_size={found.config.data.resolution}, "
+        f"{out}: timm.create_model('{known.timm_name}', img_size={saved.config.data.resolution}, "
         f"num_classes=0{options}, checkpoint_path={str(out)!r})",
     )

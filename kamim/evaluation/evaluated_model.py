@@ -83,8 +83,8 @@ class LoadedModel:
 def load_model(source: str) -> LoadedModel:
     """Loads a checkpoint, a file of foreign weights, or random:CHECKPOINT, its architecture and seed untrained."""
     random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
-    if path.is_file() and not random:
-        return _foreign(path)
+    if not random and (file := interop.weights_file(path)):
+        return _foreign(path, file)
     saved = checkpoint.read(path)
     origin = Origin(str(saved.path), saved.config.model.name, saved.step)
     if not random:
@@ -96,11 +96,11 @@ def load_model(source: str) -> LoadedModel:
     return LoadedModel(model, True, saved.config.mask, Origin(source, saved.config.model.name))
 
 
-def _foreign(file: Path) -> LoadedModel:
-    weights = interop.load(file)
+def _foreign(path: Path, file: Path) -> LoadedModel:
+    weights = interop.load(path)
     model = MaskedImageModel(weights.architecture, weights.resolution)
     model.load_state_dict(weights.state, strict=weights.has_head)
-    origin = Origin(str(file), weights.architecture, weights=store.checksum(file))
+    origin = Origin(str(path), weights.architecture, weights=store.checksum(file))
     return LoadedModel(model, weights.has_head, Mask(), origin)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ class Architecture:
     patch_size: int
     stride: int
     multiple: int
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(hash=False)
     norm_eps: float | None = None
     shared_position_bias: bool = False
 
@@ -59,6 +59,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "swin_base": _swin("swin_base_patch4_window7_224"),
         # Small enough for a CPU: `make demo` and tests.
         "vit_demo": _vit("vit_tiny_patch16_224", embed_dim=128, depth=6, num_heads=4),
+        # microsoft/SimMIM's ViT-B: no absolute positions, layer scale, timm's epsilon.
+        "vit_base_relpos": replace(
+            _vit("vit_base_patch16_224", norm_eps=None, pos_embed="none", init_values=0.1), shared_position_bias=True
+        ),
         # MoCo v3's ViT-S, whose 12 heads are half as wide as those of timm's.
         "vit_small_moco": _vit("vit_small_patch16_224", norm_eps=None, num_heads=12),
     }

@@ -1,49 +1,70 @@
-"""Weights from elsewhere -> kamim's names, and back to timm's and Hugging Face's.
+"""Weights of other projects -> kamim's names, and back to timm's.
 
-Understood: the authors' released checkpoints (Hugging Face ViT and Swin ForMaskedImageModeling, bare or under
-`model_state_dict`; names of transformers 4 and 5), MoCo v3's released ViTs, microsoft/SimMIM's released Swins,
-and timm state dicts. Files are safetensors, or pickles read with weights_only and nothing less.
+Layouts that are read: the authors' released checkpoints (Hugging Face ViT and Swin ForMaskedImageModeling, bare or
+under `model_state_dict`; names of transformers 4 and 5), Hugging Face folders, timm state dicts, and the public
+checkpoints of microsoft/SimMIM, MAE, DINO and MoCo v3. Files are safetensors, or pickles read with weights_only.
 """
 
+import json
+import logging
 import math
 import re
+import warnings
 import zipfile
+from argparse import Namespace
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.models.architectures import ARCHITECTURES
+from kamim.models.architectures import ARCHITECTURES, Architecture, architecture
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
 State = dict[str, Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
+SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
+ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
+# What authors keep beside the weights in a pickle: options, as plain data. CfgNode is microsoft/SimMIM's dict.
+OPTIONS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
+# Models of timm that public checkpoints are of, beside the presets. Any other is read if it is named.
+PUBLIC = (
+    "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224",
+    "vit_huge_patch14_224", "vit_small_patch8_224", "vit_base_patch8_224", "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224", "swin_base_patch4_window7_224", "swin_large_patch4_window7_224",
+    "swin_base_patch4_window12_384", "swin_large_patch4_window12_384",
+)  # fmt: skip
+TIMM_EPS, HUGGING_FACE_EPS = 1e-6, 1e-12  # of a ViT's LayerNorms, by default
+log = logging.getLogger(__name__)
 
-# Names of transformers (4 and 5), microsoft/SimMIM and MoCo v3 -> names of timm, below `encoder.`.
+# Names of transformers (4 and 5), microsoft/SimMIM, MoCo v3 and DINO -> names of timm, below `encoder.`.
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^(?:module\.|_orig_mod\.)+", ""),
-        (r"^base_encoder\.", ""),
+        (r"^(?:base_encoder|backbone)\.", ""),
         (r"^(?:vit|swin)\.embeddings\.mask_token$|^encoder\.mask_token$", "mask_token"),
         (r"^decoder\.0\.", "head.0."),
         (r"^(?:vit|swin)\.", "encoder."),
         (r"^encoder\.encoder\.", "encoder."),
+        (r"^(embeddings|layernorm)\.", r"encoder.\1."),
         (r"^encoder\.embeddings\.cls_token", "encoder.cls_token"),
         (r"^encoder\.embeddings\.position_embeddings", "encoder.pos_embed"),
         (r"^encoder\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
         (r"^encoder\.embeddings\.norm\.", "encoder.patch_embed.norm."),
         (r"^encoder\.layernorm\.", "encoder.norm."),
-        (r"^encoder\.layers?\.(\d+)\.(?!blocks|downsample)", r"encoder.blocks.\1."),
+        (r"^(?:encoder\.)?layers?\.(\d+)\.(?!blocks|downsample)", r"encoder.blocks.\1."),
         (r"\.layernorm_before\.", ".norm1."),
         (r"\.layernorm_after\.", ".norm2."),
         (r"\.attention\.(?:attention\.|self\.)?(query|key|value)\.", r".attn.\1."),
@@ -52,32 +73,16 @@ _RENAMES = tuple(
         (r"\.attention\.v_proj\.", ".attn.value."),
         (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
         (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
+        (r"\.gamma_([12])$", r".ls\1.gamma"),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     )
 )
-# kamim's names -> those of transformers 4, which 5 reads too; TYPE stands for vit or swin.
-_TO_HUGGING_FACE = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^head\.", "decoder."),
-        (r"^mask_token$", "TYPE.embeddings.mask_token"),
-        (r"^encoder\.cls_token$", "TYPE.embeddings.cls_token"),
-        (r"^encoder\.pos_embed$", "TYPE.embeddings.position_embeddings"),
-        (r"^encoder\.patch_embed\.proj\.", "TYPE.embeddings.patch_embeddings.projection."),
-        (r"^encoder\.patch_embed\.norm\.", "TYPE.embeddings.norm."),
-        (r"^encoder\.norm\.", "TYPE.layernorm."),
-        (r"^encoder\.blocks\.", "TYPE.encoder.layer."),
-        (r"^encoder\.layers\.", "TYPE.encoder.layers."),
-        (r"\.norm1\.", ".layernorm_before."),
-        (r"\.norm2\.", ".layernorm_after."),
-        (r"\.attn\.proj\.", ".attention.output.dense."),
-        (r"\.attn\.", ".attention.SELF."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    )
+# Buffers, and parts of a method that its evaluation leaves out. A MAE's mask token is of its decoder, too.
+_IGNORED = re.compile(
+    r"relative_position_index|attn_mask|momentum_encoder|predictor|base_encoder\.head\.|^(?:module\.)?decoder_"
 )
-_IGNORED = re.compile(r"relative_position_index|attn_mask|momentum_encoder|predictor|base_encoder\.head\.")
+_TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.attn\.qkv\.")
 
 
 @dataclass(frozen=True)
@@ -90,29 +95,109 @@ class Foreign:
     has_head: bool
 
 
-def load(path: Path, resolution: int | None = None) -> Foreign:
-    """The weights in a file of any layout named above. Raises ValueError, naming the file, where it holds none."""
-    state = read_file(path)
+@dataclass(frozen=True)
+class Hints:
+    """What is known of an encoder whose weights do not tell it. architecture: its name, if it has to be that.
+
+    norm_eps: the epsilon of its LayerNorms; if features has to be exact, one of these is chosen. heads: of its first
+    block. None is unknown.
+    """
+
+    architecture: str | None = None
+    norm_eps: float | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What tells encoders apart by the shapes of their weights."""
+
+    swin: bool
+    width: int
+    blocks: int
+    patch: int
+    registers: int
+    layer_scale: bool
+    shared_bias: bool
+
+    def __str__(self) -> str:
+        return f"a {'Swin' if self.swin else 'ViT'} of width {self.width} with {self.blocks} blocks"
+
+
+def weights_file(path: Path) -> Path | None:
+    """The file of weights from elsewhere at `path`: itself, or that of a Hugging Face folder; None if it is neither."""
+    if path.is_file():
+        return path
+    if (path / "config.json").is_file():
+        return next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    return None
+
+
+def load(path: Path, resolution: int | None = None, name: str | None = None) -> Foreign:
+    """The weights in a file, or in a Hugging Face folder, of any layout named above.
+
+    resolution: side of the images in px; None is as trained. name: the architecture, see architectures.architecture;
+    None finds it. Raises KamimError, naming the file, if it holds none, or those of another architecture.
+    """
+    file = weights_file(path)
+    if file is None:
+        raise KamimError(f"{path}: no such file, and no folder with a config.json and {' or '.join(FOLDER_FILES)}")
+    state = read_file(file)
     try:
-        return convert(state, resolution)
+        hints = _file_hints(file, state)
+        if name is not None:
+            architecture(name)
+            hints = Hints(name, hints.norm_eps, hints.heads)
+        return convert(state, resolution, hints)
     except ValueError as error:
         raise KamimError(f"{path}: {error}") from error
 
 
+def _file_hints(file: Path, state: State) -> Hints:
+    """Hints from config.json beside the file, from the metadata of an exported file, or from names alone."""
+    config = file.parent / "config.json"
+    if file.name in FOLDER_FILES and config.is_file():
+        try:
+            content = json.loads(config.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise KamimError(f"{config.name} is not JSON: {one_line(error)}") from error
+        eps, heads = (content.get(key) if isinstance(content, dict) else None for key in _CONFIG_KEYS)
+        return Hints(
+            norm_eps=eps if isinstance(eps, float) else None, heads=heads if isinstance(heads, int) else None
+        )  # fmt: skip
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            if name := (opened.metadata() or {}).get(ARCHITECTURE):
+                architecture(name)
+                return Hints(name)
+    return _name_hints(state)
+
+
+_CONFIG_KEYS = ("layer_norm_eps", "num_attention_heads")  # of a ViT's config.json; a Swin's heads are a list
+
+
+def _name_hints(state: State) -> Hints:
+    """Hints from the names of weights: timm's epsilon for its names and SimMIM's, and 12 heads of MoCo v3's ViT-S."""
+    moco_small = any("base_encoder." in name and value.shape[:1] == (384,) for name, value in state.items())
+    of_timm = any(_TIMM_NAMES.match(name) or name.endswith(".attn.q_bias") for name in state)
+    return Hints(norm_eps=TIMM_EPS if of_timm else HUGGING_FACE_EPS, heads=12 if moco_small else None)
+
+
 def read_file(path: Path) -> State:
-    """Tensors of a checkpoint file, by its own names. Raises ValueError where it holds none."""
+    """Tensors of a checkpoint file, by its own names. Raises KamimError if it holds none."""
     if not path.is_file():
         raise KamimError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(OPTIONS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises whatever a damaged or hostile pickle leads to
         raise KamimError(f"{path}: not a checkpoint of tensors alone ({_reason(error)})") from error
-    for key in ("model_state_dict", "state_dict", "model"):
+    for key in ("model_state_dict", "state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(
@@ -146,49 +231,53 @@ def _reason(error: Exception) -> str:
     return type(error).__name__ if not first or isinstance(error, LookupError) else first
 
 
-def convert(state: State, resolution: int | None = None, wanted: str | None = None) -> Foreign:
-    """Any layout named above -> kamim's, for images of side `resolution` (None: as trained; a Swin's 192).
+def convert(state: State, resolution: int | None = None, hints: Hints | None = None) -> Foreign:
+    """Any layout named above -> kamim's, for images of side `resolution` in px; None is as trained.
 
-    Positions are interpolated for another resolution, relative position biases for another window. Raises
-    ValueError, naming what is odd, for weights that are none of kamim's architectures, or not of the one wanted.
+    Positions are interpolated for another resolution, relative position biases for another window, which is logged as
+    a warning. Raises KamimError, naming what differs, for weights of no architecture that is known, or not of the one
+    that hints name.
     """
-    renamed = _rename(state)
-    renamed = _merge_qkv(renamed)
+    hints = hints or _name_hints(state)
+    renamed = _merge_qkv(_rename(state))
     if "encoder.layers.0.downsample.reduction.weight" in renamed:  # others merge after a stage, timm before the next
         renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
-    architecture = _architecture(renamed)
-    if wanted not in (None, architecture):
-        raise KamimError(f"these are a {architecture}'s weights, the model asked for is a {wanted}")
+    name = _architecture(renamed, resolution, hints)
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
-        renamed = {name: value for name, value in renamed.items() if name.startswith("encoder.")}
-    resolution = resolution or _trained_resolution(architecture, renamed)
+        renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
+    resolution = resolution or _trained_resolution(name, renamed)
+    architecture(name).check_resolution(resolution)
     with torch.device("meta"):
-        model = MaskedImageModel(architecture, resolution)
+        model = MaskedImageModel(name, resolution)
     fitted = _fit(renamed, model)
-    expected = {name for name in model.state_dict() if has_head or name.startswith("encoder.")}
-    for name in sorted(expected ^ fitted.keys()):
-        where = "is missing" if name in expected else f"is not part of a {architecture}"
-        raise KamimError(f"{name} {where}; these weights are of another kind")
-    return Foreign(architecture, resolution, fitted, has_head)
+    expected = {key for key in model.state_dict() if has_head or key.startswith("encoder.")}
+    for key in sorted(expected ^ fitted.keys()):
+        difference = "is missing" if key in expected else f"is not part of a {name}"
+        raise KamimError(f"{key} {difference}; these weights are of another kind")
+    return Foreign(name, resolution, fitted, has_head)
 
 
 def _rename(state: State) -> State:
     renamed: State = {}
+    pooled_norm: State = {}
+    has_decoder = any(name.removeprefix("module.").startswith("decoder_") for name in state)
     for name, value in state.items():
-        if _IGNORED.search(name):
+        if _IGNORED.search(name) or (has_decoder and name.removeprefix("module.") == "mask_token"):
             continue
         check_tensor(name, value)
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
         if not name.startswith(("encoder.", "head.0.", "mask_token")):
-            if name.startswith(("head", "fc_norm")):
-                continue  # a classifier or a projector, which no evaluation here uses
+            if name.startswith("fc_norm."):
+                pooled_norm[name.replace("fc_norm.", "encoder.norm.")] = value
+            if name.startswith(("head", "fc_norm", "attn_pool", "pooler")):
+                continue  # a classifier, a projector or a pooling, which no evaluation here uses
             name = f"encoder.{name}"
         renamed[name] = value
-    return renamed
+    return {**pooled_norm, **renamed}  # an encoder that norms its pooled tokens has no other final norm
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -207,129 +296,167 @@ def _name(constant: object) -> str:
 
 
 def _merge_qkv(state: State) -> State:
+    """Query, key and value of a block as one matrix, as timm has them; SimMIM's keys, without a bias, get one of 0."""
     merged: State = {}
     for name, value in state.items():
         if ".attn.query." in name:
-            parts = {part: state.get(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")}
-            found = [part for part in parts.values() if part is not None and part.ndim]
-            if len({part.shape for part in found}) != 1 or len(found) < 3:
-                shapes = ", ".join(f"{p} {'missing' if t is None else list(t.shape)}" for p, t in parts.items())
-                raise KamimError(f"{name}: query, key and value must be of one shape ({shapes})")
-            merged[name.replace(".query.", ".qkv.")] = torch.cat(found)
-        elif ".attn.key." not in name and ".attn.value." not in name:
+            merged[name.replace(".query.", ".qkv.")] = _joined(state, name, ".query.", (".query.", ".key.", ".value."))
+        elif name.endswith(".attn.q_bias"):
+            query, zeros, other = _joined(state, name, "q_bias", ("q_bias", "q_bias", "v_bias")).chunk(3)
+            merged[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(zeros), other])
+        elif not re.search(r"\.attn\.(?:(?:key|value)\.|v_bias$)", name):
             merged[name] = value
     return merged
+
+
+def _joined(state: State, name: str, part: str, parts: tuple[str, str, str]) -> Tensor:
+    tensors = {other.strip("."): state.get(name.replace(part, other)) for other in parts}
+    present = [t for t in (state.get(name.replace(part, other)) for other in parts) if t is not None and t.ndim]
+    if len({t.shape for t in present}) != 1 or len(present) < 3:
+        shapes = ", ".join(f"{p} {'missing' if t is None else list(t.shape)}" for p, t in tensors.items())
+        raise KamimError(f"{name}: query, key and value must be of one shape ({shapes})")
+    return torch.cat(present)
 
 
 def _next_stage(match: re.Match[str]) -> str:
     return f"layers.{int(match[1]) + 1}.downsample"
 
 
-def _shape(model: MaskedImageModel) -> tuple[int, int, bool]:
-    return _signature({name: value for name, value in model.state_dict().items() if name.startswith("encoder.")})
-
-
-def _signature(state: State) -> tuple[int, int, bool]:
-    """(width of the patch embedding, number of blocks, whether it is a Swin): tells the architectures apart."""
-    width = state[PATCHES].shape[0]
-    blocks = {name.partition(".norm1.")[0] for name in state if ".norm1." in name}
-    return width, len(blocks), any("relative_position_bias_table" in name for name in state)
-
-
-def _architecture(state: State) -> str:
+def _kind(state: State) -> _Kind:
     if PATCHES not in state:
         raise KamimError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
     if state[PATCHES].ndim != 4:
         raise KamimError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
-    for name in ARCHITECTURES:
-        with torch.device("meta"):
-            if _shape(MaskedImageModel(name, 192)) == _signature(state):
-                return name
-    width, blocks, swin = _signature(state)
-    kind = "Swin" if swin else "ViT"
-    raise KamimError(f"a {kind} of width {width} with {blocks} blocks; known are {', '.join(ARCHITECTURES)}")
+    registers = state.get("encoder.reg_token")
+    return _Kind(
+        swin=any(name.startswith("encoder.layers.") for name in state), width=state[PATCHES].shape[0],
+        blocks=len({name.partition(".norm1.")[0] for name in state if ".norm1." in name}),
+        patch=state[PATCHES].shape[-1],
+        registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
+        layer_scale=any(name.endswith(".ls1.gamma") for name in state), shared_bias=SHARED_BIAS in state,
+    )  # fmt: skip
 
 
-def _trained_resolution(architecture: str, state: State) -> int:
-    if POSITIONS not in state:
-        return 192
-    return _side(state[POSITIONS]) * ARCHITECTURES[architecture].patch_size
+def _window(state: State) -> int | None:
+    """Tokens along a side of the windows of a Swin's first block."""
+    table = state.get("encoder.layers.0.blocks.0.attn.relative_position_bias_table")
+    return None if table is None or not _is_window(table) else (math.isqrt(table.shape[0]) + 1) // 2
 
 
-def _side(positions: Tensor) -> int:
-    """Tokens along a side, of a table of positions [1, 1 + side^2, D]. Raises ValueError for another shape."""
-    side = math.isqrt(positions.shape[1] - 1) if positions.ndim == 3 and positions.shape[1] > 1 else 0
-    if positions.ndim != 3 or positions.shape[1] != 1 + side**2 or not side:
-        raise KamimError(f"{POSITIONS} is {list(positions.shape)}, must be [1, 1 + n * n, width]")
+@dataclass(frozen=True)
+class _Facts:
+    """What is compared of an architecture. heads: of a ViT's blocks. window: see _window."""
+
+    kind: _Kind
+    heads: int | None
+    window: int | None
+    norm_eps: float
+
+
+@cache
+def _facts(name: str, known: Architecture) -> _Facts:
+    with torch.device("meta"):
+        model = MaskedImageModel(name, known.multiple)
+    encoder, state = model.encoder, model.state_dict()
+    heads = None if isinstance(encoder, SwinTransformer) else encoder.blocks[0].attn.num_heads
+    return _Facts(_kind(state), heads, _window(state), encoder.norm.eps)
+
+
+def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
+    """The architecture of these weights: of those with their shapes, the one that keeps most of what is known.
+
+    In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm.
+    """
+    kind, window = _kind(state), _window(state)
+    chosen: tuple[tuple[bool, bool, bool, bool], str, _Facts] | None = None
+    for name in [hints.architecture] if hints.architecture else [*ARCHITECTURES, *PUBLIC]:
+        facts = _facts(name, known := architecture(name))
+        lost = (
+            hints.heads not in (None, facts.heads), bool(resolution and resolution % known.multiple),
+            facts.window != window, hints.norm_eps not in (None, facts.norm_eps),
+        )  # fmt: skip
+        if facts.kind == kind and (chosen is None or lost < chosen[0]):
+            chosen = lost, name, facts
+    if chosen is None and hints.architecture:
+        found = _architecture(state, None, _name_hints({}))
+        raise KamimError(f"these are a {found}'s weights, the model asked for is a {hints.architecture}")
+    if chosen is None:
+        raise KamimError(f"{kind}; known are {', '.join([*ARCHITECTURES, *PUBLIC])}; of others give the name (--model)")
+    lost, name, facts = chosen
+    if lost[0]:
+        raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name (--model)")
+    if lost[2]:
+        log.warning(
+            "a Swin with windows of %s tokens becomes a %s at %s px with windows of %s: its tables of position biases "
+            "are interpolated", window, name, resolution or architecture(name).multiple, facts.window,
+        )  # fmt: skip
+    if lost[3] and hints.architecture is None and not kind.swin:
+        log.warning(
+            "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
+            facts.norm_eps, name, hints.norm_eps,
+        )  # fmt: skip
+    return name
+
+
+def _trained_resolution(name: str, state: State) -> int:
+    """Side of the images in px that the positions are of; of a Swin, that to which its windows fit."""
+    known = architecture(name)
+    if POSITIONS in state:
+        return _side(state[POSITIONS], _prefix(name)) * known.patch_size
+    if SHARED_BIAS in state:
+        return (math.isqrt(max(0, len(state[SHARED_BIAS]) - 3)) + 1) // 2 * known.patch_size
+    return known.multiple
+
+
+def _prefix(name: str) -> int:
+    """How many of a ViT's positions are those of class and register tokens."""
+    with torch.device("meta"):
+        model = MaskedImageModel(name, architecture(name).multiple)
+    positions = model.encoder.pos_embed
+    return 0 if positions is None else positions.shape[1] - 1
+
+
+def _side(positions: Tensor, prefix: int) -> int:
+    """Tokens along a side, of a table of positions [1, P + side^2, D]. Raises KamimError for another shape."""
+    count = positions.shape[1] - prefix if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, count))
+    if count != side**2 or not side:
+        raise KamimError(f"{POSITIONS} is {list(positions.shape)}, must be [1, {prefix} + n * n, width]")
     return side
 
 
 def _fit(state: State, model: MaskedImageModel) -> State:
-    """Position tables resized to what the model holds."""
+    """Tables of positions and of position biases, resized to what the model has for its resolution."""
     fitted: State = {}
     own = model.state_dict()
     for name, value in state.items():
         wanted = own[name].shape if name in own else value.shape
-        if value.shape != wanted and name == POSITIONS and _side(value) and value.shape[::2] == wanted[::2]:
-            side = _side(own[name])
-            value = resample_abs_pos_embed(value, [side, side], num_prefix_tokens=1)
-        elif value.shape != wanted and name.endswith("relative_position_bias_table") and _is_window(value, wanted[1]):
-            assert isinstance(model.encoder, SwinTransformer)
-            window = model.encoder.get_submodule(name.removeprefix("encoder.").rpartition(".")[0]).window_size
-            value = resize_rel_pos_bias_table(value, new_window_size=window, new_bias_shape=wanted)
-        elif value.shape != wanted:
+        if value.shape != wanted and name == POSITIONS:
+            prefix = _prefix(model.name)
+            _side(value, prefix)
+            if value.shape[::2] == wanted[::2]:
+                side = _side(own[name], prefix)
+                value = resample_abs_pos_embed(value, [side, side], num_prefix_tokens=prefix)
+        elif value.shape != wanted and name.endswith("relative_position_bias_table"):
+            extra = 3 if name == SHARED_BIAS else 0  # to, from and between class tokens
+            if value.ndim == 2 and value.shape[1] == wanted[1] and _is_window(value, extra):
+                side = (math.isqrt(wanted[0] - extra) + 1) // 2
+                with warnings.catch_warnings():  # timm's indexing and searching, which torch warns of
+                    warnings.simplefilter("ignore", UserWarning)
+                    value = resize_rel_pos_bias_table(value, new_window_size=(side, side), new_bias_shape=tuple(wanted))
+        if value.shape != wanted:
             raise KamimError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
         fitted[name] = value.detach().clone().contiguous()
     return fitted
 
 
-def _is_window(table: Tensor, heads: int) -> bool:
-    """Whether these are biases of a square window: [(2 w - 1)^2, heads]."""
-    side = math.isqrt(table.shape[0]) if table.ndim == 2 else 0
-    return side % 2 == 1 and table.shape == (side**2, heads)
+def _is_window(table: Tensor, extra: int = 0) -> bool:
+    """Whether these are biases of a square window, and `extra` others: [(2 w - 1)^2 + extra, heads]."""
+    rows = table.shape[0] - extra if table.ndim == 2 else 0
+    side = math.isqrt(max(0, rows))
+    return side % 2 == 1 and rows == side**2
 
 
 def to_timm(state: State) -> State:
     """The encoder alone, in timm's names: what timm.create_model(..., checkpoint_path=FILE) loads."""
     return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-
-
-def to_hugging_face(state: State, architecture: str, resolution: int, has_head: bool) -> tuple[dict[str, Any], State]:
-    """config.json and weights that Hugging Face's from_pretrained loads.
-
-    For ViTForMaskedImageModeling or SwinForMaskedImageModeling, and for ViTModel or SwinModel of an encoder alone.
-    """
-    with torch.device("meta"):
-        encoder = MaskedImageModel(architecture, resolution).encoder
-    known = ARCHITECTURES[architecture]
-    config: dict[str, Any] = {
-        "image_size": resolution, "patch_size": known.patch_size, "encoder_stride": known.stride,
-    }  # fmt: skip
-    if isinstance(encoder, VisionTransformer):
-        kind, name, inner = "vit", "ViT", "attention"
-        block = encoder.blocks[0]
-        config |= {
-            "hidden_size": encoder.embed_dim, "num_hidden_layers": len(encoder.blocks),
-            "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
-            "layer_norm_eps": encoder.norm.eps,
-        }  # fmt: skip
-    else:
-        kind, name, inner = "swin", "Swin", "self"
-        config |= {
-            "embed_dim": encoder.embed_dim, "depths": [len(layer.blocks) for layer in encoder.layers],
-            "num_heads": [layer.blocks[0].attn.num_heads for layer in encoder.layers],
-            "window_size": known.options["window_size"], "layer_norm_eps": encoder.norm.eps,
-        }  # fmt: skip
-    config |= {"model_type": kind, "architectures": [f"{name}{'ForMaskedImageModeling' if has_head else 'Model'}"]}
-    weights: State = {}
-    for ours, value in state.items():
-        theirs = re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", ours)
-        for pattern, replacement in _TO_HUGGING_FACE:
-            theirs = pattern.sub(replacement, theirs)
-        theirs = theirs.replace("TYPE", kind).replace("SELF", inner)
-        if ".qkv." in theirs:
-            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-            weights |= {theirs.replace(".qkv.", f".{part}."): tensor.contiguous() for part, tensor in parts}
-        else:
-            weights[theirs] = value[None, None] if ours == "mask_token" else value
-    return config, weights

@@ -11,23 +11,28 @@ from torch.nn.functional import linear
 
 from kamim.method.masking import expand_mask
 from kamim.models.architectures import architecture
+from kamim.models.position_bias import BiasedAttention, share_position_bias
 from kamim.models.stochastic_depth import replace_drop_paths
 
 
 def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
     """The encoder `name` for images of side `resolution`, random weights, no classifier.
 
-    name: a preset or a timm name, see architectures.architecture. drop_path: stochastic depth rate of the last block. If
-    it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
+    name: a preset or a timm name, see architectures.architecture. drop_path: stochastic depth rate of the last block.
+    If it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
     """
     known = architecture(name)
     options = dict(known.options)
     if known.norm_eps is not None:
         options["norm_layer"] = partial(nn.LayerNorm, eps=known.norm_eps)
+    if known.shared_position_bias:
+        options["attn_layer"] = BiasedAttention
     encoder = timm.create_model(
         known.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
     )
     assert isinstance(encoder, VisionTransformer | SwinTransformer)
+    if known.shared_position_bias:
+        share_position_bias(encoder)
     replace_drop_paths(encoder)
     return encoder
 

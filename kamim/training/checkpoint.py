@@ -32,7 +32,7 @@ from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.store import checksum, fsync, make_durable
-from kamim.training.config import Pretrain
+from kamim.training.config import Pretrain, patches_that_fit
 from kamim.training.settings import load
 
 FORMAT = 1
@@ -141,7 +141,10 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
 
 def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
     """Writes imported weights as a checkpoint at `path`. Raises KamimError if `path` exists."""
-    given = {"data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path}
+    given = {
+        "data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path,
+        **patches_that_fit(architecture, resolution),
+    }  # fmt: skip
     config = load(Pretrain, None, given=given)
     with lock.alone(path, "--out"):
         if path.exists():
@@ -175,10 +178,13 @@ def _write(
     return final
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file with the default file mode (the library sets 0600). Raises OSError."""
+def save_tensors(tensors: dict[str, Tensor], file: Path, about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file with the default file mode (the library sets 0600). Raises OSError.
+
+    about: further entries of its metadata.
+    """
     try:
-        save_file(tensors, file, metadata={"format": "pt"})  # transformers requires this metadata
+        save_file(tensors, file, metadata={"format": "pt", **(about or {})})  # transformers requires format
     except SafetensorError as error:  # raised for a full disk
         raise OSError(f"{file}: {error}") from error
     os.umask(mask := os.umask(0))  # the umask can only be read by setting it

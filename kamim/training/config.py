@@ -5,7 +5,7 @@ only the keys that differ. `kamim config show NAME` prints every key of a preset
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -285,3 +285,15 @@ class Pretrain(Section):
     def normalised_patches(self) -> int | None:
         """Side in px of the patches that norm_pix_loss normalises; None without it."""
         return architecture(self.model.name).stride if self.norm_pix_loss else None
+
+
+def patches_that_fit(name: str, resolution: int) -> dict[str, Any]:
+    """Keys of Pretrain that make its mask and weights fit an architecture at this resolution in px.
+
+    None if the defaults fit. Otherwise mask blocks of the size that fits and is nearest to the default, no weighting.
+    """
+    patch, block = architecture(name).patch_size, Mask().patch_size
+    if resolution % Weighting().patch_size == 0 and resolution % block == 0 and block % patch == 0:
+        return {}
+    fitting = [size for size in range(patch, resolution + 1, patch) if resolution % size == 0]
+    return {"mask": {"patch_size": min(fitting, key=lambda size: abs(size - block))}, "weighting": None}

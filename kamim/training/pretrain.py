@@ -132,8 +132,9 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     path = config.init_from
     assert path is not None
     try:
-        state = interop.read_file(path) if path.is_file() else checkpoint.read(path).model_state()
-        converted = interop.convert(state, config.data.resolution, config.model.name)
+        file = interop.weights_file(path)
+        state = checkpoint.read(path).model_state() if file is None else interop.read_file(file)
+        converted = interop.convert(state, config.data.resolution, interop.Hints(config.model.name))
     except ValueError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(converted.state, strict=converted.has_head)

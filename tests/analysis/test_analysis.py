@@ -283,7 +283,16 @@ def vit_with_more() -> VisionTransformer:
     ).eval()
 
 
-@pytest.mark.parametrize("make", [vit, vit_with_more, swin])
+def vit_with_biases() -> VisionTransformer:
+    """Relative position biases that its blocks share."""
+    torch.manual_seed(0)
+    made = build_encoder("vit_base_relpos", 64).eval()
+    made.blocks = made.blocks[:2]
+    nn.init.normal_(made.rel_pos_bias.relative_position_bias_table)
+    return made
+
+
+@pytest.mark.parametrize("make", [vit, vit_with_more, vit_with_biases, swin])
 def test_attention_on_the_side_equals_timms_unfused(make) -> None:
     encoder, images = make(), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     layers = blocks(encoder)

@@ -1,11 +1,15 @@
 """Weights from elsewhere give the same numbers here; ours go back."""
 
+import argparse
 import functools
 import os
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +24,7 @@ from kamim.models import interop
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
+from pipelines.batch import normalise
 
 State = dict[str, Tensor]
 
@@ -123,13 +128,13 @@ def test_moco_v3s_layout(tmp_path: Path) -> None:
     state |= {"module.base_encoder.head.0.weight": torch.zeros(3, 3), "module.predictor.0.weight": torch.zeros(3, 3)}
     torch.save({"epoch": 300, "arch": "vit_tiny", "state_dict": state}, tmp_path / "moco.pth.tar")
     made = interop.convert(interop.read_file(tmp_path / "moco.pth.tar"))
-    assert (made.architecture, made.resolution, made.has_head) == ("vit_tiny", 224, False)
+    assert (made.architecture, made.resolution, made.has_head) == ("vit_tiny_patch16_224", 224, False)
     assert torch.equal(made.state["encoder.blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
     smaller = interop.convert(state, 192)
     assert smaller.state["encoder.pos_embed"].shape == (1, 145, 192)
 
 
-def test_microsoft_simmims_swin_layout_and_another_window() -> None:
+def test_microsoft_simmims_swin_layout_and_another_window(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     swin = MaskedImageModel("swin_tiny", 192)
     torch.nn.init.normal_(swin.mask_token)
@@ -144,13 +149,36 @@ def test_microsoft_simmims_swin_layout_and_another_window() -> None:
     assert all(torch.equal(made.state[key], value) for key, value in swin.state_dict().items())
     table = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
     assert state[table].shape[0] == 11**2
-    for window in (7, 12):  # their ImageNet models' at 224 px, and at 384 px
+    for window, side in ((7, 192), (12, None)):  # their ImageNet models' at 224 px, and at 384 px
         wider = {k: biases(window, v.shape[1]) if k.endswith("bias_table") else v for k, v in state.items()}
-        made = interop.convert(wider)
+        caplog.clear()
+        made = interop.convert(wider, side)
         assert (made.architecture, made.resolution, made.has_head) == ("swin_tiny", 192, True)
+        (said,) = caplog.messages
+        assert said.startswith(
+            f"a Swin with windows of {window} tokens becomes a swin_tiny at 192 px with windows of 6"
+        )
         for key, value in made.state.items():
             torch.testing.assert_close(value, state[unstaged(key)].reshape(value.shape), atol=0.03, rtol=0)
         loaded(made)
+
+
+def test_a_swin_for_224_px_stays_what_it_is(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5)
+    save_file(theirs.state_dict(), tmp_path / "swin.safetensors")
+    run = CliRunner().invoke
+    recwarn.clear()
+    result = run(app, ["import", str(tmp_path / "swin.safetensors"), "--out", str(tmp_path / "ours")])
+    assert result.output == f"{tmp_path / 'ours'}: swin_tiny_patch4_window7_224 at 224 px, encoder alone\n"
+    ours, images = checkpoint.read(tmp_path / "ours").build_model().eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.eval().forward_features(images)
+        torch.testing.assert_close(ours.encoder.forward_features(images), expected, atol=0, rtol=0)
+    smaller = ["--out", str(tmp_path / "smaller"), "--resolution", "192"]
+    result = run(app, ["import", str(tmp_path / "swin.safetensors"), *smaller])
+    assert result.output.endswith(f"{tmp_path / 'smaller'}: swin_tiny at 192 px, encoder alone\n")
+    assert not recwarn.list
 
 
 def biases(window: int, heads: int) -> Tensor:
@@ -193,7 +221,7 @@ def test_what_is_exported_to_hugging_face_loads_there_and_comes_back(name: str, 
             made = theirs.eval()(images).last_hidden_state
             tokens = model.encoder.forward_features(images)
             torch.testing.assert_close(made, tokens.reshape(made.shape), atol=1e-4, rtol=1e-4)
-    back = interop.convert(interop.read_file(tmp_path / "theirs/model.safetensors"))
+    back = interop.load(tmp_path / "theirs")
     assert (back.architecture, back.has_head) == (name, has_head)
     assert back.state.keys() == state.keys()
     assert all(torch.equal(back.state[key], value) for key, value in state.items())
@@ -225,7 +253,8 @@ def test_what_is_exported_loads_into_timm_and_comes_back(name: str, tmp_path: Pa
         torch.testing.assert_close(
             theirs.eval().forward_features(images), model.encoder.eval().forward_features(images), atol=0, rtol=0
         )
-    back = interop.convert(interop.read_file(tmp_path / "e.safetensors"))
+    back = interop.load(tmp_path / "e.safetensors")
+    assert back.architecture == name
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state.items())
     assert not back.has_head
 
@@ -258,3 +287,187 @@ def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> Non
         assert message in result.output
         assert "weights_only" not in result.output  # which torch advises to leave out
         assert not (tmp_path / "x").exists()
+
+
+def drawn(model: torch.nn.Module) -> State:
+    """The state of a model with every weight drawn."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, mean=1.0 if parameter.ndim == 1 and parameter.mean() > 0.9 else 0.0)
+    return model.state_dict()
+
+
+class CfgNode(dict[str, object]):
+    """What yacs.config.CfgNode pickles as: a dict with attributes."""
+
+
+CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+
+
+def test_microsoft_simmims_vit_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its twin is timm's BEiT with a shared bias, whose names are those of their files, and a head in plain words."""
+    torch.manual_seed(0)
+    beit = timm.models.beit.Beit(
+        img_size=224, num_classes=0, global_pool="token", use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
+        init_values=0.1, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    ).eval()  # fmt: skip
+    state = {f"encoder.{key}": value for key, value in drawn(beit).items()}
+    state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(197, 197)
+    state["encoder.mask_token"] = torch.randn(1, 1, 768)
+    state["decoder.0.weight"], state["decoder.0.bias"] = torch.randn(768, 768, 1, 1) * 0.05, torch.randn(768)
+    options = CfgNode(MODEL=CfgNode(TYPE="vit"))
+    options.__dict__["__immutable__"] = True
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = CfgNode  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", yacs)
+        torch.save({"model": state, "epoch": 799, "config": options}, tmp_path / "ckpt.pth")
+    out = tmp_path / "ours"
+    result = CliRunner().invoke(app, ["import", str(tmp_path / "ckpt.pth"), "--out", str(out)])
+    assert result.output == f"{out}: vit_base_relpos at 224 px, with its pixel head\n"
+    ours = checkpoint.read(out).build_model().eval()
+    assert set(ours.state_dict()) == set(MaskedImageModel("vit_base_relpos", 224).state_dict())
+    images, mask = torch.randn(1, 3, 224, 224), torch.rand(1, 7, 7) < 0.6
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encoder.forward_features(images), beit.forward_features(images), atol=1e-4, rtol=1e-4
+        )
+        patches = beit.patch_embed(images)
+        masked = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+        patches[masked] = state["encoder.mask_token"][0, 0]
+        hidden = torch.cat([beit.cls_token, patches], dim=1)
+        for block in beit.blocks:
+            hidden = block(hidden, shared_rel_pos_bias=beit.rel_pos_bias())
+        tokens = beit.norm(hidden)[:, 1:].transpose(1, 2).reshape(1, 768, 14, 14)
+        expected = torch.nn.functional.conv2d(tokens, state["decoder.0.weight"], state["decoder.0.bias"])
+        torch.testing.assert_close(
+            ours(images, mask), torch.nn.functional.pixel_shuffle(expected, 16), atol=1e-4, rtol=1e-4
+        )
+    smaller = interop.convert(state, 192).state
+    assert smaller[interop.SHARED_BIAS].shape == (23**2 + 3, 12)
+    assert torch.equal(
+        smaller[interop.SHARED_BIAS][-3:], state["encoder.rel_pos_bias.relative_position_bias_table"][-3:]
+    )
+
+
+@pytest.mark.parametrize("with_decoder", [True, False], ids=["whole", "encoder"])
+def test_maes_layout(with_decoder: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    state = dict(drawn(vit))
+    if with_decoder:
+        state |= {
+            "mask_token": torch.zeros(1, 1, 512), "decoder_embed.weight": torch.zeros(512, 192),
+            "decoder_blocks.0.attn.qkv.weight": torch.zeros(3, 512), "decoder_blocks.0.norm1.weight": torch.zeros(512),
+            "decoder_pos_embed": torch.zeros(1, 197, 512), "decoder_pred.weight": torch.zeros(768, 512),
+        }  # fmt: skip
+    torch.save({"model": state, "args": argparse.Namespace(mask_ratio=0.75)}, tmp_path / "mae.pth")
+    same_features(vit, interop.load(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch8_224"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "backbone"])
+def test_dinos_layout(name: str, whole: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0).eval()
+    state = drawn(vit)
+    content: dict[str, object] = dict(state)
+    if whole:
+        head = {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.zeros(2, 1)}
+        teacher = {f"backbone.{key}": value for key, value in state.items()} | head
+        student = {f"module.backbone.{key}": value + 1 for key, value in state.items()}
+        content = {"student": student, "teacher": teacher, "epoch": 100, "args": argparse.Namespace(arch="vit_small")}
+    torch.save(content, tmp_path / "dino.pth")
+    same_features(vit, interop.load(tmp_path / "dino.pth"), name)
+
+
+def same_features(theirs: torch.nn.Module, made: interop.Foreign, name: str) -> None:
+    """Bit for bit those of timm's model, whose epsilon and names theirs are."""
+    assert (made.architecture, made.resolution, made.has_head) == (name, 224, False)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+        assert torch.equal(loaded(made).encoder.forward_features(images), expected)
+
+
+def test_moco_v3s_vit_small_has_twelve_heads() -> None:
+    vit = build_encoder("vit_small_moco", 32)
+    made = interop.convert({f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()})
+    assert (made.architecture, vit.blocks[0].attn.num_heads) == ("vit_small_moco", 12)
+
+
+def test_a_hugging_face_folder_prepares_images_as_kamim(tmp_path: Path) -> None:
+    """AutoImageProcessor and ViTModel on the folder give the features that kamim's encoder gives of a whole image."""
+    torch.manual_seed(0)
+    model = MaskedImageModel("vit_demo", 96).eval()
+    state = {key: value for key, value in drawn(model).items() if key.startswith("encoder.")}
+    checkpoint.save_imported(tmp_path / "ours", "vit_demo", 96, state, False)
+    folder = tmp_path / "theirs"
+    arguments = ["export", str(tmp_path / "ours"), "--layout", "huggingface", "--out", str(folder)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"]
+    ours = normalise(torch.from_numpy(image)[None])
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    larger = processor(images=np.zeros((50, 70, 3), np.uint8), return_tensors="pt")["pixel_values"]
+    assert larger.shape == (1, 3, 96, 96)
+    encoder = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        features = encoder(theirs).last_hidden_state
+        torch.testing.assert_close(features, model.encoder.forward_features(ours), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "back"
+    result = CliRunner().invoke(app, ["import", str(folder), "--out", str(out)])
+    assert result.output == f"{out}: vit_demo at 96 px, encoder alone\n"
+    assert all(torch.equal(state[key], value) for key, value in checkpoint.read(out).model_state().items())
+    (folder / "model.safetensors").unlink()
+    result = CliRunner().invoke(app, ["import", str(folder), "--out", str(tmp_path / "x")])
+    assert "no such file, and no folder with a config.json and model.safetensors" in result.output
+
+
+def test_folders_tell_epsilon_and_heads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = transformers.ViTModel(transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6,
+    ), add_pooling_layer=False)  # fmt: skip
+    made.save_pretrained(tmp_path)
+    assert interop.load(tmp_path).architecture == "vit_tiny_patch16_224"
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    assert interop.load(tmp_path).architecture == "vit_tiny"
+    (said,) = caplog.messages
+    assert (
+        said == "LayerNorm's epsilon is 1e-12 in a vit_tiny, 1e-05 is expected of this file; features differ a little"
+    )
+    config.write_text(config.read_text().replace('"num_attention_heads": 3', '"num_attention_heads": 6'))
+    with pytest.raises(ValueError, match="a ViT of width 192 with 12 blocks and 6 heads, a vit_tiny has 3"):
+        interop.load(tmp_path)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        interop.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "swin_s3_tiny_224"])
+def test_a_timm_name_goes_to_timm_and_comes_back(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    side = 56 if name.startswith("vit") else 224
+    theirs = timm.create_model(name, img_size=side, num_classes=0)
+    save_file(drawn(theirs), tmp_path / "theirs.safetensors")
+    run, ours, file = CliRunner().invoke, tmp_path / "ours", tmp_path / "exported.safetensors"
+    arguments = ["import", str(tmp_path / "theirs.safetensors"), "--model", name, "--out", str(ours)]
+    result = run(app, arguments)
+    assert result.output == f"{ours}: {name} at {side} px, encoder alone\n"
+    result = run(app, ["export", str(ours), "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    pasted = eval(result.output.partition(": ")[2], {"timm": timm, "functools": functools, "torch": torch})
+    assert pasted.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, pasted.state_dict()[key]) for key, value in theirs.state_dict().items())
+    back = interop.load(file)
+    assert (back.architecture, back.resolution) == (name, side)
+    assert all(
+        torch.equal(value, theirs.state_dict()[key.removeprefix("encoder.")]) for key, value in back.state.items()
+    )
+    result = run(app, ["export", str(ours), "--layout", "huggingface", "--out", str(tmp_path / "folder")])
+    assert "has parts that Hugging Face's" in result.output and not (tmp_path / "folder").exists()
+    if name.startswith("vit"):
+        result = run(app, ["import", str(tmp_path / "theirs.safetensors"), "--out", str(tmp_path / "x")])
+        assert "a ViT of width 384 with 12 blocks; known are vit_tiny, " in result.output

@@ -111,7 +111,7 @@ def test_a_register_is_not_taken_for_a_class_token() -> None:
         ("model.name=vit_base_patch16_xp_224", "is made of ParallelScalingBlock, not of the plain attention blocks"),
         ("model.name=vit_large_patch14_224", r"data.resolution = 192: must be .* model patch = 14, such as 196"),
         ("model.name=vit_large_patch14_224 data.resolution=224", r"mask.patch_size = 32: .* fit are 14, 28, 56, 112$"),
-        ("model.name=swin_small_patch4_window7_224", r"data.resolution = 192: .* needs a multiple of 224 px, such as 224"),
+        ("model.name=swin_small_patch4_window7_224", r"resolution = 192: .* needs a multiple of 224 px, such as 224"),
         ("model.name=swin_base_patch4_window12_384", r"data.resolution = 192: .* needs a multiple of 384 px"),
         (
             "model.name=vit_large_patch14_224 data.resolution=196 mask.patch_size=28 weighting.patch_size=8",

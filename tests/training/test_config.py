@@ -103,7 +103,7 @@ def test_what_is_shown_reads_back_to_the_same(tmp_path: Path) -> None:
 def test_pretraining_presets(file: Path) -> None:
     made = load(Pretrain, file)
     model, _, method = file.stem.rpartition("_")
-    if method not in ("kamim", "simmim"):  # not one of the paper's
+    if method not in ("kamim", "simmim") or model == "vit_base_relpos":  # not one of the paper's
         return
     assert made.model.name == model
     assert (made.weighting is None) == (method == "simmim")

@@ -257,6 +257,7 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
     for key in sorted(expected ^ fitted.keys()):
         difference = "is missing" if key in expected else f"is not part of a {name}"
         raise KamimError(f"{key} {difference}; these weights are of another kind")
+    _report_windows(renamed, fitted, model)
     return Foreign(name, resolution, fitted, has_head)
 
 
@@ -385,11 +386,6 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
     lost, name, facts = chosen
     if lost[0]:
         raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name (--model)")
-    if lost[2]:
-        log.warning(
-            "a Swin with windows of %s tokens becomes a %s at %s px with windows of %s: its tables of position biases "
-            "are interpolated", window, name, resolution or architecture(name).multiple, facts.window,
-        )  # fmt: skip
     if lost[3] and hints.architecture is None and not kind.swin:
         log.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
@@ -448,6 +444,19 @@ def _fit(state: State, model: MaskedImageModel) -> State:
             raise KamimError(f"{name} is {tuple(value.shape)}, a {model.name}'s is {tuple(wanted)}")
         fitted[name] = value.detach().clone().contiguous()
     return fitted
+
+
+def _report_windows(state: State, fitted: State, model: MaskedImageModel) -> None:
+    """Logs that a Swin's tables of position biases were interpolated, if they were."""
+    tables = [name for name in fitted if name.endswith("relative_position_bias_table") and name != SHARED_BIAS]
+    for name in tables:
+        if state[name].shape != fitted[name].shape:
+            old, new = ((math.isqrt(len(table)) + 1) // 2 for table in (state[name], fitted[name]))
+            log.warning(
+                "tables of position biases are interpolated from windows of %s tokens to %s, those of a %s at %s px",
+                old, new, model.name, model.resolution,
+            )  # fmt: skip
+            return
 
 
 def _is_window(table: Tensor, extra: int = 0) -> bool:

@@ -1,1 +1,1 @@
-"""Backbones, the masked image model, features of a block, and weights from elsewhere."""
+"""Backbones, the masked image model, features of a block, and weights of other projects."""

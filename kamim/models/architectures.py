@@ -30,13 +30,12 @@ class Architecture:
     norm_eps: float | None = None
     shared_position_bias: bool = False
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raises KamimError if the encoder cannot take images of this side."""
+    def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
+        """Raises KamimError, which names the key, if the encoder cannot take images of this side in px."""
         if resolution % self.multiple:
             nearest = max(1, round(resolution / self.multiple)) * self.multiple
             raise KamimError(
-                f"data.resolution = {resolution}: {self.timm_name} needs a multiple of {self.multiple} px, such as "
-                f"{nearest}"
+                f"{key} = {resolution}: {self.timm_name} needs a multiple of {self.multiple} px, such as {nearest}"
             )
 
 

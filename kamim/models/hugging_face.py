@@ -48,7 +48,7 @@ def preprocessor(resolution: int) -> dict[str, Any]:
     """preprocessor_config.json: what AutoImageProcessor does to an image before the model sees it.
 
     As kamim evaluates: the whole image resized to a square of `resolution` px, bilinear, and normalised with ImageNet's
-    mean and standard deviation.
+    mean and standard deviation. transformers antialiases where it shrinks an image, kamim does not.
     """
     return {
         "image_processor_type": "ViTImageProcessor", "do_resize": True,

@@ -36,6 +36,7 @@ PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
 SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
 ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
+CONFIG_KEYS = ("layer_norm_eps", "num_attention_heads")  # of a ViT's config.json; a Swin's heads are a list
 # What authors keep beside the weights in a pickle: options, as plain data. CfgNode is microsoft/SimMIM's dict.
 OPTIONS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # Models of timm that public checkpoints are of, beside the presets. Any other is read if it is named.
@@ -99,8 +100,7 @@ class Foreign:
 class Hints:
     """What is known of an encoder whose weights do not tell it. architecture: its name, if it has to be that.
 
-    norm_eps: the epsilon of its LayerNorms; if features has to be exact, one of these is chosen. heads: of its first
-    block. None is unknown.
+    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. None is unknown.
     """
 
     architecture: str | None = None
@@ -125,7 +125,7 @@ class _Kind:
 
 
 def weights_file(path: Path) -> Path | None:
-    """The file of weights from elsewhere at `path`: itself, or that of a Hugging Face folder; None if it is neither."""
+    """Returns the file of weights at `path`: itself, or that of a Hugging Face folder; None if it is neither."""
     if path.is_file():
         return path
     if (path / "config.json").is_file():
@@ -134,7 +134,7 @@ def weights_file(path: Path) -> Path | None:
 
 
 def load(path: Path, resolution: int | None = None, name: str | None = None) -> Foreign:
-    """The weights in a file, or in a Hugging Face folder, of any layout named above.
+    """Loads the weights of a file, or of a Hugging Face folder, of any layout named above.
 
     resolution: side of the images in px; None is as trained. name: the architecture, see architectures.architecture;
     None finds it. Raises KamimError, naming the file, if it holds none, or those of another architecture.
@@ -146,8 +146,7 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
     try:
         hints = _file_hints(file, state)
         if name is not None:
-            architecture(name)
-            hints = Hints(name, hints.norm_eps, hints.heads)
+            hints = Hints(_known(name), hints.norm_eps, hints.heads)
         return convert(state, resolution, hints)
     except ValueError as error:
         raise KamimError(f"{path}: {error}") from error
@@ -161,19 +160,24 @@ def _file_hints(file: Path, state: State) -> Hints:
             content = json.loads(config.read_bytes())
         except (ValueError, RecursionError) as error:
             raise KamimError(f"{config.name} is not JSON: {one_line(error)}") from error
-        eps, heads = (content.get(key) if isinstance(content, dict) else None for key in _CONFIG_KEYS)
+        eps, heads = (content.get(key) if isinstance(content, dict) else None for key in CONFIG_KEYS)
         return Hints(
             norm_eps=eps if isinstance(eps, float) else None, heads=heads if isinstance(heads, int) else None
         )  # fmt: skip
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             if name := (opened.metadata() or {}).get(ARCHITECTURE):
-                architecture(name)
-                return Hints(name)
+                return Hints(_known(name))
     return _name_hints(state)
 
 
-_CONFIG_KEYS = ("layer_norm_eps", "num_attention_heads")  # of a ViT's config.json; a Swin's heads are a list
+def _known(name: str) -> str:
+    """Returns the name. Raises KamimError unless it is that of an architecture."""
+    try:
+        architecture(name)
+    except ValueError as error:
+        raise KamimError(f"model = {one_line(name)[:100]}: {error}") from error
+    return name
 
 
 def _name_hints(state: State) -> Hints:
@@ -184,7 +188,7 @@ def _name_hints(state: State) -> Hints:
 
 
 def read_file(path: Path) -> State:
-    """Tensors of a checkpoint file, by its own names. Raises KamimError if it holds none."""
+    """Returns the tensors of a checkpoint file, by its own names. Raises KamimError if it holds none."""
     if not path.is_file():
         raise KamimError(f"{path}: no such file")
     try:
@@ -208,7 +212,7 @@ def read_file(path: Path) -> State:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError for a zip archive that would inflate, before it does: torch.save compresses nothing."""
+    """Raises KamimError for a compressed zip archive before it is inflated; torch.save does not compress."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return  # the form of before torch 1.6
@@ -221,7 +225,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file was refused, without torch's advice, which is to load anything."""
+    """Returns the reason of torch's refusal, without its advice to load the file anyway."""
     said = one_line(error).rpartition("WeightsUnpickler error: ")[2]
     if called := re.search(r"GLOBAL (\S+)", said):
         return f"it calls {called[1]}"
@@ -232,7 +236,7 @@ def _reason(error: Exception) -> str:
 
 
 def convert(state: State, resolution: int | None = None, hints: Hints | None = None) -> Foreign:
-    """Any layout named above -> kamim's, for images of side `resolution` in px; None is as trained.
+    """Converts weights of any layout named above, for images of side `resolution` in px; None is as trained.
 
     Positions are interpolated for another resolution, relative position biases for another window, which is logged as
     a warning. Raises KamimError, naming what differs, for weights of no architecture that is known, or not of the one
@@ -249,7 +253,7 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
     if not has_head:
         renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
     resolution = resolution or _trained_resolution(name, renamed)
-    architecture(name).check_resolution(resolution)
+    architecture(name).check_resolution(resolution, "resolution")
     with torch.device("meta"):
         model = MaskedImageModel(name, resolution)
     fitted = _fit(renamed, model)
@@ -282,7 +286,7 @@ def _rename(state: State) -> State:
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """Raises ValueError for weights that are no plain array of floats, or larger than what their file holds of them."""
+    """Raises KamimError unless a tensor is a plain array of floats, all of which its file holds."""
     if value.dtype not in DTYPES:
         raise KamimError(f"{name} is {_name(value.dtype)}; must be one of {', '.join(map(_name, DTYPES))}")
     if value.layout != torch.strided or value.device.type != "cpu":
@@ -292,7 +296,7 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def _name(constant: object) -> str:
-    """What torch calls a dtype or a layout."""
+    """Returns torch's name of a dtype or layout."""
     return str(constant).removeprefix("torch.")
 
 
@@ -467,5 +471,5 @@ def _is_window(table: Tensor, extra: int = 0) -> bool:
 
 
 def to_timm(state: State) -> State:
-    """The encoder alone, in timm's names: what timm.create_model(..., checkpoint_path=FILE) loads."""
+    """Returns the encoder under timm's names, which timm.create_model(..., checkpoint_path=FILE) loads."""
     return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}

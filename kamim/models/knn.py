@@ -24,7 +24,7 @@ def knn(
     train: [N, D], val: [M, D], any float type, memory-mapped or not; labels: int64. A neighbour votes for its class
     with exp(similarity / temperature), as in DINO (Caron et al. 2021). Of equally similar neighbours the one that
     stands first in train is nearer; a class without a vote is never right. fp32 throughout.
-    progress(val samples done, M). Raises ValueError for a k that is not 1 to N.
+    progress(val samples done, M). Raises KamimError unless every k is 1 to N.
     """
     for k in ks:
         if not 1 <= k <= len(train):

@@ -1,4 +1,4 @@
-"""SimMIM on timm backbones: encoder with a mask token, and a one-layer pixel head."""
+"""SimMIM (Xie et al. 2022) on timm backbones: an encoder with a mask token, and a one-layer pixel head."""
 
 from functools import partial
 
@@ -63,7 +63,7 @@ class MaskedImageModel(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Reconstruction of every pixel.
 
-        images: float [B, 3, R, R], normalised. mask: bool [B, g, g], True where masked, g dividing the
+        images: float [B, 3, R, R], normalised. mask: bool [B, g, g], True for masked blocks; g divides the
         encoder's patch grid. Returns [B, 3, R, R] in normalised units.
         """
         if isinstance(self.encoder, VisionTransformer):

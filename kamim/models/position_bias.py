@@ -23,7 +23,7 @@ class BiasedAttention(Attention):  # type: ignore[misc]
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: [B, N, D]. Returns [B, N, D]."""
         assert attn_mask is None and not is_causal, "a ViT of images masks nothing"
-        output: Tensor = super().forward(x, attn_mask=self.bias().to(x.dtype))
+        output: Tensor = super().forward(x, attn_mask=self.bias()[None].to(x.dtype))
         return output
 
 

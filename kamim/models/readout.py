@@ -52,9 +52,9 @@ def depth(encoder: Encoder) -> int:
 
 
 def resolve(encoder: Encoder, block: Block) -> int:
-    """The block that is meant: "paper" is a ViT's 8th, the last where it has fewer, and a Swin's last stage.
+    """The block that is meant: "paper" is a ViT's 8th, or its last if it has fewer, and a Swin's last stage.
 
-    Raises ValueError for a block the encoder does not have.
+    Raises KamimError for a block that the encoder does not have.
     """
     blocks = depth(encoder)
     if block == "last":
@@ -67,7 +67,7 @@ def resolve(encoder: Encoder, block: Block) -> int:
 
 
 def check(encoder: Encoder, readout: Readout) -> None:
-    """Raises ValueError where the encoder has no such tokens."""
+    """Raises KamimError if the encoder has no such tokens."""
     if "cls" in readout.pooling and not has_class_token(encoder):
         raise KamimError(f"pooling = {readout.pooling}: the encoder has no class token; take mean or max")
     if readout.norm in ("final", "batch") and (isinstance(encoder, Pixels) or readout.block != depth(encoder)):

@@ -20,6 +20,7 @@ from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTF
 from typer.testing import CliRunner
 
 from kamim.cli import app
+from kamim.evaluation.evaluated_model import load_model
 from kamim.models import interop
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
@@ -344,6 +345,8 @@ def test_microsoft_simmims_vit_layout(tmp_path: Path, monkeypatch: pytest.Monkey
         torch.testing.assert_close(
             ours(images, mask), torch.nn.functional.pixel_shuffle(expected, 16), atol=1e-4, rtol=1e-4
         )
+    result = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "e.safetensors")])
+    assert "timm's ViT has no shared position bias, so a vit_base_relpos cannot be exported" in result.output
     smaller = interop.convert(state, 192).state
     assert smaller[interop.SHARED_BIAS].shape == (23**2 + 3, 12)
     assert torch.equal(
@@ -421,6 +424,7 @@ def test_a_hugging_face_folder_prepares_images_as_kamim(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import", str(folder), "--out", str(out)])
     assert result.output == f"{out}: vit_demo at 96 px, encoder alone\n"
     assert all(torch.equal(state[key], value) for key, value in checkpoint.read(out).model_state().items())
+    assert load_model(str(folder)).origin.architecture == "vit_demo"  # evaluation takes the folder itself
     (folder / "model.safetensors").unlink()
     result = CliRunner().invoke(app, ["import", str(folder), "--out", str(tmp_path / "x")])
     assert "no such file, and no folder with a config.json and model.safetensors" in result.output
@@ -469,6 +473,10 @@ def test_a_timm_name_goes_to_timm_and_comes_back(name: str, tmp_path: Path) -> N
     )
     result = run(app, ["export", str(ours), "--layout", "huggingface", "--out", str(tmp_path / "folder")])
     assert "has parts that Hugging Face's" in result.output and not (tmp_path / "folder").exists()
+    result = run(app, [*arguments, "--out", str(tmp_path / "x"), "--resolution", "100"])
+    assert result.exit_code == 1 and f"resolution = 100: {name} needs a multiple of" in result.output
+    result = run(app, [*arguments, "--out", str(tmp_path / "x"), "--model", "vit_bse"])
+    assert "model = vit_bse: must be one of" in result.output and "the nearest names are vit_base, " in result.output
     if name.startswith("vit"):
         result = run(app, ["import", str(tmp_path / "theirs.safetensors"), "--out", str(tmp_path / "x")])
         assert "a ViT of width 384 with 12 blocks; known are vit_tiny, " in result.output

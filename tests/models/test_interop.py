@@ -1,6 +1,7 @@
 """Weights from elsewhere give the same numbers here; ours go back."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.evaluation.evaluated_model import load_model
-from kamim.models import interop
+from kamim.models import architectures, interop
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
@@ -305,17 +306,35 @@ class CfgNode(dict[str, object]):
 CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
 
 
+def shared_bias_beit(**size: int) -> torch.nn.Module:
+    """timm's BEiT with the options of microsoft/SimMIM's ViT, by default a ViT-B."""
+    return timm.models.beit.Beit(
+        img_size=224, num_classes=0, global_pool="token", use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
+        init_values=0.1, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6), **size,
+    )  # fmt: skip
+
+
+def test_vit_base_relpos_has_the_size_of_microsoft_simmims_vit() -> None:
+    """Except the biases of the keys, which theirs does not have."""
+    with torch.device("meta"):
+        beit, ours = shared_bias_beit(), build_encoder("vit_base_relpos", 224)
+    theirs, own = (sum(p.numel() for p in model.parameters()) for model in (beit, ours))
+    assert own - theirs == 12 * 768
+    assert (ours.embed_dim, len(ours.blocks), ours.blocks[0].attn.num_heads) == (768, 12, 12)
+
+
 def test_microsoft_simmims_vit_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its twin is timm's BEiT with a shared bias, whose names are those of their files, and a head in plain words."""
+    small = {"embed_dim": 192, "depth": 2, "num_heads": 3}
+    known = ARCHITECTURES["vit_base_relpos"]
+    small_known = dataclasses.replace(known, options={**known.options, **small})
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {**ARCHITECTURES, "vit_base_relpos": small_known})
     torch.manual_seed(0)
-    beit = timm.models.beit.Beit(
-        img_size=224, num_classes=0, global_pool="token", use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
-        init_values=0.1, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
-    ).eval()  # fmt: skip
+    beit = shared_bias_beit(**small).eval()
     state = {f"encoder.{key}": value for key, value in drawn(beit).items()}
     state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(197, 197)
-    state["encoder.mask_token"] = torch.randn(1, 1, 768)
-    state["decoder.0.weight"], state["decoder.0.bias"] = torch.randn(768, 768, 1, 1) * 0.05, torch.randn(768)
+    state["encoder.mask_token"] = torch.randn(1, 1, 192)
+    state["decoder.0.weight"], state["decoder.0.bias"] = torch.randn(768, 192, 1, 1) * 0.05, torch.randn(768)
     options = CfgNode(MODEL=CfgNode(TYPE="vit"))
     options.__dict__["__immutable__"] = True
     yacs = types.ModuleType("yacs.config")
@@ -340,7 +359,7 @@ def test_microsoft_simmims_vit_layout(tmp_path: Path, monkeypatch: pytest.Monkey
         hidden = torch.cat([beit.cls_token, patches], dim=1)
         for block in beit.blocks:
             hidden = block(hidden, shared_rel_pos_bias=beit.rel_pos_bias())
-        tokens = beit.norm(hidden)[:, 1:].transpose(1, 2).reshape(1, 768, 14, 14)
+        tokens = beit.norm(hidden)[:, 1:].transpose(1, 2).reshape(1, 192, 14, 14)
         expected = torch.nn.functional.conv2d(tokens, state["decoder.0.weight"], state["decoder.0.bias"])
         torch.testing.assert_close(
             ours(images, mask), torch.nn.functional.pixel_shuffle(expected, 16), atol=1e-4, rtol=1e-4
@@ -348,7 +367,7 @@ def test_microsoft_simmims_vit_layout(tmp_path: Path, monkeypatch: pytest.Monkey
     result = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "e.safetensors")])
     assert "a vit_base_relpos, whose shared position bias timm's ViT does not have; cannot be exported" in result.output
     smaller = interop.convert(state, 192).state
-    assert smaller[interop.SHARED_BIAS].shape == (23**2 + 3, 12)
+    assert smaller[interop.SHARED_BIAS].shape == (23**2 + 3, 3)
     assert torch.equal(
         smaller[interop.SHARED_BIAS][-3:], state["encoder.rel_pos_bias.relative_position_bias_table"][-3:]
     )

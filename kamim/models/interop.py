@@ -378,10 +378,12 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
         facts = _facts(name, known := architecture(name))
         lost = (
             hints.heads not in (None, facts.heads), bool(resolution and resolution % known.multiple),
-            facts.window != window, hints.norm_eps not in (None, facts.norm_eps),
+            facts.window != window, not kind.swin and hints.norm_eps not in (None, facts.norm_eps),
         )  # fmt: skip
         if facts.kind == kind and (chosen is None or lost < chosen[0]):
             chosen = lost, name, facts
+            if not any(lost):
+                break
     if chosen is None and hints.architecture:
         found = _architecture(state, None, _name_hints({}))
         raise KamimError(f"these are a {found}'s weights, the model asked for is a {hints.architecture}")
@@ -390,7 +392,7 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
     lost, name, facts = chosen
     if lost[0]:
         raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name (--model)")
-    if lost[3] and hints.architecture is None and not kind.swin:
+    if lost[3] and hints.architecture is None:
         log.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
             facts.norm_eps, name, hints.norm_eps,

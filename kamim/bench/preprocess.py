@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 
 from kamim import KamimError
-from kamim.detectors import detector
+from kamim.detectors import detector, opencv
 from kamim.storage.store import Job
 from kamim.training import machine
 from preprocess.decode import Undecodable, decode, decode_plain_jpeg
@@ -107,15 +107,8 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
             for size in sizes[name]:
                 timed(name, keypoints, job, name, frames[size])
         timed("fast_found", detector("fast").detect, frames[sizes["fast"][0]])
-        timed("fast_found_by_opencv", _opencv_fast, frames[sizes["fast"][0]])
+        timed("fast_found_by_opencv", opencv.fast, frames[sizes["fast"][0]])
     return spent
-
-
-def _opencv_fast(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs OpenCV's FAST, the baseline of kamim.detectors.fast, and returns its keypoints as arrays."""
-    keypoints = cv2.FastFeatureDetector_create().detect(frame)  # type: ignore[attr-defined]
-    xy = np.asarray(cv2.KeyPoint_convert(keypoints))  # type: ignore[attr-defined]
-    return xy, np.array([k.response for k in keypoints], np.float32)
 
 
 def _shard(job: Job, source: Source, items: Sequence[Item], folder: Path, spent: Seconds) -> None:

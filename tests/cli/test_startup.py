@@ -26,7 +26,7 @@ try:
     app(sys.argv[2:], standalone_mode=False)
 finally:
     with open(sys.argv[1], "w") as file:
-        json.dump(sorted({name.partition(".")[0] for name in sys.modules}), file)
+        json.dump(sorted(sys.modules), file)
 """
 
 
@@ -50,7 +50,10 @@ def test_commands_that_train_nothing_import_no_torch(
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert not HEAVY & set(json.loads((tmp_path / "modules").read_text()))
+    imported = set(json.loads((tmp_path / "modules").read_text()))
+    assert not HEAVY & imported
+    if command.startswith("weights"):
+        assert "scipy.linalg" not in imported, "numba imports it with the first compiled loop, which takes 0.4 s"
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:

@@ -44,6 +44,17 @@ def test_a_point_is_the_pixel_that_holds_the_centre() -> None:
     np.testing.assert_array_equal(kp.keypoint_map(xy, 20, 20, "point"), expected)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(["ring", "point"]), st.integers(1, 120), st.integers(1, 120))
+def test_opencvs_map_is_the_compiled_one(seed: int, footprint: str, height: int, width: int) -> None:
+    """Points outside, and those that round to the next pixel or out of the image, included."""
+    random = np.random.default_rng(seed)
+    xy = (random.random((60, 2)) * (width + 4, height + 4) - 2).astype(np.float32)
+    xy[::3] = np.rint(xy[::3] * 2) / 2
+    expected = kp.keypoint_map(xy, height, width, footprint)
+    np.testing.assert_array_equal(kp.opencv_map(xy, height, width, footprint), expected)
+
+
 def test_an_unknown_footprint_is_refused() -> None:
     with pytest.raises(ValueError, match=r"footprint = 'disc': must be one of ring, point"):
         kp.stamps("disc")

@@ -9,9 +9,11 @@ import numpy as np
 
 from kamim import KamimError
 from kamim.detectors import detector, opencv
+from kamim.method import geometry
 from kamim.method import keypoints as kp
 from kamim.method.weighting import density, keypoint_weights, weights
 from kamim.training.config import Weighting
+from preprocess.resize import resize_plain
 
 if TYPE_CHECKING:
     from kamim.storage.store import Store
@@ -29,10 +31,10 @@ class ImageWeights:
 
 
 def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
-    """Keypoints and weights of an image (uint8 [H, W, 3]) as it is.
+    """Returns keypoints and weights of an image (uint8 [H, W, 3]), which is not resized.
 
-    A last row or column of cells that the image fills only in part is left out, as Eq. 2's convolution does.
-    Raises ValueError for an image smaller than one cell.
+    A last row or column of cells that the image fills only in part is left out, as in Eq. 2's convolution.
+    Raises KamimError for an image smaller than one cell.
     """
     height, width = rgb.shape[:2]
     patch = weighting.patch_size
@@ -43,6 +45,15 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
     bitmap = kp.opencv_map(found.xy, height, width, weighting.footprint)
     omega = density(kp.map_counts(bitmap, patch), patch)
     return ImageWeights(rgb, len(found.xy), bitmap, omega, weights(omega, weighting.temperature))
+
+
+def largest_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
+    """The largest crop that training takes of an image (uint8 [H, W, 3]): uint8 [resolution, resolution, 3].
+
+    It shows the whole image if that is 3:4 to 4:3 wide, and is resized as the released code resizes crops.
+    """
+    top, left, height, width = geometry.largest_box(*rgb.shape[:2], *geometry.CROP_RATIO)
+    return resize_plain(rgb[top : top + height, left : left + width], (resolution, resolution))
 
 
 def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:

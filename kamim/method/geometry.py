@@ -80,6 +80,17 @@ def nearest_frames(frames, sizes, views, resolution):
 
 
 @kernel
+def largest_box(height, width, ratio_min, ratio_max):
+    """The largest central box whose width over height is within the ratios -> (top, left, box height, box width)."""
+    h, w = height, width
+    if width / height < ratio_min:
+        h = int(np.rint(width / ratio_min))
+    elif width / height > ratio_max:
+        w = int(np.rint(height * ratio_max))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@kernel
 def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, epoch, index):
     """Returns the box (top, left, height, width) that RandomResizedCrop draws (torchvision v2, make_params).
 
@@ -96,12 +107,7 @@ def crop_box(height, width, scale_min, scale_max, ratio_min, ratio_max, seed, ep
             top = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS) * (height - h + 1))
             left = int(rng.unit(seed, epoch, index, rng.CROP, 2 * CROP_ATTEMPTS + 1) * (width - w + 1))
             return top, left, h, w
-    h, w = height, width  # if no attempt fits: the largest central box within the ratios
-    if width / height < ratio_min:
-        h = int(np.rint(width / ratio_min))
-    elif width / height > ratio_max:
-        w = int(np.rint(height * ratio_max))
-    return (height - h) // 2, (width - w) // 2, h, w
+    return largest_box(height, width, ratio_min, ratio_max)  # no attempt fits
 
 
 @kernel

@@ -1,0 +1,57 @@
+"""kamim weights: what it prints of an image, as it is and as training sees it."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+from kamim.cli import app
+from kamim.cli.pictures import image_weights, largest_crop
+from kamim.method import geometry
+from kamim.training.config import Weighting
+
+
+def test_the_smallest_density_and_its_effect_are_printed(tmp_path: Path) -> None:
+    """An image of noise has no empty cell until one is painted grey; then W of the other cells rises to e^4 at most."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    painted = noise.copy()
+    painted[16:48, 16:48] = 128
+    for name, pixels, smallest in (("noise", noise, None), ("painted", painted, 0.0)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        omega = image_weights(pixels, Weighting()).omega
+        assert smallest is None or omega.min() == smallest
+        done = CliRunner().invoke(app, ["weights", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / "w.npy")])
+        assert done.exit_code == 0
+        assert f"density min {omega.min():.4f}, mean {omega.mean():.4f}" in done.output
+        assert f"W = exp((density - {omega.min():.4f}) / 0.25)" in done.output
+        np.testing.assert_allclose(np.load(tmp_path / "w.npy"), np.exp((omega - omega.min()) / 0.25), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [
+    (200, 240, (0, 0, 200, 240)), (100, 400, (0, 133, 100, 133)), (401, 90, (140, 0, 120, 90)),
+])  # fmt: skip
+def test_resolution_shows_the_largest_crop_of_training(height: int, width: int, box: tuple[int, ...]) -> None:
+    photo = cv2.resize(data.astronaut(), (width, height))
+    top, left, h, w = box
+    expected = cv2.resize(photo[top : top + h, left : left + w], (96, 96), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(largest_crop(photo, 96), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 400), (400, 100), (90, 91)])
+def test_no_crop_of_training_is_larger(height: int, width: int) -> None:
+    views = geometry.crop_views(
+        np.tile((height, width), (2000, 1)), (0.05, 1.0), geometry.CROP_RATIO, 0, 0, np.arange(2000)
+    )
+    _, _, h, w = geometry.largest_box(height, width, *geometry.CROP_RATIO)
+    assert (views[:, 2] * views[:, 3]).max() <= h * w
+
+
+def test_a_resolution_has_whole_cells(tmp_path: Path) -> None:
+    Image.fromarray(data.astronaut()[:64, :64]).save(tmp_path / "a.png")
+    done = CliRunner().invoke(app, ["weights", str(tmp_path / "a.png"), "--resolution", "190"])
+    assert done.exit_code == 1
+    assert done.stderr == "error: --resolution 190: must be a multiple of --patch-size 8\n"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kamim import KamimError
-from kamim.storage import store
+from kamim.storage import log_file, store
 from kamim.storage.store import Job
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
@@ -48,9 +48,9 @@ def build(
         if plan.done:
             space.clear()
             return False
-        say(plan.summary())
-        shards = make_shards(plan, space, range(plan.job.shards), workers, cluster, strict, progress)
-        _publish(plan, space, shards)
+        with _logged(plan, space, plan.summary(), say):
+            shards = make_shards(plan, space, range(plan.job.shards), workers, cluster, strict, progress)
+            _publish(plan, space, shards)
     return True
 
 
@@ -64,9 +64,9 @@ def build_share(
         plan = plan_build(job, source, space, progress)
         if plan.done:
             return
-        say(f"share {share[0]} of {share[1]}: {plan.summary()}")
-        numbers = range(share[0] - 1, plan.job.shards, share[1])
-        make_shards(plan, space, numbers, workers, cluster, strict, progress, shared=True)
+        with _logged(plan, space, f"share {share[0]} of {share[1]}: {plan.summary()}", say):
+            numbers = range(share[0] - 1, plan.job.shards, share[1])
+            make_shards(plan, space, numbers, workers, cluster, strict, progress, shared=True)
 
 
 def publish_shares(job: Job, source: Source, out: Path) -> bool:
@@ -77,16 +77,34 @@ def publish_shares(job: Job, source: Source, out: Path) -> bool:
         if plan.done:
             space.clear()
             return False
-        numbers = range(plan.job.shards)
-        found: Found = {name: finished(folder, numbers) for name, folder in plan.folders(space).items()}
-        missing = [str(n + 1) for n in numbers if any(n not in files for files in found.values())]
-        if missing:
-            raise Stopped(
-                f"{len(missing)} of {len(numbers)} shards are missing, number {', '.join(missing[:20])}"
-                f"{' ...' if len(missing) > 20 else ''}; of n shares, number k is made by share (k - 1) % n + 1"
-            )
-        _publish(plan, space, found)
+        with _logged(plan, space, "publish", lambda line: None):
+            _publish(plan, space, _shared_shards(plan, space))
     return True
+
+
+def _shared_shards(plan: BuildPlan, space: Workspace) -> Found:
+    """Returns the shards that shares have made. Raises Stopped if some are missing."""
+    numbers = range(plan.job.shards)
+    found: Found = {name: finished(folder, numbers) for name, folder in plan.folders(space).items()}
+    missing = [str(n + 1) for n in numbers if any(n not in files for files in found.values())]
+    if missing:
+        raise Stopped(
+            f"{len(missing)} of {len(numbers)} shards are missing, number {', '.join(missing[:20])}"
+            f"{' ...' if len(missing) > 20 else ''}; of n shares, number k is made by share (k - 1) % n + 1"
+        )
+    return found
+
+
+@contextmanager
+def _logged(plan: BuildPlan, space: Workspace, line: str, say: Say) -> Iterator[None]:
+    """Inside, the job is at work. Its source and its plan are printed, and logged with its end."""
+    for listed in (*plan.source.summary(), line):
+        say(listed)
+    with log_file.logged(space.log, line):
+        for listed in plan.source.summary():
+            log_file.write_line(space.log, listed)
+        with stopping():
+            yield
 
 
 @contextmanager
@@ -95,13 +113,13 @@ def stopping() -> Iterator[None]:
     try:
         yield
     except (BrokenExecutor, CancelledError) as error:
-        raise Stopped("a worker process died (out of memory?); the same command again continues") from error
+        raise Stopped("a worker process died (out of memory?); rerun the same command to continue") from error
     except MemoryError as error:
-        raise Stopped("out of memory; the same command again continues, and fewer --workers need less") from error
+        raise Stopped("out of memory; rerun the same command to continue, with fewer --workers to need less") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise Stopped("the disk is full; free some space, and the same command again continues") from error
+        raise Stopped("the disk is full; free some space and rerun the same command to continue") from error
 
 
 def make_shards(
@@ -130,8 +148,10 @@ def make_shards(
             for component, name in names.items():
                 file = folders[component] / name
                 if store.checksum(file) != checksum_of(file):
-                    raise Stopped(f"{file}: was damaged on its way; the same command again makes it anew")
+                    raise Stopped(f"{file}: was damaged on its way; rerun the same command to rebuild it")
                 found[component][task.number] = file
+            if (done + len(task.items)) * 10 // total > done * 10 // total:
+                log_file.write_line(space.log, f"{done + len(task.items):,} of {total:,} images")
             done += len(task.items)
             progress(done, total)
     return found
@@ -140,7 +160,8 @@ def make_shards(
 def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
     """Raises ValueError where the disk is too small for what is missing."""
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
-    needed, free = disk_needed(found, images, one), shutil.disk_usage(space.partial).free
+    needed, _ = disk_needed(plan.job, {c: list(files.values()) for c, files in found.items()}, images, one)
+    free = shutil.disk_usage(space.partial).free
     if needed > free:
         raise KamimError(
             f"--out {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
@@ -162,7 +183,8 @@ def _publish(plan: BuildPlan, space: Workspace, found: Found) -> None:
         for number in error.numbers:
             for files in found.values():
                 files[number].unlink()
-        raise Stopped(f"{error}; the same command again makes its shard anew") from error
+        raise Stopped(f"{error}; rerun the same command to rebuild its shard") from error
     manifest = assemble(plan, shards, space.out, space.store)
     store.seal(space.store, manifest.model_dump_json(indent=2).encode())
     space.publish()
+    log_file.write_line(space.log, f"{manifest.count:,} images are stored, {manifest.rejects:,} could not be read")

@@ -1,14 +1,18 @@
-"""How much disk and time a job will take, from a few of its images made now."""
+"""How much disk and time a job takes, from a few of its images that are processed now."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from kamim.storage.store import Job
+from kamim.storage import beton, mmap_array, store
+from kamim.storage.store import IMAGES, Job
+from preprocess import executors
 from preprocess.decode import Undecodable, decode
 from preprocess.plan import BuildPlan, plan_build
 from preprocess.record import record
@@ -21,7 +25,7 @@ PLACES, RUN = 4, 8  # the sample: so many runs of neighbours, which may share th
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one image: bytes by component, and seconds of one process; and of how many it was taken."""
+    """Bytes of one image by component, its seconds in one process, and the number of images that were processed."""
 
     bytes: Mapping[str, float]
     seconds: float
@@ -29,60 +33,89 @@ class Estimate:
 
 
 def sample(plan: BuildPlan) -> list[Item]:
-    """A few items, spread over the source."""
+    """Returns a few items, spread over the source."""
     starts = np.linspace(0, max(plan.job.items - RUN, 0), PLACES).astype(int)
     return [plan.source.items[at] for at in np.unique(starts[:, None] + np.arange(RUN)) if at < plan.job.items]
 
 
 def estimate(job: Job, components: Sequence[str], read: Read, items: Sequence[Item]) -> Estimate:
-    """Makes the components of the items. An unreadable one counts, as empty."""
-    _made(job, components, read, items[0])  # what only the first image costs
+    """Processes the items. An unreadable one counts, as empty."""
+    cv2.setNumThreads(1)  # as in shards
+    _sizes(job, components, read, items[0])  # compiles or loads the loops
     start = time.perf_counter()
-    made = [_made(job, components, read, item) for item in items]
+    sizes = [_sizes(job, components, read, item) for item in items]
     seconds = (time.perf_counter() - start) / len(items)
-    return Estimate({c: sum(sizes[c] for sizes in made) / len(items) for c in components}, seconds, len(items))
+    return Estimate({c: sum(of_item[c] for of_item in sizes) / len(items) for c in components}, seconds, len(items))
 
 
-def _made(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[str, int]:
-    """Bytes of each component of one image."""
+def _sizes(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[str, int]:
+    """Returns the bytes of each component of one image."""
     try:
         data = read(item)
-        made = record(job, data, decode(data), item.label, components)
+        rows = record(job, data, decode(data), item.label, components)
     except (OSError, Undecodable):
         return dict.fromkeys(components, 0)
-    return {component: sum(array.nbytes for array in rows.values()) for component, rows in made.items()}
+    return {component: sum(array.nbytes for array in arrays.values()) for component, arrays in rows.items()}
 
 
-def disk_needed(found: Mapping[str, Mapping[int, Path]], images: Mapping[str, int], one: Estimate) -> int:
-    """Bytes still to be written: shards of so many `images` of each component, and the store joined from all shards."""
-    there = sum(file.stat().st_size for files in found.values() for file in files.values())
-    return there + round(sum(2 * one.bytes[component] * count for component, count in images.items()))
+def size_in_store(job: Job, component: str, size: float) -> int:
+    """Returns the bytes on disk of a component whose rows are `size` bytes: a store's files consist of whole pages."""
+    if component != IMAGES:
+        row = 2 * np.dtype(np.uint16).itemsize
+        page = row * mmap_array.page_rows(int(size) // row, store.KEYPOINT_PAGE_ROWS)
+    elif job.images == "zarr":
+        page = mmap_array.page_rows(int(size), store.IMAGE_PAGE_BYTES)
+    else:
+        page = beton.PAGE_SIZE
+    return -(-int(size) // page) * page
+
+
+def disk_needed(
+    job: Job, shards: Mapping[str, Collection[Path]], images: Mapping[str, int], one: Estimate
+) -> tuple[int, dict[str, int]]:
+    """Returns the bytes still to be written, and of these the bytes of each component in the store.
+
+    shards: files that exist, by component. images: how many images each component still lacks. The rest of the bytes
+    are shards, which are removed when the store is complete.
+    """
+    missing = {component: one.bytes[component] * count for component, count in images.items()}
+    sizes = {
+        component: size_in_store(job, component, sum(file.stat().st_size for file in files) + missing[component])
+        for component, files in shards.items()
+    }
+    return round(sum(missing.values())) + sum(sizes.values()), sizes
 
 
 def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
-    """What a build would do, in lines. Touches nothing."""
+    """Returns what a build would do, in lines. It writes nothing.
+
+    The duration counts the start of a worker process and the compilation of loops, which are measured, but not the
+    joining of the shards.
+    """
     space = Workspace(out)
     plan = plan_build(job, source, space)
     if plan.done:
         return [f"{out} is complete already"]
-    one = estimate(plan.job, plan.make, source.read, sample(plan))
+    begun = time.perf_counter()
+    with executors.local(1) as (executor, _):
+        one = executor.submit(estimate, plan.job, plan.make, source.read, sample(plan)).result()
+    start = time.perf_counter() - begun  # a job estimates, too, before it makes shards
     numbers = range(plan.job.shards)
     found = {component: finished(folder, numbers) for component, folder in plan.folders(space).items()}
-    lines = [f"{out}: {plan.summary()}", *(f"keep {component}: as it is" for component in plan.keep)]
-    missing = set()
-    images = {}
-    for component, files in found.items():
-        left = [n for n in numbers if n not in files]
-        missing.update(left)
-        images[component] = sum(len(plan.items(n)) for n in left)
-        size = one.bytes[component] * plan.job.items
-        lines.append(
-            f"make {component}: {len(left):,} of {len(numbers):,} shards are still to be made; "
-            f"about {size / 1e6:,.1f} MB in the store"
-        )
-    seconds = one.seconds * sum(len(plan.items(n)) for n in missing) / workers
+    missing = {component: [n for n in numbers if n not in files] for component, files in found.items()}
+    images = {component: sum(len(plan.items(n)) for n in left) for component, left in missing.items()}
+    needed, sizes = disk_needed(plan.job, {c: list(files.values()) for c, files in found.items()}, images, one)
+    lines = [*source.summary(), f"{out}: {plan.summary()}", *(f"keep {component}: as it is" for component in plan.keep)]
+    lines += [
+        f"make {component}: {len(left):,} of {len(numbers):,} shards are still to be made; "
+        f"about {sizes[component] / 1e6:,.1f} MB in the store"
+        for component, left in missing.items()
+    ]
+    rest = one.seconds * sum(len(plan.items(n)) for n in set().union(*missing.values())) / workers
+    duration = timedelta(seconds=math.ceil(start + rest))
     lines.append(
-        f"estimate, from {one.images} images made just now: {timedelta(seconds=round(seconds))} (h:mm:ss) with "
-        f"{workers} workers, and {disk_needed(found, images, one) / 1e6:,.1f} MB of disk while it is made"
+        f"estimate, from {one.images} images processed now: {duration} (h:mm:ss) with "
+        f"{workers} workers, of which {start:.1f} s to start processes and to load or compile loops; "
+        f"{needed / 1e6:,.1f} MB of disk while it runs, {sum(sizes.values()) / 1e6:,.1f} MB when it is done"
     )
     return lines

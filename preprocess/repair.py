@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 
 from kamim import KamimError
-from kamim.storage import store
+from kamim.storage import log_file, store
 from kamim.storage.store import Job, Manifest, Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
@@ -51,9 +51,10 @@ def repair(
             store.seal(path, content)
         broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
         if broken:
-            _rebuild(_plan(job, manifest, source(job), broken, path, progress), space, workers, progress, say)
-            store.seal(space.store, content)
-            space.publish()
+            with log_file.logged(space.log, f"repair of {', '.join(sorted(broken))}"):
+                _rebuild(_plan(job, manifest, source(job), broken, path, progress), space, workers, progress, say)
+                store.seal(space.store, content)
+                space.publish()
         space.clear()
     return found
 

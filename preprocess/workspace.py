@@ -1,4 +1,5 @@
-"""Where a job works: OUT, the finished store; OUT.partial, all that is unfinished; OUT.lock, held while at work.
+"""Where a job works: OUT, the finished store; OUT.partial, all that is unfinished; OUT.lock, held while at work;
+OUT.log, its log.
 
     OUT.partial/job.json      the job
     OUT.partial/stamps.npy    its source, see preprocess.fingerprint
@@ -27,10 +28,12 @@ class Workspace:
     """The places of one --out."""
 
     def __init__(self, out: Path):
+        lock.check_local("--out", out)
         # Other machines have other working directories; a link to a store stays one.
         self.out = out = out.resolve() if out.is_symlink() else out.absolute()
         self.partial = out.with_name(out.name + ".partial")
         self.lock = out.with_name(out.name + ".lock")
+        self.log = out.with_name(out.name + ".log")
         self.job_file = self.partial / "job.json"
         self.stamps_file = self.partial / store.STAMPS
         self.shards = self.partial / "shards"

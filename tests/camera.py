@@ -36,8 +36,9 @@ def watched(watcher: Callable[[], None]) -> Iterator[None]:
 
 
 def tree(path: Path) -> dict[Path, bytes]:
-    """Every file's content, by its path."""
-    return {file.relative_to(path): file.read_bytes() if file.is_file() else b"" for file in path.rglob("*")}
+    """Every file's content by its path, except logs."""
+    files = (file for file in path.rglob("*") if file.suffix != ".log")
+    return {file.relative_to(path): file.read_bytes() if file.is_file() else b"" for file in files}
 
 
 class Camera:

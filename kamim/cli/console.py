@@ -58,7 +58,7 @@ app.add_typer(bench_app, name="bench")
 out_console, err_console = _Console(), _Console(stderr=True)
 _debug = False
 
-RESUMABLE = 75  # exit code of what was asked to stop and goes on when typed again (EX_TEMPFAIL)
+RESUMABLE = 75  # exit code of a command that was stopped and that a rerun continues (EX_TEMPFAIL)
 
 
 def _show_version(asked: bool) -> None:

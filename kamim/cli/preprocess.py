@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import RESUMABLE, app, bar, err_console, out_console, says_errors, shard_of, terminable
+from kamim.cli.console import RESUMABLE, app, bar, out_console, say, says_errors, shard_of, terminable
 from kamim.cli.store import show_store
 
 
@@ -17,7 +17,9 @@ def preprocess(
     dataset: Annotated[str, typer.Argument(help="A data set: imagenet, cifar10, webdataset ...")],
     out: Annotated[Path, typer.Option(help="The store to write or extend.")],
     source: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
-    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    split: Annotated[
+        str, typer.Option(help="train or val; of an image folder, its subfolder of that name if it has such.")
+    ] = "train",
     download: Annotated[bool, typer.Option("--download", help="Fetch cifar10 or cifar100 into --source.")] = False,
     detectors: Annotated[
         str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to those of OUT.")
@@ -56,9 +58,12 @@ def preprocess(
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the planned work and exit.")] = False,
 ) -> None:
-    """Detects keypoints once and writes a store. Rerun it to resume."""
+    """Detects keypoints once and writes a store. Rerun it to resume; OUT.log is its log.
+
+    Example: kamim preprocess imagefolder --source photos --out stores/photos
+    """
     from preprocess import sources
-    from preprocess.build import Stopped, build, build_share, publish_shares
+    from preprocess.build import Stopped, build, build_share, publish_shares, stopping
     from preprocess.estimate import describe
     from preprocess.plan import make_job
 
@@ -77,14 +82,15 @@ def preprocess(
         crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
     )  # fmt: skip
     if job.fingerprint == "content":
-        err_console.print("reads the whole source first, to tell whether it changed (--fingerprint content)")
-    if dry_run:
-        for line in describe(job, listed, out, workers):
-            out_console.print(line)
-        return
-    say = err_console.print
+        say("reading the whole source first, to detect changes (--fingerprint content)")
     fresh = True
     try:
+        if dry_run:
+            with stopping():
+                lines = describe(job, listed, out, workers)
+            for line in lines:
+                out_console.print(line)
+            return
         with terminable(), bar(f"preprocess {dataset} {split}", images=1) as update:
             if publish:
                 fresh = publish_shares(job, listed, out)
@@ -98,13 +104,15 @@ def preprocess(
                     job, listed, out, workers=workers, strict=strict, progress=update, cluster=cluster, say=say
                 )
     except KeyboardInterrupt:
-        err_console.print("stopped; the same command again continues where it was")
+        say("stopped; rerun the same command to continue")
         raise typer.Exit(RESUMABLE) from None
     except Stopped as error:
-        err_console.print(f"stopped: {error}")
+        say(f"stopped: {error}")
         raise typer.Exit(RESUMABLE) from None
     if share is not None:
-        out_console.print(f"share {shard} is done; when all are, the same command with --publish instead of --shard")
+        out_console.print(
+            f"share {shard} is done; when all are, run the same command with --publish instead of --shard"
+        )
         return
     if not fresh:
         out_console.print(f"{out} is complete already")

@@ -20,6 +20,8 @@ from kamim.cli.console import (
     weighting_of,
 )
 
+SHOWN = 5  # classes whose names are printed
+
 
 @app.command()
 @says_errors
@@ -72,7 +74,7 @@ def weights(
 
 
 def show_store(path: Path) -> None:
-    """A line on what a store is."""
+    """Prints what a store is."""
     from kamim.storage.store import Store
 
     manifest = Store(path).manifest
@@ -81,6 +83,8 @@ def show_store(path: Path) -> None:
         f"{path}: {manifest.count} images of {len(manifest.classes) or 'no'} classes ({manifest.job.images}, "
         f"{manifest.job.encoding}), keypoints: {', '.join(manifest.rules) or 'none'}; {size / 1e6:,.1f} MB"
     )
+    if manifest.classes:
+        out_console.print(f"classes: {', '.join(manifest.classes[:SHOWN])}{', ...' * (len(manifest.classes) > SHOWN)}")
     if manifest.rejects:
         out_console.print(f"{manifest.rejects} files could not be read: {path / 'rejects.csv'}")
 
@@ -151,7 +155,7 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
                 workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,
             )  # fmt: skip
     except (KeyboardInterrupt, Stopped) as error:
-        err_console.print(f"stopped: {error or 'the same command again continues where it was'}")
+        err_console.print(f"stopped: {error or 'rerun the same command to continue'}")
         raise typer.Exit(RESUMABLE) from None
     for problem in repaired:
         out_console.print(f"{path / problem.where}: was {problem.what}, put right")

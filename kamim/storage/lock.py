@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from kamim.training.distributed import World
 
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Windows drive has one letter
+
+
+def check_local(option: str, out: Path) -> None:
+    """Raises KamimError for a URL, such as s3://bucket/store, of which pathlib makes a folder "s3:"."""
+    if _URL.match(str(out)):
+        raise KamimError(f"{option} {str(out).replace(':/', '://', 1)}: is a URL; kamim writes to local folders only")
+
+
 @contextmanager
 def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None]:
     """Holds OUT.lock in the context (in the first process of `world`), so that no other command writes to `out`.
@@ -20,6 +30,7 @@ def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None
     option: the name of `out` in errors, such as "--out". Raises KamimError, in every process of `world`, if another
     command holds the lock or `out` cannot be locked.
     """
+    check_local(option, out)
     file = out.resolve().with_name(f"{out.resolve().name}.lock")
     problem = ""
     with ExitStack() as stack:

@@ -14,8 +14,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
+from kamim.storage.log_file import write_line
 from kamim.storage.store import write_whole
 from kamim.training.config import Log
 from kamim.training.nonfinite import Diverged
@@ -33,6 +32,7 @@ from kamim.training.nonfinite import Diverged
 Values = Mapping[str, float]
 T = TypeVar("T")
 FILE = "metrics.jsonl"
+LOG = "log.txt"
 log = logging.getLogger(__name__)
 
 
@@ -201,8 +201,7 @@ def warn(run: Path, line: str) -> None:
     """Logs a warning, and appends it to RUN/log.txt unless the disk is full."""
     line = one_line(line)
     log.warning("%s", line)
-    with suppress(OSError), (run / "log.txt").open("a") as file:
-        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+    write_line(run / LOG, line)
 
 
 def check_finite(step: int, values: Values) -> None:

@@ -4,8 +4,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read
 MAX_CLASSES = 1_000_000
 CHANGED = "changed since it was listed"
+SHOWN = 5  # names in a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,41 @@ Read = Callable[[Item], bytes | np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """A listed data set. read(item) gives the bytes of an image file, or RGB pixels, uint8 [H, W, 3].
+    """A listed data set. read(item) returns the bytes of an image file, or RGB pixels, uint8 [H, W, 3].
 
-    read raises OSError where an item cannot be read. It travels to worker processes, so it holds next to nothing.
+    read raises OSError if an item cannot be read. It travels to worker processes, so it holds next to nothing.
+    skipped: the number of files in the folders of images that are not taken as images, by their kind.
     """
 
     location: str
     classes: tuple[str, ...]
     items: Sequence[Item]
     read: Read
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def summary(self) -> list[str]:
+        """Returns what was listed as lines: images, classes by name, files that are skipped."""
+        names = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
+        classes = f"{len(self.classes):,} {plural(len(self.classes), 'class', 'classes')} ({names})"
+        images = f"{len(self.items):,} {plural(len(self.items), 'image')}"
+        lines = [f"{self.location}: {images}, {classes if self.classes else 'no classes'}"]
+        if count := sum(self.skipped.values()):
+            kinds = sorted(self.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+            shown = ", ".join(f"{number:,} {kind}" for kind, number in kinds[:SHOWN])
+            more = ", ..." if len(kinds) > SHOWN else ""
+            lines.append(f"skipped {count:,} other {plural(count, 'file')}: {shown}{more}")
+        return lines
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """Returns the noun that goes with a count; many: its plural if that is not `one` with an s."""
+    return one if count == 1 else many or f"{one}s"
+
+
+def kind_of(name: str) -> str:
+    """Returns the suffix of a file's name in lower case, or "without suffix"."""
+    suffix = Path(name).suffix
+    return printable(suffix.lower()) if suffix else "without suffix"
 
 
 def is_image(name: str) -> bool:

@@ -3,48 +3,63 @@
 import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from kamim import KamimError
-from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, printable, read_whole
+from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, kind_of, printable, read_whole
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# Folders of a split, the one that is taken first.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+BESIDE = "beside the class folders"  # images that have no class
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """Class folders (class = folder name, sorted), or one flat folder of images without labels.
+    """Lists class folders (class = folder name, sorted), or one flat folder of images without labels.
 
+    If all folders with images are named as splits, such as train and val, it lists the folder of the split.
     A folder without any image in it is no class; torchvision's ImageFolder refuses it.
-    Raises ValueError for a missing source, for one without images, and for one whose folders are splits.
+    Raises KamimError for a missing source, for one without images, and for one that only has folders of other splits.
     """
     root = existing(source, "imagefolder")
     classes: list[str] = []
     items: list[Item] = []
+    skipped: Counter[str] = Counter()
     for name in subfolders(root):
-        listed = images_below(root, name, len(classes))
+        listed = images_below(root, name, len(classes), skipped)
         if listed:
             classes.append(name)
             items += listed
-    if classes and SPLITS.issuperset(classes):
-        raise KamimError(
-            f"--source {printable(str(root))}: its folders ({', '.join(classes)}) are splits, not classes; "
-            f"give one of them: --source {printable(str(root / classes[0]))}"
-        )
+    if classes and set(classes) <= {name for names in SPLITS.values() for name in names}:
+        return list_images(root / _folder_of(split, classes, root), split)
+    flat = images_in(root, skipped)
     if not items:
-        items = images_in(root)
+        items = flat
+    elif flat:
+        skipped[BESIDE] = len(flat)
     if not items:
         raise KamimError(
             f"--source {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
             "nor class folders of them"
         )
-    return listed_folder(root, classes, items)
+    return listed_folder(root, classes, items, skipped)
 
 
-def listed_folder(root: Path, classes: list[str], items: list[Item]) -> Source:
-    """The source of image files whose keys are their paths below a folder."""
-    return Source(printable(str(root)), tuple(map(printable, classes)), items, partial(read_file, str(root)))
+def _folder_of(split: str, folders: list[str], root: Path) -> str:
+    for name in SPLITS[split]:
+        if name in folders:
+            return name
+    raise KamimError(
+        f"--source {printable(str(root))}: its folders ({', '.join(folders)}) are splits, none of them for "
+        f"--split {split}; give another --split, or one of the folders as --source"
+    )
+
+
+def listed_folder(root: Path, classes: list[str], items: list[Item], skipped: Counter[str]) -> Source:
+    """Returns the source of image files whose keys are their paths below a folder."""
+    return Source(printable(str(root)), tuple(map(printable, classes)), items, partial(read_file, str(root)), skipped)
 
 
 def subfolders(root: Path) -> list[str]:
@@ -52,16 +67,17 @@ def subfolders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
 
 
-def images_in(root: Path, label_of: Callable[[str], int] = lambda name: -1) -> list[Item]:
-    """Image files in a folder itself, sorted by name."""
-    names = sorted(entry.name for entry in root.iterdir() if is_image(entry.name))
-    return [item for name in names if (item := file_item(str(root), name, label_of(name)))]
+def images_in(root: Path, skipped: Counter[str], label_of: Callable[[str], int] = lambda name: -1) -> list[Item]:
+    """Lists the image files in a folder itself, sorted by name, and counts its other files in `skipped`."""
+    files = sorted(entry.name for entry in root.iterdir() if not entry.is_dir())
+    skipped.update(kind_of(name) for name in files if not is_image(name))
+    return [item for name in files if is_image(name) and (item := file_item(str(root), name, label_of(name)))]
 
 
-def images_below(root: Path, name: str, label: int) -> list[Item]:
-    """Image files below root/name, sorted. Links are followed, each folder is entered once.
+def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> list[Item]:
+    """Lists the image files below root/name, sorted, and counts the other files in `skipped`.
 
-    Raises OSError for a folder that cannot be listed.
+    Links are followed, and each folder is entered once. Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
     found: list[Item | None] = []
@@ -73,6 +89,7 @@ def images_below(root: Path, name: str, label: int) -> list[Item]:
         seen.add(real)
         folders.sort()
         below = os.path.relpath(parent, root)
+        skipped.update(kind_of(file) for file in files if not is_image(file))
         found += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
     return [item for item in found if item]
 

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,18 +47,20 @@ def list_images(source: Path | None, split: str) -> Source:
 
 def _class_folders(folder: Path) -> Source | None:
     wnids = [name for name in subfolders(folder) if _WNID.fullmatch(name)]
-    items = [item for label, wnid in enumerate(wnids) for item in images_below(folder, wnid, label)]
-    return listed_folder(folder, wnids, items) if items else None
+    skipped: Counter[str] = Counter()
+    items = [item for label, wnid in enumerate(wnids) for item in images_below(folder, wnid, label, skipped)]
+    return listed_folder(folder, wnids, items, skipped) if items else None
 
 
 def _flat(root: Path, folder: Path, split: str) -> Source:
     if split == "train":
         raise KamimError(f"--source {printable(str(folder))}: has no class folders <wnid> with images in them")
     classes, label_of = _truth(root)
-    items = images_in(folder, label_of)
+    skipped: Counter[str] = Counter()
+    items = images_in(folder, skipped, label_of)
     if not items:
         raise KamimError(f"--source {printable(str(folder))}: holds no images, nor class folders of them")
-    return listed_folder(folder, classes, items)
+    return listed_folder(folder, classes, items, skipped)
 
 
 def _train_tar(file: Path) -> Source:

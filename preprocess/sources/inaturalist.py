@@ -4,6 +4,7 @@ Category folders are named NNNNN_kingdom_..._species, and their number is the la
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from kamim import KamimError
@@ -29,8 +30,11 @@ def list_images(source: Path | None, split: str) -> Source:
         categories = [name for name in subfolders(folder) if _CATEGORY.fullmatch(name)] if folder.is_dir() else []
         if categories:
             _check(categories, str(folder))
-            items = [item for label, name in enumerate(categories) for item in images_below(folder, name, label)]
-            return listed_folder(folder, categories, items)
+            skipped: Counter[str] = Counter()
+            items = [
+                item for label, name in enumerate(categories) for item in images_below(folder, name, label, skipped)
+            ]
+            return listed_folder(folder, categories, items, skipped)
     for place in PLACES[split]:
         if (root / f"{place}.tar").is_file():
             return _tar(root / f"{place}.tar")

@@ -4,6 +4,7 @@ The lists' lines are "path label"; the folders are named as the archives name th
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from kamim import KamimError
@@ -37,7 +38,7 @@ def list_images(source: Path | None, split: str) -> Source:
         if ".." in path.split("/") or label >= len(classes):
             raise KamimError(f"{printable(str(root))}: {LISTS[split]} holds {printable(path)} {label}")
     items = [item for path, label in listed.items() if (item := file_item(str(folder), path, label))]
-    return listed_folder(folder, classes, items)
+    return listed_folder(folder, classes, items, Counter())
 
 
 def _pairs(file: Path) -> dict[str, int]:

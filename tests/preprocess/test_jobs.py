@@ -20,7 +20,7 @@ from kamim.cli import RESUMABLE, app
 from kamim.storage import store
 from kamim.storage.store import Store
 from preprocess import build as building
-from preprocess import executors
+from preprocess import estimate, executors
 from preprocess.build import Stopped, build, build_share, publish_shares
 from preprocess.fingerprint import source_hashes
 from preprocess.plan import plan_build
@@ -40,15 +40,17 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """Every file's content by its path, except logs."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".log")
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def make(source: Path, out: Path, backend: str = "zarr", **options: Any) -> list[str]:
-    """Builds; returns what was said."""
+    """Builds; returns what was said, except of the source."""
     said: list[str] = []
     job, listed = plan_job(source, backend, **options)
     build(job, listed, out, workers=1, strict=False, progress=lambda done, total: None, say=said.append)
-    return said
+    return [line for line in said if line not in listed.summary()]
 
 
 class Made:
@@ -82,7 +84,7 @@ def test_a_detector_is_added_and_nothing_else_is_made(
     assert made.components == [("sift",)] * 3
     assert tree(out) == tree(at_once)
     assert [file.stat().st_ino for file in kept] == inodes
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["at_once", "out"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["at_once", "at_once.log", "out", "out.log"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_a_link_stays_one_and_its_target_is_the_store(folder: Path, tmp_path: Pa
     for detectors in (("fast",), ("sift",)):
         make(folder, link, detectors=detectors)
     assert link.is_symlink()
-    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["store"]
+    assert sorted(entry.name for entry in (tmp_path / "disk").iterdir()) == ["store", "store.log"]
     assert Store(link).detectors == ("fast", "sift")
 
 
@@ -356,7 +358,9 @@ def test_shares_made_in_any_order_give_the_same_bytes(folder: Path, tmp_path: Pa
     assert tree(out) == tree(make_store(folder, tmp_path / "at_once", shard_size=2))
     assert not publish_shares(job, listed, out)
     share(1)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["at_once", "out", "out.lock"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "at_once", "at_once.log", "out", "out.lock", "out.log",
+    ]  # fmt: skip
 
 
 def test_a_share_of_other_parameters_is_refused_while_others_are_unfinished(folder: Path, tmp_path: Path) -> None:
@@ -426,7 +430,7 @@ def test_two_jobs_on_one_store_do_not_meet(folder: Path, tmp_path: Path) -> None
         other.communicate("")
     assert build(job, listed, out, **quiet)  # type: ignore[arg-type]
     assert problems(out, deep=True) == []
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "out.log"]
 
 
 def test_a_lock_whose_file_was_removed_is_taken_again(tmp_path: Path) -> None:
@@ -520,7 +524,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_start(
 def test_the_estimate_is_about_what_comes_of_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     needed = building.disk_needed
-    monkeypatch.setattr(building, "disk_needed", lambda *given: seen.append(needed(*given)) or seen[-1])
+    monkeypatch.setattr(building, "disk_needed", lambda *given: seen.append(needed(*given)[0]) or (seen[-1], {}))
     with monkeypatch.context() as patch:
         patch.setattr(store, "make_durable", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -535,7 +539,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, tmp_pa
     first = runner.invoke(app, [*command, "--resolution", "64"])
     assert first.exit_code == 0, first.stderr
     assert "makes images, fast of 12 images in 1 shards" in first.stdout
-    assert "make images: 1 of 1 shards are still to be made; about 0." in first.stdout
+    assert "make images: 1 of 1 shards are still to be made; about " in first.stdout
     assert "estimate, from 12 images" in first.stdout
     assert not list(tmp_path.iterdir())
     make_store(folder, out)
@@ -545,6 +549,60 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, tmp_pa
     assert "keep fast: as it is" in more.stdout
     assert runner.invoke(app, command).stdout == f"{out} is complete already\n"
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dry_run_counts_whole_pages(
+    folder: Path, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real pages, which are larger than all that is in them: the dry run says what the store then takes."""
+    monkeypatch.undo()
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
+    job, listed = plan_job(folder, backend, detectors=("fast", "sift"))
+    *_, estimated = estimate.describe(job, listed, tmp_path / "out", 1)
+    build(job, listed, tmp_path / "out", workers=1, strict=False, progress=lambda done, total: None)
+    taken = sum(file.stat().st_blocks * 512 for file in (tmp_path / "out").rglob("*"))
+    assert float(estimated.rpartition(", ")[2].split()[0]) == pytest.approx(taken / 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "https", "file"])
+@pytest.mark.parametrize("option", ["--dry-run", "--strict"])
+def test_a_url_is_no_folder(scheme: str, option: str, folder: Path) -> None:
+    done = runner.invoke(
+        app, ["preprocess", "imagefolder", "--source", str(folder), "--out", f"{scheme}://bucket/store", option]
+    )
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: --out {scheme}://bucket/store: is a URL; kamim writes to local folders only"
+    )
+
+
+def test_a_job_leaves_a_log(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it lists and plans, and how it ended; it is beside the store, whose checksums do not depend on it."""
+    out = tmp_path / "out"
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "assemble", fails)
+        with pytest.raises(Stopped):
+            make(folder, out)
+    make(folder, out)
+    make(folder, out)  # is complete: nothing is logged
+    make(folder, out, detectors=("sift",))
+    lines = [line[20:] for line in (tmp_path / "out.log").read_text().splitlines()]
+    plan, more = (
+        "makes images, fast of 12 images in 3 shards",
+        "makes sift of 12 images in 3 shards; keeps images, fast",
+    )
+    stored, shards = "12 images are stored, 0 could not be read", [f"{done} of 12 images" for done in (5, 10, 12)]
+    assert [line for line in lines if "begun by" not in line and "12 images, 3 classes" not in line] == [
+        *shards, f"{plan}: ended by Stopped: out of memory; rerun the same command to continue, with fewer --workers "
+        "to need less", stored, f"{plan}: done", *shards, stored, f"{more}: done",
+    ]  # fmt: skip
+    assert sum("begun by kamim" in line for line in lines) == 3
+    assert not problems(out)
 
 
 def test_info_is_readable_by_programs(folder: Path, tmp_path: Path) -> None:

@@ -54,16 +54,44 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     assert [item.label for item in listed.items] == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("splits", [("train",), ("test", "train", "val")])
-def test_splits_are_not_taken_for_classes(splits: tuple[str, ...], tmp_path: Path) -> None:
-    for split in splits:
-        image(tmp_path / split / "ant/a.jpg")
-    assert complaint("imagefolder", tmp_path) == (
-        f"--source {tmp_path}: its folders ({', '.join(splits)}) are splits, not classes; "
-        f"give one of them: --source {tmp_path / splits[0]}"
-    )
+@pytest.mark.parametrize(("splits", "split", "chosen"), [
+    (("train",), "train", "train"), (("test", "train", "val"), "train", "train"),
+    (("test", "train", "val"), "val", "val"), (("test", "training"), "val", "test"),
+    (("test", "training"), "train", "training"), (("valid", "testing"), "val", "valid"),
+])  # fmt: skip
+def test_of_folders_of_splits_one_is_listed(splits: tuple[str, ...], split: str, chosen: str, tmp_path: Path) -> None:
+    for name in splits:
+        for item in ("ant/a.jpg", "bee/b.jpg"):
+            image(tmp_path / name / item)
+    (tmp_path / "annotations").mkdir()  # no images in it
+    listed = list_source("imagefolder", tmp_path, split)
+    assert (listed.location, listed.classes) == (str(tmp_path / chosen), ("ant", "bee"))
+    assert listed.items == list_source("imagefolder", tmp_path / chosen, split).items
     image(tmp_path / "ant/a.jpg")
-    assert list_source("imagefolder", tmp_path, "train").classes == ("ant", *splits)
+    assert list_source("imagefolder", tmp_path, split).classes == ("ant", *sorted(splits))
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("test", "val"):
+        image(tmp_path / name / "ant/a.jpg")
+    assert complaint("imagefolder", tmp_path) == (
+        f"--source {tmp_path}: its folders (test, val) are splits, none of them for --split train; "
+        "give another --split, or one of the folders as --source"
+    )
+
+
+def test_what_is_listed_is_told_with_the_files_that_are_skipped(tmp_path: Path) -> None:
+    for name in "abcdefg":
+        image(tmp_path / name / "1.jpg")
+    for name in ("a/2.avif", "b/3.AVIF", "b/4.npy", "c/deep/5.mp4", "LICENSE", "a/notes"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    image(tmp_path / "cover.png")
+    assert list_source("imagefolder", tmp_path, "train").summary() == [
+        f"{tmp_path}: 7 images, 7 classes (a, b, c, d, e, ...)",
+        "skipped 7 other files: 2 .avif, 2 without suffix, 1 .mp4, 1 .npy, 1 beside the class folders",
+    ]
+    assert list_source("imagefolder", tmp_path / "d", "train").summary() == [f"{tmp_path / 'd'}: 1 image, no classes"]
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifes
     counts = [len(plan.items(number)) - len(listed) for number, listed in enumerate(rejects)]
     if not sum(counts):
         raise KamimError(
-            f"--source {plan.source.location}: none of its {plan.job.items} files is a readable image; "
+            f"source = {plan.source.location}: none of its {plan.job.items} files is a readable image; "
             f"{rejects[0][0][0]}: {rejects[0][0][1]}"
         )
     for component in plan.job.components:  # images first: it makes the groups that the others lie in

@@ -115,7 +115,7 @@ def stopping() -> Iterator[None]:
     except (BrokenExecutor, CancelledError) as error:
         raise Stopped("a worker process died (out of memory?); rerun the same command to continue") from error
     except MemoryError as error:
-        raise Stopped("out of memory; rerun the same command to continue, with fewer --workers to need less") from error
+        raise Stopped("out of memory; rerun the same command to continue, with fewer workers to need less") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -164,8 +164,8 @@ def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[i
     free = shutil.disk_usage(space.partial).free
     if needed > free:
         raise KamimError(
-            f"--out {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
-            f"{free / 1e9:,.2f} GB free; free some space, or choose another --out"
+            f"out = {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
+            f"{free / 1e9:,.2f} GB free; free some space, or choose another out=..."
         )
 
 

@@ -44,15 +44,15 @@ def dask(address: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client, KilledWorker
     except ImportError:
-        raise KamimError("--cluster: Dask is not installed; pip install 'kamim[cluster]'") from None
+        raise KamimError("cluster: Dask is not installed; pip install 'kamim[cluster]'") from None
     try:
         connected = Client(address)
     except (OSError, ValueError) as error:
-        raise KamimError(f"--cluster {address}: cannot be reached: {error}; must be tcp://HOST:PORT") from error
+        raise KamimError(f"cluster = {address}: cannot be reached: {error}; must be tcp://HOST:PORT") from error
     with connected as client:
         threads: dict[str, Any] = client.nthreads()
         if not threads:
-            raise KamimError(f"--cluster {address}: has no workers; start some with `dask worker {address}`")
+            raise KamimError(f"cluster = {address}: has no workers; start some with `dask worker {address}`")
         try:
             yield client.get_executor(pure=False, retries=RETRIES), AHEAD * sum(threads.values())
         except KilledWorker as error:

@@ -79,6 +79,6 @@ def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Pat
     first = int(differs[0]) if len(differs) else common
     what = printable(source.items[first].key) if first < len(now) else "which is gone"
     raise KamimError(
-        f"--source {source.location}: changed since {made} was begun ({len(before)} items then, {len(now)} now); "
-        f"the first that differs is number {first}, {what}; restore the source, or choose another --out"
+        f"source = {source.location}: changed since {made} was begun ({len(before)} items then, {len(now)} now); "
+        f"the first that differs is number {first}, {what}; restore the source, or choose another out=..."
     )

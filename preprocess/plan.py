@@ -90,24 +90,24 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
     for name in detectors:
         detector(name)
         if name == store.IMAGES or not name.isidentifier():
-            raise KamimError(f"--detectors {name}: a store cannot hold a detector of that name")
+            raise KamimError(f"detectors = {name}: a store cannot hold a detector of that name")
     if len(set(detectors)) != len(detectors):
-        raise KamimError(f"--detectors {','.join(detectors)}: names one twice")
+        raise KamimError(f"detectors = {','.join(detectors)}: names one twice")
     if fixed["images"] not in ("ffcv", "zarr"):
-        raise KamimError(f"--images {fixed['images']}: must be one of auto, ffcv, zarr")
+        raise KamimError(f"images = {fixed['images']}: must be one of auto, ffcv, zarr")
     if fixed["fingerprint"] not in ("stat", "content"):
-        raise KamimError(f"--fingerprint {fixed['fingerprint']}: must be stat or content")
+        raise KamimError(f"fingerprint = {fixed['fingerprint']}: must be stat or content")
     resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise KamimError(f"--crop-scale {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
+        raise KamimError(f"crop_scale = {crop_scale[0]},{crop_scale[1]}: needs 0 < smallest <= largest <= 1")
     if not 16 <= resolution <= 1024:
-        raise KamimError(f"--resolution {resolution}: must be 16 to 1024")
+        raise KamimError(f"resolution = {resolution}: must be 16 to 1024")
     if not 1 <= fixed["quality"] <= 100:
-        raise KamimError(f"--quality {fixed['quality']}: must be 1 to 100")
+        raise KamimError(f"quality = {fixed['quality']}: must be 1 to 100")
     if fixed["encoding"] == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
         raise KamimError(
-            f"--encoding raw: images for --resolution {resolution} and --crop-scale {crop_scale[0]},{crop_scale[1]} "
-            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; take --encoding jpeg, or smaller images"
+            f"encoding = raw: images for resolution = {resolution} and crop_scale = {crop_scale[0]},{crop_scale[1]} "
+            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; take encoding=jpeg, or smaller images"
         )
 
 
@@ -192,8 +192,8 @@ def _refuse_other(there: Job, job: Job, out: Path) -> None:
     ]
     if differences:
         raise KamimError(
-            f"--out {out}: is there already, of another job ({'; '.join(differences)}); "
-            "remove it or choose another --out"
+            f"out = {out}: is there already, of another job ({'; '.join(differences)}); "
+            "remove it or choose another out=..."
         )
 
 

@@ -87,7 +87,7 @@ def _rebuild(plan: BuildPlan, space: Workspace, workers: int, progress: Progress
     differ = [name for name in made.checksums if made.checksums[name] != plan.store.checksums.get(name)]
     if differ:
         raise KamimError(
-            f"{space.out / differ[0]}: comes out different with the packages of today; preprocess into another --out"
+            f"{space.out / differ[0]}: comes out different with the packages of today; preprocess into another out=..."
         )
 
 
@@ -125,6 +125,6 @@ def _check(plan: BuildPlan, space: Workspace, found: Found) -> None:
         fingerprint.refuse_change(plan.source_hashes, now, plan.source, space.out)
         number, component = wrong[0]
         raise KamimError(
-            f"--source {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "
+            f"source = {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "
             f"tells that the source changed; made with OpenCV {plan.store.opencv[component]}, here is {cv2.__version__}"
         )

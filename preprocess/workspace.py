@@ -28,7 +28,7 @@ class Workspace:
     """The places of one --out."""
 
     def __init__(self, out: Path):
-        lock.check_local("--out", out)
+        lock.check_local("out =", out)
         # Other machines have other working directories; a link to a store stays one.
         self.out = out = out.resolve() if out.is_symlink() else out.absolute()
         self.partial = out.with_name(out.name + ".partial")
@@ -50,7 +50,7 @@ class Workspace:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise KamimError(f"--out {self.out}: cannot be made: {error.strerror}") from error
+            raise KamimError(f"out = {self.out}: cannot be made: {error.strerror}") from error
         busy = f"{self.lock}: another process is at work on this store; wait until it is done"
         with lock.held(self.lock, busy, shared):
             self.refuse_strangers()
@@ -63,9 +63,9 @@ class Workspace:
         if self.partial.exists() and not self.job_file.exists():  # ours where it is the rest of one being removed
             strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
             if strange:
-                raise KamimError(f"{self.partial}: is not this job's; remove it or choose another --out")
+                raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
-            raise KamimError(f"--out {self.out}: is there already and is not a kamim store; choose another --out")
+            raise KamimError(f"out = {self.out}: is there already and is not a kamim store; choose another out=...")
 
     def _recover(self, shared: bool) -> None:
         cut_short = self.store.exists() and self.replaced.exists() and not self.out.exists()

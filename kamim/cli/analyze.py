@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import app, bar, out_console, says_errors
+from kamim.cli.console import app, bar, check_checkpoints, check_store, out_console, says_errors
 
 
 @app.command()
@@ -43,6 +43,9 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Seed for images, masks, t-SNE and intervals.")] = 0,
 ) -> None:
     """Draws the paper's figures 2 to 10 and more for one or several checkpoints side by side."""
+    check_checkpoints(checkpoint)
+    check_store(store)
+
     from kamim.analysis.analyze import run_analysis
     from kamim.analysis.request import Request, parse_figures, parse_query, read_probes
     from kamim.storage.store import Store

@@ -1,17 +1,19 @@
-"""What every command shares: the consoles, the progress bar, and how a mistake is told."""
+"""What every command shares: the consoles, the progress bar, how errors are printed, and checks of paths."""
 
 import faulthandler
 import functools
+import inspect
 import io
 import json
 import logging
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,10 +28,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typer.models import OptionInfo
 
 import kamim
 from kamim import KamimError
 from kamim.storage.escape import one_line, printable
+
+if TYPE_CHECKING:
+    from kamim.training.config import Pretrain
+    from kamim.training.settings import Section
 
 
 class _Console(Console):
@@ -99,8 +106,34 @@ def say(line: str) -> None:
         err_console.print(line)
 
 
+def options_of(command: Callable[..., None]) -> dict[str, str]:
+    """Returns the options of a command by the names of its parameters, such as {"crop_scale": "--crop-scale"}."""
+    options = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                names = (str(info.default), *(info.param_decls or ()))  # typer takes the first name for the default
+                options[name] = next((text for text in names if text.startswith("--")), f"--{name.replace('_', '-')}")
+    return options
+
+
+_PARAMETER = re.compile(r"(?<![\w./-])(\w+)(?:=| = )|^(\w+)(?=: )")
+
+
+def as_typed(message: str, options: Mapping[str, str]) -> str:
+    """Returns a library's message in terms of the command line: `crop_scale = 2` becomes `--crop-scale 2`."""
+
+    def option(found: re.Match[str]) -> str:
+        name, alone = found.groups()
+        if alone:
+            return options.get(alone, alone)
+        return f"{options[name]} " if name in options else found[0]
+
+    return _PARAMETER.sub(option, message)
+
+
 def says_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """What a user can mend becomes one line and exit code 1. Anything else is a bug, and keeps its traceback."""
+    """Wraps a command: a KamimError becomes one line and exit code 1. Another exception is a bug with a traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -111,8 +144,9 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (KamimError, OSError, MemoryError) as error:
             if _debug:
                 raise
-            said = "out of memory; " if isinstance(error, MemoryError) else ""
-            err_console.print(f"error: {said}{one_line(error)}", style="red")
+            line = as_typed(one_line(error), options_of(command))
+            memory = "out of memory; " if isinstance(error, MemoryError) else ""
+            err_console.print(f"error: {memory}{line}", style="red")
             raise typer.Exit(1) from None
         except Exception:
             err_console.print("this is a bug in kamim; please report it with the command and the lines below")
@@ -193,6 +227,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as demo")]
 
 
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and exit.")]
+
+
+def print_config(config: "Section") -> None:
+    """Prints a configuration as YAML, which -c reads back."""
+    from kamim.training.settings import dump
+
+    for line in dump(config).splitlines():
+        out_console.print(line)
+
+
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
     """kamim.training.config.Weighting of what the options say."""
     from kamim.training.config import Weighting
@@ -200,6 +245,38 @@ def weighting_of(detector: str, footprint: str, patch_size: int, temperature: fl
 
     keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
     return load(Weighting, None, given=keys)
+
+
+def check_store(store: Path | None) -> None:
+    """Reads a store's manifest, without torch. Raises KamimError if there is none."""
+    if store is not None:
+        from kamim.storage.store import read_manifest
+
+        read_manifest(store)
+
+
+def check_exists(name: str, path: Path | None) -> None:
+    """Raises KamimError unless the path exists; name: of the parameter in the error, empty for an argument."""
+    if path is not None and not path.exists():
+        raise KamimError(f"{name} = {path}: no such file or folder".removeprefix(" = "))
+
+
+def check_run(config: "Pretrain") -> None:
+    """Checks the paths that a run reads, without torch. Raises KamimError for one that is missing."""
+    check_store(config.data.store)
+    check_exists("init_from", config.init_from)
+    if config.probe is not None:
+        check_store(config.probe.train)
+        check_store(config.probe.val)
+
+
+def check_checkpoints(specs: Sequence[str]) -> None:
+    """Raises KamimError for the first [NAME=][random:|pixels:]PATH whose path does not exist; timm:MODEL has none."""
+    for spec in specs:
+        source = spec.partition("=")[2] if "=" in spec else spec
+        path = Path(source.removeprefix("random:").removeprefix("pixels:"))
+        if source and not source.startswith("timm:") and not path.exists():
+            raise KamimError(f"checkpoint = {spec}: no such file or folder")
 
 
 def check_folder(option: str, file: Path | None) -> None:

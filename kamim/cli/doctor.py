@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import ConfigFile, Overrides, app, out_console, says_errors
+from kamim.cli.console import ConfigFile, Overrides, app, check_store, out_console, says_errors
 
 
 @app.command()
@@ -19,11 +19,14 @@ def doctor(
 
     Exits with code 1 if a check fails or the loader is the bottleneck.
     """
-    from kamim.bench.doctor import examine
     from kamim.training.config import Pretrain
     from kamim.training.settings import load
 
+    check_store(store)
     given = [f"data.store={store}", "out=unused", *(overrides or ())]
     resolved = load(Pretrain, config, given) if config is not None or overrides else None
+
+    from kamim.bench.doctor import examine
+
     if not examine(store, resolved, out_console.print):
         raise typer.Exit(1)

@@ -8,12 +8,16 @@ import typer
 from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
+    PrintConfig,
     app,
     bar,
+    check_checkpoints,
     check_folder,
+    check_store,
     is_main,
     metrics_line,
     out_console,
+    print_config,
     say,
     says_errors,
     terminable,
@@ -45,6 +49,7 @@ def evaluate(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as linprobe")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for state and results; needed to resume.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    show_config: PrintConfig = False,
 ) -> None:
     """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction."""
     from kamim.evaluation.config import MODES, Evaluation
@@ -62,6 +67,12 @@ def evaluate(
         [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
         {key: value for key, value in named.items() if value is not None},
     )  # fmt: skip
+    if show_config:
+        print_config(resolved)
+        return
+    check_checkpoints(resolved.checkpoint)
+    check_store(resolved.train)
+    check_store(resolved.val)
     if resolved.train is not None and resolved.train == resolved.val and mode != "reconstruct":
         say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:

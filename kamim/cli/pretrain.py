@@ -10,11 +10,15 @@ from kamim.cli.console import (
     RESUMABLE,
     ConfigFile,
     Overrides,
+    PrintConfig,
     app,
     bar,
+    check_exists,
     check_folder,
+    check_run,
     metrics_line,
     out_console,
+    print_config,
     say,
     says_errors,
     terminable,
@@ -32,20 +36,20 @@ def pretrain(
     resume: Annotated[
         Literal["auto", "never"], typer.Option(help="If out holds a run: auto resumes it, never fails.")
     ] = "auto",
-    print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
+    show_config: PrintConfig = False,
 ) -> None:
     """Pretrains SimMIM or KAMIM on a store. Rerun it to resume from the newest checkpoint.
 
     On SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
     """
     from kamim.training.config import Pretrain
-    from kamim.training.settings import dump, load
+    from kamim.training.settings import load
 
     resolved = load(Pretrain, config, overrides or ())
-    if print_config:
-        for line in dump(resolved).splitlines():
-            out_console.print(line)
+    if show_config:
+        print_config(resolved)
         return
+    check_run(resolved)
     method = "simmim" if resolved.weighting is None else "kamim"
     title = f"pretrain {method} {resolved.model.name}"
     try:
@@ -77,15 +81,17 @@ def replay(
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
     """Computes one step of a run again and prints the loss of its samples, largest first."""
+    check_folder("--out", out)
+    check_folder("--plot", plot)
+    check_exists("", run)
+    if plot is not None and plot.suffix != ".png":
+        raise KamimError(f"--plot {plot}: must end in .png")
+
     import numpy as np
 
     from kamim.reporting.plots import reconstruction_sheet
     from kamim.training.replay import replay as replay_step
 
-    check_folder("--out", out)
-    check_folder("--plot", plot)
-    if plot is not None and plot.suffix != ".png":
-        raise KamimError(f"--plot {plot}: must end in .png")
     found = replay_step(run, step, device)
     title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
     out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")

@@ -9,10 +9,14 @@ from rich.table import Table
 
 from kamim.cli.console import (
     RESUMABLE,
+    PrintConfig,
     app,
     bar,
+    check_run,
+    check_store,
     metrics_line,
     out_console,
+    print_config,
     say,
     says_errors,
     shard_of,
@@ -31,15 +35,25 @@ def sweep(
         str | None,
         typer.Option(help="I/N: every N-th run from the I-th on, next to processes with the others."),
     ] = None,
+    show_config: PrintConfig = False,
 ) -> None:
     """Pretrains and evaluates every run of a grid, and prints tables. Rerun it to resume."""
-    from kamim.evaluation.grid import Grid
-    from kamim.evaluation.grid_table import runs_table
+    from kamim.evaluation.grid import Grid, evaluation, points, pretraining
     from kamim.training.settings import load
 
     grid = load(Grid, file, overrides or ())
+    if show_config:
+        print_config(grid)
+        return
+    share = (1, 1) if shard is None else shard_of(shard)
+    for point in points(grid):
+        check_run(pretraining(grid, point))
+    evaluated = evaluation(grid, points(grid))
+    check_store(evaluated.train)
+    check_store(evaluated.val)
     try:
         with terminable(), bar("sweep") as update:
+            from kamim.evaluation.grid_table import runs_table
             from kamim.evaluation.run_grid import run_grid
 
             results = run_grid(
@@ -47,7 +61,7 @@ def sweep(
                 lambda title: (
                     lambda done, total, m: update(done, total, ", ".join(filter(None, (title, metrics_line(m)))))
                 ),
-                (1, 1) if shard is None else shard_of(shard),
+                share,
             )
     except KeyboardInterrupt:
         say("stopped, saved; rerun the command to resume")

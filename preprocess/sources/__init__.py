@@ -33,21 +33,21 @@ def list_source(dataset: str, source: Path | None, split: str) -> Source:
     if dataset not in SOURCES:
         raise KamimError(f"data set {dataset!r}: must be one of {', '.join(SOURCES)}")
     if split not in SPLITS:
-        raise KamimError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+        raise KamimError(f"split = {split}: must be one of {', '.join(SPLITS)}")
     try:
         listed = SOURCES[dataset](source, split)
     except OSError as error:
         where = printable(str(error.filename or source))
         raise KamimError(f"{where}: cannot be read: {error.strerror or error}") from error
     if not listed.items:
-        raise KamimError(f"--source {listed.location}: holds no images")
+        raise KamimError(f"source = {listed.location}: holds no images")
     return listed
 
 
 def download(dataset: str, folder: Path | None) -> None:
     """Fetches a data set into a folder, where it is not there yet. Raises ValueError where that cannot be."""
     if dataset not in cifar.CIFARS:
-        raise KamimError(f"--download: {dataset} is not fetched, only {', '.join(cifar.CIFARS)}")
+        raise KamimError(f"download: {dataset} is not fetched, only {', '.join(cifar.CIFARS)}")
     if folder is None:
-        raise KamimError("--download: needs --source DIR, the folder to fetch into")
+        raise KamimError("download: needs source=DIR, the folder to fetch into")
     cifar.download(dataset, folder)

@@ -92,9 +92,9 @@ def is_image(name: str) -> bool:
 def existing(source: Path | None, dataset: str) -> Path:
     """SOURCE as an absolute folder. Raises ValueError where it is missing."""
     if source is None:
-        raise KamimError(f"{dataset}: needs --source DIR, the folder of its images")
+        raise KamimError(f"{dataset}: needs source=DIR, the folder of its images")
     if not source.is_dir():
-        raise KamimError(f"--source {printable(str(source))}: no such folder")
+        raise KamimError(f"source = {printable(str(source))}: no such folder")
     return source.resolve()
 
 
@@ -165,4 +165,4 @@ def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
         if name in found:
             return found[name]
     splits = ", ".join(sorted(name for name in found if name))
-    raise KamimError(f"--source {where}: has no files of --split {split}, only of {splits}")
+    raise KamimError(f"source = {where}: has no files of split = {split}, only of {splits}")

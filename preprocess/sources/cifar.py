@@ -72,7 +72,7 @@ def list_images(dataset: str, source: Path | None, split: str) -> Source:
     place = next((root / name for name in (what.folder, what.archive) if (root / name).exists()), None)
     if place is None:
         raise KamimError(
-            f"--source {printable(str(root))}: has neither {what.folder} nor {what.archive}, which --download fetches; "
+            f"source = {printable(str(root))}: has neither {what.folder} nor {what.archive}, which --download fetches; "
             "the python version is not read, as pickles can run code"
         )
     classes, labels, _ = _load(dataset, str(place), split)

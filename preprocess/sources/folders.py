@@ -41,7 +41,7 @@ def list_images(source: Path | None, split: str) -> Source:
         skipped[BESIDE] = len(flat)
     if not items:
         raise KamimError(
-            f"--source {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
+            f"source = {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
             "nor class folders of them"
         )
     return listed_folder(root, classes, items, skipped)
@@ -52,8 +52,8 @@ def _folder_of(split: str, folders: list[str], root: Path) -> str:
         if name in folders:
             return name
     raise KamimError(
-        f"--source {printable(str(root))}: its folders ({', '.join(folders)}) are splits, none of them for "
-        f"--split {split}; give another --split, or one of the folders as --source"
+        f"source = {printable(str(root))}: its folders ({', '.join(folders)}) are splits, none of them for "
+        f"split = {split}; give another split=..., or one of the folders as source=..."
     )
 
 

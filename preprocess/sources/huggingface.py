@@ -139,7 +139,7 @@ def list_images(source: Path | None, split: str) -> Source:
     where = printable(str(root))
     files = of_split(_files(root), split, where)
     if not files:
-        raise KamimError(f"--source {where}: holds no .parquet files, nor state.json with .arrow files")
+        raise KamimError(f"source = {where}: holds no .parquet files, nor state.json with .arrow files")
     _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
     labels: list[int | str | None] = []
@@ -155,7 +155,7 @@ def list_images(source: Path | None, split: str) -> Source:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise KamimError(f"{printable(str(root / name))}: {reason}") from error
     if len(found) > 1:
-        raise KamimError(f"--source {where}: its files of --split {split} differ in their columns")
+        raise KamimError(f"source = {where}: its files of split = {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
     items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
     return Source(where, classes, items, partial(_read, columns.image))
@@ -248,14 +248,14 @@ def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
 
 def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
     if columns.classes is None:
-        return name_classes(labels, f"--source {where}")
+        return name_classes(labels, f"source = {where}")
     if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
         raise KamimError(
-            f"--source {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
+            f"source = {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
         )
     numbers = [-1 if label is None else int(label) for label in labels]
     if not all(-1 <= number < len(columns.classes) for number in numbers):
-        raise KamimError(f"--source {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
+        raise KamimError(f"source = {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
     return tuple(map(printable, columns.classes)), numbers
 
 

@@ -42,7 +42,7 @@ def list_images(source: Path | None, split: str) -> Source:
     if tar.is_file():
         return _train_tar(tar) if split == "train" else _val_tar(root, tar)
     looked = ", ".join(str(place.relative_to(root)) for place in (*folders, tar))
-    raise KamimError(f"--source {printable(str(root))}: has none of {looked}")
+    raise KamimError(f"source = {printable(str(root))}: has none of {looked}")
 
 
 def _class_folders(folder: Path) -> Source | None:
@@ -54,12 +54,12 @@ def _class_folders(folder: Path) -> Source | None:
 
 def _flat(root: Path, folder: Path, split: str) -> Source:
     if split == "train":
-        raise KamimError(f"--source {printable(str(folder))}: has no class folders <wnid> with images in them")
+        raise KamimError(f"source = {printable(str(folder))}: has no class folders <wnid> with images in them")
     classes, label_of = _truth(root)
     skipped: Counter[str] = Counter()
     items = images_in(folder, skipped, label_of)
     if not items:
-        raise KamimError(f"--source {printable(str(folder))}: holds no images, nor class folders of them")
+        raise KamimError(f"source = {printable(str(folder))}: holds no images, nor class folders of them")
     return listed_folder(folder, classes, items, skipped)
 
 
@@ -99,7 +99,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
         classes, truth = _devkit_truth(file, [bytes(held.get(f"{DEVKIT}/{name}", b"")) for name in DEVKIT_FILES])
     else:
         raise KamimError(
-            f"--source {printable(str(root))}: the classes of the validation images are in none of {KAGGLE_TRUTH}, "
+            f"source = {printable(str(root))}: the classes of the validation images are in none of {KAGGLE_TRUTH}, "
             f"{DEVKIT} and {DEVKIT}.tar.gz; put one there, or sort the images into val/<wnid>"
         )
     labels = {wnid: label for label, wnid in enumerate(classes)}
@@ -107,7 +107,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
     def label_of(name: str) -> int:
         stem = name.rpartition("/")[2].partition(".")[0]
         if stem not in truth:
-            raise KamimError(f"--source {printable(str(root))}: {file} does not know {printable(name)}")
+            raise KamimError(f"source = {printable(str(root))}: {file} does not know {printable(name)}")
         return labels[truth[stem]]
 
     return classes, label_of

@@ -43,7 +43,7 @@ def list_images(source: Path | None, split: str) -> Source:
             tar = packed.with_suffix("")
             raise KamimError(f"{printable(f'{packed}: cannot be sought in; first: zcat {packed} > {tar}')}")
     looked = ", ".join(f"{place}, {place}.tar" for place in PLACES[split])
-    raise KamimError(f"--source {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
+    raise KamimError(f"source = {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
 
 
 def _tar(file: Path) -> Source:

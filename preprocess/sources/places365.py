@@ -33,7 +33,7 @@ def list_images(source: Path | None, split: str) -> Source:
     listed = _pairs(root / LISTS[split])
     folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if folder is None:
-        raise KamimError(f"--source {printable(str(root))}: has none of {', '.join(FOLDERS[split])}")
+        raise KamimError(f"source = {printable(str(root))}: has none of {', '.join(FOLDERS[split])}")
     for path, label in listed.items():
         if ".." in path.split("/") or label >= len(classes):
             raise KamimError(f"{printable(str(root))}: {LISTS[split]} holds {printable(path)} {label}")

@@ -58,7 +58,7 @@ def _patch(item: Item) -> bytes:
 def list_images(source: Path | None, split: str) -> Source:
     """Labelled patches of photographs that scikit-image and scikit-learn ship; class = the photograph."""
     if source is not None:
-        raise KamimError(f"--source {source}: the sample data set needs none")
+        raise KamimError(f"source = {source}: the sample data set needs none")
     photographs = [name for names in PHOTOGRAPHS.values() for name in names]
     classes = tuple(name.partition(".")[0] for name in photographs)
     items = [

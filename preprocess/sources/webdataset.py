@@ -35,7 +35,7 @@ def list_images(source: Path | None, split: str) -> Source:
         root = location = existing(source, "webdataset")
         found = (os.fspath(file.relative_to(root)) for file in root.rglob("*.tar"))
         shards = of_split(found, split, printable(str(root)))
-    where = f"--source {printable(str(location))}"
+    where = f"source = {printable(str(location))}"
     items: list[Member] = []
     labels: list[int | str | None] = []
     for shard in shards:
@@ -96,7 +96,7 @@ def braces(pattern: str) -> list[str]:
     choices = [_choices(part) if n % 2 else [part] for n, part in enumerate(parts)]
     count = math.prod(map(len, choices))
     if count > MAX_SHARDS:
-        raise KamimError(f"--source {printable(pattern)}: stands for {count} files, not 1 to {MAX_SHARDS}")
+        raise KamimError(f"source = {printable(pattern)}: stands for {count} files, not 1 to {MAX_SHARDS}")
     return ["".join(names) for names in itertools.product(*choices)]
 
 
@@ -106,7 +106,7 @@ def _choices(inside: str) -> list[str]:
         return inside.split(",") if "," in inside else [f"{{{inside}}}"]
     first, last = map(int, limits.groups())
     if not 0 <= last - first < MAX_SHARDS:
-        raise KamimError(f"--source: {{{inside}}} stands for {last - first + 1} files, not 1 to {MAX_SHARDS}")
+        raise KamimError(f"source: {{{inside}}} stands for {last - first + 1} files, not 1 to {MAX_SHARDS}")
     padded = any(limit.startswith("0") and limit != "0" for limit in limits.groups())
     width = max(map(len, limits.groups())) if padded else 0
     return [f"{n:0{width}}" for n in range(first, last + 1)]

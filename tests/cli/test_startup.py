@@ -56,6 +56,35 @@ def test_commands_that_train_nothing_import_no_torch(
         assert "scipy.linalg" not in imported, "numba imports it with the first compiled loop, which takes 0.4 s"
 
 
+@pytest.mark.parametrize(("command", "line"), [
+    ("eval --mode lineprobe", "--mode lineprobe: must be one of linprobe,"),
+    ("eval --val {store}", "--checkpoint: is missing"),
+    ("eval --checkpoint x=random:{none} --val {store}", "--checkpoint x=random:{none}: no such file or folder"),
+    ("eval --checkpoint {source} --train {none} --val {store}", "{none}: not a kamim store"),
+    ("eval --checkpoint {source} --val {store} knn.kk=3", "knn.kk: unknown key; allowed are"),
+    ("sweep table9", "-c table9: neither a file nor a preset"),
+    ("sweep table2 out={out}", "stores/imagenet-train: not a kamim store"),
+    ("pretrain -c demo out={out} data.store={none}", "{none}: not a kamim store"),
+    ("pretrain -c demo out={out} data.store={store} init_from={none}", "init_from = {none}: no such file or folder"),
+    ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
+    ("report {none}", "{none}: no such file or folder"),
+    ("replay {none}", "{none}: no such file or folder"),
+    ("doctor --store {none}", "{none}: not a kamim store"),
+])  # fmt: skip
+def test_a_mistake_is_told_before_torch_is_imported(
+    command: str, line: str, stores: dict[str, Path], class_folder: Path, tmp_path: Path
+) -> None:
+    paths = {"store": stores["zarr"], "source": class_folder, "out": tmp_path / "out", "none": tmp_path / "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "modules"), *command.format(**paths).split()],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stderr.startswith(f"error: {line.format(**paths)}")
+    assert done.stderr.count("\n") == 1
+    assert not HEAVY & set(json.loads((tmp_path / "modules").read_text()))
+
+
 def test_public_names_are_imported_when_they_are_used() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys, kamim; assert 'numpy' not in sys.modules; print(kamim.Store.__module__)"],

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
         threads = config.data.workers or machine.describe()["cores"]
         print_line(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
         print_line(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
+        print_line(f"{'duration':14} {_duration(config, batches, min(loader, model))}")
         if loader >= SPARE * model:
             print_line(f"{'bottleneck':14} the {world.device.type}: the loader is {loader / model:,.1f} times as fast")
             for line in _for_the_model(config, world):
@@ -70,6 +72,16 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
         for line in _for_the_loader(config, opened, model, loader / threads):
             print_line(f"{'':14} {line}")
         return False
+
+
+def _duration(config: Pretrain, batches: Loader, rate: float) -> str:
+    """Returns how long the whole run takes in one process at `rate` images per second."""
+    steps, _, _ = config.optim.schedule(batches.plan.steps_per_epoch)
+    seconds = round(steps * config.optim.batch_size / rate)
+    return (
+        f"{timedelta(seconds=seconds)} (h:mm:ss) for {steps:,} steps of {config.optim.batch_size:,} images at "
+        f"{rate:,.0f} images/s in one process, except checkpoints, panels and probes"
+    )
 
 
 def _loader_rate(batches: Loader) -> float:

@@ -25,7 +25,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 from typer.models import OptionInfo
@@ -35,6 +34,7 @@ from kamim import KamimError
 from kamim.storage.escape import one_line, printable
 
 if TYPE_CHECKING:
+    from kamim.evaluation.position import Position
     from kamim.training.config import Pretrain
     from kamim.training.settings import Section
 
@@ -163,19 +163,42 @@ class _Rate(ProgressColumn):
         return Text(f"{rate:,.0f} images/s" if rate >= 1 else "")
 
 
+class _Position(ProgressColumn):
+    """Steps done of all, or the task of many; nothing before the first."""
+
+    def render(self, task: Task) -> Text:
+        steps = "" if task.total is None else f"{task.completed:g}/{task.total:g}"
+        return Text(task.fields["position"] or steps)
+
+
+class _Left(ProgressColumn):
+    """The time left: by the recent rate of steps, or by the time that this command's tasks have taken so far."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.time_remaining
+        if task.fields["position"]:
+            done = task.completed - task.fields["skipped"]
+            seconds = task.elapsed * task.remaining / done if done and task.elapsed and task.remaining else None
+        return Text("" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
+
+
 @contextmanager
 def bar(title: str, images: int = 0) -> Iterator["Update"]:
-    """A progress bar; images: of a step; 0: steps are of something else.
+    """Shows a progress bar; images: of a step, 0 if steps are of something else.
 
-    Where there is no terminal, a line at every tenth.
+    Without a terminal, it prints a line at every tenth, and at the beginning of every task of many.
     """
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
-        TextColumn("{task.completed}/{task.total}"), _Rate(), TextColumn("left"), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), _Position(), _Rate(),
+        _Left(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and is_main())) as progress:
-        yield Update(progress, progress.add_task(printable(title), total=None, note="", images=images))
+        yield Update(progress, add_bar(progress, title, images))
+
+
+def add_bar(progress: Progress, title: str, images: int) -> TaskID:
+    """Adds the bar that an Update moves."""
+    return progress.add_task(printable(title), total=None, note="", position="", skipped=0, images=images)
 
 
 @contextmanager
@@ -190,7 +213,7 @@ def terminable() -> Iterator[None]:
 
 
 class Update:
-    """What moves a bar: update(done, total, note). One bar may show several tasks, one after the other."""
+    """Moves a bar: update(done, total, note) for tasks one after the other, of_task for one of a known number."""
 
     def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task, self._tenths = progress, task, 0
@@ -201,16 +224,32 @@ class Update:
         if shown.finished or done < shown.completed:  # rich calls a task finished for ever, and averages over both
             self._progress.reset(self._task)
             self._tenths = 0
-        self._progress.update(self._task, completed=done, total=total, note=printable(note))
-        if self._progress.disable and done * 10 // total > self._tenths:
-            say(self._line(done, total, note))
-        self._tenths = done * 10 // total
+        self._move(done, total, "", note)
 
-    def _line(self, done: int, total: int, note: str) -> str:
+    def of_task(self, position: "Position") -> Callable[[int, int, Mapping[str, float]], None]:
+        """Begins a task of many, and returns what moves the bar: over all tasks, as if each took equally long."""
+
+        def move(done: int, total: int, metrics: Mapping[str, float]) -> None:
+            note = metrics_line(metrics, f"step {done} of {total}")
+            self._move(position.number - 1 + done / total, position.count, str(position), note)
+
+        shown = self._progress.tasks[self._task]
+        if shown.total is None:  # the first; those before it were done by an earlier command
+            self._progress.update(self._task, skipped=position.number - 1)
+        self._tenths = -1
+        self._move(position.number - 1, position.count, str(position), "")
+        return move
+
+    def _move(self, done: float, total: int, position: str, note: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, position=position, note=printable(note))
+        if self._progress.disable and done * 10 // total > self._tenths:
+            say(self._line())
+        self._tenths = int(done * 10 // total)
+
+    def _line(self) -> str:
         task = self._progress.tasks[self._task]
-        left = "" if task.time_remaining is None else f"{timedelta(seconds=round(task.time_remaining))} left"
-        rate = _Rate().render(task).plain
-        return ", ".join(filter(None, (f"{task.description}: {done}/{total}", rate, left, note)))
+        position, rate, left = (column.render(task).plain for column in (_Position(), _Rate(), _Left()))
+        return ", ".join(filter(None, (f"{task.description}: {position}", rate, left, task.fields["note"])))
 
 
 def metrics_line(metrics: Mapping[str, float], title: str = "") -> str:

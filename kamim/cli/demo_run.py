@@ -49,7 +49,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     console.print("linear probes of random weights, SimMIM and KAMIM")
     checkpoints = (f"random weights=random:{runs['SimMIM'].out}", *(f"{n}={runs[n].out}" for n in ("SimMIM", "KAMIM")))
     evaluation = load(Evaluation, Path("demo"), given={"checkpoint": checkpoints, **stores})
-    results = evaluate(evaluation, ["linprobe"], lambda title: _named(update, title))
+    results = evaluate(evaluation, ["linprobe"], lambda position: _named(update, str(position)))
     accuracies = {result.settings.name: result.measured for result in results}
     pictures = _pictures(out, stores["val"], runs)
     console.print(_table(runs, accuracies, len(Store(stores["train"]).manifest.classes)))

@@ -15,7 +15,6 @@ from kamim.cli.console import (
     check_folder,
     check_store,
     is_main,
-    metrics_line,
     out_console,
     print_config,
     say,
@@ -79,10 +78,7 @@ def evaluate(
         with terminable(), bar("eval") as update:
             from kamim.evaluation.run import evaluate as evaluate_all
 
-            results = evaluate_all(
-                resolved, chosen,
-                lambda title: lambda done, total, m: update(done, total, metrics_line(m, title)),
-            )  # fmt: skip
+            results = evaluate_all(resolved, chosen, update.of_task)
     except KeyboardInterrupt:
         kept = "saved; rerun the command to resume" if resolved.out else "nothing is kept; with --out, results are kept"
         say(f"stopped, {kept}")

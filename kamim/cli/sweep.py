@@ -14,7 +14,6 @@ from kamim.cli.console import (
     bar,
     check_run,
     check_store,
-    metrics_line,
     out_console,
     print_config,
     say,
@@ -56,13 +55,7 @@ def sweep(
             from kamim.evaluation.grid_table import runs_table
             from kamim.evaluation.run_grid import run_grid
 
-            results = run_grid(
-                grid,
-                lambda title: (
-                    lambda done, total, m: update(done, total, ", ".join(filter(None, (title, metrics_line(m)))))
-                ),
-                share,
-            )
+            results = run_grid(grid, update.of_task, share)
     except KeyboardInterrupt:
         say("stopped, saved; rerun the command to resume")
         raise typer.Exit(RESUMABLE) from None

@@ -13,6 +13,7 @@ from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.position import Position
 from kamim.evaluation.results import EvalSettings, Result
 from kamim.storage import lock
 from kamim.storage.flatten import flat_text
@@ -24,10 +25,12 @@ from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class
 
 
-def evaluate(config: Evaluation, modes: Sequence[str] | None, progress: Callable[[str], Progress]) -> list[Result[Any]]:
+def evaluate(
+    config: Evaluation, modes: Sequence[str] | None, progress: Callable[[Position], Progress]
+) -> list[Result[Any]]:
     """Runs every mode on every checkpoint and returns a result for each, with the settings that led to it.
 
-    modes: None for all that apply to a checkpoint. progress(title) gives the function that shows the progress of one
+    modes: None for all that apply to a checkpoint. progress(position) gives the function that shows the progress of one
     task. With config.out, results are kept there, and a page shows all of them.
 
     Raises KamimError before any work for what cannot be evaluated, and KeyboardInterrupt if a signal stopped it.
@@ -43,7 +46,10 @@ def evaluate(config: Evaluation, modes: Sequence[str] | None, progress: Callable
             for task, folder in zip(tasks, folders, strict=True):
                 _check_free(folder, task.settings)
             world.barrier()  # all ranks have checked
-            results = [_run(task, folder, world, progress) for task, folder in zip(tasks, folders, strict=True)]
+            results = []
+            for number, (task, folder) in enumerate(zip(tasks, folders, strict=True), 1):
+                position = Position(number, len(tasks), f"{task.settings.mode} {task.settings.name}")
+                results.append(_run(task, folder, world, progress, position))
             if config.out is not None and world.is_main:
                 _report(config.out)
         return results
@@ -95,7 +101,9 @@ def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel])
     return EvalContext(config, world, samples, all_samples(val))
 
 
-def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progress]) -> Result[Any]:
+def _run(
+    task: Task, folder: Path, world: World, progress: Callable[[Position], Progress], position: Position
+) -> Result[Any]:
     """A task's result: read from its folder if it is already there, else measured and written to it."""
     file = folder / "result.json"
     if world.is_main:
@@ -103,7 +111,7 @@ def _run(task: Task, folder: Path, world: World, progress: Callable[[str], Progr
         _write(folder / "settings.json", task.settings.as_json())
     world.barrier()
     if not file.exists():
-        measured = task.run(folder, progress(f"{task.settings.mode} {task.settings.name}"))
+        measured = task.run(folder, progress(position))
         result = Result(task.settings, measured)
         world.barrier()
         if world.is_main:

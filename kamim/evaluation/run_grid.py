@@ -9,6 +9,7 @@ from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
 from kamim.evaluation.grid import Grid, GridPoint
 from kamim.evaluation.grid_table import SweepResults
 from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.position import Position
 from kamim.evaluation.results import Result
 from kamim.evaluation.run import evaluate, tasks_of
 from kamim.training import distributed, pretrain
@@ -16,11 +17,14 @@ from kamim.training.distributed import World
 from kamim.training.trainer import Progress
 
 
-def run_grid(sweep: Grid, progress: Callable[[str], Progress], shard: tuple[int, int] = (1, 1)) -> SweepResults:
+ShowTask = Callable[[Position], Progress]  # returns the function that shows the progress of a task
+
+
+def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -> SweepResults:
     """Trains and evaluates every point, and returns what the sweep's folder holds. Finished work is kept.
 
     shard: (i, n) takes every n-th run, from the i-th on (1 <= i <= n), with the baselines that belong to it, next to
-    processes that take the others. progress(title) gives the function that shows the progress of one task.
+    processes that take the others. progress(position) gives the function that shows the progress of one task.
 
     Raises KamimError before any work for a run or an evaluation that cannot be, KeyboardInterrupt if a signal stopped
     it.
@@ -29,18 +33,30 @@ def run_grid(sweep: Grid, progress: Callable[[str], Progress], shard: tuple[int,
     with distributed.joined(grid.evaluation(sweep, points).compute.device) as world:  # one process group throughout
         _check(sweep, points, world)
         mine = points[shard[0] - 1 :: shard[1]]
-        for number, point in enumerate(mine, 1):
+        baselines = {
+            point.name: [row for row in grid.baselines(sweep) if row.checkpoint.endswith(f":{point.checkpoint}")]
+            for point in mine
+        }
+        count = len(mine) + len(sweep.modes) * (len(mine) + sum(map(len, baselines.values())))
+        number = 1
+        for point in mine:
             config = grid.pretraining(sweep, point)
-            if not pretrain.pretrain(config, progress(f"{number}/{len(mine)} {point.name}")).finished:
+            if not pretrain.pretrain(config, progress(Position(number, count, f"pretrain {point.name}"))).finished:
                 raise KeyboardInterrupt
-            evaluate(grid.evaluation(sweep, [point]), sweep.modes, progress)
-            for baseline in grid.baselines(sweep):
-                if baseline.checkpoint.endswith(f":{point.checkpoint}"):
-                    _evaluate_baseline(sweep, baseline, progress)
+            evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(number, count, progress))
+            number += 1 + len(sweep.modes)
+            for baseline in baselines[point.name]:
+                _evaluate_baseline(sweep, baseline, _after(number - 1, count, progress))
+                number += len(sweep.modes)
             if world.is_main:
                 grid_table.save(SweepResults(sweep, finished(sweep)))
             world.barrier()
         return SweepResults(sweep, finished(sweep))
+
+
+def _after(done: int, count: int, progress: ShowTask) -> ShowTask:
+    """Shows an evaluation's tasks as those of a sweep of `count` tasks, of which `done` come before."""
+    return lambda position: progress(Position(done + position.number, count, position.name))
 
 
 def finished(sweep: Grid) -> list[Result[Any]]:
@@ -58,7 +74,7 @@ def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:
     tasks_of(grid.evaluation(sweep, points), sweep.modes, models, world)
 
 
-def _evaluate_baseline(sweep: Grid, baseline: GridPoint, progress: Callable[[str], Progress]) -> None:
+def _evaluate_baseline(sweep: Grid, baseline: GridPoint, progress: ShowTask) -> None:
     config = grid.evaluation(sweep, [baseline])
     model = load_evaluated_model(config.checkpoint[0])
     evaluate(config, [mode for mode in sweep.modes if MODES[mode].applies(model)], progress)

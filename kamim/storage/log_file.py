@@ -19,11 +19,11 @@ def write_line(file: Path, line: str) -> None:
 
 @contextmanager
 def logged(file: Path, what: str) -> Iterator[None]:
-    """Logs the beginning and the end of what happens inside: that it is done, or the exception that ended it."""
+    """Logs the beginning and the end of the work inside, and the exception that ended it if there was one."""
     write_line(file, f"{what}: begun by kamim {kamim.__version__}, process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
     except BaseException as error:
         write_line(file, f"{what}: ended by {type(error).__name__}: {error}")
         raise
-    write_line(file, f"{what}: done")
+    write_line(file, f"{what}: ended")

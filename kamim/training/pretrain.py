@@ -8,7 +8,7 @@ from kamim.method.objective import masked_l1
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
-from kamim.storage import lock
+from kamim.storage import lock, log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
 from kamim.training.config import Pretrain
@@ -43,11 +43,27 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             if world.is_main and total not in checkpoint.saved(config.out):
                 run_folder.claim(config)
             world.barrier()
-            outcome = trainer.fit(progress)
+            outcome = _fit(trainer, progress, total)
         if world.is_main:
             _report(config, outcome)
         world.barrier()  # torchrun ends the other ranks once one exits with a code for resuming
         return outcome
+
+
+def _fit(trainer: Trainer, progress: Progress, total: int) -> Outcome:
+    """Trains to step `total`. The first process logs the beginning and the end in RUN/log.txt, unless all is done."""
+    out, world = trainer.run.out, trainer.world
+    saved = checkpoint.saved(out)
+    if not world.is_main or total in saved:
+        return trainer.fit(progress)
+    line = f"training from step {saved[-1] if saved else 0} of {total} on {world.size} x {world.device.type}"
+    with log_file.logged(out / metrics.LOG, line):
+        outcome = trainer.fit(progress)
+        log_file.write_line(
+            out / metrics.LOG,
+            f"step {outcome.step} is done{'' if outcome.finished else ', and a signal stopped the run'}",
+        )
+    return outcome
 
 
 def _report(config: Pretrain, outcome: Outcome) -> None:

@@ -13,6 +13,7 @@ import kamim.cli
 from kamim.cli import console
 from kamim.cli.evaluate import evaluate
 from kamim.cli.preprocess import preprocess
+from kamim.evaluation.position import Position
 
 
 def test_each_task_of_a_bar_has_a_time_left_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +21,7 @@ def test_each_task_of_a_bar_has_a_time_left_of_its_own(monkeypatch: pytest.Monke
     now, lines = 0.0, list[str]()
     monkeypatch.setattr(console, "say", lines.append)
     progress = Progress(disable=True, get_time=lambda: now)
-    update = console.Update(progress, progress.add_task("demo", total=None, note="", images=4))
+    update = console.Update(progress, console.add_bar(progress, "demo", 4))
     for name, seconds, steps in (("first", 1, 10), ("second", 3, 10), ("third", 2, 5), ("third again", 2, 10)):
         for done in range(1, steps + 1):
             now += seconds
@@ -36,11 +37,40 @@ def test_each_task_of_a_bar_has_a_time_left_of_its_own(monkeypatch: pytest.Monke
     ]
 
 
+def test_one_bar_shows_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of four is done already; the others take 10 s each, of which a third is left at the third line."""
+    now, lines = 0.0, list[str]()
+    monkeypatch.setattr(console, "say", lines.append)
+    progress = Progress(disable=True, get_time=lambda: now)
+    update = console.Update(progress, console.add_bar(progress, "eval", 0))
+    for number, name in ((2, "knn a"), (3, "knn b"), (4, "linprobe b")):
+        move = update.of_task(Position(number, 4, name))
+        for done in range(1, 6):
+            now += 2
+            move(done, 5, {"loss": 0.5} if name == "linprobe b" else {})
+    assert [line for line in lines if "step" not in line] == [
+        "eval: task 2 of 4: knn a", "eval: task 3 of 4: knn b, 0:00:20 left",
+        "eval: task 4 of 4: linprobe b, 0:00:10 left",
+    ]  # fmt: skip
+    assert lines[2] == "eval: task 2 of 4: knn a, 0:00:24 left, step 3 of 5"
+    assert lines[-2:] == [
+        "eval: task 4 of 4: linprobe b, 0:00:04 left, step 3 of 5, loss 0.5000",
+        "eval: task 4 of 4: linprobe b, step 5 of 5, loss 0.5000",
+    ]
+
+
+def test_a_bar_begins_without_numbers() -> None:
+    progress = Progress(disable=True)
+    console.add_bar(progress, "demo", 0)
+    (task,) = progress.tasks
+    assert [column.render(task).plain for column in (console._Position(), console._Rate(), console._Left())] == [""] * 3
+
+
 def test_a_task_of_one_step_is_told_even_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list[str]()
     monkeypatch.setattr(console, "say", lines.append)
     progress = Progress(disable=True)
-    update = console.Update(progress, progress.add_task("demo", total=None, note="", images=0))
+    update = console.Update(progress, console.add_bar(progress, "demo", 0))
     for name in ("train", "val"):
         update(1, 1, name)
     assert [line.rpartition(", ")[2] for line in lines] == ["train", "val"]

@@ -1,6 +1,7 @@
 """kamim doctor: what it says of a store, and who waits for whom."""
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,11 @@ def test_it_measures_loader_and_model(stores: dict[str, Path]) -> None:
 def test_it_says_who_waits(stores: dict[str, Path], loader: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_loader_rate", lambda batches: loader)
     monkeypatch.setattr(doctor, "_model_rate", lambda *_: 100.0)
-    found, said, _ = asked(stores["zarr"], *CONFIG)
+    found, said, _ = asked(stores["zarr"], *CONFIG, "optim.epochs=100", "optim.warmup_epochs=1")
     assert found == code
+    images, rate = 100 * 24, min(loader, 100.0)
+    duration = timedelta(seconds=round(images / rate))
+    assert f"{duration} (h:mm:ss) for 300 steps of 8 images at {rate:,.0f} images/s in one process" in said
     if code:
         assert f"the loader: it reaches {loader:.0f}% of the model's rate" in said
         assert f"{int(np.ceil(110 / loader))} cores would suffice" in said or "data.workers=2" in said

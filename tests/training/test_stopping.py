@@ -49,6 +49,10 @@ def test_a_signal_saves_the_state_and_exits_with_75(number: signal.Signals, stor
     (step,) = checkpoint.saved(out)
     assert f"stopped after step {step}, saved; rerun the same command to continue" in said
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(step))
+    begun, stopped, ended = (line[20:] for line in (out / "log.txt").read_text().splitlines())
+    assert begun.startswith("training from step 0 of ")
+    assert stopped == f"step {step} is done, and a signal stopped the run"
+    assert ended == f"{begun.partition(': begun by')[0]}: ended"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -113,13 +113,13 @@ def stopping() -> Iterator[None]:
     try:
         yield
     except (BrokenExecutor, CancelledError) as error:
-        raise Stopped("a worker process died (out of memory?); rerun the same command to continue") from error
+        raise Stopped("a worker process died (out of memory?); rerun the command to resume") from error
     except MemoryError as error:
-        raise Stopped("out of memory; rerun the same command to continue, with fewer workers to need less") from error
+        raise Stopped("out of memory; rerun the command to resume, with fewer workers to need less") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise Stopped("the disk is full; free some space and rerun the same command to continue") from error
+        raise Stopped("the disk is full; free some space and rerun the command to resume") from error
 
 
 def make_shards(
@@ -148,7 +148,7 @@ def make_shards(
             for component, name in names.items():
                 file = folders[component] / name
                 if store.checksum(file) != checksum_of(file):
-                    raise Stopped(f"{file}: was damaged on its way; rerun the same command to rebuild it")
+                    raise Stopped(f"{file}: was damaged on its way; rerun the command to rebuild it")
                 found[component][task.number] = file
             if (done + len(task.items)) * 10 // total > done * 10 // total:
                 log_file.write_line(space.log, f"{done + len(task.items):,} of {total:,} images")
@@ -183,7 +183,7 @@ def _publish(plan: BuildPlan, space: Workspace, found: Found) -> None:
         for number in error.numbers:
             for files in found.values():
                 files[number].unlink()
-        raise Stopped(f"{error}; rerun the same command to rebuild its shard") from error
+        raise Stopped(f"{error}; rerun the command to rebuild its shard") from error
     manifest = assemble(plan, shards, space.out, space.store)
     store.seal(space.store, manifest.model_dump_json(indent=2).encode())
     space.publish()

@@ -104,7 +104,7 @@ def preprocess(
                     job, listed, out, workers=workers, strict=strict, progress=update, cluster=cluster, say=say
                 )
     except KeyboardInterrupt:
-        say("stopped; rerun the same command to continue")
+        say("stopped; rerun the command to resume")
         raise typer.Exit(RESUMABLE) from None
     except Stopped as error:
         say(f"stopped: {error}")

@@ -58,10 +58,10 @@ def pretrain(
 
             outcome = train(resolved, lambda done, total, m: update(done, total, metrics_line(m)), resume == "never")
     except KeyboardInterrupt:
-        say("stopped at once; rerun the same command to continue from the newest checkpoint")
+        say("stopped at once; rerun the command to resume from the newest checkpoint")
         raise typer.Exit(RESUMABLE) from None
     if not outcome.finished:
-        say(f"stopped after step {outcome.step}, saved; rerun the same command to continue")
+        say(f"stopped after step {outcome.step}, saved; rerun the command to resume")
         raise typer.Exit(RESUMABLE)
     said = "steps done" if outcome.first < outcome.step else "steps, all done before"
     out_console.print(f"{resolved.out}: {outcome.step} {said}; {resolved.out / 'report.html'}")

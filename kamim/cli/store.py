@@ -155,7 +155,7 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
                 workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,
             )  # fmt: skip
     except (KeyboardInterrupt, Stopped) as error:
-        err_console.print(f"stopped: {error or 'rerun the same command to continue'}")
+        err_console.print(f"stopped: {error or 'rerun the command to resume'}")
         raise typer.Exit(RESUMABLE) from None
     for problem in repaired:
         out_console.print(f"{path / problem.where}: was {problem.what}, put right")

@@ -197,7 +197,7 @@ def test_a_dead_worker_ends_the_job_which_then_continues(
 ) -> None:
     job, source = plan_job(folder)
     deadly = Source(source.location, source.classes, source.items, die)
-    with pytest.raises(Stopped, match=r"worker process died.*rerun the same command to continue"):
+    with pytest.raises(Stopped, match=r"worker process died.*rerun the command to resume"):
         run(job, deadly, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Inline)
@@ -355,7 +355,7 @@ def test_nothing_has_the_final_name_after_a_failure(
     for place in ("write_whole", "write_keypoints", "checksums", "seal", "make_durable"):
         with monkeypatch.context() as patch:
             patch.setattr(store, place, full)
-            with pytest.raises(Stopped, match="disk is full; free some space and rerun the same command to continue"):
+            with pytest.raises(Stopped, match="disk is full; free some space and rerun the command to resume"):
                 run(job, source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert run(job, source, tmp_path / "out")
@@ -464,7 +464,7 @@ def test_the_command_builds_stops_and_continues(folder: Path, tmp_path: Path, in
         patch.setattr(building, "assemble", lambda *arguments: signal.raise_signal(signal.SIGTERM))
         stopped = runner.invoke(app, command)
     assert stopped.exit_code == RESUMABLE
-    assert stopped.stderr.splitlines()[-1] == "stopped; rerun the same command to continue"
+    assert stopped.stderr.splitlines()[-1] == "stopped; rerun the command to resume"
     done = runner.invoke(app, command)
     assert done.exit_code == 0
     assert "12 images of 3 classes" in done.stdout

@@ -47,7 +47,7 @@ def test_a_signal_saves_the_state_and_exits_with_75(number: signal.Signals, stor
         run.kill()
     assert run.returncode == RESUMABLE == 75
     (step,) = checkpoint.saved(out)
-    assert f"stopped after step {step}, saved; rerun the same command to continue" in said
+    assert f"stopped after step {step}, saved; rerun the command to resume" in said
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(step))
     begun, stopped, ended = (line[20:] for line in (out / "log.txt").read_text().splitlines())
     assert begun.startswith("training from step 0 of ")
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_exits_with_75_too(
 
     monkeypatch.setattr("kamim.training.pretrain.build_trainer", prepare)
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'run'}", *GIVEN)
-    assert (code, said) == (75, "stopped at once; rerun the same command to continue from the newest checkpoint\n")
+    assert (code, said) == (75, "stopped at once; rerun the command to resume from the newest checkpoint\n")
 
 
 def invoke(*arguments: str) -> tuple[int, str]:

@@ -52,7 +52,7 @@ def _sizes(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[
     """Returns the bytes of each component of one image."""
     try:
         data = read(item)
-        rows = record(job, data, decode(data), item.label, components)
+        rows = record(job, data, decode(data), item.label, components, item.key)
     except (OSError, Undecodable):
         return dict.fromkeys(components, 0)
     return {component: sum(array.nbytes for array in arrays.values()) for component, arrays in rows.items()}

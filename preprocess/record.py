@@ -25,9 +25,12 @@ ORIGINAL_QUALITY = 95  # JPEG quality, without chroma subsampling, of originals 
 
 
 def record(
-    job: Job, data: bytes | np.ndarray, rgb: np.ndarray, label: int, components: Sequence[str]
+    job: Job, data: bytes | np.ndarray, rgb: np.ndarray, label: int, components: Sequence[str], key: str = ""
 ) -> dict[str, Rows]:
-    """The rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3]."""
+    """The rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3].
+
+    key: its path within the source, for detectors that ask for it.
+    """
     resized = functools.cache(lambda size: resize_plain(rgb, size))  # detectors share frames
     made: dict[str, Rows] = {}
     for component in components:
@@ -35,7 +38,7 @@ def record(
             made[component] = image_rows(*stored_image(job, data, rgb), label)
         else:
             sizes = frame_sizes(job, component, rgb)
-            found = [keypoints(job, component, resized(size)) for size in sizes]
+            found = [keypoints(job, component, resized(size), key) for size in sizes]
             positions, counts = zip(*found, strict=True)
             made[component] = keypoint_rows(np.concatenate(positions), np.stack(counts), np.array(sizes))
     return made
@@ -110,6 +113,6 @@ def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], 
     return geometry.canonical_frames(*rgb.shape[:2], job.resolution, job.crop_scale, detector(name).frames)
 
 
-def keypoints(job: Job, name: str, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def keypoints(job: Job, name: str, frame: np.ndarray, key: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Packed keypoints of a canonical frame, see kamim.detectors.detect_packed."""
-    return detect_packed(name, frame, 1 / job.crop_scale[0])
+    return detect_packed(name, frame, 1 / job.crop_scale[0], key)

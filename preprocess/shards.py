@@ -55,7 +55,7 @@ def run_shard(task: ShardTask) -> dict[str, str]:
                 raise KamimError(f"{name}: {reason} (--strict)") from error
             rejects.append((name, reason))
             continue
-        for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders)).items():
+        for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders), item.key).items():
             parts[component].append(rows)
     return {
         component: write_shard(folder, task.number, encode(join(component, parts[component]), rejects))

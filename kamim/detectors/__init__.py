@@ -42,14 +42,14 @@ def origin(name: str) -> str:
     return "" if name in DETECTORS else plugins.origin(name)
 
 
-def detect_packed(name: str, rgb: np.ndarray, headroom: float) -> tuple[np.ndarray, np.ndarray]:
+def detect_packed(name: str, rgb: np.ndarray, headroom: float, key: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Detects keypoints in the store's form: (positions uint16 [K, 2] (x, y) in 1/16 px, counts int64 [groups]).
 
     Positions are sorted by group; within a group with a cap strongest first (ties by y, x), otherwise by y, x without
     duplicates (drawing a footprint twice changes nothing). Equal input gives equal bytes.
     """
     rules = detector(name).rules
-    keypoints = detector(name).detect(rgb, headroom)
+    keypoints = detector(name).detect(rgb, headroom, key)
     points = np.clip(quantise(keypoints.xy), 0, np.iinfo(np.uint16).max).astype(np.uint16, order="C")
     keys = points.view(np.uint32)[:, 0]  # y above x; integers sort far faster than rows
     kept: list[np.ndarray] = []

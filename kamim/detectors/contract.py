@@ -35,11 +35,11 @@ class Detector(Protocol):
         """The number of canonical frames on which keypoints are stored (geometry.canonical_frames)."""
         ...
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
         """Returns the keypoints of rgb (uint8 [H, W, 3]). Several threads may call it at once.
 
         headroom >= 1 multiplies the detector's own limit on the number of keypoints, for frames of which
-        a crop shows only a part.
+        a crop shows only a part. key: the image's path within its source, if it has one.
         """
         ...
 

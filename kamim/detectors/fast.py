@@ -105,7 +105,7 @@ class Fast:
     rules = Rules((Group(border=float(BORDER)),), snap=True)
     frames = 2
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
         """See Detector. FAST has no limit on the number of keypoints."""
         xy, response = corners(grey(rgb), THRESHOLD)
         return Found(xy, np.zeros(len(xy), np.int64), response)

@@ -27,7 +27,7 @@ class Sift:
     rules = Rules(tuple(Group(border=5.0 * 2.0**octave) for octave in OCTAVES))
     frames = 2
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
         """See Detector. SIFT has no limit on the number of keypoints."""
         keypoints = cv2.SIFT_create().detect(rgb, None)  # type: ignore[attr-defined]
         packed = np.array([k.octave for k in keypoints], np.int64).reshape(-1)
@@ -52,7 +52,7 @@ class Orb:
         caps.append(self.FEATURES - sum(caps))
         return Rules(tuple(Group(self.EDGE * self.SCALE**level, cap) for level, cap in enumerate(caps)))
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
         """See Detector."""
         orb = cv2.ORB_create(nfeatures=round(self.FEATURES * headroom))  # type: ignore[attr-defined]
         larger = min(rgb.shape[:2]) > 2 * self.EDGE  # OpenCV raises on an image of one row

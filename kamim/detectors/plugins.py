@@ -3,12 +3,14 @@
 The whole contract of a registered object (docs/detectors.md):
 
     detect(array) -> (xy, response)     xy float32 [K, 2] (x, y), centres in px; response float32 [K]
+    detect(array, key)                  likewise; key: str, the image's path within its source, "" if it has none
     border: float = 0                   px at the image's border in which it reports nothing
     grey: bool = False                  array is uint8 [H, W] (kamim.detectors.contract.grey), not RGB [H, W, 3]
     snap: bool = False                  it reports whole pixels
 """
 
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,14 @@ def origin(name: str) -> str:
     return ", ".join(f"{dist.name} {dist.version}" for dist in distributions if dist)
 
 
+def _takes_key(detect: Any) -> bool:
+    """Whether a function has a parameter `key`; functions of C may have no signature."""
+    try:
+        return "key" in signature(detect).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def _distribution(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
 
@@ -64,13 +74,15 @@ class PlugIn:
         group = Group(border=float(getattr(plugin, "border", 0)))
         self.rules = Rules((group,), snap=bool(getattr(plugin, "snap", False)))
         self._detect = plugin.detect
+        self._takes_key = _takes_key(plugin.detect)
         self._grey = bool(getattr(plugin, "grey", False))
         self._description = description
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0) -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
         """See Detector. Raises KamimError if the object fails or breaks the contract."""
+        array, given = grey(rgb) if self._grey else rgb, {"key": key} if self._takes_key else {}
         try:
-            xy, response = (np.asarray(part, np.float32) for part in self._detect(grey(rgb) if self._grey else rgb))
+            xy, response = (np.asarray(part, np.float32) for part in self._detect(array, **given))
         except Exception as error:
             raise KamimError(f"{self._description}: failed: {_line(error)}") from error
         if response.ndim != 1 or xy.shape != (len(response), 2) or not np.isfinite(xy).all():

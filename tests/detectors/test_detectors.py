@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import kamim.detectors
 from kamim.cli import app
+from kamim.cli.pictures import image_weights
 from kamim.detectors import DETECTORS, detect_packed, detector, names, opencv
 from kamim.method.geometry import whole_views
 from kamim.method.keypoints import Group, Rules, quantise
@@ -308,6 +309,44 @@ def test_a_plug_in_goes_wherever_a_name_goes(own: None, folder: Path, tmp_path: 
         told = runner.invoke(app, command)
         assert told.exit_code == 0, told.output
         assert "akaze" in told.output or "p.png" in told.output
+
+
+DOCS = (Path(__file__).parents[2] / "docs/detectors.md").read_text()
+
+
+def test_edges_are_a_detector_as_the_docs_say(site: Path, folder: Path, tmp_path: Path) -> None:
+    """The docs' own lines: F of an image is its edges, and a store's counts are of its edges."""
+    _, _, rest = DOCS.partition("<!-- tested: edges -->\n```python\n")
+    code = rest.partition("```")[0]
+    assert code.count("\n") <= 16
+    install(site, "outlines", {"edges": "outlines:edges"}, code)
+    image = next(folder.glob("*/*.png"))
+    rgb = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
+    edges = cv2.Canny(cv2.cvtColor(rgb, cv2.COLOR_BGR2GRAY), 100, 200) > 0  # kamim's grey takes RGB for BGR
+    np.testing.assert_array_equal(image_weights(rgb, Weighting(detector="edges", footprint="point")).bitmap, edges)
+    store = Store(make_store(folder, tmp_path / "store", detectors=("edges",)))
+    positions, counts = store.keypoints("edges").image(0)
+    assert len(positions) == counts.sum() > 50
+    assert (positions % 16 == 0).all()
+
+
+def test_a_plug_in_is_given_the_key_if_it_asks_for_it(site: Path, folder: Path, tmp_path: Path) -> None:
+    """A detector that puts a keypoint where the file's name says."""
+    code = """
+class Named:
+    def detect(self, rgb, key):
+        number = int(key[-5]) if key else 9
+        return [[number, 2 * number]], [1]
+
+named = Named()
+"""
+    install(site, "namesakes", {"named": "namesakes:named"}, code)
+    for name in "0123":
+        (tmp_path / "source").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / f"source/{name}.png"), np.zeros((64, 64, 3), np.uint8))
+    store = Store(make_store(tmp_path / "source", tmp_path / "store", detectors=("named",)))
+    assert [store.keypoints("named").image(i)[0].tolist() for i in range(4)] == [[[16 * i, 32 * i]] for i in range(4)]
+    assert detector("named").detect(np.zeros((64, 64, 3), np.uint8)).xy.tolist() == [[9, 18]]
 
 
 def test_worker_processes_find_plug_ins(site: Path) -> None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from kamim.storage.escape import literal
@@ -64,33 +65,49 @@ def _with_map(rgb: np.ndarray, bitmap: np.ndarray) -> np.ndarray:
     return painted
 
 
-def _weights(figure: Figure, axes: Axes, rgb: np.ndarray, weights: np.ndarray, patch_size: int, title: str) -> None:
-    """W as a heat map over the grey image, logarithmic, with its scale."""
+def _weights(
+    axes: Axes, rgb: np.ndarray, weights: np.ndarray, patch_size: int, scale: LogNorm, title: str
+) -> AxesImage:
+    """Draws W as a heat map over the grey image, and returns the heat map."""
     axes.imshow(rgb.mean(axis=2), cmap="gray")
     extent = (-0.5, weights.shape[1] * patch_size - 0.5, weights.shape[0] * patch_size - 0.5, -0.5)
-    heat = axes.imshow(
-        weights, cmap="viridis", alpha=0.75, extent=extent, norm=LogNorm(1, max(float(weights.max()), 2.0)),
-        interpolation="nearest",
-    )  # fmt: skip
+    heat = axes.imshow(weights, cmap="viridis", alpha=0.75, extent=extent, norm=scale, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
-    bar = figure.colorbar(heat, ax=axes, fraction=0.046, pad=0.02)
-    bar.set_ticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"], minor=False, fontsize=7)
-    bar.minorticks_off()
+    return heat
+
+
+def weight_ticks(largest: float) -> list[float]:
+    """Returns values of W to label on a logarithmic axis from 1: 1, 2, 5, 10, ... as long as they do not collide."""
+    decades = [10.0**power for power in range(int(np.log10(largest)) + 1)]
+    if len(decades) > 2:
+        return decades[:: -(-len(decades) // 8)]
+    return [step * decade for decade in decades for step in (1, 2, 5) if step * decade <= largest]
 
 
 def weights_sheet(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], patch_size: int, caption: str, file: Path
 ) -> None:
-    """One row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights."""
+    """Draws a row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights.
+
+    All rows share the colours of W, from 1 to the largest of them, which the axis at the right explains.
+    """
     heights = [2.9 * rgb.shape[0] / rgb.shape[1] + 0.25 for _, rgb, _, _ in rows]
     figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
     figure.suptitle(literal(caption), fontsize=10)
     lines = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
+    largest = max(2.0, *(float(weights.max()) for _, _, _, weights in rows))
+    scale = LogNorm(1, largest)
     for line, (title, rgb, bitmap, weights) in zip(lines, rows, strict=True):
         _image(line[0], rgb, title)
         _image(line[1], _with_map(rgb, bitmap), f"map F, density {bitmap.mean():.3f}")
-        _weights(figure, line[2], rgb, weights, patch_size, f"W: mean {weights.mean():.2f}, max {weights.max():.1f}")
+        heat = _weights(
+            line[2], rgb, weights, patch_size, scale, f"W: mean {weights.mean():.4g}, max {weights.max():.4g}"
+        )
+    bar = figure.colorbar(heat, ax=lines[:, 2], fraction=0.046, pad=0.02, aspect=30)
+    ticks = weight_ticks(largest)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
+    bar.minorticks_off()
     figure.savefig(file, dpi=110)
 
 

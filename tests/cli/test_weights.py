@@ -5,6 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from kamim.cli import app
 from kamim.cli.pictures import image_weights, largest_crop
 from kamim.method import geometry
+from kamim.reporting import plots
 from kamim.training.config import Weighting
 
 
@@ -55,3 +58,24 @@ def test_a_resolution_has_whole_cells(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["weights", str(tmp_path / "a.png"), "--resolution", "190"])
     assert done.exit_code == 1
     assert done.stderr == "error: --resolution 190: must be a multiple of --patch-size 8\n"
+
+
+@pytest.mark.parametrize("largest", [2.0, 7.4, 20.0, 54.6, 99.0, 101.0, 3e3, 5e8])
+def test_ticks_do_not_collide(largest: float) -> None:
+    """On the axis, which is logarithmic from 1, neighbours are at least a twentieth of its length apart."""
+    ticks = plots.weight_ticks(largest)
+    assert 1.0 in ticks and max(ticks) <= largest and 2 <= len(ticks) <= 8
+    assert np.diff(np.log(ticks)).min() > np.log(largest) / 20
+
+
+def test_rows_share_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The axis at the right holds for all rows, though their largest weights differ."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    grey, empty = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), bool)
+    rows = [(f"{most}", grey, empty, np.linspace(1, most, 64).reshape(8, 8)) for most in (3.0, 40.0, 7.0)]
+    plots.weights_sheet(rows, 8, "caption", tmp_path / "w.png")
+    (figure,) = drawn
+    heats = [image for axes in figure.axes for image in axes.images if isinstance(image.norm, LogNorm)]
+    assert [(heat.norm.vmin, heat.norm.vmax) for heat in heats] == [(1, 40)] * 3
+    assert len(figure.axes) == 3 * 3 + 1

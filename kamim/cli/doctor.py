@@ -18,6 +18,8 @@ def doctor(
     """Checks the machine and a store; with -c or key=value, benchmarks loader and model and names the bottleneck.
 
     Exits with code 1 if a check fails or the loader is the bottleneck.
+
+    Example: kamim doctor --store stores/imagenet-train -c vit_base_kamim
     """
     from kamim.training.config import Pretrain
     from kamim.training.settings import load

@@ -50,7 +50,10 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     show_config: PrintConfig = False,
 ) -> None:
-    """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction."""
+    """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction. With --out, a rerun resumes.
+
+    Example: kamim eval --mode knn --checkpoint runs/kamim --train stores/imagenet-train --val stores/imagenet-val
+    """
     from kamim.evaluation.config import MODES, Evaluation
     from kamim.training.settings import load
 

@@ -41,6 +41,8 @@ def pretrain(
     """Pretrains SimMIM or KAMIM on a store. Rerun it to resume from the newest checkpoint.
 
     On SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
+
+    Example: kamim pretrain -c vit_base_kamim weighting.temperature=0.5 out=runs/t05
     """
     from kamim.training.config import Pretrain
     from kamim.training.settings import load

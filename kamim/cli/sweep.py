@@ -36,7 +36,10 @@ def sweep(
     ] = None,
     show_config: PrintConfig = False,
 ) -> None:
-    """Pretrains and evaluates every run of a grid, and prints tables. Rerun it to resume."""
+    """Pretrains and evaluates every run of a grid, and prints tables. Rerun it to resume.
+
+    Example: kamim sweep table2 pretrain.optim.epochs=20 out=runs/short
+    """
     from kamim.evaluation.grid import Grid, evaluation, points, pretraining
     from kamim.training.settings import load
 

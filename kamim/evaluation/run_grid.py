@@ -16,7 +16,6 @@ from kamim.training import distributed, pretrain
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress
 
-
 ShowTask = Callable[[Position], Progress]  # returns the function that shows the progress of a task
 
 

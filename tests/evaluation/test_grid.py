@@ -19,6 +19,7 @@ from kamim.evaluation import run_grid as compose
 from kamim.evaluation.grid import Grid
 from kamim.evaluation.grid_table import SweepResults, differences_table, runs_table, settings_table
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
+from kamim.evaluation.position import Position
 from kamim.evaluation.results import Accuracy, EvalSettings, Result, SampleSet
 from kamim.training import distributed
 from kamim.training.settings import load
@@ -106,15 +107,21 @@ def test_a_stopped_sweep_resumes(store: Path, tmp_path: Path) -> None:
     given = {name: load(Grid, None, given=small(tmp_path / name, store)) for name in ("whole", "again")}
     compose.run_grid(given["whole"], lambda title: lambda *_: None)
 
-    def stop(title: str) -> Any:
+    seen: list[Position] = []
+
+    def stop(position: Position) -> Any:
+        seen.append(position)
+
         def progress(done: int, total: int, said: dict[str, float]) -> None:
-            if title.startswith("2/4") and done == 3:
+            if position.name.startswith("pretrain") and position.number > 1 and done == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         return progress
 
     with pytest.raises(KeyboardInterrupt):
         compose.run_grid(given["again"], stop)
+    tasks = len(grid.points(given["again"])) * (1 + len(given["again"].modes))
+    assert [(at.number, at.count) for at in seen] == [(n, tasks) for n in range(1, len(given["again"].modes) + 3)]
     assert (tmp_path / "again/evaluation/ps8_t0.25/linprobe/result.json").exists()
     assert not (tmp_path / "again/ps16_t0.25").exists()
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "again/ps8_t0.25").rglob("*.safetensors")}

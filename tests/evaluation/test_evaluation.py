@@ -446,7 +446,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
         ("linprobe", evaluation(tmp_path / "broken.pth", train), "not a checkpoint of tensors alone"),
         ("linprobe", evaluation(f"random:{tmp_path}/some.pth", train), "neither a checkpoint"),
         ("knn", evaluation(pretrained, train, val=marked_store), "its 1 classes are not the 3 of"),
-        ("linprobe", evaluation(pretrained, train, train=None), "--train: is missing"),
+        ("linprobe", evaluation(pretrained, train, train=None), "train: is missing"),
         ("linprobe", evaluation(pretrained, train, "linprobe.block=7"), "block = 7: the encoder has blocks 1 to 6"),
         ("linprobe", evaluation(tmp_path / "nothing", train), "neither a checkpoint"),
         ("linprobe", evaluation(pretrained, tmp_path / "nothing"), "not a kamim store"),

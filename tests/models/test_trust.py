@@ -423,6 +423,6 @@ def test_hugging_faces_labels_of_another_type_are_one_line(label: Any, tmp_path:
         pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "train.parquet")
         if label == "3" and metadata == b"{}":
             continue  # the name of a class
-        with pytest.raises(ValueError, match=f"--source {tmp_path}: ") as caught:
+        with pytest.raises(ValueError, match=f"source = {tmp_path}: ") as caught:
             list_source("huggingface", tmp_path, "train")
         assert "\n" not in str(caught.value)

@@ -123,7 +123,7 @@ def test_files_of_a_split_are_told_by_their_names() -> None:
     assert of_split(["dev/0.tar", "test/0.tar", "TRAINING_0.tar"], "val", "x") == ["dev/0.tar"]
     assert of_split(["b.tar", "restrained.tar", "a.tar"], "val", "x") == ["a.tar", "b.tar", "restrained.tar"]
     assert of_split(["train.tar", "extra.tar"], "train", "x") == ["train.tar"]
-    with pytest.raises(ValueError, match="has no files of --split train, only of test, val"):
+    with pytest.raises(ValueError, match="has no files of split = train, only of test, val"):
         of_split(["valid.tar", "eval.tar"], "train", "x")
     assert of_split([], "train", "x") == []
 

@@ -75,8 +75,8 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     for name in ("test", "val"):
         image(tmp_path / name / "ant/a.jpg")
     assert complaint("imagefolder", tmp_path) == (
-        f"--source {tmp_path}: its folders (test, val) are splits, none of them for --split train; "
-        "give another --split, or one of the folders as --source"
+        f"source = {tmp_path}: its folders (test, val) are splits, none of them for split = train; "
+        "give another split=..., or one of the folders as source=..."
     )
 
 
@@ -192,7 +192,7 @@ def test_a_missing_empty_or_imageless_source_is_named(tmp_path: Path) -> None:
 
 def test_unknown_data_sets_and_splits_are_named(tmp_path: Path) -> None:
     assert "'cifar'" in complaint("cifar", tmp_path)
-    assert "--split test" in complaint("sample", None, "test")
+    assert "split = test" in complaint("sample", None, "test")
     assert str(tmp_path) in complaint("sample", tmp_path)
 
 

@@ -35,7 +35,7 @@ class Disagreement(KamimError, RuntimeError):
 def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifest:
     """Joins the shards, and what is kept of the store `out`, into a store at `folder` that lacks only its manifest.
 
-    Raises ValueError where no image is readable.
+    Raises KamimError if no image is readable.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -126,7 +126,7 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
-    """rejects.csv of a store, by shard. Raises ValueError unless it lists as many files as the manifest says."""
+    """rejects.csv of a store, by shard. Raises KamimError unless it lists as many files as the manifest says."""
     file = path / store.REJECTS
     try:
         with file.open(newline="", encoding="utf-8", errors="replace") as stream:

@@ -1,9 +1,9 @@
 """The preprocessing job: a listed source -> a published store.
 
-The source is cut into shards. Each shard is one idempotent task (preprocess/shards.py) that leaves one file per
-component, named by its own checksum, in OUT.partial. When all are there they are joined, in order, with what a finished
-store has already (preprocess/assemble.py), and the result takes the name OUT in one rename. So the bytes do not depend
-on the number of workers, machines or restarts, and OUT exists only when it is whole.
+The source is divided into shards. Each shard is one idempotent task (preprocess/shards.py) that writes one file per
+component, named by its own checksum, to OUT.partial. Once all exist, they are joined in order with the components that a
+finished store already has (preprocess/assemble.py), and the result is renamed to OUT. So the bytes do not depend on the
+number of workers, machines or restarts, and OUT exists only if it is complete.
 """
 
 import errno
@@ -30,17 +30,17 @@ Found = dict[str, dict[int, Path]]  # shard files by component and number
 
 
 class Stopped(RuntimeError):
-    """The job could not end, but what it did is kept; the message says how to go on."""
+    """A job ended early, but its finished shards are kept; the message names the cause and how to resume."""
 
 
 def build(
     job: Job, source: Source, out: Path, *, workers: int, strict: bool, progress: Progress,
     cluster: str | None = None, say: Say = lambda line: None,
 ) -> bool:  # fmt: skip
-    """Runs the job, or what is left of it. Returns False where `out` is this job's store already.
+    """Runs the job, or the rest of it. Returns False if `out` is already this job's store.
 
-    Raises ValueError where `out` or its partial state belongs to something else, where no image is readable,
-    where the source or the disk will not do, and, with strict, at the first unreadable image; and Stopped.
+    Raises KamimError if `out` or its partial state belongs to another job, if no image is readable, if the source has
+    changed or the disk is too small, and, with strict, at the first unreadable image; and Stopped.
     """
     space = Workspace(out)
     with space.locked(), stopping():
@@ -58,7 +58,7 @@ def build_share(
     job: Job, source: Source, out: Path, *, share: tuple[int, int], workers: int, strict: bool, progress: Progress,
     cluster: str | None = None, say: Say = lambda line: None,
 ) -> None:  # fmt: skip
-    """Makes the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, next to other processes that do theirs."""
+    """Builds the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, while other processes build theirs."""
     space = Workspace(out)
     with space.locked(shared=True), stopping():
         plan = plan_build(job, source, space, progress)
@@ -70,7 +70,7 @@ def build_share(
 
 
 def publish_shares(job: Job, source: Source, out: Path) -> bool:
-    """Joins the shards that shares have made. Returns False where `out` is the store already; may raise Stopped."""
+    """Joins the shards of all shares. Returns False if `out` is already the store. Raises Stopped if some are missing."""
     space = Workspace(out)
     with space.locked(), stopping():
         plan = plan_build(job, source, space)
@@ -109,7 +109,7 @@ def _logged(plan: BuildPlan, space: Workspace, line: str, say: Say) -> Iterator[
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """What ends a job that can go on later becomes Stopped."""
+    """Turns the exceptions that end a resumable job into Stopped: a lost worker, lack of memory, a full disk."""
     try:
         yield
     except (BrokenExecutor, CancelledError) as error:
@@ -126,7 +126,7 @@ def make_shards(
     plan: BuildPlan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
     progress: Progress, shared: bool = False,
 ) -> Found:  # fmt: skip
-    """The shard files of `numbers`; makes those that are missing or damaged, and checks every one."""
+    """Returns the shard files of `numbers`, after building those that are missing or damaged and checking each."""
     folders = plan.folders(space)
     space.claim(plan.job, plan.source_hashes, folders.values(), shared)
     found: Found = {component: finished(folder, numbers) for component, folder in folders.items()}
@@ -158,7 +158,7 @@ def make_shards(
 
 
 def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
-    """Raises ValueError where the disk is too small for what is missing."""
+    """Raises KamimError if the disk is too small for what is missing."""
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
     needed, _ = disk_needed(plan.job, {c: list(files.values()) for c, files in found.items()}, images, one)
     free = shutil.disk_usage(space.partial).free
@@ -170,12 +170,12 @@ def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[i
 
 
 def in_order(plan: BuildPlan, found: Found) -> Files:
-    """The shard files of every component, as they are joined."""
+    """Returns the shard files of every component in the order in which they are joined."""
     return {component: [files[n] for n in range(plan.job.shards)] for component, files in found.items()}
 
 
 def _publish(plan: BuildPlan, space: Workspace, found: Found) -> None:
-    """Joins all shards and gives the result its name."""
+    """Joins all shards and renames the result to `out`."""
     shards = in_order(plan, found)
     try:
         check_agreement(plan, shards, space.out)

@@ -39,7 +39,7 @@ def _start_worker() -> None:
 def dask(address: str) -> Iterator[tuple[Executor, int]]:
     """The cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight.
 
-    Raises BrokenExecutor where a shard has cost too many workers their lives.
+    Raises BrokenExecutor if a shard has cost too many workers their lives.
     """
     try:
         from distributed import Client, KilledWorker

@@ -62,7 +62,7 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 def from_file(file: Path) -> np.ndarray:
-    """The hashes in a stamps.npy: uint64 [items]. Raises ValueError for a file that to_bytes does not write."""
+    """The hashes in a stamps.npy: uint64 [items]. Raises KamimError for a file that to_bytes does not write."""
     content, header = file.read_bytes(), len(to_bytes(np.empty(0, "<u8")))
     source_hashes = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
     if to_bytes(source_hashes) != content:
@@ -71,7 +71,7 @@ def from_file(file: Path) -> np.ndarray:
 
 
 def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Path) -> None:
-    """Raises ValueError where the source is not the one that `made` was made from, naming the first difference."""
+    """Raises KamimError if the source is not the one that `made` was made from, naming the first difference."""
     common = min(len(before), len(now))
     differs = np.flatnonzero(before[:common] != now[:common])
     if len(before) == len(now) == common and not len(differs):

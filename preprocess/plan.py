@@ -1,4 +1,4 @@
-"""What a job has to do: which components a finished store already has, and which have to be made of shards."""
+"""Planning a job: which components a finished store already has, and which must be built from shards."""
 
 import hashlib
 import importlib.util
@@ -40,9 +40,9 @@ def make_job(
 ) -> Job:  # fmt: skip
     """Checks the parameters and fills in those not given: what `out`, begun or finished, has already, or DEFAULTS.
 
-    images: ffcv, zarr, or auto: as `out` has, else ffcv where it imports. encoding: None is what `out` has, else auto;
+    images: ffcv, zarr, or auto: as `out` has, else ffcv if it imports. encoding: None is what `out` has, else auto;
     auto is raw for small images (see is_small), else jpeg.
-    Raises ValueError naming the parameter, its value and what is allowed.
+    Raises KamimError naming the parameter, its value and what is allowed.
     """
     before = None if out is None else _job_at(Workspace(out))
     given = {
@@ -86,7 +86,7 @@ def _job_at(space: Workspace) -> Job | None:
 
 
 def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
-    """Raises ValueError for the first parameter that is not allowed."""
+    """Raises KamimError for the first parameter that is not allowed."""
     for name in detectors:
         detector(name)
         if name == store.IMAGES or not name.isidentifier():
@@ -157,7 +157,7 @@ def plan_build(
 ) -> BuildPlan:
     """Compares the job with what is there. Detectors that are there or begun already stay asked for.
 
-    Raises ValueError where `space` is another data set's, and where the source is not what it was.
+    Raises KamimError if `space` belongs to another data set, and if the source has changed.
     """
     finished, begun = space.finished(), space.begun()
     before = [there for there in (finished.job if finished else None, begun) if there is not None]

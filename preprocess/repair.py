@@ -26,7 +26,7 @@ def repair(
 ) -> list[Problem]:  # fmt: skip
     """Puts right what is wrong with the files of a store; returns what was. source: lists a job's source, if needed.
 
-    Raises ValueError where what is there, or the source, cannot give the store back; and Stopped.
+    Raises KamimError if what is there, or the source, cannot give the store back; and Stopped.
     """
     space = Workspace(path)
     with space.locked(), stopping():
@@ -110,7 +110,7 @@ def _salvage(opened: Store, component: str, folder: Path) -> int:
 
 
 def _check(plan: BuildPlan, space: Workspace, found: Found) -> None:
-    """Raises ValueError where a shard is not what it was, which is removed."""
+    """Raises KamimError if a shard is not what it was, which is removed."""
     assert plan.store is not None
     wrong = [
         (number, component)

@@ -38,7 +38,7 @@ class ShardTask:
 def run_shard(task: ShardTask) -> dict[str, str]:
     """Makes the shard; returns its files' names, by component.
 
-    Raises ValueError for another OpenCV than the job's and, with strict, for an unreadable image.
+    Raises KamimError for another OpenCV than the job's and, with strict, for an unreadable image.
     """
     cv2.setNumThreads(1)
     if cv2.__version__ != task.job.opencv:

@@ -33,7 +33,7 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     """Everything that is wrong with the store at `path`.
 
     deep: every image is decoded, every keypoint looked at, and every shard compared with its checksum in the manifest.
-    Raises ValueError where there is no store, or one that this version cannot read.
+    Raises KamimError if there is no store, or one that this version cannot read.
     """
     content = store.agreed_manifest(path)
     if content is None:

@@ -1,4 +1,4 @@
-"""Where a job works: OUT, the finished store; OUT.partial, all that is unfinished; OUT.lock, held while at work;
+"""The paths of a job: OUT, the finished store; OUT.partial, its unfinished parts; OUT.lock, held while a process works;
 OUT.log, its log.
 
     OUT.partial/job.json      the job
@@ -25,7 +25,7 @@ from preprocess import fingerprint
 
 
 class Workspace:
-    """The places of one --out."""
+    """The paths that belong to one store `out`."""
 
     def __init__(self, out: Path):
         lock.check_local("out =", out)
@@ -42,9 +42,9 @@ class Workspace:
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[None]:
-        """Inside, nobody else is at work on `out`; with shared, only others that share.
+        """Inside, no other process works on `out`; with shared, only others that share.
 
-        A publication that was cut short is finished first. Raises ValueError where somebody is at work, and where
+        An interrupted publication is completed first. Raises KamimError if another process works, and if
         `out` or its partial state is somebody else's.
         """
         try:
@@ -58,9 +58,9 @@ class Workspace:
             yield
 
     def refuse_strangers(self) -> None:
-        """Raises ValueError where `out` or its partial state is somebody else's."""
+        """Raises KamimError if `out` or its partial state is somebody else's."""
         known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
-        if self.partial.exists() and not self.job_file.exists():  # ours where it is the rest of one being removed
+        if self.partial.exists() and not self.job_file.exists():  # ours if it is the rest of one being removed
             strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
             if strange:
                 raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
@@ -83,7 +83,7 @@ class Workspace:
         return store.read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
-        """The job of the partial state. Raises ValueError where it is no job that this kamim knows."""
+        """The job of the partial state. Raises KamimError if it is no job that this kamim knows."""
         if not self.job_file.exists():
             return None
         try:
@@ -92,7 +92,7 @@ class Workspace:
             raise KamimError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_source_hashes(self) -> np.ndarray | None:
-        """The source hashes of the partial state. Raises ValueError if they are damaged."""
+        """The source hashes of the partial state. Raises KamimError if they are damaged."""
         if not (self.job_file.exists() and self.stamps_file.exists()):
             return None
         try:
@@ -101,7 +101,7 @@ class Workspace:
             raise KamimError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
     def claim(self, job: Job, source_hashes: np.ndarray, folders: Collection[Path], shared: bool) -> None:
-        """Says whose the partial state is from now on, and makes the folders of its shards.
+        """Records the job that owns the partial state, and creates the folders of its shards.
 
         Not shared, folders of another job are removed; shared, ValueError where there is another job's state.
         """

@@ -31,7 +31,7 @@ Update = Callable[[int, int, str], None]
 def run_demo(out: Path, console: Console, update: Update) -> None:
     """Preprocesses, pretrains KAMIM and SimMIM from one seed, probes both and random weights; prints what it saw.
 
-    Started again, it goes on where it was. Raises ValueError where a training run was interrupted.
+    Started again, it goes on where it was. Raises KamimError if a training run was interrupted.
     """
     stores = {split: out / "stores" / split for split in ("train", "val")}
     preset, store = Path("demo"), f"data.store={stores['train']}"

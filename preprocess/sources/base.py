@@ -90,7 +90,7 @@ def is_image(name: str) -> bool:
 
 
 def existing(source: Path | None, dataset: str) -> Path:
-    """SOURCE as an absolute folder. Raises ValueError where it is missing."""
+    """SOURCE as an absolute folder. Raises KamimError if it is missing."""
     if source is None:
         raise KamimError(f"{dataset}: needs source=DIR, the folder of its images")
     if not source.is_dir():
@@ -125,7 +125,7 @@ def read_whole(file: str | Path) -> bytes:
 def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
     """Class names, and a label per image, from what a data set says of each: class n is called n, names are sorted.
 
-    Raises ValueError where only some images have a label, or numbers and names are mixed.
+    Raises KamimError if only some images have a label, or numbers and names are mixed.
     """
     kinds = {type(label) for label in labels}
     if kinds <= {type(None)}:
@@ -151,8 +151,8 @@ _SPLIT = re.compile(
 def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
     """The files, sorted, whose name or folder names the split; all of them where none names any.
 
-    `val` means the test files where no file is named for validation.
-    Raises ValueError where files name other splits only.
+    `val` means the test files if no file is named for validation.
+    Raises KamimError if files name other splits only.
     """
     found: dict[str | None, list[str]] = {}
     for file in sorted(files):

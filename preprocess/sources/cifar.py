@@ -65,7 +65,7 @@ CIFARS = {
 def list_images(dataset: str, source: Path | None, split: str) -> Source:
     """The archive in SOURCE, or the folder it makes; both give the same source.
 
-    Raises ValueError where there is neither, and for one that is damaged or not the published one.
+    Raises KamimError if there is neither, and for one that is damaged or not the published one.
     """
     root = existing(source, dataset)
     what = CIFARS[dataset]
@@ -129,7 +129,7 @@ def _records(data: bytes, name: str, what: Cifar, count: int) -> np.ndarray:
 def download(dataset: str, folder: Path) -> None:
     """Fetches the archive into a folder, unless it or the folder it makes is there already.
 
-    Raises ValueError where it cannot be fetched, or is not the published one.
+    Raises KamimError if it cannot be fetched, or is not the published one.
     """
     what = CIFARS[dataset]
     if any((folder / name).exists() for name in (what.folder, what.archive)):

@@ -99,7 +99,7 @@ def _refuse(error: OSError) -> None:
 
 
 def file_item(root: str, key: str, label: int) -> Item | None:
-    """The item of a file; None where it is no image, or a pipe or device, which would block a reader.
+    """The item of a file; None if it is no image, or a pipe or device, which would block a reader.
 
     What cannot be looked at, such as a dangling link, is listed, and rejected when it is read.
     """

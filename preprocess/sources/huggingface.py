@@ -130,7 +130,7 @@ _held = _Held()
 def list_images(source: Path | None, split: str) -> Source:
     """SOURCE is the folder. Its files of the split are those whose name or folder says so, else all.
 
-    An item's size is the mean of its row group. Raises ValueError for files that are damaged, or hold no column of
+    An item's size is the mean of its row group. Raises KamimError for files that are damaged, or hold no column of
     images, or several; and without pyarrow.
     """
     if importlib.util.find_spec("pyarrow") is None:
@@ -172,7 +172,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _saved(state: Path) -> list[str]:
-    """The file names in a state.json. Raises ValueError for names that lead elsewhere."""
+    """The file names in a state.json. Raises KamimError for names that lead elsewhere."""
     try:
         held = json.loads(read_whole(state))
         names = [str(file["filename"]) for file in held["_data_files"]]
@@ -187,7 +187,7 @@ def _saved(state: Path) -> list[str]:
 
 
 def _check_footers(files: Sequence[Path]) -> None:
-    """Raises ValueError for the first parquet file whose metadata ends the process that reads them."""
+    """Raises KamimError for the first parquet file whose metadata ends the process that reads them."""
     if not files:
         return
     names = b"\0".join(os.fsencode(file) for file in files)
@@ -222,7 +222,7 @@ def _columns(schema: Any) -> _Columns:
 
 
 def _features(metadata: bytes) -> dict[str, Any]:
-    """What `datasets` noted of each column. Raises ValueError for metadata of another form."""
+    """What `datasets` noted of each column. Raises KamimError for metadata of another form."""
     try:
         features = (json.loads(metadata).get("info") or {}).get("features") or {}
     except (ValueError, AttributeError, RecursionError) as error:

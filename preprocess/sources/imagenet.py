@@ -31,7 +31,7 @@ def list_images(source: Path | None, split: str) -> Source:
     """SOURCE/<split>/<wnid>/*.JPEG, also below ILSVRC/Data/CLS-LOC; or SOURCE/ILSVRC2012_img_<split>.tar.
 
     Flat validation images, in a folder or the tar, need their classes beside them: LOC_val_solution.csv, or
-    ILSVRC2012_devkit_t12, as folder or .tar.gz. Raises ValueError for anything else.
+    ILSVRC2012_devkit_t12, as folder or .tar.gz. Raises KamimError for anything else.
     """
     root = existing(source, "imagenet")
     tar = root / f"ILSVRC2012_img_{split}.tar"

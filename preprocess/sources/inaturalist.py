@@ -23,7 +23,7 @@ def list_images(source: Path | None, split: str) -> Source:
     """SOURCE itself, if it holds category folders, such as .../train_mini; else a folder or .tar of the split in it.
 
     train_mini is taken where train is not there. An archive must be decompressed, as it cannot be sought in: zcat
-    train.tar.gz > train.tar. Raises ValueError for anything else.
+    train.tar.gz > train.tar. Raises KamimError for anything else.
     """
     root = existing(source, "inaturalist2021")
     for folder in (root, *(root / place for place in PLACES[split])):

@@ -23,7 +23,7 @@ _LINE = re.compile(r"/?(?P<path>\S+) (?P<label>\d{1,4})")
 def list_images(source: Path | None, split: str) -> Source:
     """SOURCE holds categories_places365.txt, the split's list and its images. Items are in the list's order.
 
-    Raises ValueError where one of them is missing, or a list is not what it should be.
+    Raises KamimError if one of them is missing, or a list is not what it should be.
     """
     root = existing(source, "places365")
     label_of = _pairs(root / CATEGORIES)

@@ -28,7 +28,7 @@ _SAMPLE_SEED = 0
 
 @lru_cache(maxsize=4)
 def photograph(name: str) -> np.ndarray:
-    """One of PHOTOGRAPHS, whole: RGB uint8 [H, W, 3]. Raises ValueError where its package is not installed."""
+    """One of PHOTOGRAPHS, whole: RGB uint8 [H, W, 3]. Raises KamimError if its package is not installed."""
     package = next(package for package, names in PHOTOGRAPHS.items() if name in names)
     try:
         folder = importlib.resources.files(package)

@@ -81,7 +81,7 @@ class Tar:
         self.name = printable(str(file))
 
     def entries(self, within: Entry | None = None) -> Iterator[Entry]:
-        """The members in their order, of the tar or of a tar within it. Raises ValueError for a damaged one."""
+        """The members in their order, of the tar or of a tar within it. Raises KamimError for a damaged one."""
         start, stop = (0, self._size) if within is None else (within.at, within.at + within.size)
         return entries(partial(_read_at, self.file), start, stop, self.name)
 
@@ -90,14 +90,14 @@ class Tar:
         return Member(key, label, entry.size, self.time, self.file, entry.at)
 
     def bytes(self, entry: Entry, limit: int) -> bytes:
-        """A small member's content. Raises ValueError where it is larger than `limit`, or not a plain file."""
+        """A small member's content. Raises KamimError if it is larger than `limit`, or not a plain file."""
         if entry.at < 0 or entry.size > limit:
             raise KamimError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
         return _read_at(self.file, entry.size, entry.at)
 
 
 def unpacked(file: Path) -> dict[str, memoryview]:
-    """Returns the plain files in a small .tar.gz. Raises ValueError where it is damaged or unpacks to a large one."""
+    """Returns the plain files in a small .tar.gz. Raises KamimError if it is damaged or unpacks to a large one."""
     if not file.is_file():
         raise KamimError(f"{printable(str(file))}: not a plain file")
     try:
@@ -119,7 +119,7 @@ def unpacked(file: Path) -> dict[str, memoryview]:
 def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
     """The members of a tar that lies from byte `at` to `stop` of a file.
 
-    Raises ValueError where it is damaged, or cut: a tar ends with a block of zeros.
+    Raises KamimError if it is damaged, or cut: a tar ends with a block of zeros.
     """
 
     def block(at: int) -> bytes:

@@ -26,7 +26,7 @@ def list_images(source: Path | None, split: str) -> Source:
     """SOURCE is a folder of .tar files, or a pattern such as /data/train-{000..146}.tar.
 
     Where the folder's files or folders are named train, val or test, those of the split are taken.
-    Raises ValueError for missing or damaged shards, and where only some images have a label.
+    Raises KamimError for missing or damaged shards, and where only some images have a label.
     """
     if source is not None and "{" in str(source):
         root, location = Path(str(source).partition("{")[0]).parent.resolve(), source.absolute()
@@ -89,7 +89,7 @@ def _label(data: bytes, where: str) -> int | str | None:
 def braces(pattern: str) -> list[str]:
     """Expands {000..146} and {a,b} as bash does, and leaves other braces as they are. Nested braces are not expanded.
 
-    Raises ValueError for a range that counts down, and for more than MAX_SHARDS names; the library braceexpand would
+    Raises KamimError for a range that counts down, and for more than MAX_SHARDS names; the library braceexpand would
     make a list of any number of them.
     """
     parts = _BRACES.split(pattern)  # what is outside and what is inside of braces, in turn

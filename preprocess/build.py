@@ -1,9 +1,9 @@
 """The preprocessing job: a listed source -> a published store.
 
 The source is divided into shards. Each shard is one idempotent task (preprocess/shards.py) that writes one file per
-component, named by its own checksum, to OUT.partial. Once all exist, they are joined in order with the components that a
-finished store already has (preprocess/assemble.py), and the result is renamed to OUT. So the bytes do not depend on the
-number of workers, machines or restarts, and OUT exists only if it is complete.
+component, named by its own checksum, to OUT.partial. Once all exist, they are joined in order with the components that
+a finished store already has (preprocess/assemble.py), and the result is renamed to OUT. So the bytes do not depend on
+the number of workers, machines or restarts, and OUT exists only if it is complete.
 """
 
 import errno
@@ -70,7 +70,7 @@ def build_share(
 
 
 def publish_shares(job: Job, source: Source, out: Path) -> bool:
-    """Joins the shards of all shares. Returns False if `out` is already the store. Raises Stopped if some are missing."""
+    """Joins the shards of all shares. Returns False if `out` is the store already. Raises Stopped if one is missing."""
     space = Workspace(out)
     with space.locked(), stopping():
         plan = plan_build(job, source, space)

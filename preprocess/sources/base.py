@@ -149,7 +149,7 @@ _SPLIT = re.compile(
 
 
 def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
-    """The files, sorted, whose name or folder names the split; all of them where none names any.
+    """The files, sorted, whose name or folder names the split; all of them if none names any.
 
     `val` means the test files if no file is named for validation.
     Raises KamimError if files name other splits only.

@@ -180,7 +180,7 @@ def test_a_file_that_changes_after_listing_or_while_it_is_read_is_noticed(
 
 def test_a_missing_empty_or_imageless_source_is_named(tmp_path: Path) -> None:
     for dataset in ("imagefolder", "imagenet"):
-        assert "--source" in complaint(dataset, None)
+        assert "needs source=DIR" in complaint(dataset, None)
         assert f"{tmp_path / 'none'}: no such folder" in complaint(dataset, tmp_path / "none")
         assert str(tmp_path) in complaint(dataset, tmp_path)
     (tmp_path / "a").mkdir()

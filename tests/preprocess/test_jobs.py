@@ -598,7 +598,7 @@ def test_a_job_leaves_a_log(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     )
     stored, shards = "12 images are stored, 0 could not be read", [f"{done} of 12 images" for done in (5, 10, 12)]
     assert [line for line in lines if "begun by" not in line and "12 images, 3 classes" not in line] == [
-        *shards, f"{plan}: ended by Stopped: out of memory; rerun the command to resume, with fewer --workers "
+        *shards, f"{plan}: ended by Stopped: out of memory; rerun the command to resume, with fewer workers "
         "to need less", stored, f"{plan}: ended", *shards, stored, f"{more}: ended",
     ]  # fmt: skip
     assert sum("begun by kamim" in line for line in lines) == 3

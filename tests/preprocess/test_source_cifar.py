@@ -183,5 +183,5 @@ def test_only_what_can_be_fetched_is(tmp_path: Path) -> None:
     assert cifar.URL.startswith("https://")
     with pytest.raises(ValueError, match="only cifar10, cifar100"):
         sources.download("imagenet", tmp_path)
-    with pytest.raises(ValueError, match="--source"):
+    with pytest.raises(ValueError, match="needs source=DIR"):
         sources.download("cifar10", None)

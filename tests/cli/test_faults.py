@@ -130,12 +130,12 @@ def test_preprocessing_on_a_full_disk_can_go_on(folder: Path, tmp_path: Path) ->
 # Limits and faults
 
 
-def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def much(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("kamim.training.report.save_report", much)
-    assert one_line("report", "RUN") == "error: out of memory; "
+    assert one_line("report", str(tmp_path)) == "error: out of memory; "
 
 
 CUT = """

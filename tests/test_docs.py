@@ -39,7 +39,7 @@ def _arguments(lines: Iterable[str]) -> Iterator[list[str]]:
     for line in lines:
         found = re.match(r"(?:torchrun .*-m |.*; do )?kamim (.*)", line.strip())
         if found:
-            arguments = shlex.split(re.split(r" & done|[|>]", found[1])[0], comments=True)
+            arguments = shlex.split(re.split(r" &(?: |$)|[|>]", found[1])[0], comments=True)
             yield [PLACEHOLDERS.get(argument, argument.replace("=N", "=3")) for argument in arguments]
 
 

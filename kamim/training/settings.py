@@ -181,7 +181,11 @@ def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
         key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
         inner = _section_in(field.annotation)
         if inner is None or field.default is None:
-            yield key, "required" if field.is_required() else _as_yaml(field.default), meaning
+            yield (
+                key,
+                "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True)),
+                meaning,
+            )
         if inner is not None:
             yield from document(inner, f"{key}.")
 

@@ -380,7 +380,7 @@ def test_records_that_are_none_are_one_line(content: bytes, run: Path) -> None:
 )  # fmt: skip
 def test_probes_that_are_none_are_one_line(content: bytes, stores: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_bytes(content)
-    arguments = ["--checkpoint", "a=b", "--store", str(stores["zarr"]), "--out", str(tmp_path / "out")]
+    arguments = ["--checkpoint", f"a={tmp_path}", "--store", str(stores["zarr"]), "--out", str(tmp_path / "out")]
     assert f"--probe {tmp_path / 'p.json'}: " in one_line("analyze", *arguments, "--probe", str(tmp_path / "p.json"))
 
 

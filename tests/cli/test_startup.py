@@ -140,7 +140,7 @@ def test_presets_are_found_by_name() -> None:
     by_name = load(Pretrain, Path("vit_base_kamim"))
     assert by_name == load(Pretrain, ROOT / "configs/pretrain/vit_base_kamim.yaml")
     with pytest.raises(
-        ValueError, match="-c vit_huge: neither a file nor a preset; presets are cifar10, demo, .*swin_base"
+        ValueError, match=r"-c vit_huge: neither a file nor a preset; presets are cifar10, demo, .*swin_base"
     ):
         load(Pretrain, Path("vit_huge"))
 

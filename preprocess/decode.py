@@ -26,6 +26,8 @@ MAX_SCANNED = 200 * MAX_PIXELS  # scans of a JPEG times its pixels, as each scan
 LOSSLESS, SCAN = b"\xff\xc3", b"\xff\xda"
 _MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 # The formats that SUFFIXES names. Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
@@ -52,6 +54,29 @@ def decode(data: bytes | np.ndarray) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise Undecodable("not an image, or of a kind that cannot be read") from error
+    except Exception as error:  # decoders raise nearly every kind for a damaged file
+        raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def decode_mask(data: bytes) -> np.ndarray:
+    """Returns the class indices that a PNG holds, uint8 [H, W]: grey levels, or indices into its palette.
+
+    Raises Undecodable for anything else: other formats, colours, 16 bits, and grey levels of fewer than 8 bits, which
+    Pillow would scale; for files that decode rejects, as it does.
+    """
+    if data[:8] != PNG:
+        raise Undecodable("not a PNG")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            _check_size(image.height, image.width)
+            _check_png(data)
+            grey, indexed = 0, 3  # colour types of the header, whose last five bytes begin with depth and colour type
+            bits, colour = data[24], data[25]
+            if colour != indexed and (colour, bits) != (grey, 8):
+                raise Undecodable(f"{bits} bits of colour type {colour}; class indices are 8 bits of grey or a palette")
+            return np.array(image)
+    except (Undecodable, MemoryError):
+        raise
     except Exception as error:  # decoders raise nearly every kind for a damaged file
         raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -34,7 +34,7 @@ def evaluate(
         list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct or all")
+        str, typer.Option(help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct, segment or all")
     ] = "linprobe",
     checkpoint: Annotated[
         list[str] | None,

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kamim.evaluation.config import ClassifierOptim
 from kamim.evaluation.results import Accuracy
 from kamim.models.stochastic_depth import draw_paths
 from kamim.models.target_rank import target_rank
@@ -52,3 +55,22 @@ def accuracy(network: nn.Module, inputs: Callable[[Batch], Tensor], batches: Ite
             counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), (rank >= 0).sum()])
     top1, top5, samples = world.sum(counts).tolist()
     return Accuracy(100 * top1 / samples, 100 * top5 / samples)
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
+    """The optimiser of a classifier, at the learning rate before the first step."""
+    if optim.algorithm == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+    if optim.algorithm == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
+    parts = [part for group in groups for part in _lars_parts(group)]
+    lars: torch.optim.Optimizer = Lars(parts, lr=optim.lr, momentum=0.9)
+    return lars
+
+
+def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """As MAE: the rate of matrices adapts even without weight decay; vectors have neither decay nor an adapted rate."""
+    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
+    return [
+        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
+    ]  # fmt: skip

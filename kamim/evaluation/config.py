@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import pydantic
 from pydantic import Field
 
+from kamim import KamimError
 from kamim.models.architectures import Norm, Pooling
 from kamim.training.config import Compute, Optim
 from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
 
 BlockName = Count | Literal["paper", "last"]
-ModeName = Literal["linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct"]
+ModeName = Literal["linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct", "segment"]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 
 
@@ -222,6 +223,50 @@ class Reconstruct(Section):
     """Images in the picture."""
 
 
+class SegmentOptim(ClassifierOptim):
+    """ClassifierOptim, with the defaults of DINOv3's linear segmentation."""
+
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 1e-3
+    """Of every parameter."""
+    clip_grad: Positive | None = None
+    """Largest gradient norm; null does not clip."""
+    batch_size: Count = 16
+    micro_batch: Count = 16
+    epochs: Count = 40
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+
+
+class Segment(Section):
+    """The linear probe of semantic segmentation: a class for every pixel, from the patch tokens of a frozen encoder."""
+
+    train: Path | None = None
+    """A folder to train on: images/, masks/ (a PNG of class indices for each image, of the same name and size) and
+    classes.txt (a name on each line; the first line names index 0)."""
+    val: Path | None = None
+    """A folder to measure on, with the same classes."""
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    """The value in masks of pixels without a class, which neither train nor count."""
+    block: BlockName = "last"
+    """Whose patch tokens are read, as in linprobe. Those of the last block are normed by the encoder's final norm."""
+    crop_scale: tuple[Fraction, Fraction] = (0.25, 1.0)
+    """Smallest and largest share of the image's area that a random resized crop shows."""
+    optim: SegmentOptim = SegmentOptim()
+    checkpoint_epochs: Count = 10
+    """Epochs between two checkpoints."""
+    shown: Count = 6
+    """Images in the picture."""
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.crop_scale
+        if low > high:
+            raise KamimError(f"crop_scale = [{low}, {high}]: the first must not be larger than the second")
+        return self
+
+
 class Evaluation(Section):
     """`kamim eval`."""
 
@@ -232,8 +277,8 @@ class Evaluation(Section):
     architecture untrained; pixels:RUN uses pixels as features."""
     train: Path | None = None
     """A labelled store to train on."""
-    val: Path
-    """The store that is evaluated on."""
+    val: Path | None = None
+    """The store that is evaluated on; segment has its own folders."""
     per_class: Count | None = None
     """Training samples of each class; null is all."""
     batch_size: Count = 256
@@ -251,3 +296,4 @@ class Evaluation(Section):
     attentive: Attentive = Attentive()
     sweep: ProbeSweep = ProbeSweep()
     reconstruct: Reconstruct = Reconstruct()
+    segment: Segment = Segment()

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
+from kamim import KamimError
 from kamim.evaluation.config import ClassifierOptim, Evaluation
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
@@ -18,18 +20,43 @@ from kamim.training.trainer import Progress
 from pipelines.loader import Augment, Crop, Loader
 from pipelines.plan import Plan
 from pipelines.samples import Samples, check_labels
+from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
 Work = Callable[[Path, Progress], Measured]  # given its folder
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What all modes and checkpoints of one evaluation share. train: None if no training store is given."""
+    """What all modes and checkpoints of one evaluation share. train, measured: None if no such store is given."""
 
     config: Evaluation
     world: World
     train: Samples | None
-    val: Samples
+    measured: Samples | None
+
+    @property
+    def val(self) -> Samples:
+        """The samples to measure on. Raises KamimError if there are none."""
+        if self.measured is None:
+            raise KamimError("--val: is missing; this mode needs a store to evaluate on")
+        return self.measured
+
+    @cached_property
+    def mask_folders(self) -> tuple[MaskFolder, MaskFolder]:
+        """The folders that segmentation is trained and measured on, read once for all checkpoints.
+
+        Raises KamimError if one is missing or cannot be used, or if their classes differ.
+        """
+        options = self.config.segment
+        if options.train is None or options.val is None:
+            missing = "train" if options.train is None else "val"
+            raise KamimError(f"segment.{missing}: is missing; give a folder of images and masks, segment.{missing}=DIR")
+        train, val = (
+            open_mask_folder(path, options.ignore_index, self.config.workers) for path in (options.train, options.val)
+        )
+        if train.classes != val.classes:
+            raise KamimError(f"{val.path / CLASSES}: names other classes than {train.path / CLASSES}")
+        return train, val
 
     def training(
         self, samples: Samples, resolution: int, optim: ClassifierOptim, crop: Crop | None = None,

@@ -9,6 +9,7 @@ import torch
 
 from kamim import KamimError
 from kamim.models import interop
+from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Encoder, Pixels
 from kamim.storage import store
@@ -53,7 +54,8 @@ def load_evaluated_model(spec: str) -> EvaluatedModel:
     name = name or f"{kind} {path.resolve().name}".strip()
     if kind == "pixels":
         config = checkpoint.read(path).config
-        return EvaluatedModel(name, Pixels(), None, config.data.resolution, config.mask, Origin(source, "pixels"))
+        stride = ARCHITECTURES[config.model.name].stride
+        return EvaluatedModel(name, Pixels(stride), None, config.data.resolution, config.mask, Origin(source, "pixels"))
     loaded = load_model(source)
     return EvaluatedModel(
         name, loaded.model.encoder, loaded.model if loaded.has_head else None, loaded.model.resolution, loaded.mask,

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from kamim import KamimError
 from kamim.evaluation import sections, tasks
+from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.results import (
@@ -19,8 +20,10 @@ from kamim.evaluation.results import (
     Measured,
     Reconstructions,
     Result,
+    Segmentation,
     SweepAccuracy,
 )
+from kamim.evaluation.segment_task import segment_task
 from kamim.models.readout import Pixels
 from kamim.reporting import page
 
@@ -33,9 +36,9 @@ class Mode(Generic[M]):
 
     plan: gives the task; raises KamimError for a checkpoint or a configuration that it cannot take. measured: the type
     of what it measures. title: of its section in the report. column: of its headline in tables. section: parts of the
-    page (see kamim.reporting.page). applies: whether a checkpoint has what the mode needs. pictures: (PNG, caption)
-    from what the tasks left in their folders, by checkpoint. chosen_on_val: whether the headline is the best of several
-    numbers on the validation store.
+    page (see kamim.reporting.page). applies: whether a checkpoint has what the mode needs; configured: whether a
+    configuration has. pictures: (PNG, caption) from what the tasks left in their folders, by checkpoint. chosen_on_val:
+    whether the headline is the best of several numbers on the validation store.
     """
 
     plan: Callable[[EvalContext, EvaluatedModel], Task]
@@ -44,6 +47,7 @@ class Mode(Generic[M]):
     column: str
     section: Callable[[Sequence[Result[M]]], Iterator[page.Part]]
     applies: Callable[[EvaluatedModel], bool] = lambda _: True
+    configured: Callable[[Evaluation], bool] = lambda _: True
     pictures: Callable[[Sequence[tuple[str, Path]]], Iterator[tuple[bytes, str]]] = lambda _: iter(())
     chosen_on_val: bool = False
 
@@ -70,6 +74,11 @@ MODES: Mapping[str, Mode[Any]] = {
             evaluated.model is not None and evaluated.resolution % evaluated.mask.patch_size == 0
         ),
         pictures=sections.reconstruction_sheets,
+    ),
+    "segment": Mode(
+        segment_task, Segmentation, "Semantic segmentation", "segmentation, mIoU", sections.segmented,
+        configured=lambda config: config.segment.train is not None and config.segment.val is not None,
+        pictures=sections.segmentation_sheets,
     ),
 }  # fmt: skip
 

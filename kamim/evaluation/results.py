@@ -232,3 +232,26 @@ class Reconstructions:
         """Both conventions."""
         measured = {"paper": self.paper, "honest": self.honest}
         return "; ".join(f"{name} PSNR {m.psnr:.2f} dB, SSIM {m.ssim:.4f}" for name, m in measured.items() if m)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Intersection over union by class and its mean, and the share of pixels whose class is right, all in per cent.
+
+    iou is None for a class that is in neither the truth nor a prediction, and for one that is ignored; miou is the mean
+    of the others.
+    """
+
+    miou: float
+    pixel_accuracy: float
+    iou: Mapping[str, float | None]
+
+    @property
+    def score(self) -> float:
+        """The mean intersection over union."""
+        return self.miou
+
+    @property
+    def summary(self) -> str:
+        """The mean intersection over union and the accuracy."""
+        return f"mIoU {self.miou:.2f} %, pixel accuracy {self.pixel_accuracy:.2f} %"

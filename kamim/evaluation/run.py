@@ -76,7 +76,7 @@ def tasks_of(
     context = _context(config, world, models)
     return [
         MODES[mode].plan(context, model) for model in models for mode in modes or MODES
-        if modes is not None or MODES[mode].applies(model)
+        if modes is not None or (MODES[mode].applies(model) and MODES[mode].configured(config))
     ]  # fmt: skip
 
 
@@ -91,14 +91,14 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel]) -> EvalContext:
-    val, train = Store(config.val), None if config.train is None else Store(config.train)
+    train, val = (None if path is None else Store(path) for path in (config.train, config.val))
     for model in models:
         for store in filter(None, (train, val)):
             check_area(store, model.resolution, smallest_crop=1.0)
     samples = None if train is None else all_samples(train)
     if config.per_class is not None and train is not None:
         samples = some_per_class(train, config.per_class, config.seed)
-    return EvalContext(config, world, samples, all_samples(val))
+    return EvalContext(config, world, samples, None if val is None else all_samples(val))
 
 
 def _run(

@@ -14,16 +14,18 @@ from kamim.evaluation.results import (
     KnnAccuracy,
     Reconstructions,
     Result,
+    Segmentation,
     SweepAccuracy,
     SweepRow,
     best_by_readout,
 )
 from kamim.reporting import page
-from kamim.reporting.plots import BRIGHTEST, attention_sheet, reconstruction_sheet
+from kamim.reporting.plots import BRIGHTEST, attention_sheet, reconstruction_sheet, segmentation_sheet
 
 PAPER_HEADER = "paper's"
 ATTENTION = "attention.npz"  # originals, and the attention [n, Q, g, g] of each probe that learns one, by its name
 SHOWN_QUERIES = 6
+PICTURE = "segmentations.npz"  # images, truth, predicted and classes, for plots.segmentation_sheet
 SHOWN = "shown.npz"  # originals, masks and made (the reconstructions), for plots.reconstruction_sheet
 
 
@@ -142,6 +144,44 @@ def reconstruction_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple
         sheets.setdefault(same, []).append((name, reconstructions))
     for same, rows in sheets.items():
         yield page.png(reconstruction_sheet(*shown[same], rows, "")), "Original, masked, and each reconstruction."
+
+
+def segmented(results: Sequence[Result[Segmentation]]) -> Iterator[page.Part]:
+    """A table of means, and one of every class."""
+    yield page.table(
+        ("checkpoint", "protocol", "block", "epochs", "mIoU", "pixel accuracy"),
+        [
+            (
+                s.name, s.protocol, _text(s.block), _text(s.epochs), _percent(measured.miou),
+                _percent(measured.pixel_accuracy),
+            ) for s, measured in ((r.settings, r.measured) for r in results)
+        ],
+    )  # fmt: skip
+    classes = dict.fromkeys(name for r in results for name in r.measured.iou)
+    rows = [(name, *(_share(r.measured.iou.get(name)) for r in results)) for name in classes]
+    yield page.folded("IoU by class", page.table(("class", *(r.settings.name for r in results)), rows))
+
+
+def segmentation_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
+    """(PNG, caption) of predictions below the truth, of (checkpoint, folder of its task).
+
+    Checkpoints share a picture if they were given the same images and masks.
+    """
+    sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
+    shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray, list[str]]] = {}
+    for name, folder in folders:
+        with np.load(folder / PICTURE) as arrays:
+            images, truth, predicted, classes = (arrays[key] for key in ("images", "truth", "predicted", "classes"))
+        same = images.tobytes(), truth.tobytes()
+        shown[same] = images, truth, classes.tolist()
+        sheets.setdefault(same, []).append((name, predicted))
+    for same, rows in sheets.items():
+        caption = "Validation images, their true classes (white: none), and what each checkpoint predicts."
+        yield page.png(segmentation_sheet(*shown[same], rows)), caption
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else _percent(value)
 
 
 def _text(value: object) -> str:

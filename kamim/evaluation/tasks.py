@@ -3,19 +3,18 @@
 import io
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from timm.models.swin_transformer import SwinTransformer
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from kamim import KamimError
 from kamim.evaluation import attentive, finetune, paper, probe
 from kamim.evaluation.attentive import CachedTokens
-from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy
+from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy, make_optimizer
 from kamim.evaluation.config import Attentive, ClassifierOptim, Finetune, Linprobe
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
@@ -312,25 +311,6 @@ def _check_size(key: str, size: int, samples: Samples) -> None:
 
 def _identity(images: Tensor) -> Tensor:
     return images
-
-
-def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
-    """The optimiser of a classifier, at the learning rate before the first step."""
-    if optim.algorithm == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-    if optim.algorithm == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
-    parts = [part for group in groups for part in _lars_parts(group)]
-    lars: torch.optim.Optimizer = Lars(parts, lr=optim.lr, momentum=0.9)
-    return lars
-
-
-def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """As MAE: the rate of matrices adapts even without weight decay; vectors have neither decay nor an adapted rate."""
-    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
-    return [
-        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
-    ]  # fmt: skip
 
 
 def _fit(trainer: Trainer, progress: Progress) -> None:

@@ -1,5 +1,6 @@
 """What an evaluation reads from an encoder: the tokens after one of its blocks, normed and pooled."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,9 +17,16 @@ PIXELS = 32  # side to which Pixels shrinks an image
 
 
 class Pixels(nn.Module):
-    """No encoder at all, the baseline: the image of PIXELS x PIXELS px as one token [B, 1, 3 * PIXELS^2]."""
+    """No encoder at all, the baseline: the image of PIXELS x PIXELS px as one token [B, 1, 3 * PIXELS^2].
+
+    stride: side in px of a token where one for every place is read (token_map).
+    """
 
     num_features = 3 * PIXELS * PIXELS
+
+    def __init__(self, stride: int = 16):
+        super().__init__()
+        self.stride = stride
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, 3, R, R]."""
@@ -121,6 +129,21 @@ def tokens_after(encoder: Encoder, images: Tensor, block: int) -> Tensor:
     """The output of one block: [B, P + N, D]."""
     *_, (_, tokens) = blocks(encoder, images, block)
     return tokens
+
+
+def token_map(encoder: Encoder, images: Tensor, block: int) -> Tensor:
+    """The patch tokens after a block where they lie in the image: [B, D, g, g].
+
+    Those of the last block are normed by the encoder's final norm. Of Pixels, a token is the pixels of a patch.
+    """
+    if isinstance(encoder, Pixels):
+        return nn.functional.pixel_unshuffle(images, encoder.stride)
+    tokens = tokens_after(encoder, images, block)
+    if block == depth(encoder):
+        tokens = encoder.norm(tokens)
+    tokens = tokens[:, prefix(encoder) :]
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def pool(tokens: Tensor, pooling: Pooling | Literal["tokens"], prefix: int) -> Tensor:

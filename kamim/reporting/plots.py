@@ -10,9 +10,10 @@ from cycler import cycler
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from kamim.storage.escape import literal
@@ -32,6 +33,7 @@ styled = matplotlib.rc_context(STYLE)
 RING_COLOUR = np.array([230, 159, 0], np.uint8)  # Okabe and Ito's orange
 MASK_GREY = 128
 BRIGHTEST = 3.0  # of attention, in uniform weights
+GOLDEN = 0.618034  # turns of hue between two classes, so that neighbours differ
 
 
 def look(i: int) -> dict[str, Any]:
@@ -135,6 +137,25 @@ def attention_sheet(originals: np.ndarray, maps: Sequence[tuple[str, np.ndarray]
         heat = colormaps["inferno"](relative.repeat(scale, axis=1).repeat(scale, axis=2))[..., :3]
         rows.append((name, (0.35 * originals + 0.65 * 255 * heat).astype(np.uint8)))
     return _sheet(rows, caption)
+
+
+def segmentation_sheet(
+    images: np.ndarray, truth: np.ndarray, classes: Sequence[str], predictions: Sequence[tuple[str, np.ndarray]]
+) -> Figure:
+    """Columns are images; below them the true classes, and those that each named model predicts, as colours.
+
+    images: uint8 [N, R, R, 3]; truth and predictions: int [N, R, R], -1 (white) for pixels without a class. The legend
+    names the classes that occur.
+    """
+    index = np.arange(len(classes))
+    hsv = np.stack([index * GOLDEN % 1, np.full(len(classes), 0.75), 1 - index % 3 * 0.25], axis=-1)
+    colours = np.concatenate([hsv_to_rgb(hsv), np.ones((1, 3))])  # the last one is also that of -1
+    maps = [("truth", truth), *predictions]
+    figure = _sheet([("image", images), *((name, colours[values]) for name, values in maps)], "")
+    occurring = np.unique(np.concatenate([values.ravel() for _, values in maps]))
+    handles = [Patch(color=colours[i], label=literal(classes[i])) for i in occurring.tolist() if i >= 0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
 
 
 def panel_sheet(

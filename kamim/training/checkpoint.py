@@ -40,7 +40,7 @@ STATE = "state.json"
 MODEL: Literal["model.safetensors"] = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 PARTIAL = ".partial"
-Kind = Literal["pretrain", "linprobe", "attentive", "finetune"]
+Kind = Literal["pretrain", "linprobe", "attentive", "finetune", "segment"]
 log = logging.getLogger(__name__)
 
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.evaluation import classify, probe
+from kamim.evaluation.classify import make_optimizer
 from kamim.evaluation.config import ClassifierOptim, Evaluation
 from kamim.evaluation.context import EvalContext
 from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
@@ -29,7 +30,6 @@ from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import _context, evaluate
-from kamim.evaluation.tasks import make_optimizer
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, blocks, fixed, resolve, tokens_after
 from kamim.storage.store import Store

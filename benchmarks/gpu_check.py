@@ -131,6 +131,7 @@ def same_evaluation(folder: Path) -> dict[str, Any]:
     main_result = {
         "linprobe": lambda m: m.top1, "finetune": lambda m: m.top1, "knn": lambda m: m.k[5].top1,
         "probe-sweep": lambda m: m.best.top1, "reconstruct": lambda m: m.honest.psnr,
+        "few-shot": lambda m: m.shots[0].linear, "corruptions": lambda m: m.mean_linear,
     }  # fmt: skip
     by_device: dict[str, Any] = {}
     for device in ("cpu", "cuda"):

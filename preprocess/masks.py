@@ -31,7 +31,7 @@ UNLABELLED = -1  # a pixel that has no class
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """Images and masks, as open_mask_folder has found them. Samples are sorted by the stem of their file names.
+    """A folder of images and masks that open_mask_folder has checked. Samples are sorted by stem.
 
     images: the file names of the images. classes: by index. ignore_index: the value in masks of pixels without a class.
     fingerprint: a digest of the classes and of all files.
@@ -51,15 +51,15 @@ class MaskFolder:
 
         area: px^2, see kamim.method.geometry.stored_area. Raises KamimError if the file cannot be read.
         """
-        pixels = _read(self.image_file(index), decode)
+        pixels = read_file(self.image_file(index), decode)
         return resize_antialiased(pixels, stored_size(pixels.shape[0], pixels.shape[1], area))
 
     def mask(self, index: int) -> np.ndarray:
-        """The class of every pixel of an image's file: int16 [H, W], UNLABELLED where it is ignored.
+        """The class of every pixel of an image's file: int16 [H, W], UNLABELLED for ignored pixels.
 
         Raises KamimError if the file cannot be read or holds an index that names no class.
         """
-        return _read(self.mask_file(index), self.classes_of)
+        return read_file(self.mask_file(index), self.classes_of)
 
     def image_file(self, index: int) -> Path:
         """The file of an image."""
@@ -93,7 +93,7 @@ def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) 
     for folder in (path, path / IMAGES, path / MASKS):
         if not folder.is_dir():
             raise KamimError(f"{folder}: no such folder; segmentation reads DIR/{IMAGES}, DIR/{MASKS}, DIR/{CLASSES}")
-    classes = _read(path / CLASSES, _names)
+    classes = read_file(path / CLASSES, _names)
     images = _paired(path, _by_stem(path / IMAGES, is_image), _by_stem(path / MASKS, lambda name: name[-4:] == ".png"))
     listed = MaskFolder(path, images, classes, ignore_index)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
@@ -102,8 +102,8 @@ def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) 
     return MaskFolder(path, images, classes, ignore_index, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
-def _read(file: Path, parse: Callable[[bytes], T]) -> T:
-    """What a file holds. Every failure names the file."""
+def read_file(file: Path, parse: Callable[[bytes], T]) -> T:
+    """parse(the bytes of a file). Raises KamimError, which names the file, if it cannot be read or parsed."""
     try:
         return parse(read_whole(file))
     except OSError as error:
@@ -152,8 +152,8 @@ def _checked(folder: MaskFolder, index: int) -> bytes:
         digest.update(hashlib.sha256(data).digest())
         return parse(data)
 
-    image = _read(folder.image_file(index), partial(hashed, decode))
-    mask = _read(folder.mask_file(index), partial(hashed, folder.classes_of))
+    image = read_file(folder.image_file(index), partial(hashed, decode))
+    mask = read_file(folder.mask_file(index), partial(hashed, folder.classes_of))
     if image.shape[:2] != mask.shape:
         (h, w), (height, width) = mask.shape, image.shape[:2]
         raise KamimError(f"{folder.mask_file(index)}: is {w}x{h} px, its image {width}x{height} px; they must be equal")

@@ -34,7 +34,11 @@ def evaluate(
         list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct, segment or all")
+        str,
+        typer.Option(
+            help="linprobe, finetune, knn, attentive, probe-sweep, reconstruct, segment, few-shot, corruptions, "
+            "shape-bias or all"
+        ),
     ] = "linprobe",
     checkpoint: Annotated[
         list[str] | None,
@@ -50,7 +54,7 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     show_config: PrintConfig = False,
 ) -> None:
-    """Evaluates the features of checkpoints: probes, fine-tuning, kNN, reconstruction. With --out, a rerun resumes.
+    """Evaluates checkpoints: probes, fine-tuning, kNN, reconstruction, segmentation. With --out, a rerun resumes.
 
     Example: kamim eval --mode knn --checkpoint runs/kamim --train stores/imagenet-train --val stores/imagenet-val
     """

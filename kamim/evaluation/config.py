@@ -13,8 +13,12 @@ from kamim.models.architectures import Norm, Pooling
 from kamim.training.config import Compute, Optim
 from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
 
+CorruptionName = Literal["noise", "blur", "contrast", "jpeg"]
 BlockName = Count | Literal["paper", "last"]
-ModeName = Literal["linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct", "segment"]
+ModeName = Literal[
+    "linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct", "segment", "few-shot", "corruptions",
+    "shape-bias",
+]  # fmt: skip
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 
 
@@ -267,6 +271,51 @@ class Segment(Section):
         return self
 
 
+class CachedFeatures(Section):
+    """The features that a mode computes once."""
+
+    block: BlockName = "paper"
+    """As in linprobe."""
+    pooling: Pooling = "mean"
+    """As in linprobe."""
+    norm: Literal["none", "token", "final"] = "none"
+    """As in linprobe."""
+
+
+class FewShot(CachedFeatures):
+    """Accuracy with few labels, of a logistic regression and of nearest neighbours."""
+
+    per_class: Annotated[tuple[Count | None, ...], SOME] = (1, 5, 20, None)
+    """Labelled images of each class; each gives a result, unless a class has fewer. null is all of them."""
+    draws: Count = 5
+    """Draws of the labelled images, over which a result is the mean."""
+    k: Count = 20
+    """Neighbours that vote, or all labelled images if they are fewer."""
+    temperature: Positive = 0.07
+    """As in knn."""
+
+
+class Corruptions(CachedFeatures):
+    """Accuracy on corrupted images, of a logistic regression and of nearest neighbours on clean training images."""
+
+    kinds: Annotated[tuple[CorruptionName, ...], SOME] = ("noise", "blur", "contrast", "jpeg")
+    """Those of Hendrycks and Dietterich (2019), at their five strengths."""
+    k: Count = 20
+    """Neighbours that vote, or all training images if they are fewer."""
+    temperature: Positive = 0.07
+    """As in knn."""
+
+
+class ShapeBias(CachedFeatures):
+    """Whether a linear probe decides by shape or by texture if an image shows those of two categories."""
+
+    images: Path | None = None
+    """A folder of cue-conflict images as Geirhos et al. (2019) publish them: SHAPE/SHAPE<n>-TEXTURE<m>.png."""
+    categories: Mapping[str, Annotated[tuple[str, ...], SOME]] = {}
+    """The classes of the training store that make each category, such as {cat: [tabby, Egyptian cat]}. Images of other
+    categories are left out."""
+
+
 class Evaluation(Section):
     """`kamim eval`."""
 
@@ -297,3 +346,6 @@ class Evaluation(Section):
     sweep: ProbeSweep = ProbeSweep()
     reconstruct: Reconstruct = Reconstruct()
     segment: Segment = Segment()
+    few_shot: FewShot = FewShot()
+    corruptions: Corruptions = Corruptions()
+    shape_bias: ShapeBias = ShapeBias()

@@ -38,7 +38,7 @@ class EvalContext:
     def val(self) -> Samples:
         """The samples to measure on. Raises KamimError if there are none."""
         if self.measured is None:
-            raise KamimError("--val: is missing; this mode needs a store to evaluate on")
+            raise KamimError("val: is missing; this mode needs a store to evaluate on")
         return self.measured
 
     @cached_property

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from kamim import KamimError
+from kamim.evaluation.config import CachedFeatures
 from kamim.models import interop
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel
-from kamim.models.readout import Encoder, Pixels
+from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
 from kamim.training import checkpoint
 from kamim.training.config import Mask, Pretrain
@@ -39,6 +40,12 @@ class EvaluatedModel:
     resolution: int
     mask: Mask
     origin: Origin
+
+    def readout(self, options: CachedFeatures) -> Readout:
+        """What is read of the encoder. Raises KamimError if it has no such features."""
+        readout = Readout(resolve(self.encoder, options.block), options.pooling, options.norm)
+        check(self.encoder, readout)
+        return readout
 
 
 def load_evaluated_model(spec: str) -> EvaluatedModel:

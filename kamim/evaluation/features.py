@@ -16,13 +16,14 @@ from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress, autocast
 from pipelines.batch import normalise
+from pipelines.dense import DenseLoader
 from pipelines.loader import Loader
 
 SAVE_EVERY = 100  # steps between two records of the progress
 
 
 def extract(
-    encoder: Encoder, readouts: Sequence[Readout], loader: Loader, samples: np.ndarray,
+    encoder: Encoder, readouts: Sequence[Readout], loader: Loader | DenseLoader, samples: np.ndarray,
     compute: Compute, world: World, folder: Path, progress: Progress,
 ) -> dict[Readout, Tensor]:  # fmt: skip
     """Every readout's features, bfloat16 [N, D], of the N samples with the ascending numbers `samples`.

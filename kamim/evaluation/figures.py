@@ -7,11 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kamim.evaluation.results import KnnAccuracy, SweepRow, best_by_readout
+from kamim.evaluation.results import FewShotAccuracy, KnnAccuracy, Robustness, SweepRow, best_by_readout
 from kamim.reporting.plots import GREY, depth_axis, look, panels, styled
 from kamim.storage.escape import literal
+from pipelines.corruptions import STRENGTHS
 
 DASHES: Sequence[Any] = ("-", "--", ":", "-.")
+CLASSIFIERS: Mapping[str, Any] = {"linear": "-", "knn": "--"}
 
 
 @styled
@@ -66,3 +68,50 @@ def neighbours(results: Mapping[str, KnnAccuracy]) -> Figure:
     axes.set_ylabel("kNN, top-1 (%)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
+
+
+@styled
+def few_labels(results: Mapping[str, tuple[int, FewShotAccuracy]]) -> Figure:
+    """top1 by labelled images of each class: {checkpoint: (number of classes, accuracy)}. Dashes tell kNN apart."""
+    figure, ((axes,),) = panels(1, side=5.2, height=3.3)
+    ticks: dict[float, str] = {}
+    for i, (classes, measured) in enumerate(results.values()):
+        x = [shot.images / classes for shot in measured.shots]
+        ticks |= {at: str(shot.per_class or "all") for at, shot in zip(x, measured.shots, strict=True)}
+        for name, dash in CLASSIFIERS.items():
+            top1, spread = ([getattr(shot, key) for shot in measured.shots] for key in (name, f"{name}_spread"))
+            axes.errorbar(x, top1, spread, linestyle=dash, capsize=2, **look(i))
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), labels=list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_xlabel("labelled images of each class")
+    axes.set_ylabel("top-1 (%)")
+    _legend(figure, list(results))
+    return figure
+
+
+@styled
+def corrupted(results: Mapping[str, Robustness]) -> Figure:
+    """top1 by strength, 0 for clean images: {checkpoint: accuracy}. A panel a corruption; dashes tell kNN apart."""
+    kinds = list(dict.fromkeys(row.corruption for measured in results.values() for row in measured.corrupted))
+    figure, (line,) = panels(len(kinds), side=2.6, height=3.0)
+    for axes, kind in zip(line, kinds, strict=True):
+        for i, measured in enumerate(results.values()):
+            rows = [row for row in measured.corrupted if row.corruption == kind]
+            for name, dash in CLASSIFIERS.items():
+                top1 = [getattr(measured, name), *(getattr(row, name) for row in rows)]
+                axes.plot([0, *(row.strength for row in rows)], top1, linestyle=dash, **look(i))
+        axes.set_title(kind)
+        axes.sharey(line[0])
+        axes.set_xticks([0, *STRENGTHS])
+        axes.set_xlabel("strength")
+    line[0].set_ylabel("top-1 (%)")
+    _legend(figure, list(results))
+    return figure
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """Names the checkpoints by colour and the classifiers by dash."""
+    handles = [Line2D([], [], label=literal(name), **look(i)) for i, name in enumerate(names)]
+    handles += [Line2D([], [], color=GREY, linestyle=dash, label=name) for name, dash in CLASSIFIERS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.2)

@@ -12,18 +12,24 @@ from kamim import KamimError
 from kamim.evaluation import sections, tasks
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
+from kamim.evaluation.corruptions import corruptions_task
 from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.few_shot import few_shot_task
 from kamim.evaluation.results import (
     Accuracy,
     AttentiveAccuracy,
+    FewShotAccuracy,
     KnnAccuracy,
     Measured,
     Reconstructions,
     Result,
+    Robustness,
     Segmentation,
+    ShapeBias,
     SweepAccuracy,
 )
 from kamim.evaluation.segment_task import segment_task
+from kamim.evaluation.shape_bias import shape_bias_task
 from kamim.models.readout import Pixels
 from kamim.reporting import page
 
@@ -79,6 +85,14 @@ MODES: Mapping[str, Mode[Any]] = {
         segment_task, Segmentation, "Semantic segmentation", "segmentation, mIoU", sections.segmented,
         configured=lambda config: config.segment.train is not None and config.segment.val is not None,
         pictures=sections.segmentation_sheets,
+    ),
+    "few-shot": Mode(few_shot_task, FewShotAccuracy, "Few labels", "linear, fewest labels", sections.few_labels),
+    "corruptions": Mode(
+        corruptions_task, Robustness, "Corrupted images", "linear, corrupted images", sections.corrupted
+    ),
+    "shape-bias": Mode(
+        shape_bias_task, ShapeBias, "Shape or texture", "shape bias", sections.shape_biases,
+        configured=lambda config: config.shape_bias.images is not None,
     ),
 }  # fmt: skip
 

@@ -255,3 +255,102 @@ class Segmentation:
     def summary(self) -> str:
         """The mean intersection over union and the accuracy."""
         return f"mIoU {self.miou:.2f} %, pixel accuracy {self.pixel_accuracy:.2f} %"
+
+
+@dataclass(frozen=True)
+class ShotAccuracy:
+    """top1 in per cent with a number of labelled images of each class, None for all; images: how many those are.
+
+    linear and knn are means over several draws of the images, and the spreads their standard deviations.
+    """
+
+    per_class: int | None
+    images: int
+    linear: float
+    linear_spread: float
+    knn: float
+    knn_spread: float
+
+
+@dataclass(frozen=True)
+class FewShotAccuracy:
+    """The accuracy by the number of labelled images of each class."""
+
+    shots: tuple[ShotAccuracy, ...]
+
+    @property
+    def score(self) -> float:
+        """linear with the fewest labels."""
+        return min(self.shots, key=lambda shot: shot.images).linear
+
+    @property
+    def summary(self) -> str:
+        """linear with every number of labels."""
+        return "linear, " + ", ".join(
+            f"{shot.per_class or 'all'} per class: {shot.linear:.2f} %" for shot in self.shots
+        )
+
+
+@dataclass(frozen=True)
+class CorruptedAccuracy:
+    """top1 in per cent on images with one corruption; strength: 1 .. 5."""
+
+    corruption: str
+    strength: int
+    linear: float
+    knn: float
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """top1 in per cent on clean and on corrupted images, of classifiers that are fitted to clean images."""
+
+    linear: float
+    knn: float
+    corrupted: tuple[CorruptedAccuracy, ...]
+
+    @property
+    def mean_linear(self) -> float:
+        """The mean of linear over all corruptions and strengths."""
+        return sum(row.linear for row in self.corrupted) / len(self.corrupted)
+
+    @property
+    def mean_knn(self) -> float:
+        """The mean of knn over all corruptions and strengths."""
+        return sum(row.knn for row in self.corrupted) / len(self.corrupted)
+
+    @property
+    def score(self) -> float:
+        """mean_linear."""
+        return self.mean_linear
+
+    @property
+    def summary(self) -> str:
+        """Clean and corrupted."""
+        return f"linear {self.linear:.2f} % clean, {self.mean_linear:.2f} % corrupted"
+
+
+@dataclass(frozen=True)
+class ShapeBias:
+    """Decisions on images whose shape and texture are of different categories.
+
+    shape, texture, other: numbers of images by whose category was decided for. shape_bias: shape decisions among shape
+    and texture decisions, in per cent; by_category: the same for the images of each shape. None if there are none.
+    """
+
+    shape: int
+    texture: int
+    other: int
+    by_category: Mapping[str, float | None]
+    shape_bias: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """shape_bias."""
+        return self.shape_bias
+
+    @property
+    def summary(self) -> str:
+        """The bias and the decisions."""
+        bias = "undefined" if self.shape_bias is None else f"{self.shape_bias:.2f} %"
+        return f"shape bias {bias} ({self.shape} shape, {self.texture} texture, {self.other} other decisions)"

@@ -11,10 +11,13 @@ from kamim.evaluation.results import (
     Accuracy,
     AttentiveAccuracy,
     EvalSettings,
+    FewShotAccuracy,
     KnnAccuracy,
     Reconstructions,
     Result,
+    Robustness,
     Segmentation,
+    ShapeBias,
     SweepAccuracy,
     SweepRow,
     best_by_readout,
@@ -178,6 +181,52 @@ def segmentation_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[b
     for same, rows in sheets.items():
         caption = "Validation images, their true classes (white: none), and what each checkpoint predicts."
         yield page.png(segmentation_sheet(*shown[same], rows)), caption
+
+
+def few_labels(results: Sequence[Result[FewShotAccuracy]]) -> Iterator[page.Part]:
+    """A table and a curve of accuracies by the number of labelled images."""
+    yield page.table(
+        ("checkpoint", "block", "pooling", "norm", "labels of a class", "images", "linear, top-1", "kNN, top-1"),
+        [
+            (
+                s.name, _text(s.block), _text(s.pooling), _text(s.norm), str(shot.per_class or "all"),
+                str(shot.images), _spread(shot.linear, shot.linear_spread), _spread(shot.knn, shot.knn_spread),
+            ) for s, shots in ((r.settings, r.measured.shots) for r in results) for shot in shots
+        ],
+    )  # fmt: skip
+    figure = figures.few_labels({r.settings.name: (r.settings.classes, r.measured) for r in results})
+    caption = "Top-1 by labelled images of each class; mean and standard deviation over draws of the images."
+    yield page.picture(page.png(figure), "accuracy by labels", caption)
+
+
+def corrupted(results: Sequence[Result[Robustness]]) -> Iterator[page.Part]:
+    """A table of means and a curve for each corruption."""
+    kinds = list(dict.fromkeys(row.corruption for r in results for row in r.measured.corrupted))
+    rows = []
+    for s, m in ((r.settings, r.measured) for r in results):
+        for name, clean, mean in (("linear", m.linear, m.mean_linear), ("knn", m.knn, m.mean_knn)):
+            of_kinds = [[getattr(row, name) for row in m.corrupted if row.corruption == kind] for kind in kinds]
+            means = (_percent(sum(values) / len(values)) if values else "" for values in of_kinds)
+            rows.append((s.name, name, _percent(clean), *means, _percent(mean)))
+    yield page.table(("checkpoint", "classifier", "clean", *kinds, "mean"), rows)
+    figure = figures.corrupted({r.settings.name: r.measured for r in results})
+    yield page.picture(page.png(figure), "accuracy by corruption", "Top-1 by corruption and strength; 0 is clean.")
+
+
+def shape_biases(results: Sequence[Result[ShapeBias]]) -> Iterator[page.Part]:
+    """A table of decisions, and the bias by category."""
+    measured = [(r.settings.name, r.measured) for r in results]
+    yield page.table(
+        ("checkpoint", "shape bias (%)", "shape", "texture", "other"),
+        [(name, _share(m.shape_bias), str(m.shape), str(m.texture), str(m.other)) for name, m in measured],
+    )
+    categories = dict.fromkeys(category for _, m in measured for category in m.by_category)
+    rows = [(category, *(_share(m.by_category.get(category)) for _, m in measured)) for category in categories]
+    yield page.folded("By shape", page.table(("category", *(name for name, _ in measured)), rows))
+
+
+def _spread(mean: float, spread: float) -> str:
+    return f"{mean:.2f} ± {spread:.2f}" if spread else _percent(mean)
 
 
 def _share(value: float | None) -> str:

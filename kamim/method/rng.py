@@ -23,6 +23,7 @@ MIX = 6
 # 7 is retired (it seeded torch's generator at every step).
 BOOTSTRAP = 8
 DROP_PATH = 9
+CORRUPT = 10
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

@@ -19,7 +19,7 @@ PIXELS = 32  # side to which Pixels shrinks an image
 class Pixels(nn.Module):
     """No encoder at all, the baseline: the image of PIXELS x PIXELS px as one token [B, 1, 3 * PIXELS^2].
 
-    stride: side in px of a token where one for every place is read (token_map).
+    stride: side in px of a token of token_map.
     """
 
     num_features = 3 * PIXELS * PIXELS
@@ -132,7 +132,7 @@ def tokens_after(encoder: Encoder, images: Tensor, block: int) -> Tensor:
 
 
 def token_map(encoder: Encoder, images: Tensor, block: int) -> Tensor:
-    """The patch tokens after a block where they lie in the image: [B, D, g, g].
+    """The patch tokens after a block at their places in the image: [B, D, g, g].
 
     Those of the last block are normed by the encoder's final norm. Of Pixels, a token is the pixels of a patch.
     """

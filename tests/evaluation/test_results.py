@@ -10,7 +10,19 @@ import pytest
 from kamim import KamimError
 from kamim.evaluation.config import MODES as NAMES
 from kamim.evaluation.modes import MODES, read_result
-from kamim.evaluation.results import Accuracy, KnnAccuracy, Reconstructions, headline
+from kamim.evaluation.results import (
+    Accuracy,
+    CorruptedAccuracy,
+    FewShotAccuracy,
+    KnnAccuracy,
+    Reconstructions,
+    Result,
+    Robustness,
+    Segmentation,
+    ShapeBias,
+    ShotAccuracy,
+    headline,
+)
 
 WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
 """What version 0.2.0 wrote when results were dictionaries: every mode on a run, and a linear probe of pixels."""
@@ -48,6 +60,29 @@ def test_headlines_and_summaries() -> None:
     one = read_result({**result_of("reconstruct"), "paper": None}).measured
     assert one.summary == f"honest PSNR {one.honest.psnr:.2f} dB, SSIM {one.honest.ssim:.4f}"
     assert headline(Reconstructions()) == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "measured"),
+    [
+        ("segment", Segmentation(50.0, 75.0, {"sky": 50.0, "road": None})),
+        (
+            "few-shot",
+            FewShotAccuracy((ShotAccuracy(1, 10, 20.0, 1.0, 19.0, 1.0), ShotAccuracy(None, 90, 40.0, 0, 41.0, 0))),
+        ),
+        (
+            "corruptions",
+            Robustness(50.0, 40.0, (CorruptedAccuracy("blur", 1, 30.0, 20.0), CorruptedAccuracy("blur", 2, 10.0, 9.0))),
+        ),
+        ("shape-bias", ShapeBias(0, 0, 3, {"cat": None})),
+        ("shape-bias", ShapeBias(3, 1, 0, {"cat": 75.0}, 75.0)),
+    ],
+)
+def test_later_results_are_read_as_they_were_written(mode: str, measured: Any) -> None:
+    result = Result(read_result(result_of("linprobe")).settings, measured)
+    content = json.loads(json.dumps({**result.as_json(), "mode": mode}))
+    assert read_result(content).measured == measured
+    assert headline(measured) in ("50.00", "20.00", "", "75.00") and measured.summary
 
 
 def test_keys_of_other_versions() -> None:

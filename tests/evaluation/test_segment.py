@@ -250,7 +250,7 @@ def test_all_includes_it_if_its_folders_are_given_and_modes_of_stores_name_what_
 
     assert "segment" not in modes()
     assert "segment" in modes(f"segment.train={scenes[0]}", f"segment.val={scenes[1]}")
-    with pytest.raises(KamimError, match="--val: is missing"):
+    with pytest.raises(KamimError, match="val: is missing"):
         modes(val=None)
 
 

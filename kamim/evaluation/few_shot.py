@@ -1,0 +1,65 @@
+"""Few labels: accuracy by the number of labelled images of each class, on features that are computed once."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kamim import KamimError
+from kamim.evaluation.cached import CachedClassifiers
+from kamim.evaluation.config import FewShot
+from kamim.evaluation.context import EvalContext, Task, features_of, task
+from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.results import FewShotAccuracy, ShotAccuracy
+from kamim.training.trainer import Progress
+from pipelines.samples import n_per_class
+
+
+def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
+    """Fits a logistic regression and finds nearest neighbours with ever more labelled images."""
+    options, samples = context.config.few_shot, context.labelled()
+    readout = evaluated.readout(options)
+    drawn = _drawn(samples.labels, options, context.config.seed)
+
+    def run(folder: Path, progress: Progress) -> FewShotAccuracy:
+        train, val = features_of(context, evaluated, [readout], folder, progress)
+        shots, done, total = [], 0, sum(len(subsets) for _, subsets in drawn)
+        for per_class, subsets in drawn:
+            accuracies = []
+            for rows in subsets:
+                known = train[readout][rows], samples.labels[rows]
+                classifiers = CachedClassifiers(
+                    *known, len(samples.classes), options.k, options.temperature, context.world.device
+                )
+                accuracies.append(classifiers.top1(val[readout], context.val.labels))
+                done += 1
+                progress(done, total, {})
+            linear, neighbours = zip(*accuracies, strict=True)
+            shots.append(
+                ShotAccuracy(
+                    per_class, len(subsets[0]), statistics.mean(linear), statistics.pstdev(linear),
+                    statistics.mean(neighbours), statistics.pstdev(neighbours),
+                )
+            )  # fmt: skip
+        return FewShotAccuracy(tuple(shots))
+
+    return task("few-shot", context, evaluated, run, protocol="msn", options=options, readout=readout)
+
+
+def _drawn(labels: Tensor, options: FewShot, seed: int) -> list[tuple[int | None, Sequence[Tensor]]]:
+    """For each per_class, places of the labelled samples, int64 [n]: those of every draw, or all of them once.
+
+    Numbers that a class has not as many samples for are left out. Raises KamimError if none is left.
+    """
+    smallest = int(labels.bincount().min())
+    possible = [n for n in options.per_class if n is None or n <= smallest]
+    if not possible:
+        raise KamimError(f"few_shot.per_class = {list(options.per_class)}: the smallest class has {smallest} images")
+    everything = [torch.arange(len(labels))]
+    return [
+        (n, everything if n is None else [
+            torch.from_numpy(n_per_class(labels.numpy(), n, seed + draw)) for draw in range(options.draws)
+        ]) for n in possible
+    ]  # fmt: skip

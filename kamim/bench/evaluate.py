@@ -20,10 +20,10 @@ from kamim import KamimError
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
 from kamim.evaluation.attentive import CachedTokens, build_head, fitted
+from kamim.evaluation.classify import make_optimizer
 from kamim.evaluation.config import Attentive, AttentivePooling, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
-from kamim.evaluation.tasks import make_optimizer
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, depth, resolve, width

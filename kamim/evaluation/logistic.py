@@ -1,7 +1,8 @@
 """Logistic regression on cached features: a linear probe without a learning rate, for any number of samples.
 
 Source: the low-shot evaluation of MSN (Assran et al. 2022, `logistic_eval.py`): centred features of unit length, no
-intercept, an L2 penalty that is next to nothing. The problem is convex, so its solution depends on no random draw.
+intercept, a small L2 penalty. MSN centres each feature vector on its own mean; here all are centred on the mean of the
+training features. The problem is convex, so its solution depends on no random draw.
 """
 
 from dataclasses import dataclass

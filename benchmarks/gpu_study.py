@@ -31,15 +31,15 @@ from safetensors.torch import load_file, save
 
 RESUMABLE = 75  # kamim's exit code for "stopped, rerun to resume"
 PIECE = 15 << 20
-TINY = {
-    "imagenette_gpu": [
-        "pretrain.model.name=vit_demo", "pretrain.data.resolution=64", "pretrain.optim.epochs=2",
-        "pretrain.optim.warmup_epochs=1", "pretrain.optim.batch_size=64", "pretrain.compute.device=cpu",
-        "evaluation.linprobe.optim.epochs=2", "evaluation.linprobe.optim.warmup_epochs=1",
-        "evaluation.sweep.optim.epochs=2", "evaluation.compute.device=cpu", "evaluation.per_class=20",
-    ],
-}  # fmt: skip
-TINY["cifar10_gpu"] = TINY["imagenette_gpu"]
+SHORT = {"epochs": 2, "warmup_epochs": 1, "batch_size": 64, "micro_batch": 64}
+TINY = [
+    "pretrain.model.name=vit_demo", "pretrain.data.resolution=64", "pretrain.compute.device=cpu",
+    "evaluation.compute.device=cpu", "evaluation.per_class=20",
+    *(f"{section}.optim.{key}={value}" for key, value in SHORT.items()
+      for section in ("pretrain", "evaluation.linprobe", "evaluation.attentive")),
+    "evaluation.sweep.optim.epochs=2", "evaluation.sweep.optim.batch_size=64",
+]  # fmt: skip
+TINY_AXES = "axes=[{name: method, variants: {simmim: {weighting: null}}}]"  # no ViT-B on a CPU
 
 
 class Study:
@@ -107,9 +107,11 @@ def preprocess(study: Study, name: str, images: Path, resolution: int) -> bool:
 def sweep(study: Study, name: str, data: str, tiny: bool) -> bool:
     """`kamim sweep NAME` on the stores of `data`, below `work`."""
     stores = [f"{split}={study.work}/stores/{data}-{split}" for split in ("train", "val")]
+    small = [*TINY, *([TINY_AXES] if name == "cifar10_gpu" else [])] if tiny else []
     return study.stage(name, kamim(
         "sweep", name, f"pretrain.data.store={study.work}/stores/{data}-train",
-        *(f"evaluation.{store}" for store in stores), f"out={study.work / name}", *(TINY[name] if tiny else ()),
+        *(f"{section}.{store}" for section in ("pretrain.probe", "evaluation") for store in stores),
+        f"out={study.work / name}", *small,
     ))  # fmt: skip
 
 

@@ -120,7 +120,8 @@ def _band(axes: Axes, name: str, runs: Sequence[Lines], colour: str, style: str,
     if len(curves) > 1:
         axes.fill_between(middle[:, 0], curves[..., 1].min(axis=0), curves[..., 1].max(axis=0), color=colour, alpha=0.2,
                           linewidth=0)  # fmt: skip
-    axes.plot(*middle.T, color=colour, linestyle=style, label=literal(label))
+    marker = "o" if len(middle) < 30 else ""
+    axes.plot(*middle.T, color=colour, linestyle=style, marker=marker, label=literal(label))
 
 
 def last_unweighted(lines: Lines) -> float | None:

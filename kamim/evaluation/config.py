@@ -167,7 +167,9 @@ class AttentiveOptim(ClassifierOptim):
     lr: Positive = 5e-3
     """Not used: see attentive.blr."""
     algorithm: Literal["adamw", "sgd", "lars"] = "lars"
+    """sgd and lars have momentum 0.9."""
     weight_decay: NotNegative = 0.0
+    """Of every parameter."""
     batch_size: Count = 4096
     """Samples of a step, over all ranks; all training samples if there are fewer."""
     micro_batch: Count = 256

@@ -112,7 +112,9 @@ def test_the_paper_is_quoted_where_the_setting_is_the_same() -> None:
     assert quoted(there) == {"top1": (59.01, "Table 3")}
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (CONFIGS / "pretrain").glob("*_*im*.yaml")))
+@pytest.mark.parametrize(
+    "preset", sorted(p.stem for p in (CONFIGS / "pretrain").glob("*_*im*.yaml") if "relpos" not in p.stem)
+)
 def test_presets_are_quoted(preset: str) -> None:
     """All that stand for the paper's runs, be they as long as its text says or as its code trains."""
     released = preset.endswith("_released_code")

@@ -1,4 +1,4 @@
-"""Crop, bilinear resize and flips of one image, in one pass without the GIL.
+"""Crop, bilinear resize and flips of one image of RGB pixels, in one pass without the GIL.
 
 Each row of the source that is needed is resized once, to 16 bits a value; two of them blend into a row of the result.
 Both are short loops over flat arrays, which the compiler does 16 or 32 values at a time. What no vector instruction
@@ -68,6 +68,12 @@ def _within(start, length, whole):
 
 
 @kernel
+def lies_within(view, height, width):
+    """Returns whether the box of a view lies within an image of height x width px."""
+    return _within(view[0], view[2], height) and _within(view[1], view[3], width)
+
+
+@kernel
 def crop_resize(pixels, view, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
@@ -75,7 +81,7 @@ def crop_resize(pixels, view, out):
     antialias=False, then the flips, to within one grey level. Raises ValueError for a crop that the image lacks.
     """
     top, left, height, width, flip_v, flip_h = view
-    if not (_within(top, height, pixels.shape[0]) and _within(left, width, pixels.shape[1])):
+    if not lies_within(view, pixels.shape[0], pixels.shape[1]):
         raise KamimError("the crop lies outside the image")
     side, row_bytes = out.shape[0], 3 * out.shape[1]
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)

@@ -1,8 +1,10 @@
 """Store -> batches, in worker threads.
 
-Each thread decodes with libjpeg-turbo and runs compiled kernels, both without the GIL, straight into the
-batch's slot of a ring of buffers. Everything random is a function of (seed, epoch, index), so batches do not
-depend on the number of threads, and any step can be computed alone.
+Each thread takes a chunk of samples at a time and fills their rows of the batch's slot in a ring of buffers: one
+compiled call decodes, crops and resizes all of them (pipelines.chunk), another counts keypoints (pipelines.counts),
+both without the GIL. What the first leaves undone is done one by one by `Loader._crop_alone`: damaged images, which it
+reports, JPEGs of rare kinds, and every JPEG if libturbojpeg is not installed. Everything random is a function of (seed,
+epoch, index), so batches do not depend on the number of threads, and any step can be computed alone.
 """
 
 import logging
@@ -20,11 +22,14 @@ import torch
 
 from kamim import KamimError
 from kamim.method import geometry
-from kamim.storage.store import Images
+from kamim.storage.store import FORMATS, Images
+from pipelines import turbojpeg
 from pipelines.batch import Batch
+from pipelines.chunk import crop_chunk
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
 from pipelines.plan import MicroBatch, Plan
+from pipelines.planes import WOVEN
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,7 +104,7 @@ class Loader:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._device = device
         self._on_error = on_error
-        self._largest = int(self._images.sizes.astype(np.int64).prod(axis=1).max())
+        self._largest = turbojpeg.room_for(self._images.sizes), int(self._images.sizes[:, 0].max())
         self._thread = threading.local()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -181,15 +186,36 @@ class Loader:
         crops = Crops(
             indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
         )
+        alone = self._crop_chunk(crops, scratch)
         for i, index in enumerate(indices.tolist()):
             try:
-                crop_resize(self._decode(index, scratch), crops.views[i], crops.pixels[i])
+                if alone[i]:
+                    self._crop_alone(crops.only(i), scratch)
                 if self._augment is not None:
                     self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
                 self._failed(slot, rows.start + i, index, error)
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
+
+    def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch") -> np.ndarray:
+        """Makes the crops; returns which of them could not be made so: bool [n]."""
+        images, indices, failed = self._images, crops.indices, np.empty(len(crops.indices), np.bool_)
+        crop_chunk(
+            FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices], crops.sizes,
+            crops.views, scratch.turbo, scratch.resized, scratch.crop, crops.pixels, failed,
+        )  # fmt: skip
+        return failed
+
+    def _crop_alone(self, crops: Crops, scratch: "_ThreadScratch") -> None:
+        """Makes one crop of a JPEG, decoded as a whole to RGB. Raises whatever is wrong with it."""
+        (height, width), data = crops.sizes[0].tolist(), self._images.data(int(crops.indices[0]))
+        if (encoding := self._images.encoding) != "jpeg":
+            raise KamimError(f"{len(data)} bytes are not {width}x{height} px in the encoding {encoding}")
+        image = simplejpeg.decode_jpeg(data, buffer=scratch.room)
+        if image.shape != (height, width, 3):
+            raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
+        crop_resize(image, crops.views[0], crops.pixels[0])
 
     def _count(self, counter: Counter, crops: Crops, scratch: Scratch, slot: _Slot, start: int) -> None:
         """All at once, which is fast; and one by one where one of them cannot be counted, to find out which."""
@@ -214,17 +240,6 @@ class Loader:
         named.__cause__ = error
         slot.bad[row] = named
 
-    def _decode(self, index: int, scratch: "_ThreadScratch") -> np.ndarray:
-        """Pixels of an image: uint8 [H, W, 3]."""
-        data = self._images.data(index)
-        height, width = self._images.sizes[index].tolist()
-        if self._images.raw:
-            return data.reshape(height, width, 3)
-        image = simplejpeg.decode_jpeg(data, buffer=scratch.pixels)
-        if image.shape != (height, width, 3):
-            raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
-        return image
-
     def _views(self, indices: np.ndarray, epoch: int, sizes: np.ndarray) -> np.ndarray:
         sizes = np.maximum(sizes, 1)  # an image of no pixels, which cannot be decoded, must not keep others from it
         if self._crop is None:
@@ -236,16 +251,19 @@ class Loader:
 
     def _scratch(self) -> "_ThreadScratch":
         if not hasattr(self._thread, "scratch"):
-            self._thread.scratch = _ThreadScratch(self._resolution, self._largest)
+            self._thread.scratch = _ThreadScratch(self._resolution, *self._largest)
         return self._thread.scratch  # type: ignore[no-any-return]
 
 
 class _ThreadScratch(Scratch):
-    """A thread's working memory; largest: pixels of the largest image."""
+    """A thread's working memory. room: bytes, see turbojpeg.room_for; rows: of the tallest image."""
 
-    def __init__(self, resolution: int, largest: int):
+    def __init__(self, resolution: int, room: int, rows: int):
         super().__init__(resolution)
-        self.pixels = np.empty(3 * largest, np.uint8)
+        self.room = np.empty(room, np.uint8)
+        self.resized = np.empty((3, rows + WOVEN, resolution), np.uint16)
+        self.crop = np.empty((resolution, resolution, 3), np.uint8)
+        self.turbo = turbojpeg.turbo(self.room)
 
 
 def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

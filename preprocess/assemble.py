@@ -95,7 +95,7 @@ def _write_images(plan: BuildPlan, shards: Sequence[Path], folder: Path) -> None
         beton.write(folder / "images.beton", len(lengths), _images(shards, raw), largest)
     else:
         store.write_zarr_images(
-            folder / "images.zarr", _images(shards, raw), int(lengths.sum()), "raw" if raw else "jpeg", largest
+            folder / "images.zarr", _images(shards, raw), int(lengths.sum()), plan.job.format, largest
         )
     mmap_array.create_group(folder / "keypoints.zarr")
     (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.source_hashes))

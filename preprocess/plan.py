@@ -40,8 +40,8 @@ def make_job(
 ) -> Job:  # fmt: skip
     """Checks the parameters and fills in those not given: what `out`, begun or finished, has already, or DEFAULTS.
 
-    images: ffcv, zarr, or auto: as `out` has, else ffcv if it imports. encoding: None is what `out` has, else auto;
-    auto is raw for small images (see is_small), else jpeg.
+    images: ffcv, zarr, or auto: what `out` has if it holds the encoding, else ffcv if it imports and does, else zarr.
+    encoding: None is what `out` has, else auto; auto is raw for small images (see is_small), else jpeg.
     Raises KamimError naming the parameter, its value and what is allowed.
     """
     before = None if out is None else _job_at(Workspace(out))
@@ -53,6 +53,8 @@ def make_job(
     defaults = DEFAULTS | {"images": "ffcv" if has_ffcv else "zarr", "encoding": "auto", "shard_size": SHARD_SIZE}
     fixed = before.model_dump(include=set(defaults)) if before else defaults
     fixed |= {name: value for name, value in given.items() if value is not None}
+    if images == "auto" and fixed["encoding"] == "yuv420":
+        fixed["images"] = "zarr"
     _check(fixed, detectors)
     if fixed["encoding"] == "auto":
         small = is_small(source, geometry.stored_area(fixed["resolution"], fixed["crop_scale"]))
@@ -95,6 +97,8 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
         raise KamimError(f"detectors = {','.join(detectors)}: names one twice")
     if fixed["images"] not in ("ffcv", "zarr"):
         raise KamimError(f"images = {fixed['images']}: must be one of auto, ffcv, zarr")
+    if fixed["images"] == "ffcv" and fixed["encoding"] == "yuv420":
+        raise KamimError("images = ffcv: holds no images with encoding = yuv420; take images=zarr, or another encoding")
     if fixed["fingerprint"] not in ("stat", "content"):
         raise KamimError(f"fingerprint = {fixed['fingerprint']}: must be stat or content")
     resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]

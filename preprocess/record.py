@@ -15,6 +15,7 @@ import simplejpeg
 
 from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
+from kamim.method.colour import to_planes
 from kamim.storage.store import IMAGES, Job
 from preprocess.decode import decode_plain_jpeg
 from preprocess.resize import resize_antialiased, resize_plain
@@ -74,7 +75,7 @@ def _no_rows(component: str) -> Rows:
 
 
 def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image as stored, never enlarged: its bytes (uint8 [n], JPEG or raw) and its (height, width)."""
+    """The image as stored, never enlarged: its bytes (uint8 [n], see encoded) and its (height, width)."""
     if job.encoding == "original":
         return original(data, rgb), (rgb.shape[0], rgb.shape[1])
     pixels = stored_pixels(job, rgb)
@@ -101,9 +102,11 @@ def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
 
 
 def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
-    """The bytes that stand for pixels of the stored size: uint8 [n], JPEG or raw."""
+    """The bytes that stand for pixels of the stored size, in the job's encoding: uint8 [n]."""
     if job.encoding == "raw":
         return pixels.reshape(-1)
+    if job.encoding == "yuv420":
+        return to_planes(np.ascontiguousarray(pixels))
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), job.quality, colorsubsampling="420")
     return np.frombuffer(jpeg, np.uint8)
 

@@ -107,7 +107,7 @@ def _of_shard(
 
 
 def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: int) -> Iterator[Problem]:
-    if not images.raw:
+    if images.encoding == "jpeg":
         yield from _of_jpeg(images, index)
     for name, of_detector in keypoints.items():
         for number, frame in enumerate(of_detector.frame[index]):

@@ -16,6 +16,7 @@ from PIL import Image
 from skimage import data
 
 from kamim.storage.store import Encoding, Job
+from pipelines import turbojpeg
 from preprocess.build import build
 from preprocess.plan import make_job
 from preprocess.sources import Source, list_source
@@ -83,6 +84,17 @@ def marked_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image[y : y + 10, x : x + 10] = 255
         Image.fromarray(image).save(root / "marked" / f"{i}.png")
     return build_store(root, tmp_path_factory.mktemp("store") / "marked", detectors=("fast",))
+
+
+@pytest.fixture(scope="module", params=["planes", "pixels"])
+def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the loader decodes JPEGs: with TurboJPEG to planes, or as without that library, with simplejpeg to RGB."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pixels":
+            patch.setattr(turbojpeg, "library", lambda: None)
+        elif turbojpeg.library() is None:
+            pytest.skip("libturbojpeg is not installed")
+        yield request.param
 
 
 # Below: for the tests of preprocessing and of the store.

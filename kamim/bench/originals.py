@@ -12,9 +12,9 @@ from preprocess.sources import Item, Source, printable
 
 
 def check_jpeg(store: Store) -> None:
-    """Raises KamimError if the store holds raw pixels."""
-    if store.images.raw:
-        raise KamimError(f"--store {store.path}: holds raw pixels; this benchmark compares JPEG stores")
+    """Raises KamimError if the store's images are not JPEGs."""
+    if (encoding := store.images.encoding) != "jpeg":
+        raise KamimError(f"--store {store.path}: its images are {encoding}; this benchmark compares JPEG stores")
 
 
 def accepted(source: Source, store: Store) -> Source:

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kamim import KamimError
 from kamim.cli.console import RESUMABLE, app, bar, out_console, say, says_errors, shard_of, terminable
 from kamim.cli.store import show_store
+
+if TYPE_CHECKING:
+    from kamim.storage.store import Encoding
 
 
 @app.command()
@@ -37,8 +40,8 @@ def preprocess(
     encoding: Annotated[
         str | None,
         typer.Option(
-            help="Encoding of resized images: jpeg, or raw (pixels, 8 times the space). "
-            "Default: OUT's, or raw for images under 96 px, else jpeg."
+            help="Encoding of resized images: jpeg, yuv420 (YCbCr planes, 4 times the space; zarr only), or raw "
+            "(RGB, 8 times). Default: OUT's, or raw for images under 96 px, else jpeg."
         ),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. Default: OUT's, or 90.")] = None,
@@ -119,12 +122,14 @@ def preprocess(
     show_store(out)
 
 
-def _encoding(images_as: str | None, encoding: str | None) -> Literal["auto", "jpeg", "raw", "original"] | None:
+def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":
     """What --images-as and --encoding ask for together."""
+    from kamim.storage.store import FORMATS
+
     if images_as not in (None, "resized", "original"):
         raise KamimError(f"--images-as {images_as}: must be resized or original")
-    if encoding not in (None, "jpeg", "raw"):
-        raise KamimError(f"--encoding {encoding}: must be jpeg or raw")
+    if encoding not in (None, *FORMATS):
+        raise KamimError(f"--encoding {encoding}: must be one of {', '.join(FORMATS)}")
     if images_as == "original" and encoding is not None:
         raise KamimError(
             f"--encoding {encoding}: is for resized images; with --images-as original files stay as they are"

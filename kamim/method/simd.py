@@ -1,4 +1,4 @@
-"""Four machine operations that numba does not offer, for loops that LLVM vectorises.
+"""Machine operations that numba does not offer, for loops that LLVM vectorises.
 
 Loads and stores are little-endian, of 8 bytes at any offset. Nothing checks bounds: the caller ensures them.
 """
@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-_16, _32, _64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_8, _16, _32, _64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 def _address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -40,6 +40,16 @@ def store8(typing, data, offset, word):
 
 
 @intrinsic
+def pointer8(typing, address):
+    """Returns a pointer to the uint8 at `address` (uint64), as numba.carray takes it."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], _8.as_pointer())
+
+    return types.CPointer(types.uint8)(types.uint64), code
+
+
+@intrinsic
 def pointer16(typing, address):
     """Returns a pointer to the uint16 at `address` (uint64), as numba.carray takes it."""
 
@@ -59,3 +69,48 @@ def high16(typing, a, b):
         return builder.call(multiply, [*args, ir.Constant(_32, 16)])
 
     return types.uint16(types.uint16, types.uint16), code
+
+
+@intrinsic
+def less16(typing, a, b):
+    """Returns a - b of two uint16, or 0 if it is negative: one instruction for a register full of them."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        subtract = builder.module.declare_intrinsic("llvm.usub.sat", (_16,), ir.FunctionType(_16, [_16, _16]))
+        return builder.call(subtract, args)
+
+    return types.uint16(types.uint16, types.uint16), code
+
+
+@intrinsic
+def stream64(typing, source, to, offset):
+    """Copies 64 bytes from `offset` of one array to the same place of another (uint8 [n], contiguous) past the caches.
+
+    `to` at `offset` must be aligned to 64 bytes. Another thread sees the bytes once both have taken the same lock.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(_64, 8).as_pointer()
+        from_, to_ = (
+            builder.bitcast(builder.gep(make_array(kind)(context, builder, array).data, [args[2]]), line)
+            for kind, array in zip(signature.args, args[:2], strict=False)
+        )
+        stored = builder.store(builder.load(from_, align=1), to_, align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(source, to, types.intp), code
+
+
+@intrinsic
+def prefetch(typing, address):
+    """Prefetches the cache line at an address (uint64). Any number is allowed: a prefetch does not fault."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _32, _32, _32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
+        builder.call(function, [pointer, *(ir.Constant(_32, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), code

@@ -42,7 +42,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 class Beton:
     """Read-only view of a .beton file of N images.
 
-    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. raw: whether images are pixels or JPEG.
+    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. encoding: jpeg or raw.
     """
 
     def __init__(self, path: Path):
@@ -69,7 +69,7 @@ class Beton:
             raise KamimError(f"{path}: images of modes {modes}; expected {JPG} (JPEG) or {RAW} (raw), the same for all")
         self.labels = samples["label"].astype(np.int64)
         self.sizes = np.stack([images["height"], images["width"]], axis=1)
-        self.raw = modes == [RAW]
+        self.encoding = "raw" if modes == [RAW] else "jpeg"
         pointers, lengths = np.empty((2, count), np.uint64)
         pointers[owners], lengths[owners] = allocations["ptr"], allocations["size"]
         self._inside = (images["data_ptr"] == pointers) & (pointers >= start + samples.nbytes) & (pointers <= table)
@@ -80,6 +80,11 @@ class Beton:
     def data(self, index: int) -> np.ndarray:
         """Returns the encoded bytes of image `index`: uint8 [n], a view of the mapped file."""
         return self._bytes[self._start[index] : self._start[index] + self.lengths[index]]
+
+    def addresses(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the addresses of the encoded bytes of images (int [n]): uint64 [n], 0 for bytes outside the file."""
+        base = np.uint64(self._bytes.ctypes.data)
+        return np.where(self._inside[indices], base + self._start[indices].astype(np.uint64), np.uint64(0))
 
     def in_range(self) -> np.ndarray:
         """Returns whether each image's bytes lie within the file: bool [N]."""

@@ -12,7 +12,7 @@
     rejects.csv                       source files that could not be read, with the reason
 
     images.zarr/
-        data                          uint8, JPEG or raw bytes, paged
+        data                          uint8, JPEG, RGB pixels or YCbCr planes, paged
         start, length                 int64 [N] offset and number of an image's bytes
         size                          uint16 [N, 2] (height, width)
         label                         int64 [N], -1 without labels
@@ -42,6 +42,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from kamim import KamimError
+from kamim.method.colour import planes_bytes
 from kamim.method.geometry import MAX_FRAME_SIDE
 from kamim.method.keypoints import Rules
 from kamim.storage import beton, mmap_array
@@ -59,7 +60,9 @@ IMAGE_ARRAYS = ("data", "start", "length", "size", "label")
 KEYPOINT_ARRAYS = ("frame", "positions", "start", "counts")
 
 Backend = Literal["ffcv", "zarr"]
-Encoding = Literal["jpeg", "raw", "original"]  # original: the source's own JPEG bytes, neither resized nor re-encoded
+# original: the source's own JPEG bytes, neither resized nor re-encoded; yuv420: see kamim.method.colour
+Encoding = Literal["jpeg", "raw", "yuv420", "original"]
+FORMATS = ("jpeg", "raw", "yuv420")  # of an image's bytes; those of `original` are JPEGs
 Resize = Literal["bilinear", "bicubic"]  # interpolation of stored images: without and with antialiasing
 Fingerprint = Literal["stat", "content"]  # an item's hash covers key, label, size and time, or key, label and bytes
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -97,6 +100,11 @@ class Job(pydantic.BaseModel):
     def components(self) -> tuple[str, ...]:
         """The names of the store's components."""
         return (IMAGES, *self.detectors)
+
+    @property
+    def format(self) -> str:
+        """The encoding of an image's bytes: one of FORMATS."""
+        return "jpeg" if self.encoding == "original" else self.encoding
 
     @property
     def shards(self) -> int:
@@ -190,16 +198,23 @@ def component_of(name: str) -> str:
 class ImageReader(Protocol):
     """The interface of both image backends, for N images.
 
-    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. raw: whether images are pixels or JPEG.
+    sizes: uint16 [N, 2] (height, width). labels, lengths (in bytes): int64 [N]. encoding: one of FORMATS.
     """
 
     labels: np.ndarray
     sizes: np.ndarray
     lengths: np.ndarray
-    raw: bool
+    encoding: str
 
     def data(self, index: int) -> np.ndarray:
         """Returns the encoded bytes of image `index`: uint8 [n]."""
+        ...
+
+    def addresses(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the addresses of the encoded bytes of images (int [n]): uint64 [n], 0 for bytes outside the files.
+
+        They are valid as long as the reader lives.
+        """
         ...
 
     def in_range(self) -> np.ndarray:
@@ -225,9 +240,9 @@ class ZarrImages:
     """Read-only view of images.zarr. Raises KamimError, naming the file and the fault, if it is damaged."""
 
     def __init__(self, path: Path):
-        encoding = mmap_array.read_metadata(path).get("attributes")
-        self.raw = encoding == {"encoding": "raw"}
-        mmap_array.check_group(path, {"encoding": "raw" if self.raw else "jpeg"})
+        attributes = mmap_array.read_metadata(path).get("attributes")
+        self.encoding = next((name for name in FORMATS if attributes == {"encoding": name}), "jpeg")
+        mmap_array.check_group(path, {"encoding": self.encoding})
         self.sizes = mmap_array.read(path / "size", np.uint16, (None, 2))
         count = len(self.sizes)
         self.labels = mmap_array.read(path / "label", np.int64, (count,))
@@ -239,27 +254,40 @@ class ZarrImages:
         """Returns the encoded bytes of image `index`: uint8 [n], a view of a mapped file."""
         return self._bytes.rows(int(self._start[index]), int(self.lengths[index]))
 
+    def addresses(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the addresses of the encoded bytes of images (int [n]): uint64 [n], 0 for bytes outside the files."""
+        start, lengths = self._start[indices], self.lengths[indices]
+        inside = (lengths > 0) & self._bytes.holds(start, lengths)
+        return np.where(inside, self._bytes.addresses(np.where(inside, start, 0), np.where(inside, lengths, 0)), 0)
+
     def in_range(self) -> np.ndarray:
         """Returns whether each image's bytes lie within the files: bool [N]."""
         return (self.lengths > 0) & self._bytes.holds(self._start, self.lengths)
 
 
+def decoded_bytes(encoding: str, height: Any, width: Any) -> Any:
+    """Returns the bytes of a raw or yuv420 image of height x width px: an int, or int64 [n] for arrays of sizes."""
+    return planes_bytes(height, width) if encoding == "yuv420" else 3 * height * width
+
+
 def image_faults(images: ImageReader, classes: int) -> dict[str, np.ndarray]:
     """Returns the possible faults of single images and which images have them, bool [N]. classes: their number."""
-    pixels = images.sizes[:, 0].astype(np.int64) * images.sizes[:, 1]
+    height, width = images.sizes.astype(np.int64).T
+    pixels = height * width
+    needed = images.lengths if images.encoding == "jpeg" else decoded_bytes(images.encoding, height, width)
     return {
         "lies outside its file": ~images.in_range(),
         f"is of no size that images have, 1 to {LARGEST_IMAGE} px": (pixels < 1) | (pixels > LARGEST_IMAGE),
-        "has another number of bytes than its size needs": images.raw & (images.lengths != 3 * pixels),
+        "has another number of bytes than its size needs": images.lengths != needed,
         "has a label without a class": (images.labels < -1) | (images.labels >= classes),
     }
 
 
 def write_zarr_images(
-    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int,
-    encoding: Literal["jpeg", "raw"], largest: int = 0,
+    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int, encoding: str,
+    largest: int = 0,
 ) -> None:  # fmt: skip
-    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw) of every image.
+    """Writes images.zarr from (bytes uint8 [n], height, width, label, raw) of every image. encoding: one of FORMATS.
 
     total_bytes: bytes of all images. largest: bytes of the largest image; required if it may exceed a page.
     """
@@ -402,9 +430,8 @@ class Store:
         path = self._file(IMAGES)
         reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
         self._check_count(path, len(reader.sizes))
-        if reader.raw != (self.manifest.job.encoding == "raw"):
-            encoding = self.manifest.job.encoding
-            raise KamimError(f"{path}: is {'raw' if reader.raw else 'JPEG'}, but {MANIFEST} has encoding {encoding!r}")
+        if reader.encoding != (expected := self.manifest.job.format):
+            raise KamimError(f"{path}: its images are {reader.encoding}, but {MANIFEST} says {expected}")
         return reader
 
     def open_keypoints(self, detector: str) -> Keypoints:

@@ -22,6 +22,8 @@ from pipelines.crop import crop_resize
 from pipelines.loader import Crop, Loader, SampleError
 from pipelines.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("decoder")
+
 
 @pytest.fixture(scope="module")
 def store(stores: dict[str, Path]) -> Store:
@@ -87,11 +89,16 @@ def test_a_crop_of_what_is_not_there_is_refused(box: tuple[int, ...]) -> None:
         crop_resize(image, np.array([*box, 0, 0]), out)
 
 
-def test_a_sample_is_what_torchvision_makes_of_its_box(store: Store) -> None:
+def check_pixels(found: np.ndarray, expected: np.ndarray, decoder: str) -> None:
+    """Within a grey level, if whole images are decoded to RGB; planes differ in chroma, on these photographs by 1.5."""
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 1 if decoder == "pixels" else difference.mean() <= 1.5
+
+
+def test_a_sample_is_what_torchvision_makes_of_its_box(store: Store, decoder: str) -> None:
     for batch in load(store, stop=4):
         for row, index in enumerate(batch["indices"]):
-            expected = twin(store, int(index), batch["epoch"], 1)
-            assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
+            check_pixels(batch["images"][row], twin(store, int(index), batch["epoch"], 1), decoder)
             assert batch["labels"][row] == store.images.labels[index]
 
 
@@ -105,12 +112,24 @@ def test_raw_images_may_be_read_only_and_end_where_their_file_does(class_folder:
             assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
 
 
-def test_without_a_crop_the_whole_image_is_resized(store: Store) -> None:
+def test_planes_in_the_store_are_what_decoding_a_jpeg_of_best_quality_gives(
+    class_folder: Path, tmp_path: Path, decoder: str
+) -> None:
+    planes, raw = (
+        load(Store(make_store(class_folder, tmp_path / encoding, encoding=encoding)), stop=4)
+        for encoding in ("yuv420", "raw")
+    )
+    for ours, exact in zip(planes, raw, strict=True):
+        difference = ours["images"].astype(int) - exact["images"]
+        assert np.abs(difference).mean() <= 2  # photographs of 60 to 200 px, so that edges are as sharp as they get
+        assert np.abs(difference.mean(axis=(0, 1, 2))).max() <= 0.2
+
+
+def test_without_a_crop_the_whole_image_is_resized(store: Store, decoder: str) -> None:
     (batch,) = load(store, crop=None, stop=1)
     for row, index in enumerate(batch["indices"]):
         pixels = simplejpeg.decode_jpeg(store.images.data(int(index)))
-        expected = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_LINEAR)
-        assert np.abs(batch["images"][row].astype(int) - expected.astype(int)).max() <= 1
+        check_pixels(batch["images"][row], cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_LINEAR), decoder)
 
 
 def test_batches_do_not_depend_on_threads_micro_batches_or_where_a_run_starts(store: Store) -> None:
@@ -206,8 +225,9 @@ def test_leaving_early_stops_every_thread(store: Store) -> None:
 
 
 def test_a_bad_sample_is_named_and_nothing_hangs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = store.images.data
-    monkeypatch.setattr(store.images, "data", lambda i: data(i)[:-200] if i == 3 else data(i))
+    lengths = store.images.lengths.copy()
+    lengths[3] -= 200
+    monkeypatch.setattr(store.images, "lengths", lengths)
     with pytest.raises(SampleError, match="sample 3: "):
         load(store)
     assert not [t for t in threading.enumerate() if t.name.startswith("kamim-loader")]

@@ -11,6 +11,7 @@ import pytest
 
 from kamim.method.masking import block_masks
 from kamim.storage.store import Store
+from pipelines import turbojpeg
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, Crops, Scratch
 from pipelines.loader import Crop, Loader, SampleError
@@ -18,6 +19,9 @@ from pipelines.plan import Plan
 
 SIDE, BATCH, SEED = 64, 9, 3  # of 24 samples: two batches of 9 and one of 6, which is short of 8 ranks
 Seen = list[tuple[int, int, bytes]]  # (sample, epoch, what was made of it), in global order
+
+
+pytestmark = pytest.mark.usefixtures("decoder")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def over(batches: Iterator[Batch]) -> dict[int, Seen]:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["short_last", "drop_last"])
-def undisturbed(request: pytest.FixtureRequest, store: Store) -> tuple[bool, dict[int, Seen]]:
+def undisturbed(request: pytest.FixtureRequest, store: Store, decoder: str) -> tuple[bool, dict[int, Seen]]:
     """Nine steps."""
     return request.param, over(loader(store, drop_last=request.param).steps(0, 9))
 
@@ -129,8 +133,11 @@ class Failing:
 
 
 def damaged(store: Store, monkeypatch: pytest.MonkeyPatch, cut: dict[int, int]) -> None:
-    data = store.images.data
-    monkeypatch.setattr(store.images, "data", lambda i: data(i)[: cut.get(i)])
+    """Cuts images to some of their bytes, or takes some off."""
+    lengths = store.images.lengths.copy()
+    for index, length in cut.items():
+        lengths[index] = length if length >= 0 else lengths[index] + length
+    monkeypatch.setattr(store.images, "lengths", lengths)
 
 
 def skipping(store: Store, counter: Counter | None = None) -> Loader:
@@ -204,6 +211,7 @@ def test_a_worker_that_runs_out_of_memory_is_reported(store: Store, monkeypatch:
     def fails(index: int) -> np.ndarray:
         raise MemoryError("no room")
 
+    monkeypatch.setattr(turbojpeg, "library", lambda: None)
     monkeypatch.setattr(store.images, "data", fails)
     with pytest.raises(MemoryError, match="no room"):  # the machine's fault, not the sample's
         list(Loader(store, Plan(len(store), 8, 8, 0), SIDE, crop=Crop()).steps(0, 1))

@@ -11,7 +11,7 @@ from conftest import make_store
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, loader, startup
+from kamim.bench import evaluate, loader, small, startup
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
@@ -62,13 +62,13 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
     ("command", "name", "said"),
     [
         ("bench loader", "rejected", "not a kamim store (no manifest.json); make one with `kamim preprocess`"),
-        ("bench loader", "raw", "holds raw pixels; this benchmark compares JPEG stores"),
+        ("bench loader", "raw", "its images are raw; this benchmark compares JPEG stores"),
         ("bench loader", "sift", "has no 'fast' keypoints, only sift"),
         ("bench preprocess", "ten", "has 10 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench preprocess", "rejected", "has 0 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench fidelity", "ten", "--images 400: --source has 11"),
         ("bench fidelity --images 1", "rejected", "bad/0.jpg: not an image, or of a kind that cannot be read"),
-        ("bench eval", "raw", "holds raw pixels; this benchmark compares JPEG stores"),
+        ("bench eval", "raw", "its images are raw; this benchmark compares JPEG stores"),
         ("bench eval", "unlabelled", "has 10 images without a label; this benchmark mixes labels"),
         ("bench train --model vit_demo", "ten", "its keypoints are for resolution 64 and crop scale"),
         ("bench train --model vit_demo", "sift", "has no 'fast' keypoints, only sift"),
@@ -102,6 +102,7 @@ def test_bench_loader_measures_stores_smaller_than_a_batch(
     """ffcv's own loader, which drops a short batch, is measured in test_bench.py."""
     monkeypatch.setattr(loader, "EPOCHS", 1)
     monkeypatch.setattr(loader, "FINER", 1)
+    monkeypatch.setattr(small, "SAMPLES", 300)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(startup, "measure", lambda store: {})
     file = root / f"loader-{name}.json"

@@ -119,7 +119,7 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
     ),
     "no-stamps": (edited(lambda manifest: manifest["checksums"].pop("stamps.npy")), "checksums: has no stamps.npy"),
     "nested": (lambda path: store.seal(path, b"[" * 10**6), "not a manifest: maximum recursion depth"),
-    "encoding-of-pixels": (field("job.encoding", "raw"), "images.zarr: is JPEG, but manifest.json has encoding 'raw'"),
+    "encoding-of-pixels": (field("job.encoding", "raw"), "its images are jpeg, but manifest.json says raw"),
 }  # fmt: skip
 
 IN_KEYPOINTS: dict[str, tuple[Change, str]] = {
@@ -347,6 +347,7 @@ def fault(path: Path, whole: Path, ends: dict[str, Outcome], sound: Outcome) -> 
 
 def test_random_damage_breaks_nothing_and_is_not_silent(folder: Path, tmp_path: Path) -> None:
     kinds: list[tuple[str, Encoding]] = [(backend, encoding) for backend in BACKENDS for encoding in ("jpeg", "raw")]
+    kinds.append(("zarr", "yuv420"))
     wholes = [
         make_store(
             folder, tmp_path / f"whole/{backend}-{encoding}", backend, detectors=("fast", "orb"), encoding=encoding

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.method import geometry
+from kamim.method.colour import to_planes
 from kamim.storage import beton, mmap_array, store
 from kamim.storage.store import Store
 from preprocess.resize import resize_antialiased
@@ -69,7 +71,7 @@ def test_images_keep_order_labels_and_sizes(path: Path, folder: Path) -> None:
 
 def test_images_are_the_jpegs_of_the_resized_source(path: Path, folder: Path) -> None:
     images = Store(path).images
-    assert not images.raw
+    assert images.encoding == "jpeg"
     for index, pixels in enumerate(source_pixels(folder)):
         expected = simplejpeg.encode_jpeg(np.ascontiguousarray(expected_image(pixels)), 90, colorsubsampling="420")
         data = images.data(index)
@@ -80,9 +82,23 @@ def test_images_are_the_jpegs_of_the_resized_source(path: Path, folder: Path) ->
 
 def test_raw_images_are_the_resized_source(raw_path: Path, folder: Path) -> None:
     images = Store(raw_path).images
-    assert images.raw
+    assert images.encoding == "raw"
     for index, pixels in enumerate(source_pixels(folder)):
         np.testing.assert_array_equal(images.data(index).reshape(*images.sizes[index], 3), expected_image(pixels))
+
+
+def test_yuv420_images_are_the_planes_of_the_resized_source(folder: Path, tmp_path: Path) -> None:
+    opened = Store(make_store(folder, tmp_path / "store", "auto", encoding="yuv420"))
+    assert (opened.manifest.job.images, opened.images.encoding) == ("zarr", "yuv420")
+    for index, pixels in enumerate(source_pixels(folder)):
+        np.testing.assert_array_equal(opened.images.data(index), to_planes(expected_image(pixels)))
+    made = runner.invoke(app, ["store", "verify", str(tmp_path / "store"), "--deep"])
+    assert made.exit_code == 0, made.stderr
+
+
+def test_ffcv_files_hold_no_yuv420(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KamimError, match="images = ffcv: holds no images with encoding = yuv420; take images=zarr"):
+        make_store(folder, tmp_path / "store", "ffcv", encoding="yuv420")
 
 
 @pytest.mark.parametrize("detector", DETECTED)

@@ -1,0 +1,210 @@
+"""Crop, bilinear resize, flips and conversion to RGB of an image that is planes of Y, Cb and Cr.
+
+Each plane is resized at its own resolution, and only the result becomes RGB. First all rows of the crop are resized to
+the columns of the result, at 16 bits a value; then two rows blend into each row of the result. Four rows are resized at
+a time: woven into one row of four-byte values, both neighbours that a column needs of all four are one 8-byte word. The
+rest is short loops over flat arrays, which the compiler does 16 or 32 values at a time.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import carray
+
+from kamim.method.kernels import kernel
+from kamim.method.simd import high16, less16, load8, pointer8, store8
+
+WOVEN = 4  # rows that are resized at a time
+_WORD = np.uint64(32)  # bits: half of what is loaded, one value of each of the woven rows
+_NEAR = np.uint64(0xFFFFFFFF)
+_FAR = np.uint64(0xFFFFFFFF00000000)
+_BYTE = np.uint16(8)  # bits
+_NEUTRAL = np.uint16(128 << 8)  # Cb and Cr of greys
+
+# JFIF's R = Y + 1.402 (Cr - 128), G = Y - 0.344136 (Cb - 128) - 0.714136 (Cr - 128), B = Y + 1.772 (Cb - 128), for
+# values in 256ths, with results in 64ths: factors as 65536ths of a 64th, and what they make of 128.
+_TO_64TH, _HALF, _FROM_64TH = np.uint16(2), np.uint16(32), np.uint16(6)  # bits, a half, bits
+_RED_CR, _RED_OFFSET = np.uint16(22970), np.uint16(11485)
+_GREEN_CB, _GREEN_CR, _GREEN_OFFSET = np.uint16(5638), np.uint16(11700), np.uint16(8669)
+_BLUE_CB, _BLUE_OFFSET = np.uint16(29032), np.uint16(14516)
+
+
+class Planes(NamedTuple):
+    """An image of height x width px as planes within `data`.
+
+    data: uint8 [n]. Y begins at 0, its rows `stride` bytes apart; Cb and Cr begin at `cb` and `cr`, with rows
+    `chroma_stride` apart. block_height, block_width: pixels that share a sample of Cb and Cr, which lies in the centre
+    of its block; 0 for grey images, which have neither.
+    """
+
+    data: np.ndarray
+    height: int
+    width: int
+    stride: int
+    cb: int
+    cr: int
+    chroma_stride: int
+    block_height: int
+    block_width: int
+
+
+@kernel
+def stored_planes(address, height, width):
+    """The Planes of an image in a store's encoding yuv420 (kamim.method.colour), whose bytes begin at an address."""
+    columns, cb = (width + 1) // 2, height * width
+    chroma = (height + 1) // 2 * columns
+    data = carray(pointer8(address), (cb + 2 * chroma,))
+    return Planes(data, height, width, width, cb, cb + chroma, columns, 2, 2)
+
+
+@kernel
+def crop_planes(planes, view, resized, out):
+    """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
+
+    planes: Planes, which hold the crop. resized: uint16 [3, n, R] of working memory, n at least WOVEN more than the
+    image's height. out: uint8 [R, R, 3], RGB, contiguous. The result is that of converting every pixel to RGB,
+    cropping, and resizing without antialiasing, except that roundings differ and that chroma is interpolated once
+    instead of twice.
+    """
+    top, left, height, width, flip_v, flip_h = view
+    data, side, grey = planes.data, out.shape[0], planes.block_width == 0
+    room = WOVEN * (max(side, width) + 2)
+    woven, near, far = np.empty(room, np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    rows, columns = _axis(top, height, 1, side), _axis(left, width, 1, side)
+    offset, weight = _columns(columns, flip_h, side)
+    _resize_columns(data, planes.stride, rows, columns, offset, weight, woven, near, far, resized[0])
+    chroma_rows = rows
+    if not grey:
+        chroma_rows = _axis(top, height, planes.block_height, side)
+        columns = _axis(left, width, planes.block_width, side)
+        offset, weight = _columns(columns, flip_h, side)
+        for plane, start in ((1, planes.cb), (2, planes.cr)):
+            chroma = data[start:]
+            _resize_columns(
+                chroma, planes.chroma_stride, chroma_rows, columns, offset, weight, woven, near, far, resized[plane]
+            )
+    y, cb, cr = np.empty(side, np.uint16), np.full(side, _NEUTRAL), np.full(side, _NEUTRAL)
+    red, green, blue = np.empty(side, np.uint8), np.empty(side, np.uint8), np.empty(side, np.uint8)
+    results = out.reshape(side, 3 * side)
+    for o in range(side):
+        _blend_rows(resized[0], rows, o, y)
+        if not grey:
+            _blend_rows(resized[1], chroma_rows, o, cb)
+            _blend_rows(resized[2], chroma_rows, o, cr)
+        _to_rgb(y, cb, cr, red, green, blue)
+        _interleave(red, green, blue, results[side - 1 - o if flip_v else o])
+
+
+@kernel
+def _axis(start, length, block, side):
+    """How `side` results lie among the samples of a plane, of which each stands for `block` pixels of an axis.
+
+    The crop is pixels start .. start + length - 1. Returns the first sample that has a part in it, the number of such
+    samples, samples per result, and where in the first sample the crop begins.
+    """
+    first = start // block
+    return first, (start + length - 1) // block - first + 1, length / block / side, (start % block) / block
+
+
+@kernel
+def _source(o, axis):
+    """Where result o lies among an axis' samples, counted from the first one's centre: half-pixel centres."""
+    _, samples, scale, lead = axis
+    return min(max((o + 0.5) * scale - 0.5 + lead, 0.0), samples - 1.0)
+
+
+@kernel
+def _columns(axis, flip, side):
+    """For each result: the first of its two samples, int64 [R or 1 more], and the second's weight in 256ths, uint16."""
+    offset, weight = np.empty(side + side % 2, np.int64), np.empty(side, np.uint16)
+    for o in range(side):
+        source = _source(o, axis)
+        first = min(int(source), max(axis[1] - 2, 0))
+        to = side - 1 - o if flip else o
+        offset[to], weight[to] = first, int(np.rint((source - first) * 256))
+    offset[side:] = offset[side - 1]
+    return offset, weight
+
+
+@kernel
+def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, far, out):
+    """All rows of the crop of a plane (uint8 [n]) -> out uint16 [>= rows + WOVEN - 1, R], in 256ths of a grey level."""
+    top, count, _, _ = rows
+    left, width, _, _ = columns
+    for n in range(0, count, WOVEN):
+        a = (top + n) * stride + left
+        b = (top + min(n + 1, count - 1)) * stride + left
+        c = (top + min(n + 2, count - 1)) * stride + left
+        d = (top + min(n + 3, count - 1)) * stride + left
+        _weave(plane[a : a + width], plane[b : b + width], plane[c : c + width], plane[d : d + width], woven)
+        _neighbours(woven, offset, near, far)
+        _blend_columns(near, far, weight, out[n], out[n + 1], out[n + 2], out[n + 3])
+
+
+@kernel
+def _weave(a, b, c, d, woven):
+    """Four rows uint8 [W] -> woven uint8 [>= 4 W]: their first values, then their second ones, and so on."""
+    for i in range(len(a)):
+        woven[4 * i], woven[4 * i + 1], woven[4 * i + 2], woven[4 * i + 3] = a[i], b[i], c[i], d[i]
+
+
+@kernel
+def _neighbours(woven, offset, near, far):
+    """For each column of the result, four values of the one sample and four of the next -> uint8 [4 R] each."""
+    for k in range(len(offset) // 2):
+        a, b = load8(woven, 4 * offset[2 * k]), load8(woven, 4 * offset[2 * k + 1])
+        store8(near, 8 * k, (a & _NEAR) | (b << _WORD))
+        store8(far, 8 * k, (a >> _WORD) | (b & _FAR))
+
+
+@kernel
+def _between(near, far, weight):
+    """In 256ths, exact modulo 2**16."""
+    return np.uint16(np.uint16(near) << _BYTE) + (np.uint16(far) - np.uint16(near)) * weight
+
+
+@kernel
+def _blend_columns(near, far, weight, a, b, c, d):
+    """What _neighbours found -> four rows of the result, uint16 [R]."""
+    for i in range(len(weight)):
+        a[i] = _between(near[4 * i], far[4 * i], weight[i])
+        b[i] = _between(near[4 * i + 1], far[4 * i + 1], weight[i])
+        c[i] = _between(near[4 * i + 2], far[4 * i + 2], weight[i])
+        d[i] = _between(near[4 * i + 3], far[4 * i + 3], weight[i])
+
+
+@kernel
+def _blend_rows(resized, rows, o, out):
+    """Row o of the result, uint16 [R], from the two rows of `resized` between which it lies."""
+    source = _source(o, rows)
+    first = int(source)
+    upper, lower = resized[first], resized[min(first + 1, rows[1] - 1)]
+    weight = np.uint16(min((source - first) * 65536, 65535.0))
+    rest = np.uint16(0xFFFF - weight)
+    for i in range(len(out)):
+        out[i] = high16(upper[i], rest) + high16(lower[i], weight)
+
+
+@kernel
+def _to_rgb(luma, cb, cr, red, green, blue):
+    """uint16 [R] in 256ths -> uint8 [R]. Sums are unsigned and below 2**16; what 128 makes is taken off last."""
+    for i in range(len(luma)):
+        y = np.uint16((luma[i] >> _TO_64TH) + _HALF)
+        less = np.uint16(high16(cb[i], _GREEN_CB) + high16(cr[i], _GREEN_CR))
+        red[i] = _byte(less16(np.uint16(y + high16(cr[i], _RED_CR)), _RED_OFFSET))
+        green[i] = _byte(less16(np.uint16(y + _GREEN_OFFSET), less))
+        blue[i] = _byte(less16(np.uint16(y + high16(cb[i], _BLUE_CB)), _BLUE_OFFSET))
+
+
+@kernel
+def _byte(value):
+    """64ths of a grey level, uint16 -> uint8, at most 255."""
+    whole = np.uint16(value >> _FROM_64TH)
+    return np.uint8(whole if whole < np.uint16(255) else np.uint16(255))
+
+
+@kernel
+def _interleave(red, green, blue, out):
+    """uint8 [R] each -> [3 R]."""
+    for i in range(len(red)):
+        out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]

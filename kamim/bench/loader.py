@@ -20,16 +20,20 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from kamim.bench import startup
 from kamim.bench.originals import accepted, check_jpeg, read
+from kamim.bench.planes import planes_quality, write_planes
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
+from kamim.bench.small import SIDE, kernels_only, processor_us, write_small
 from kamim.bench.startup import Bare
 from kamim.method.weighting import counts_to_weights
 from kamim.storage import beton
 from kamim.storage.store import Images, Keypoints, Store
+from pipelines import turbojpeg
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
@@ -41,6 +45,7 @@ EPOCHS, STOCK_EPOCHS = 8, 2  # in a measured pass, so that starting it does not 
 # shorter ones, and more.
 FINER, FINER_EPOCHS = 6, 4
 SHORT_SIDE = 256
+SMALL_BATCH = 256
 
 
 class ReferenceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -71,6 +76,22 @@ class ReferenceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor
         return crop, counts_to_weights(counts, PATCH_SIZE, TEMPERATURE)
 
 
+class StoredDataset(torch.utils.data.Dataset[torch.Tensor]):
+    """Crops of a store's JPEGs, decoded by torchvision: uint8 [3, R, R]."""
+
+    def __init__(self, store: Store):
+        self._images = store.images
+        self._crop = v2.RandomResizedCrop(RESOLUTION, scale=(0.67, 1.0), antialias=False)
+
+    def __len__(self) -> int:
+        return len(self._images.sizes)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        data = torch.from_numpy(self._images.data(index).copy())
+        crop: torch.Tensor = self._crop(decode_jpeg(data, ImageReadMode.RGB))
+        return crop
+
+
 def one_thread(_: int) -> None:
     """For the worker processes of a DataLoader."""
     cv2.setNumThreads(1)
@@ -84,6 +105,15 @@ def reference(source: Source, batch: int, workers: int) -> Run:
         persistent_workers=True, worker_init_fn=one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images, _ in loader)
+
+
+def torchvision_jpeg(store: Store, batch: int, workers: int) -> Run:
+    """torchvision's decode_jpeg and RandomResizedCrop in a DataLoader, one worker process per core, no keypoints."""
+    loader = torch.utils.data.DataLoader(
+        StoredDataset(store), even_batch(len(store), batch, workers), shuffle=True, num_workers=workers,
+        persistent_workers=True, worker_init_fn=one_thread,
+    )  # fmt: skip
+    return lambda: sum(len(images) for images in loader)
 
 
 def decode_only(store: Store, workers: int) -> Run:
@@ -103,11 +133,13 @@ def decode_only(store: Store, workers: int) -> Run:
     return run
 
 
-def ours(store: Images, keypoints: Keypoints | None, batch: int, workers: int, epochs: int) -> Run:
+def ours(
+    store: Images, keypoints: Keypoints | None, batch: int, workers: int, epochs: int, resolution: int = RESOLUTION
+) -> Run:
     """kamim's loader; keypoints None: images alone, as SimMIM needs them."""
     counter = None if keypoints is None else CachedCounts(keypoints, "ring", PATCH_SIZE)
     plan = Plan(len(store.images.labels), batch, batch, seed=0, drop_last=False)
-    loader = Loader(store, plan, RESOLUTION, crop=Crop(), counter=counter, workers=workers)
+    loader = Loader(store, plan, resolution, crop=Crop(), counter=counter, workers=workers)
     passes: Iterator[int] = iter(range(1 << 30))
 
     def run() -> int:
@@ -175,9 +207,13 @@ def _stock_loader(file: str, batch: int, workers: int) -> Any:
 def bench(
     store: Store, source: Source, batch: int, rounds: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Rates (images per second, medians) and the ratios that matter. batch: the store's images at most.
+    """Rates (images per second, medians) and ratios. batch: the store's images at most.
 
-    Raises ValueError for a store of raw pixels or without FAST's keypoints.
+    small_images_per_thread: of 32 px images, in a second of the processor, on one thread. python_us_per_image: the
+    processor's time for one of them, less that of the compiled loops alone. decoder: planes, or pixels without
+    libturbojpeg. pixels: see planes_quality.
+
+    Raises KamimError for a store without JPEGs or without FAST's keypoints.
     """
     check_jpeg(store)
     store.keypoints("fast")  # which startup.measure needs
@@ -187,6 +223,7 @@ def bench(
     keypoints = {name: store.keypoints(name) for name in store.detectors}
     first = next(iter(keypoints.values()), None)
     runs: dict[str, Run] = {"reference": reference(source, batch, workers), "jpeg_decode": decode_only(store, workers)}
+    runs["torchvision_jpeg"] = torchvision_jpeg(store, batch, workers)
     with_and_without = {"simmim": None, **keypoints}
     runs |= {name: ours(store, found, batch, workers, EPOCHS) for name, found in with_and_without.items()}
     finer = {name: ours(store, found, batch, workers, FINER_EPOCHS) for name, found in with_and_without.items()}
@@ -197,19 +234,34 @@ def bench(
             runs["short_side"] = ours(short, None, batch, workers, EPOCHS)
             runs["short_side_stock_ffcv"] = stock_ffcv(process, short.path, batch, workers)
             runs["raw"] = ours(raw, first, batch, workers, EPOCHS)
+        planes, small = write_planes(store, Path(folder, "planes")), write_small(source, Path(folder, "small"))
+        runs["yuv420"] = ours(planes, first, batch, workers, EPOCHS)
+        small_runs = {f"small_{n}": ours(small.images, small.keypoints, SMALL_BATCH, n, 1, SIDE) for n in (1, 2)}
         coarse, fine = len(runs) * (rounds + 1), len(finer) * (FINER * rounds + 1)
-        rates = interleaved(runs, rounds, lambda done, _: progress(done, coarse + fine))
-    finer_rates = interleaved(finer, FINER * rounds, lambda done, _: progress(coarse + done, coarse + fine))
+        total = coarse + fine + len(small_runs) * (FINER * rounds + 1)
+        rates = interleaved(runs, rounds, lambda done, _: progress(done, total))
+        small_rates = interleaved(small_runs, FINER * rounds, lambda done, _: progress(coarse + done, total))
+        timed = (small_runs["small_1"], kernels_only(small))
+        processor = np.array([[processor_us(run) for run in timed] for _ in range(FINER * rounds)])
+        quality = planes_quality(store, planes, RESOLUTION)
+    finer_rates = interleaved(finer, FINER * rounds, lambda done, _: progress(total - fine + done, total))
     best = next(iter(keypoints), "simmim")
     pairs = {
         "ratio_to_reference": (best, "reference"), "ratio_to_jpeg_decode": (best, "jpeg_decode"),
+        "ratio_to_torchvision_jpeg": ("simmim", "torchvision_jpeg"),
         "ratio_to_stock_ffcv": (best, "short_side_stock_ffcv"), "raw_over_jpeg": ("raw", best),
+        "yuv420_over_jpeg": ("yuv420", best),
         "ratio_to_stock_ffcv_same_file": ("short_side", "short_side_stock_ffcv"),
     }  # fmt: skip
     medians = {name: statistics.median(made) for name, made in rates.items()}
     ratios = {name: paired(rates[a], rates[b]) for name, (a, b) in pairs.items() if {a, b} <= rates.keys()}
     ratios |= {f"{name}_over_simmim": paired(finer_rates[name], finer_rates["simmim"]) for name in keypoints}
+    ratios["two_threads_over_one"] = paired(small_rates["small_2"], small_rates["small_1"])
+    medians |= {name: statistics.median(made) for name, made in small_rates.items()}
     return {
+        "small_images_per_thread": float(1e6 / np.median(processor[:, 0])),
+        "python_us_per_image": float(np.median(processor[:, 0] - processor[:, 1])),
+        "decoder": "planes" if turbojpeg.library() else "pixels", "pixels": quality, "small_rounds": small_rates,
         "images_per_second": medians, "ratios": ratios, "rounds": rates, "finer_rounds": finer_rates,
         "workers": workers, "batch": batch, "startup": startup.measure(store),
     }  # fmt: skip

@@ -68,8 +68,6 @@ def first_batch_seconds(path: str, started: float) -> float:
 
 def write_images(path: str, folder: str, images: int) -> int:
     """Writes images.zarr and keypoints.zarr to `folder`, with the first image of the store `images` times."""
-    import zarr
-
     store, out = Store(path), Path(folder)
     keypoints = store.keypoints("fast")
     data, (height, width) = store.images.data(0), store.images.sizes[0].tolist()
@@ -79,13 +77,20 @@ def write_images(path: str, folder: str, images: int) -> int:
     mmap_array.create_group(out / "keypoints.zarr")
     one = (np.concatenate(positions), np.stack(counts).astype(np.int64), keypoints.frame[0])
     write_keypoints(out / "keypoints.zarr", "fast", [one], len(one[0]))
+    repeat(out, np.zeros(images, np.int64))
+    return images
+
+
+def repeat(folder: Path, samples: np.ndarray) -> None:
+    """Makes sample i of images.zarr and keypoints.zarr/fast in a folder the one that was samples[i] (int [n])."""
+    import zarr
+
     for name in ("images.zarr", "keypoints.zarr/fast"):
-        group = zarr.open_group(out / name)
+        group = zarr.open_group(folder / name)
         for array in {"start", "length", "size", "label", "frame", "counts"} & set(group.array_keys()):
             values = np.asarray(group[array])
             del group[array]
-            mmap_array.create(group, array, np.repeat(values, images, axis=0))
-    return images
+            mmap_array.create(group, array, values[samples])
 
 
 def open_seconds(folder: str) -> float:

@@ -16,17 +16,19 @@ import torch
 
 import kamim
 from kamim.training.distributed import World
+from pipelines import turbojpeg
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 LIBRARIES = ("torch", "timm", "numpy", "numba", "opencv-python", "simplejpeg")
 
 
 def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
-    """Returns names and versions of hardware and libraries, for JSON. gpus: torch's names."""
+    """Returns names and versions of hardware and libraries, for JSON. gpus: torch's names. libturbojpeg: its file."""
     return {
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(), "kamim": kamim.__version__, **{name: _version(name) for name in libraries},
+        "libturbojpeg": None if (found := turbojpeg.library()) is None else found._name,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from conftest import HAS_FFCV, make_store, plan_job
 from torchvision.transforms.v2 import functional as F
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, pixels, preprocess, startup, train
+from kamim.bench import evaluate, fidelity, loader, pixels, preprocess, small, startup, train
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store, ZarrImages
@@ -101,6 +101,7 @@ def test_bench_loader_reports_rates_and_ratios(
 ) -> None:
     monkeypatch.setattr(loader, "EPOCHS", 2)
     monkeypatch.setattr(loader, "FINER", 1)
+    monkeypatch.setattr(small, "SAMPLES", 300)
     monkeypatch.setattr(startup, "measure", lambda store: {"first_batch_seconds": 1.0})
     given = ["bench", "loader", "--source", str(class_folder), "--store", str(stores["zarr"])]
     result = CliRunner().invoke(app, [*given, "--rounds", "1", "--json", str(tmp_path / "r.json")])
@@ -109,7 +110,13 @@ def test_bench_loader_reports_rates_and_ratios(
     rates, ratios = made["images_per_second"], made["ratios"]
     assert made["batch"] == 24  # all there are
     with_ffcv = {"short_side", "short_side_stock_ffcv", "raw"} if HAS_FFCV else set()
-    assert set(rates) == {"reference", "jpeg_decode", "simmim", "fast", "sift"} | with_ffcv
+    of_kamim = {"simmim", "fast", "sift", "yuv420", "small_1", "small_2"}
+    assert set(rates) == {"reference", "jpeg_decode", "torchvision_jpeg"} | of_kamim | with_ffcv
+    assert ratios["two_threads_over_one"] == pytest.approx(rates["small_2"] / rates["small_1"])
+    assert ratios["yuv420_over_jpeg"] == pytest.approx(rates["yuv420"] / rates["fast"])
+    assert np.isfinite(made["python_us_per_image"])
+    assert min(made["pixels"]["jpeg_psnr"], made["pixels"]["yuv420_psnr"]) > 35
+    assert made["pixels"]["jpeg_mean_difference"] <= 1.5
     assert ratios["ratio_to_reference"] == pytest.approx(rates["fast"] / rates["reference"])
     finer = made["finer_rounds"]
     assert ratios["sift_over_simmim"] == pytest.approx(finer["sift"][0] / finer["simmim"][0])

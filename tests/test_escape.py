@@ -26,10 +26,10 @@ from kamim.analysis import figures as analysis
 from kamim.cli import app, console
 from kamim.cli.console import bar
 from kamim.evaluation import figures as evaluation
-from kamim.evaluation import grid_table
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
+from kamim.reporting.table import Table
 from kamim.storage.escape import cell, literal, one_line, printable, text_of
 from kamim.storage.store import Store, seal
 from kamim.training import checkpoint, metrics
@@ -149,7 +149,16 @@ def test_pages_and_tables_hold_text(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&#34;&#39;' in text
     assert text.count("&lt;script") == 2 + 8 and "<p>" in text
-    assert grid_table.Table(HOSTILE, (HOSTILE,)).markdown().count("\n") == 3
+    table = Table(HOSTILE, (HOSTILE, ("-1.50", *HOSTILE[1:])))
+    markdown = table.markdown()
+    assert markdown.count("\n") == 4 and UNSAFE.search(markdown) is None
+    assert re.search(r"(?<!\\)<", markdown) is None
+    assert len(re.findall(r"(?<!\\)\|", markdown)) == 4 * (len(HOSTILE) + 1)
+    assert Table(("[a](https://b)",), ((r"[a]\(b)",),)).markdown() == "| [a]\\(https://b) |\n| --- |\n| [a]\\\\(b) |\n"
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert [text_of(shown) for shown in rows[1]] == list(map(printable, HOSTILE))
+    assert rows[2][0] == "-1.50"  # a number is no formula
+    assert not [shown for shown in (*rows[0], *rows[1]) if shown[:1] in ("=", "+", "-", "@")]
 
 
 def test_only_templates_make_markup(tmp_path: Path) -> None:
@@ -228,7 +237,7 @@ def test_commands_show_hostile_names(hostile_store: Path, tmp_path: Path) -> Non
 
 
 def test_nobody_else_prints() -> None:
-    """All output goes through the two consoles, and rejects.csv is the only CSV file.
+    """All output goes through the two consoles, and one module writes rejects.csv and one all other CSV files.
 
     Two modules are scripts that run in a separate process and print for their caller.
     """
@@ -237,4 +246,4 @@ def test_nobody_else_prints() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("print", "Console", "sys.stdout.write", "sys.stderr.write"), file
-            assert called != "csv.writer" or name(file) == "preprocess.assemble", file
+            assert called != "csv.writer" or name(file) in ("preprocess.assemble", "kamim.reporting.table"), file

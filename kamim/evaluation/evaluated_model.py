@@ -28,6 +28,7 @@ class Origin:
     step: int = 0
     weights: str | None = None
     pretraining: Mapping[str, Any] | None = None
+    run_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,13 @@ def load_model(source: str) -> LoadedModel:
     origin = Origin(str(saved.path), saved.config.model.name, saved.step)
     if not random:
         makes_pixels = saved.has_head and not saved.config.norm_pix_loss
-        origin = replace(origin, weights=saved.weights, pretraining=_pretraining(saved))
+        seed = None if saved.step == 0 else saved.config.seed  # imported weights are of step 0
+        origin = replace(origin, weights=saved.weights, pretraining=_pretraining(saved), run_seed=seed)
         return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin)
     torch.manual_seed(saved.config.seed)
     model = MaskedImageModel(saved.config.model.name, saved.config.data.resolution)
-    return LoadedModel(model, True, saved.config.mask, Origin(source, saved.config.model.name))
+    origin = Origin(source, saved.config.model.name, run_seed=saved.config.seed)
+    return LoadedModel(model, True, saved.config.mask, origin)
 
 
 def _foreign(path: Path, file: Path) -> LoadedModel:

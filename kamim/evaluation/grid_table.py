@@ -1,7 +1,6 @@
 """The tables and the page of a sweep: a row for each run, and means over the runs that differ by seed only."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kamim.evaluation.grid import Grid, GridPoint, baselines, points
@@ -11,7 +10,7 @@ from kamim.evaluation.report import CHOICE, chosen_on_val
 from kamim.evaluation.results import Result, headline
 from kamim.evaluation.sections import PAPER_HEADER, quote
 from kamim.reporting import page
-from kamim.storage.escape import printable
+from kamim.reporting.table import Table, of_columns
 from kamim.storage.store import write_whole
 from kamim.training import metrics, report
 from kamim.training.report import Lines
@@ -22,23 +21,6 @@ OF_RUNS: Mapping[str, tuple[Callable[[Lines], float | None], str]] = {  # column
     "gradient norm, mean": (lambda lines: report.mean_of("grad_norm", lines), ".2f"),
     "steps clipped": (lambda lines: report.mean_of("clipped", lines), ".0%"),
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "".join(f"| {' | '.join(map(_markdown, cells))} |\n" for cells in lines)
-
-
-def _markdown(cell: str) -> str:
-    return printable(cell).replace("|", "\\|")
 
 
 class SweepResults:
@@ -75,7 +57,7 @@ def runs_table(sweep: SweepResults) -> Table:
     for title, (number, form) in OF_RUNS.items():
         numbers = [number(sweep.metrics[point.name]) for point in sweep.points]
         columns.append((title, ["" if value is None else f"{value:{form}}" for value in numbers]))
-    return _without_empty(columns)
+    return of_columns(columns)
 
 
 def settings_table(sweep: SweepResults) -> Table:
@@ -85,7 +67,7 @@ def settings_table(sweep: SweepResults) -> Table:
     for mode in sweep.grid.modes:
         of_mode = [list(sweep.scores(group, mode).values()) for group in groups.values()]
         columns.append((MODES[mode].column, [str(estimate(scores)) if scores else "" for scores in of_mode]))
-    return _without_empty(columns)
+    return of_columns(columns)
 
 
 def differences_table(sweep: SweepResults) -> Table:
@@ -102,7 +84,7 @@ def differences_table(sweep: SweepResults) -> Table:
             pairs = [(scores[seed], base[seed]) for seed in scores if seed in base]
             cells.append(_difference(paired_difference(*zip(*pairs, strict=True))) if pairs else "")
         columns.append((MODES[mode].column, cells))
-    return _without_empty(columns)
+    return of_columns(columns)
 
 
 def _difference(difference: Estimate) -> str:
@@ -110,11 +92,6 @@ def _difference(difference: Estimate) -> str:
         return f"{difference.mean:+.2f}"
     low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
     return f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def _without_empty(columns: Sequence[tuple[str, Sequence[str]]]) -> Table:
-    kept = [(title, cells) for title, cells in columns if any(cells)]
-    return Table(tuple(title for title, _ in kept), tuple(zip(*(cells for _, cells in kept), strict=True)))
 
 
 def save(sweep: SweepResults) -> None:

@@ -21,7 +21,8 @@ class SampleSet:
     fingerprint: str
 
 
-OPTIONAL = ("block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all modes have
+OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all have
+ABOUT = ("pretraining", "run_seed", "command")  # settings that describe a result and are not compared with another's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,12 @@ class EvalSettings:
     """Everything that a result depends on.
 
     weights is the sha256 of the checkpoint's weights. pretraining holds the keys of Pretrain that shape a run, and is
-    None for untrained or foreign weights; versions differ in its keys, so it stays a mapping. train is None for modes
-    that train nothing. options are the mode's section of the configuration. The OPTIONAL settings are None, and left
-    out of the JSON, in modes that do not have them. Early versions did not write resolution and batch_size.
+    None for untrained or foreign weights; versions differ in its keys, so it stays a mapping. run_seed is the seed of
+    the run that a checkpoint is of, or with which random weights are drawn; None for raw pixels and foreign weights.
+    seed is that of the evaluation. command is the command line of the process that finished the result (see
+    kamim.training.machine.command_line). train is None for modes that train nothing. options are the mode's section of
+    the configuration. The OPTIONAL settings are left out of the JSON if they are None. Early versions did not write
+    resolution, batch_size, run_seed and command.
     """
 
     mode: str
@@ -41,6 +45,8 @@ class EvalSettings:
     step: int
     weights: str | None
     pretraining: Mapping[str, Any] | None = None
+    run_seed: int | None = None
+    command: str | None = None
     resolution: int | None = None
     seed: int
     batch_size: int | None = None

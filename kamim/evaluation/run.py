@@ -14,7 +14,7 @@ from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from kamim.evaluation.modes import MODES, read_result
 from kamim.evaluation.position import Position
-from kamim.evaluation.results import EvalSettings, Result
+from kamim.evaluation.results import ABOUT, EvalSettings, Result
 from kamim.storage import lock
 from kamim.storage.flatten import flat_text
 from kamim.storage.store import Store, write_whole
@@ -130,12 +130,13 @@ def _read(file: Path) -> Result[Any]:
 def _check_free(folder: Path, settings: EvalSettings) -> None:
     """Raises KamimError if the folder holds a task with other settings.
 
-    How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
+    How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it, and neither is
+    the command line.
     """
     file = folder / "settings.json"
     requested = dict(flat_text(settings.as_json()))
     existing = dict(flat_text(json.loads(file.read_text()))) if file.exists() else requested
-    for key in (key for key in {**existing, **requested} if not key.startswith("pretraining")):
+    for key in (key for key in {**existing, **requested} if key.partition(".")[0] not in ABOUT):
         if requested.get(key) != existing.get(key):
             raise KamimError(
                 f"{folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "

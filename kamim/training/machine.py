@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 import kamim
+from kamim.storage.escape import printable
 from kamim.training.distributed import World
 from pipelines import turbojpeg
 
@@ -30,6 +32,16 @@ def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
         "python": platform.python_version(), "kamim": kamim.__version__, **{name: _version(name) for name in libraries},
         "libturbojpeg": None if (found := turbojpeg.library()) is None else found._name,
     }  # fmt: skip
+
+
+def command_line() -> str | None:
+    """Returns the command of this process as a shell reads it, such as "kamim eval -c cifar10"; None if kamim is used
+    as a library by another program.
+    """
+    program = Path(sys.argv[0])
+    if program.stem != "kamim" and program.parts[-2:] != ("kamim", "__main__.py"):
+        return None
+    return printable(shlex.join(["kamim", *sys.argv[1:]]))
 
 
 def keep_memory() -> None:

@@ -49,8 +49,8 @@ def parse(arguments: list[str]) -> str:
     while hasattr(command, "commands"):
         if not arguments or arguments[0].startswith("-"):  # kamim --help
             break
-        names.append(arguments[0])
-        command, arguments = command.commands[arguments[0]], arguments[1:]
+        name, command, arguments = command.resolve_command(typer.Context(command), list(arguments))
+        names.append(name)
     if "..." in arguments and arguments[arguments.index("...") - 1] != "--source":  # there it stands for a folder
         at = arguments.index("...")
         arguments = [*arguments[:at], *ELLIPSIS.get(names[-1], []), *arguments[at + 1 :]]

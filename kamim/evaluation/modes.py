@@ -3,6 +3,7 @@
 A new mode is an entry here, a name in kamim.evaluation.config.ModeName, and a section of options in Evaluation.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,3 +104,11 @@ def read_result(content: Any) -> Result[Any]:
     if mode not in MODES:
         raise KamimError(f"not a result of kamim eval (mode {mode!r}; must be one of {', '.join(MODES)})")
     return Result.from_json(content, MODES[mode].measured)
+
+
+def read_file(file: Path) -> Result[Any]:
+    """The result in a result.json. Raises KamimError, which names the file, if it holds none."""
+    try:
+        return read_result(json.loads(file.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise KamimError(f"{file}: {error}; remove it and rerun the command to measure again") from error

@@ -21,6 +21,7 @@ class SampleSet:
     fingerprint: str
 
 
+FILE = "result.json"
 OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all have
 ABOUT = ("pretraining", "run_seed", "command")  # settings that describe a result and are not compared with another's
 

@@ -12,9 +12,9 @@ from kamim.evaluation import report
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
-from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
-from kamim.evaluation.results import ABOUT, EvalSettings, Result
+from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
 from kamim.storage import lock
 from kamim.storage.flatten import flat_text
 from kamim.storage.store import Store, write_whole
@@ -105,7 +105,7 @@ def _run(
     task: Task, folder: Path, world: World, progress: Callable[[Position], Progress], position: Position
 ) -> Result[Any]:
     """A task's result: read from its folder if it is already there, else measured and written to it."""
-    file = folder / "result.json"
+    file = folder / FILE
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "settings.json", task.settings.as_json())
@@ -117,14 +117,7 @@ def _run(
         if world.is_main:
             _write(file, result.as_json())
         return result
-    return _read(file)
-
-
-def _read(file: Path) -> Result[Any]:
-    try:
-        return read_result(json.loads(file.read_text()))
-    except ValueError as error:
-        raise KamimError(f"{file}: {error}; remove it and rerun the command to measure again") from error
+    return read_file(file)
 
 
 def _check_free(folder: Path, settings: EvalSettings) -> None:
@@ -153,8 +146,8 @@ def _report(out: Path) -> None:
     results: list[Result[Any]] = []
     pictures: dict[str, list[tuple[bytes, str]]] = {}
     for name, mode in MODES.items():
-        files = sorted(out.glob(f"*/{name}/result.json"))
-        of_mode = [_read(file) for file in files]
+        files = sorted(out.glob(f"*/{name}/{FILE}"))
+        of_mode = [read_file(file) for file in files]
         folders = [(result.settings.name, file.parent) for result, file in zip(of_mode, files, strict=True)]
         pictures[name] = list(mode.pictures(folders))
         results += of_mode

@@ -1,6 +1,5 @@
 """`kamim sweep`: trains and evaluates run after run, and keeps the tables of what is known so far."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,9 +7,9 @@ from kamim.evaluation import grid, grid_table
 from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
 from kamim.evaluation.grid import Grid, GridPoint
 from kamim.evaluation.grid_table import SweepResults
-from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
-from kamim.evaluation.results import Result
+from kamim.evaluation.results import FILE, Result
 from kamim.evaluation.run import evaluate, tasks_of
 from kamim.training import distributed, pretrain
 from kamim.training.distributed import World
@@ -61,8 +60,8 @@ def _after(done: int, count: int, progress: ShowTask) -> ShowTask:
 def finished(sweep: Grid) -> list[Result[Any]]:
     """The results in the sweep's folder, of its points and baselines, in their order."""
     rows = (*grid.points(sweep), *grid.baselines(sweep))
-    files = [sweep.out / "evaluation" / row.name / mode / "result.json" for row in rows for mode in sweep.modes]
-    return [read_result(json.loads(file.read_text())) for file in files if file.exists()]
+    files = [sweep.out / "evaluation" / row.name / mode / FILE for row in rows for mode in sweep.modes]
+    return [read_file(file) for file in files if file.exists()]
 
 
 def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from kamim.storage import escape
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
-_MARKDOWN = re.compile(r"[\\|<]|(?<=\])\(")  # an escape, the end of a cell, a tag, and the address of a link
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Table:
     def markdown(self) -> str:
         """Returns the table in Markdown. Text of a cell is neither HTML nor a link."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "".join(f"| {' | '.join(map(_markdown, cells))} |\n" for cells in lines)
+        return "".join(f"| {' | '.join(map(escape.markdown, cells))} |\n" for cells in lines)
 
     def csv(self) -> str:
         """Returns the table as CSV. Spreadsheets compute no cell; decimal numbers stay numbers."""
@@ -36,10 +35,6 @@ def of_columns(columns: Sequence[tuple[str, Sequence[str]]]) -> Table:
     """Returns the table of columns (title, cells), without those that are empty in every row."""
     kept = [(title, cells) for title, cells in columns if any(cells)]
     return Table(tuple(title for title, _ in kept), tuple(zip(*(cells for _, cells in kept), strict=True)))
-
-
-def _markdown(cell: str) -> str:
-    return _MARKDOWN.sub(r"\\\g<0>", escape.printable(cell))
 
 
 def _csv(cell: str) -> str:

@@ -8,6 +8,8 @@ import re
 
 _FORMULA = re.compile(r"'*[=+\-@]")  # the start of a formula in a spreadsheet, or of one that is quoted already
 
+_MARKDOWN = re.compile(r"[\\|<]|(?<=\])\(")  # an escape, the end of a cell, a tag, and the address of a link
+
 
 def printable(text: str) -> str:
     """Returns text as one line, with undecodable bytes and control and format characters escaped."""
@@ -29,6 +31,11 @@ def literal(text: str) -> str:
     """Returns a matplotlib title or label that shows `text`: without mathtext, and never hidden from a legend."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def markdown(text: str) -> str:
+    """Returns text as one line of Markdown, in which it is neither HTML nor a link and ends no cell of a table."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def cell(text: str) -> str:

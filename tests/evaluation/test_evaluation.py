@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -492,16 +493,24 @@ def test_names_of_checkpoints(pretrained: Path, tmp_path: Path, monkeypatch: pyt
     assert load_evaluated_model(".").name == "run"
 
 
-def test_the_command(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+def test_the_command(
+    stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["eval", "--mode", "linprobe", "--checkpoint", f"KAMIM={pretrained}", "--train", str(stores["zarr"])]
     command += ["--val", str(stores["zarr"]), "--norm", "token", *SHORT]
-    shown = runner.invoke(app, [*command, "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")])
+    command += ["--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["/venv/bin/kamim", *command])
+    shown = runner.invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert "linprobe KAMIM: top-1 " in shown.output
     assert "train and val are one store" in shown.stderr
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["norm"] == "token"
+    assert (result["command"], result["run_seed"]) == (shlex.join(["kamim", *command]), 0)
     assert result == json.loads((tmp_path / "out/KAMIM/linprobe/result.json").read_text())
+    monkeypatch.setattr("sys.argv", ["/venv/bin/kamim", *command, "--debug"])  # another command, the same result
+    assert runner.invoke(app, command).exit_code == 0
+    assert json.loads((tmp_path / "r.json").read_text()) == [result]
     refused = runner.invoke(app, [*command, "--mode", "guess"])
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "--mode guess: must be one of linprobe, finetune, knn" in refused.stderr

@@ -1,0 +1,246 @@
+"""Leaderboards: which results share a row, a column and a mean, and what happens to files that are no results."""
+
+import copy
+import csv
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_escape import HOSTILE, UNSAFE
+from typer.testing import CliRunner
+
+from kamim.cli import app
+from kamim.evaluation.leaderboard import Leaderboard, find
+from kamim.evaluation.leaderboard_page import checkpoints_table, recipes_table, save, seeds_numbers, seeds_table
+from kamim.storage.escape import printable, text_of
+from kamim.training import machine
+
+WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
+VAL = {"store": "stores/other", "dataset": "imagefolder", "images": 24, "fingerprint": "cd" * 32}
+
+
+def result(name: str, seed: int | None, top1: float, mode: str = "linprobe", **changes: Any) -> dict[str, Any]:
+    """A result of a run with a seed of its own; keys with dots change nested values."""
+    content = copy.deepcopy(next(content for content in WRITTEN if content["mode"] == mode))
+    content |= {"name": name, "weights": None if seed is None else f"{seed:064x}", "command": f"kamim eval {name}"}
+    content |= {} if seed is None else {"run_seed": seed}
+    if mode == "linprobe":
+        content["top1"] = top1
+    if mode == "reconstruct":
+        content["honest"]["psnr"] = top1
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        inner = content
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return content
+
+
+def board(folder: Path, *contents: dict[str, Any]) -> Leaderboard:
+    """Writes results as evaluations in folders of their own do, and reads them back."""
+    for number, content in enumerate(contents):
+        file = folder / f"eval{number:02}" / "run" / content["mode"] / "result.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    results, skipped = find([folder])
+    assert (len(results), skipped) == (len(contents), [])
+    return Leaderboard(results)
+
+
+def cells(made: Leaderboard, section: int = 0) -> list[dict[str, str]]:
+    table = checkpoints_table(made, made.sections[section])
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+
+
+def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
+    made = board(
+        tmp_path, result("a", 1, 20.0), result("b", 2, 30.0), result("b", 2, 17.5, "reconstruct", train=None),
+        result("c", 3, 0.0, "reconstruct", train=None),
+    )  # fmt: skip
+    assert [len(section) for section in made.sections] == [2, 1]  # c was trained on nothing
+    best, second = cells(made)
+    assert best == {
+        "checkpoint": "b", "architecture": "vit_demo", "resolution": "64", "step": "2", "seed": "2",
+        "evaluation seed": "0", "linear probe": "30.00", "PSNR, honest (dB)": "17.50", "weights": "0" * 8,
+        "train": "acfff127", "train images": "24",
+        "val": "acfff127", "val images": "24", "command": "kamim eval b",
+    }  # fmt: skip
+    assert (second["checkpoint"], second["linear probe"], second["PSNR, honest (dB)"]) == ("a", "20.00", "")
+    whole = checkpoints_table(made, made.sections[0], digits=None)
+    assert dict(zip(whole.header, whole.rows[0], strict=True))["weights"] == f"{2:064x}"
+
+
+@pytest.mark.parametrize("other", [
+    {"val": VAL}, {"val__images": 12}, {"train": {**VAL, "fingerprint": "ab" * 32}}, {"train__images": 12},
+])  # fmt: skip
+def test_other_samples_are_in_another_section(other: dict[str, Any], tmp_path: Path) -> None:
+    made = board(tmp_path, result("a", 1, 20.0), result("a", 1, 30.0, **other), result("b", 2, 40.0, **other))
+    assert [[row.names for row in section] for section in made.sections] == [["a"], ["b", "a"]]
+    assert made.repeated == []
+    save(made, [], tmp_path / "out")
+    markdown = (tmp_path / "out/table.md").read_text()
+    assert len(re.findall(r"^## [12]\. Trained on .*; Evaluated on .*", markdown, re.MULTILINE)) == 2
+
+
+def test_other_options_are_in_another_column(tmp_path: Path) -> None:
+    made = board(tmp_path, result("a", 1, 20.0), result("a", 1, 30.0, options__norm="joint", norm="joint"))
+    (row,) = cells(made)
+    assert (row["linear probe [1]"], row["linear probe [2]"]) == ("20.00", "30.00")
+    assert recipes_table(made).rows == (("linear probe [1]", "norm=none"), ("linear probe [2]", "norm=joint"))
+    lacks = result("b", 2, 25.0)
+    del lacks["options"]["norm"]
+    made = board(tmp_path / "old", result("a", 1, 20.0), lacks)
+    assert recipes_table(made).rows[1] == ("linear probe [2]", "norm=not recorded")
+
+
+def test_means_are_over_runs_that_differ_by_seed_only(tmp_path: Path) -> None:
+    """As numpy computes them, in any order of the files, beside runs that are no repetitions."""
+    scores = {0: 20.0, 1: 23.5, 2: 21.25}
+    contents = [
+        *(result(f"s{seed}", seed, score) for seed, score in scores.items()),
+        result("s0", 0, 12.0, "reconstruct", train=None), result("s1", 1, 14.0, "reconstruct", train=None),
+        result("longer", 4, 50.0, pretraining__epochs=2), result("temperature", 5, 60.0,
+                                                                 pretraining__weighting__temperature=1.0),
+        result("step", 6, 70.0, step=3), {**result("old", 7, 80.0), "run_seed": None},
+        result("elsewhere", 8, 90.0, val=VAL),
+    ]  # fmt: skip
+    random.Random(0).shuffle(contents)
+    made = board(tmp_path, *contents)
+    section = next(section for section in made.sections if len(section) > 1)
+    groups = made.repetitions(section)
+    table = seeds_table(made, groups)
+    assert table.header == ("checkpoints", "seeds", "linear probe", "PSNR, honest (dB)")
+    ((names, seeds, probe, psnr),) = table.rows
+    values = np.array(list(scores.values()))
+    assert (sorted(names.split(", ")), seeds) == (["s0", "s1", "s2"], "0, 1, 2")
+    assert probe == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+    assert psnr == f"13.00 ± {np.std([12.0, 14.0], ddof=1):.2f} (2 of 3 runs)"
+    in_full = seeds_numbers(made, groups)
+    numbers = dict(zip(in_full.header, in_full.rows[0], strict=True))
+    assert numbers["linear probe: mean"] == f"{values.mean():.4f}"
+    assert numbers["linear probe: standard deviation"] == f"{values.std(ddof=1):.4f}"
+    assert (numbers["linear probe: runs"], len(numbers["train"]), len(numbers["val"])) == ("3", 64, 64)
+
+
+def test_random_weights_of_several_seeds_have_a_mean(tmp_path: Path) -> None:
+    untrained = {"weights": None, "pretraining": None, "step": 0}
+    contents = [
+        {**result(f"r{seed}", seed, 10.0 + seed), **untrained, "checkpoint": f"random:runs/{seed}"} for seed in (0, 1)
+    ]
+    made = board(tmp_path, *contents, {**result("pixels", None, 5.0), **untrained, "checkpoint": "pixels:runs/0"})
+    assert [row["seed"] for row in cells(made)] == ["1", "0", ""]
+    ((group),) = made.repetitions(made.sections[0])
+    assert seeds_table(made, [group]).rows == (("r1, r0", "0, 1", f"10.50 ± {2**-0.5:.2f}"),)
+
+
+def test_runs_of_one_seed_have_no_mean(tmp_path: Path) -> None:
+    """They differ by something that results do not record."""
+    made = board(tmp_path, result("a", 1, 20.0), result("b", 2, 30.0), result("c", 3, 40.0, run_seed=1))
+    assert made.repetitions(made.sections[0]) == []
+
+
+def test_results_of_earlier_versions_are_blank(tmp_path: Path) -> None:
+    made = board(tmp_path, *WRITTEN[:5])
+    (row,) = cells(made)
+    assert "seed" not in row and "command" not in row
+    assert row["linear probe"] and row["PSNR, honest (dB)"]
+    new = board(tmp_path / "both", {**WRITTEN[0], "run_seed": 3, "command": "kamim eval"}, *WRITTEN[1:5])
+    assert [(row["seed"], row["command"]) for row in cells(new)] == [("3", "kamim eval")]  # the same weights
+
+
+def report(*arguments: Path | str) -> Any:
+    return CliRunner().invoke(app, ["report", "eval", *map(str, arguments)])
+
+
+def test_damaged_results_are_named_and_counted(tmp_path: Path) -> None:
+    board(tmp_path, result("a", 1, 20.0), result("a", 1, 20.0), result("b", 2, 30.0))
+    damaged = {
+        "cut": '{"mode": "knn"', "mode": '{"mode": "telepathy"}', "list": "[]", "deep": "[" * 100_000, "bytes": b"\xff",
+        "nan": json.dumps(result("c", 3, float("nan"))), "keys": '{"mode": "knn", "name": "x"}',
+        "empty": json.dumps({**result("d", 4, 0.0, "knn"), "k": {}}),
+    }  # fmt: skip
+    for name, content in damaged.items():
+        (tmp_path / "damaged" / name).mkdir(parents=True)
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "damaged" / name / "result.json").write_bytes(data)
+    done = report(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("skipped: ") == len(damaged) + 1 == len(done.stderr.splitlines())
+    for name in damaged:
+        assert f"skipped: {tmp_path}/damaged/{name}/result.json: " in done.stderr
+    assert f"skipped: {tmp_path}/eval01/run/linprobe/result.json: is of the same checkpoint" in done.stderr
+    for name in ("index.html", "table.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert f"Left out: {len(damaged) + 1}" in text and "damaged/cut/result.json" in text
+    none = report(tmp_path / "damaged", "--out", tmp_path / "none")
+    assert (none.exit_code, len(none.stderr.splitlines())) == (1, 1)
+    assert f"none of {len(damaged)} results can be read; the first is {tmp_path}/damaged/bytes" in none.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    board(tmp_path / "evals", result("a", 1, 20.0))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for arguments, said in (
+        ([tmp_path / "evals", tmp_path / "empty"], f"{tmp_path}/empty: holds no result.json; give folders that"),
+        ([tmp_path / "evals", tmp_path / "none"], f"{tmp_path}/none: no such file or folder"),
+        ([tmp_path / "evals", "--out", tmp_path / "file"], f"File exists: '{tmp_path}/file'"),
+    ):
+        done = report(*arguments)
+        assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1), done.output
+        assert said in done.stderr
+
+
+def test_nested_folders_count_once_and_files_follow_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board(tmp_path, result("a", 1, 20.0), result("b", 2, 30.0))
+    monkeypatch.chdir(tmp_path)
+    done = report(".", tmp_path, tmp_path / "eval00", "eval00/run/linprobe")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert done.stdout.split() == [f"leaderboard/{name}" for name in ("index.html", "table.md", "table.csv",
+                                                                     "seeds.csv")]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "leaderboard/table.csv").open(newline="")))
+    assert [(row["checkpoint"], row["linear probe"], row["weights"]) for row in rows] == [
+        ("b", "30.00", f"{2:064x}"), ("a", "20.00", f"{1:064x}")
+    ]  # fmt: skip
+    assert report("eval00").exit_code == 0
+    assert not (tmp_path / "leaderboard/seeds.csv").exists()
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    """Of checkpoints, stores, data sets, architectures, options and commands, in every file."""
+    names = [name for name in HOSTILE if not re.search("[\ud800-\udfff]", name)]  # in a result, these are damage
+    contents = [
+        {
+            **result(name, number, number, options__augment=name, architecture=name, command=name),
+            "val": {"store": name, "dataset": name, "images": 24, "fingerprint": name},
+        }
+        for number, name in enumerate(names)
+    ]  # fmt: skip
+    board(tmp_path, *contents)
+    done = report(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    for file in (tmp_path / "out").iterdir():
+        assert UNSAFE.search(file.read_text()) is None, file
+    page, markdown = ((tmp_path / "out" / name).read_text() for name in ("index.html", "table.md"))
+    assert "<script" not in page and "&lt;script" in page and "<script" not in markdown.replace("\\<", "")
+    rows = list(csv.reader((tmp_path / "out/table.csv").open(newline="")))
+    assert not [cell for row in rows for cell in row if cell[:1] in ("=", "+", "-", "@")]
+    assert {text_of(row[0]) for row in rows[1:]} == set(map(printable, names))
+
+
+def test_the_command_line_is_kamims(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("/venv/bin/kamim", "kamim", "/venv/lib/kamim/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [program, "eval", "a b=c", "--out", "\x1b[31m\udce9"])
+        assert machine.command_line() == "kamim eval 'a b=c' --out '\\x1b[31m\\xe9'"
+    for program in ("", "-c", "/venv/bin/pytest", "/other/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert machine.command_line() is None

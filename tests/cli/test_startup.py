@@ -68,6 +68,7 @@ def test_commands_that_train_nothing_import_no_torch(
     ("pretrain -c demo out={out} data.store={store} init_from={none}", "init_from = {none}: no such file or folder"),
     ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
     ("report {none}", "{none}: no such file or folder"),
+    ("report eval {source} {none}", "{none}: no such file or folder"),
     ("replay {none}", "{none}: no such file or folder"),
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip

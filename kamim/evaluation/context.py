@@ -13,7 +13,6 @@ from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
 from kamim.evaluation.results import EvalSettings, Measured, SampleSet
 from kamim.models.readout import Readout
-from kamim.training import machine
 from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.settings import Section
@@ -100,8 +99,8 @@ def task(
     """
     train = SampleSet(**context.train.about) if trains and context.train is not None else None
     settings = EvalSettings(
-        mode=mode, name=evaluated.name, **asdict(evaluated.origin), command=machine.command_line(),
-        resolution=evaluated.resolution, seed=context.config.seed, batch_size=context.config.batch_size, train=train,
+        mode=mode, name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
+        seed=context.config.seed, batch_size=context.config.batch_size, train=train,
         val=SampleSet(**context.val.about), classes=len(context.val.classes), protocol=protocol,
         **({} if readout is None else asdict(readout)), epochs=epochs, mask_ratio=mask_ratio,
         options=options.model_dump(mode="json"),

@@ -23,7 +23,7 @@ class SampleSet:
 
 FILE = "result.json"
 OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all have
-ABOUT = ("pretraining", "run_seed", "command")  # settings that describe a result and are not compared with another's
+ABOUT = ("pretraining", "run_seed")  # how weights came about; their checksum is compared instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class EvalSettings:
     None for untrained or foreign weights; versions differ in its keys, so it stays a mapping. run_seed is the seed of
     the run that a checkpoint is of, or with which random weights are drawn; None for raw pixels and foreign weights.
     seed is that of the evaluation. command is the command line of the process that finished the result (see
-    kamim.training.machine.command_line). train is None for modes that train nothing. options are the mode's section of
-    the configuration. The OPTIONAL settings are left out of the JSON if they are None. Early versions did not write
-    resolution, batch_size, run_seed and command.
+    kamim.training.machine.command_line), and None before that. train is None for modes that train nothing. options are
+    the mode's section of the configuration. The OPTIONAL settings are left out of the JSON if they are None. Early
+    versions did not write resolution, batch_size, run_seed and command.
     """
 
     mode: str

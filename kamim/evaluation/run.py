@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -112,7 +113,7 @@ def _run(
     world.barrier()
     if not file.exists():
         measured = task.run(folder, progress(position))
-        result = Result(task.settings, measured)
+        result = Result(replace(task.settings, command=machine.command_line()), measured)
         world.barrier()
         if world.is_main:
             _write(file, result.as_json())
@@ -123,8 +124,7 @@ def _run(
 def _check_free(folder: Path, settings: EvalSettings) -> None:
     """Raises KamimError if the folder holds a task with other settings.
 
-    How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it, and neither is
-    the command line.
+    How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
     file = folder / "settings.json"
     requested = dict(flat_text(settings.as_json()))

@@ -7,7 +7,6 @@ pages escape all of their text (kamim/reporting/page.py).
 import re
 
 _FORMULA = re.compile(r"'*[=+\-@]")  # the start of a formula in a spreadsheet, or of one that is quoted already
-
 _MARKDOWN = re.compile(r"[\\|<]|(?<=\])\(")  # an escape, the end of a cell, a tag, and the address of a link
 
 

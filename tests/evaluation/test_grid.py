@@ -14,7 +14,7 @@ from runs import losses
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.evaluation import grid
+from kamim.evaluation import grid, leaderboard, leaderboard_page
 from kamim.evaluation import run_grid as compose
 from kamim.evaluation.grid import Grid
 from kamim.evaluation.grid_table import SweepResults, differences_table, runs_table, settings_table
@@ -214,6 +214,16 @@ def test_seeds_are_averaged_and_differences_are_paired(studied: SweepResults) ->
     assert difference.split()[0] == f"{(scores['point'] - scores['simmim']).mean():+.2f}"
     page = (studied.grid.out / "index.html").read_text()
     assert "Differences, with 95 % intervals over seeds" in page
+
+
+def test_a_leaderboard_finds_the_seeds_of_a_sweep(studied: SweepResults) -> None:
+    """The means of the sweep's own table, of the settings with two seeds; what a setting is, results record."""
+    results, skipped = leaderboard.find([studied.grid.out])
+    board = leaderboard.Leaderboard(results)
+    groups = [group for section in board.sections for group in board.repetitions(section)]
+    ours = {row[2:] for row in leaderboard_page.seeds_table(board, groups).rows}
+    assert ours == {row[2:] for row in settings_table(studied).rows if row[1] == "2"}
+    assert (len(results), skipped, len(groups)) == (len(studied.by_point), [], 3)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def run(run: Annotated[Path, typer.Argument(help="A pretraining run's folder.")]
 @says_errors
 def evaluations(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of kamim eval --out, kamim sweep, or above these.")
+        list[Path], typer.Argument(metavar="DIR", help="Folders of kamim eval --out, kamim sweep, or above these.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for index.html, table.md, table.csv and seeds.csv.")] = Path(
         "leaderboard"

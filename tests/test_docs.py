@@ -21,6 +21,7 @@ PLACEHOLDERS = {"[--json]": "--json", "$SLURM_ARRAY_TASK_ID/64": "1/64", "N": "3
 ELLIPSIS = {  # what `...` leaves out
     "preprocess": ["--source", "s", "--out", "o"], "pretrain": ["-c", "demo"], "eval": ["--val", "v", "--out", "o"],
 }  # fmt: skip
+YAML = re.compile(r"^```(?:yaml)?\n# (\S+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # a file for -c
 COMMANDS = typer.main.get_command(app)
 
 
@@ -83,6 +84,8 @@ def test_a_printed_command_is_one(
         if "--help" in arguments or arguments[1] == "--print-config":
             return
         monkeypatch.chdir(tmp_path)
+        for file, content in (match for page in PAGES for match in YAML.findall(page.read_text())):
+            Path(file).write_text(content)
         done = CliRunner().invoke(app, [*arguments, "--print-config"])
         required = ("out: is missing", "data: is missing", "--checkpoint: is missing", "--val: is missing")
         assert done.exit_code == 0 or any(missing in done.output for missing in required), done.output
@@ -105,6 +108,8 @@ def test_an_example_of_help_is_a_command(example: str, tmp_path: Path, monkeypat
     name = parse(list(arguments))
     if name in ("pretrain", "eval", "sweep"):
         monkeypatch.chdir(tmp_path)
+        for file, content in (match for page in PAGES for match in YAML.findall(page.read_text())):
+            Path(file).write_text(content)
         done = CliRunner().invoke(app, [*arguments, "--print-config"])
         assert done.exit_code == 0, done.output
 

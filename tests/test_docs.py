@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(?:sh|bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:torchrun [^`]*-m )?kamim [^`]*)`")
 # What stands for something in a command -> what a command line could hold in its place.
-PLACEHOLDERS = {"[--json]": "--json", "$SLURM_ARRAY_TASK_ID/64": "1/64", "N": "3", "W.png": "w.png"}
+PLACEHOLDERS = {"[--json]": "--json", "$mode": "knn", "$SLURM_ARRAY_TASK_ID/64": "1/64", "N": "3", "W.png": "w.png"}
 ELLIPSIS = {  # what `...` leaves out
     "preprocess": ["--source", "s", "--out", "o"], "pretrain": ["-c", "demo"], "eval": ["--val", "v", "--out", "o"],
 }  # fmt: skip

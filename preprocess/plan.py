@@ -21,6 +21,7 @@ from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 from preprocess.decode import Undecodable, decode
 from preprocess.sources import Item, Source
+from preprocess.sources.base import plural
 from preprocess.workspace import Workspace
 
 SHARD_SIZE = 128
@@ -152,7 +153,7 @@ class BuildPlan:
         keeps = f"; keeps {', '.join(self.keep)}" if self.keep else ""
         return (
             f"{changed}makes {', '.join(self.make) or 'nothing'} of {self.job.items:,} images "
-            f"in {self.job.shards:,} shards{keeps}"
+            f"in {self.job.shards:,} {plural(self.job.shards, 'shard')}{keeps}"
         )
 
 

@@ -50,6 +50,7 @@ class Source:
 
     read raises OSError if an item cannot be read. It travels to worker processes, so it holds next to nothing.
     skipped: the number of files in the folders of images that are not taken as images, by their kind.
+    remark: a sentence on what was listed, or "".
     """
 
     location: str
@@ -57,6 +58,7 @@ class Source:
     items: Sequence[Item]
     read: Read
     skipped: Mapping[str, int] = field(default_factory=dict)
+    remark: str = ""
 
     def summary(self) -> list[str]:
         """Returns what was listed as lines: images, classes by name, files that are skipped."""
@@ -69,7 +71,7 @@ class Source:
             shown = ", ".join(f"{number:,} {kind}" for kind, number in kinds[:SHOWN])
             more = ", ..." if len(kinds) > SHOWN else ""
             lines.append(f"skipped {count:,} other {plural(count, 'file')}: {shown}{more}")
-        return lines
+        return [*lines, self.remark] if self.remark else lines
 
 
 def plural(count: int, one: str, many: str = "") -> str:

@@ -5,8 +5,9 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kamim import KamimError
 from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, kind_of, printable, read_whole
@@ -44,7 +45,19 @@ def list_images(source: Path | None, split: str) -> Source:
             f"source = {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
             "nor class folders of them"
         )
-    return listed_folder(root, classes, items, skipped)
+    return replace(listed_folder(root, classes, items, skipped), remark=_on_nested_folders(items))
+
+
+def _on_nested_folders(items: list[Item]) -> str:
+    """Says which images lie in folders within a class folder, which some data sets mean as classes; otherwise ""."""
+    nested = [PurePosixPath(item.key).parent for item in items if item.key.count("/") > 1]
+    if not nested:
+        return ""
+    folder, (one, lie) = printable(str(nested[0])), (("image", "lies") if len(nested) == 1 else ("images", "lie"))
+    return (
+        f"{len(nested):,} {one} {lie} in folders within a class folder, such as {folder}; "
+        f"their class is the outer folder, such as {printable(nested[0].parts[0])}"
+    )
 
 
 def _folder_of(split: str, folders: list[str], root: Path) -> str:

@@ -52,6 +52,11 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     assert listed.classes == ("a", "b")
     assert keys(listed) == ["a/3.jpg", "a/deep/2.jpg", "a/deep/er/1.jpg", "b/1.jpg"]
     assert [item.label for item in listed.items] == [0, 0, 0, 1]
+    assert listed.summary() == [
+        f"{tmp_path}: 4 images, 2 classes (a, b)",
+        "2 images lie in folders within a class folder, such as a/deep; their class is the outer folder, such as a",
+    ]
+    assert not list_source("imagefolder", tmp_path / "a/deep", "train").remark
 
 
 @pytest.mark.parametrize(("splits", "split", "chosen"), [

@@ -301,12 +301,16 @@ def check_exists(name: str, path: Path | None) -> None:
 
 
 def check_run(config: "Pretrain") -> None:
-    """Checks the paths that a run reads, without torch. Raises KamimError for one that is missing."""
-    check_store(config.data.store)
+    """Checks what a run reads, without torch. Raises KamimError for paths and keypoints that are missing."""
+    from kamim.storage.store import Store
+    from kamim.training.run_folder import check_keypoints
+
+    store = Store(config.data.store)
     check_exists("init_from", config.init_from)
     if config.probe is not None:
         check_store(config.probe.train)
         check_store(config.probe.val)
+    check_keypoints(config, store)
 
 
 def check_checkpoints(specs: Sequence[str]) -> None:
@@ -327,6 +331,13 @@ def check_folder(option: str, file: Path | None) -> None:
         raise KamimError(f"{option} {file}: the folder {folder} does not exist")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise KamimError(f"{option} {file}: cannot be written to")
+
+
+def check_picture(option: str, file: Path | None) -> None:
+    """Before any work: whether the file can be written, and is named as a PNG. Raises KamimError."""
+    check_folder(option, file)
+    if file is not None and file.suffix.lower() != ".png":
+        raise KamimError(f"{option} {file}: must end in .png")
 
 
 def write_json(file: Path | None, content: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import app, check_folder, out_console, says_errors, write_json
+from kamim.cli.console import app, check_exists, check_folder, out_console, says_errors, write_json
 
 if TYPE_CHECKING:
     from kamim.training.checkpoint import Checkpoint
@@ -35,6 +35,9 @@ def import_(
     ] = None,
 ) -> None:
     """Converts weights of other projects to a checkpoint."""
+    check_exists("", file)
+    check_folder("--out", out)
+
     from kamim.models import interop
     from kamim.training import checkpoint
 
@@ -56,9 +59,13 @@ def export(
     """Writes weights for timm's create_model(..., checkpoint_path=OUT), which loads the encoder, or for Hugging Face's
     from_pretrained(OUT), which loads the whole model.
     """
+    check_exists("", checkpoint)
+    check_folder("--out", out)
+    if layout == "timm" and out.suffix != ".safetensors":
+        raise KamimError(f"--out {out}: must end in .safetensors")
+
     from kamim.training.checkpoint import read
 
-    check_folder("--out", out)
     (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
 
 
@@ -106,8 +113,6 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
     from kamim.models.architectures import architecture
     from kamim.training.checkpoint import save_tensors
 
-    if out.suffix != ".safetensors":
-        raise KamimError(f"--out {out}: must end in .safetensors")
     name = saved.config.model.name
     known = architecture(name)
     if known.shared_position_bias:

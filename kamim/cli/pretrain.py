@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
     ConfigFile,
@@ -15,6 +14,7 @@ from kamim.cli.console import (
     bar,
     check_exists,
     check_folder,
+    check_picture,
     check_run,
     metrics_line,
     out_console,
@@ -45,6 +45,7 @@ def pretrain(
     Example: kamim pretrain -c vit_base_kamim weighting.temperature=0.5 out=runs/t05
     """
     from kamim.training.config import Pretrain
+    from kamim.training.run_folder import check_free
     from kamim.training.settings import load
 
     resolved = load(Pretrain, config, overrides or ())
@@ -52,6 +53,7 @@ def pretrain(
         print_config(resolved)
         return
     check_run(resolved)
+    check_free(resolved, resume == "never")
     method = "simmim" if resolved.weighting is None else "kamim"
     title = f"pretrain {method} {resolved.model.name}"
     try:
@@ -84,10 +86,8 @@ def replay(
 ) -> None:
     """Computes one step of a run again and prints the loss of its samples, largest first."""
     check_folder("--out", out)
-    check_folder("--plot", plot)
+    check_picture("--plot", plot)
     check_exists("", run)
-    if plot is not None and plot.suffix != ".png":
-        raise KamimError(f"--plot {plot}: must end in .png")
 
     import numpy as np
 
@@ -106,4 +106,4 @@ def replay(
         images, masks, made = (
             np.stack([getattr(sample, name) for sample in found.worst[:WORST]]) for name in ("image", "masked", "made")
         )
-        reconstruction_sheet(images, masks, [("made", made)], title).savefig(plot, dpi=110)
+        reconstruction_sheet(images, masks, [("reconstructed", made)], title).savefig(plot, dpi=110)

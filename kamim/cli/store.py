@@ -12,6 +12,7 @@ from kamim.cli.console import (
     app,
     bar,
     check_folder,
+    check_picture,
     err_console,
     out_console,
     says_errors,
@@ -50,8 +51,10 @@ def weights(
     weighting = weighting_of(detector, footprint, patch_size, temperature)
     if resolution is not None and (resolution < 1 or resolution % patch_size):
         raise KamimError(f"--resolution {resolution}: must be a multiple of --patch-size {patch_size}")
+    check_folder("--out", out)
+    check_picture("--plot", plot)
     if not image.is_file():
-        raise KamimError(f"{image}: no such file")
+        raise KamimError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
     try:
         rgb = decode(image.read_bytes())
         shown = image_weights(rgb if resolution is None else largest_crop(rgb, resolution), weighting)
@@ -86,7 +89,8 @@ def show_store(path: Path) -> None:
     if manifest.classes:
         out_console.print(f"classes: {', '.join(manifest.classes[:SHOWN])}{', ...' * (len(manifest.classes) > SHOWN)}")
     if manifest.rejects:
-        out_console.print(f"{manifest.rejects} files could not be read: {path / 'rejects.csv'}")
+        files = "1 file" if manifest.rejects == 1 else f"{manifest.rejects:,} files"
+        out_console.print(f"{files} could not be read: {path / 'rejects.csv'}")
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -177,6 +181,6 @@ def preview(
     from kamim.cli import pictures
     from kamim.storage.store import Store
 
-    check_folder("--out", out)
+    check_picture("--out", out)
     pictures.preview(Store(path), weighting_of(detector, footprint, patch_size, temperature), images, seed, out)
     out_console.print(f"{out}")

@@ -400,13 +400,17 @@ class Store:
         self._check(IMAGES, image_faults(reader, len(self.manifest.classes)))
         return reader
 
-    def keypoints(self, detector: str) -> Keypoints:
-        """Opens the keypoints of `detector`. Raises KamimError, with the remedy, if they are missing or damaged."""
+    def check_detector(self, detector: str) -> None:
+        """Raises KamimError, with the remedy, if the store has no keypoints of `detector`."""
         if detector not in self.manifest.rules:
             raise KamimError(
                 f"{self.path}: has no {detector!r} keypoints, only {', '.join(self.detectors) or 'images'}; "
                 f"the command that made it, with --detectors {detector}, adds them"
             )
+
+    def keypoints(self, detector: str) -> Keypoints:
+        """Opens the keypoints of `detector`. Raises KamimError, with the remedy, if they are missing or damaged."""
+        self.check_detector(detector)
         self.check_files(detector)
         reader = self.open_keypoints(detector)
         self._check(detector, keypoint_faults(reader))

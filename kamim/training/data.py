@@ -9,6 +9,7 @@ from kamim import KamimError
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain
 from kamim.training.distributed import World
+from kamim.training.run_folder import check_keypoints
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import Crop, Loader
@@ -94,12 +95,5 @@ def _counter(config: Pretrain, store: Store, patch_size: int) -> Counter | None:
         return None
     if weighting.keypoints == "online":
         return OnlineCounts(weighting.detector, weighting.footprint, patch_size)
-    job, data = store.manifest.job, config.data
-    keypoints = store.keypoints(weighting.detector)
-    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
-        raise KamimError(
-            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
-            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
-            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
-        )
-    return CachedCounts(keypoints, weighting.footprint, patch_size)
+    check_keypoints(config, store)
+    return CachedCounts(store.keypoints(weighting.detector), weighting.footprint, patch_size)

@@ -1,11 +1,25 @@
-"""The folder of a run. It holds one run of one configuration."""
+"""What a run finds on the disk: its store's keypoints, and its folder, which holds one run of one configuration."""
 
 from kamim import KamimError
-from kamim.storage.store import MANIFEST, write_whole
+from kamim.storage.store import MANIFEST, Store, write_whole
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
 
 CONFIG = "config.yaml"
+
+
+def check_keypoints(config: Pretrain, store: Store) -> None:
+    """Raises KamimError if a run needs keypoints that the store does not have, or has for other crops."""
+    weighting, job, data = config.weighting, store.manifest.job, config.data
+    if weighting is None or weighting.keypoints == "online":
+        return
+    store.check_detector(weighting.detector)
+    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+        raise KamimError(
+            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
+            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
+            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+        )
 
 
 def check_free(config: Pretrain, fresh: bool) -> None:

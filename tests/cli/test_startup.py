@@ -66,10 +66,16 @@ def test_commands_that_train_nothing_import_no_torch(
     ("sweep table2 out={out}", "stores/imagenet-train: not a kamim store"),
     ("pretrain -c demo out={out} data.store={none}", "{none}: not a kamim store"),
     ("pretrain -c demo out={out} data.store={store} init_from={none}", "init_from = {none}: no such file or folder"),
+    ("pretrain -c demo out={out} data.store={store}", "data.store = {store}: its keypoints are for resolution"),
+    ("pretrain -c demo out={out} data.store={store} weighting.detector=orb", "{store}: has no 'orb' keypoints, only"),
+    ("pretrain -c demo out={store} data.store={store} weighting=null", "out = {store}: is a store"),
     ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
     ("report {none}", "{none}: no such file or folder"),
     ("report eval {source} {none}", "{none}: no such file or folder"),
     ("replay {none}", "{none}: no such file or folder"),
+    ("export {none} --out w.safetensors", "{none}: no such file or folder"),
+    ("export {source} --out w.pth", "--out w.pth: must end in .safetensors"),
+    ("import {none} --out {out}", "{none}: no such file or folder"),
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip
 def test_a_mistake_is_told_before_torch_is_imported(

@@ -60,6 +60,20 @@ def test_a_resolution_has_whole_cells(tmp_path: Path) -> None:
     assert done.stderr == "error: --resolution 190: must be a multiple of --patch-size 8\n"
 
 
+@pytest.mark.parametrize(("arguments", "line"), [
+    ("{folder}/a.png --plot {folder}/w.txt", "--plot {folder}/w.txt: must end in .png"),
+    ("{folder}/a.png --plot {folder}/none/w.png", "--plot {folder}/none/w.png: the folder {folder}/none does"),
+    ("{folder}/a.png --out {folder}/none/w.npy", "--out {folder}/none/w.npy: the folder {folder}/none does"),
+    ("{folder}", "{folder}: is a folder, not an image"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(arguments: str, line: str, tmp_path: Path) -> None:
+    """And nothing is computed before it."""
+    Image.fromarray(data.astronaut()[:64, :64]).save(tmp_path / "a.png")
+    done = CliRunner().invoke(app, ["weights", *arguments.format(folder=tmp_path).split()])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {line.format(folder=tmp_path)}") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("largest", [2.0, 7.4, 20.0, 54.6, 99.0, 101.0, 3e3, 5e8])
 def test_ticks_do_not_collide(largest: float) -> None:
     """On the axis, which is logarithmic from 1, neighbours are at least a twentieth of its length apart."""

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from kamim.storage.escape import literal
 
@@ -85,6 +85,16 @@ def weight_ticks(largest: float) -> list[float]:
     if len(decades) > 2:
         return decades[:: -(-len(decades) // 8)]
     return [step * decade for decade in decades for step in (1, 2, 5) if step * decade <= largest]
+
+
+def label_log_axis(axes: Axes) -> None:
+    """Makes the y axis of drawn axes logarithmic, with plain numbers as labels: 20 and 50 rather than 2 × 10¹."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def weights_sheet(

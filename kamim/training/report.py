@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kamim import KamimError
 from kamim.reporting import page
-from kamim.reporting.plots import COLOURS, panels, styled
+from kamim.reporting.plots import COLOURS, label_log_axis, panels, styled
 from kamim.storage.escape import literal
 from kamim.storage.flatten import flat_text
 from kamim.training import machine, metrics
@@ -79,7 +79,8 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
             xy = np.array([(line["step"], line[name]) for line in lines if name in line])
             _curve(axes, xy, colour, label)
         axes.set_title(title)
-        axes.set_yscale(scale)
+        if scale == "log":
+            label_log_axis(axes)
         axes.set_xlabel("step")
         if any(names.values()):
             axes.legend()

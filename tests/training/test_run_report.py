@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from runs import config, quiet
 from typer.testing import CliRunner
 
 from kamim.cli import app
+from kamim.reporting.plots import label_log_axis
 from kamim.training import metrics, report
 from kamim.training.pretrain import pretrain
 
@@ -101,3 +103,18 @@ def test_runs_are_compared_by_what_they_have_in_common() -> None:
     assert report.last_unweighted([*lines, {"step": 100, "loss_unweighted": float("nan")}]) == 0.5
     assert report.mean_of("clipped", lines) == 0.5
     assert report.last_unweighted([{"step": 0, "loss": 1.0}]) is report.mean_of("clipped", [{"step": 0}]) is None
+
+
+@pytest.mark.parametrize(("values", "labels"), [
+    ([17, 54.6], ["20", "50"]), ([0.7, 30], ["1", "2", "5", "10", "20"]), ([0.02, 400], ["0.1", "1", "10", "100"]),
+])  # fmt: skip
+def test_a_logarithmic_axis_has_plain_numbers(values: list[float], labels: list[str]) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(values)
+    label_log_axis(axes)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    major = [text for text in axes.get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert [text.get_text() for text in major] == labels
+    assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))

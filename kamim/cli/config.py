@@ -17,15 +17,16 @@ app.add_typer(config_app, name="config")
 def _kinds() -> dict[str, "type[Section]"]:
     """The kinds of presets, by their folder in configs/."""
     from kamim.evaluation.config import Evaluation
+    from kamim.evaluation.grid import Grid
     from kamim.training.config import Pretrain
 
-    return {kind.PRESETS: kind for kind in (Pretrain, Evaluation)}
+    return {kind.PRESETS: kind for kind in (Pretrain, Evaluation, Grid)}
 
 
 @config_app.command(name="list")
 @says_errors
 def list_presets() -> None:
-    """Lists the presets of `kamim pretrain` and `kamim eval`."""
+    """Lists the presets of `kamim pretrain`, `kamim eval` and `kamim sweep`."""
     from kamim.training.settings import presets
 
     for folder, kind in _kinds().items():
@@ -56,9 +57,11 @@ def show(
         )
         raise KamimError(f"{name}: {how}; `kamim config list` lists them")
     ((kind, file),) = found
-    own = dict(flatten(yaml.safe_load(file.read_text()) or {}))
+    given = yaml.safe_load(file.read_text()) or {}
+    own = {**given, **dict(flatten(given))}  # a key's value may be a mapping, such as a sweep's `pretrain`
     for key, default, meaning in document(kind):
-        value = f"{own[key]} (default {default})" if key in own else default
+        usual = "" if default == "required" else f" (default {default})"
+        value = f"{own[key]}{usual}" if key in own else default
         out_console.print(f"{key} = {value}")
         if meaning:
             out_console.print(f"    {meaning}")

@@ -159,4 +159,9 @@ def test_config_show_names_value_default_and_meaning() -> None:
     ambiguous = CliRunner().invoke(app, ["config", "show", "demo"])
     assert ambiguous.exit_code == 1
     assert "demo: is pretrain/demo and eval/demo; name one" in ambiguous.output
+    sweep = CliRunner().invoke(app, ["config", "show", "table2"]).output
+    assert "pretrain = {'preset': 'vit_base_kamim'}\n" in sweep
+    assert "modes = ['linprobe'] (default [linprobe])\n" in sweep
+    assert "out = runs/table2\n" in sweep
+    assert "sweeps/table2\n" in CliRunner().invoke(app, ["config", "list"]).output
     assert CliRunner().invoke(app, ["--version"]).output == f"kamim {kamim.__version__}\n"

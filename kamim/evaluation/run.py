@@ -72,13 +72,22 @@ def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator
 def tasks_of(
     config: Evaluation, modes: Sequence[str] | None, models: Sequence[EvaluatedModel], world: World
 ) -> list[Task]:
-    """The tasks of an evaluation, model by model. Raises KamimError for what cannot be evaluated."""
+    """The tasks of an evaluation, model by model. Raises one KamimError with everything that cannot be evaluated."""
     _check_names([model.name for model in models])
     context = _context(config, world, models)
-    return [
-        MODES[mode].plan(context, model) for model in models for mode in modes or MODES
-        if modes is not None or (MODES[mode].applies(model) and MODES[mode].configured(config))
-    ]  # fmt: skip
+    tasks: list[Task] = []
+    faults: dict[str, None] = {}  # in order, and once if checkpoints share them
+    for model in models:
+        for mode in modes or MODES:
+            if modes is None and not (MODES[mode].applies(model) and MODES[mode].configured(config)):
+                continue
+            try:
+                tasks.append(MODES[mode].plan(context, model))
+            except KamimError as error:
+                faults[str(error)] = None
+    if faults:
+        raise KamimError("; ".join(faults))
+    return tasks
 
 
 def _check_names(names: Sequence[str]) -> None:

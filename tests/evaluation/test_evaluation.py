@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import app
 from kamim.evaluation import classify, probe
 from kamim.evaluation.classify import make_optimizer
@@ -476,6 +477,17 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
     ):
         with pytest.raises(ValueError, match=message):
             run(given, mode)
+
+
+def test_all_that_cannot_be_evaluated_is_named_at_once(stores: dict[str, Path], pretrained: Path) -> None:
+    train = stores["zarr"]
+    checkpoints = (f"a={pretrained}", f"b={pretrained}")  # each fault once, though both have it
+    given = evaluation("", train, "knn.k=[25]", "finetune.optim.batch_size=100", checkpoint=checkpoints)
+    with pytest.raises(KamimError) as caught:
+        run(given, "finetune", "knn")
+    finetune, knn = str(caught.value).split("; ")
+    assert finetune == "finetune.optim.batch_size = 100: more than the 24 training samples"
+    assert knn == "knn.k = 25: more than the 24 training samples"
 
 
 @pytest.mark.parametrize("key", ["knn.k", "sweep.lrs", "sweep.poolings", "reconstruct.conventions", "checkpoint"])

@@ -114,8 +114,8 @@ def save(sweep: SweepResults) -> None:
         parts += [page.heading(title), page.table(table.header, table.rows)]
     curves = {setting: [sweep.metrics[point.name] for point in group] for setting, group in groups.items()}
     caption = (
-        "Left: the loss without weights (Eq. 1), whatever the weights that a run trained with. Right: the kNN probe "
-        "while training. Lines are means over seeds, bands their range."
+        "Pretraining, by optimiser step. The loss without weights is Eq. 1, whatever the weights that a run trained with; "
+        "runs that set `probe` also show its kNN accuracy. Lines are means over seeds, bands their range."
     )
     parts.append(page.picture(page.png(report.comparison(curves)), "training", caption))
     page.save_page(f"Sweep {out.name}", parts, out / "index.html")

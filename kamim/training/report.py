@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kamim import KamimError
 from kamim.reporting import page
@@ -82,6 +83,7 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
         if scale == "log":
             label_log_axis(axes)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(names.values()):
             axes.legend()
     for axes in list(grid.flat)[len(drawn) :]:
@@ -107,6 +109,7 @@ def comparison(settings: Mapping[str, Sequence[Lines]]) -> Figure:
                 _band(axes, name, runs, COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)], setting)
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     return figure
 

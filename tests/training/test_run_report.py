@@ -118,3 +118,10 @@ def test_a_logarithmic_axis_has_plain_numbers(values: list[float], labels: list[
     major = [text for text in axes.get_yticklabels() if low <= text.get_position()[1] <= high]
     assert [text.get_text() for text in major] == labels
     assert not any(text.get_text() for text in axes.get_yticklabels(minor=True))
+
+
+def test_ticks_are_at_whole_steps() -> None:
+    """Of a run of three steps, too, alone and compared."""
+    lines = [{"step": i, "loss": 1.0, "loss_unweighted": 1.0} for i in range(3)]
+    for figure in (report.curves(lines), report.comparison({"a": [lines]})):
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())

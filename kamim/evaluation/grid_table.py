@@ -114,7 +114,7 @@ def save(sweep: SweepResults) -> None:
         parts += [page.heading(title), page.table(table.header, table.rows)]
     curves = {setting: [sweep.metrics[point.name] for point in group] for setting, group in groups.items()}
     caption = (
-        "Pretraining, by optimiser step. The loss without weights is Eq. 1, whatever the weights that a run trained with; "
+        "Pretraining, by optimiser step. The loss without weights is Eq. 1, whatever the weights of a run; "
         "runs that set `probe` also show its kNN accuracy. Lines are means over seeds, bands their range."
     )
     parts.append(page.picture(page.png(report.comparison(curves)), "training", caption))

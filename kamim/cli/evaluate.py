@@ -83,6 +83,7 @@ def evaluate(
         say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:
         with terminable(), bar("eval") as update:
+            from kamim.evaluation.results import majority_lines
             from kamim.evaluation.run import evaluate as evaluate_all
 
             results = evaluate_all(resolved, chosen, update.of_task)
@@ -92,6 +93,8 @@ def evaluate(
         raise typer.Exit(RESUMABLE) from None
     for result in results:
         out_console.print(_line(result))
+    for line in majority_lines(results):
+        out_console.print(line)
     if resolved.out is not None:
         out_console.print(f"{resolved.out / 'index.html'}")
     if is_main():
@@ -100,5 +103,5 @@ def evaluate(
 
 def _line(result: "Result[Any]") -> str:
     settings = result.settings
-    about = f"{settings.mode} {settings.name}: {result.measured.summary}"
+    about = f"{settings.mode} {settings.name}: {result.measured.summary(settings.val.images)}"
     return f"{about} on {settings.val.images} images of {settings.classes} classes"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kamim.evaluation import figures
+from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.results import Result
 from kamim.reporting import page
 
@@ -48,7 +49,16 @@ def compared(results: Sequence[Result[Any]]) -> Iterator[page.Part]:
     yield page.paragraph(GAP)
     yield page.table(
         ("checkpoint", *COLUMNS),
-        [(name, *(f"{row[c]:.2f}" if c in row else "" for c in COLUMNS)) for name, row in accuracies.items()],
+        [
+            (
+                name,
+                *(
+                    with_wilson(row[column], of_names[name][mode].settings.val.images) if column in row else ""
+                    for column, (mode, _) in COLUMNS.items()
+                ),
+            )
+            for name, row in accuracies.items()
+        ],
     )
     modes = {mode for mode, _ in COLUMNS.values()}
     for name, by_mode in of_names.items():

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kamim import KamimError
@@ -80,13 +81,23 @@ class EvalContext:
         """The training samples. Raises KamimError if there are none, or if their classes are not the validation's."""
         return check_labels(self.train, self.val)
 
+    @cached_property
+    def majority_top1(self) -> float:
+        """top1, in per cent, of always answering the most frequent training class, the first of equally frequent."""
+        majority = torch.bincount(self.labelled().labels).argmax()
+        return 100 * float((self.val.labels == majority).double().mean())
+
 
 @dataclass(frozen=True)
 class Task:
-    """One mode on one checkpoint, already checked. run(folder, progress) measures; its state is kept there."""
+    """One mode on one checkpoint, already checked. run(folder, progress) measures; its state is kept there.
+
+    majority_top1: as in Result.
+    """
 
     settings: EvalSettings
     run: Work
+    majority_top1: float | None = None
 
 
 def task(
@@ -105,7 +116,7 @@ def task(
         **({} if readout is None else asdict(readout)), epochs=epochs, mask_ratio=mask_ratio,
         options=options.model_dump(mode="json"),
     )  # fmt: skip
-    return Task(settings, run)
+    return Task(settings, run, context.majority_top1 if trains else None)
 
 
 def features_of(

@@ -7,7 +7,7 @@ from kamim.evaluation.grid import Grid, GridPoint, baselines, points
 from kamim.evaluation.intervals import Estimate, estimate, paired_difference
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.report import CHOICE, chosen_on_val
-from kamim.evaluation.results import Result, headline
+from kamim.evaluation.results import Result, headline, majority_lines
 from kamim.evaluation.sections import PAPER_HEADER, quote
 from kamim.reporting import page
 from kamim.reporting.table import Table, of_columns
@@ -51,7 +51,7 @@ def runs_table(sweep: SweepResults) -> Table:
     columns = [(axis.title, [point.labels[axis.title] for point in sweep.points]) for axis in sweep.grid.axes]
     for mode in sweep.grid.modes:
         of_mode = [sweep.by_point.get((point.name, mode)) for point in sweep.points]
-        columns.append((MODES[mode].column, ["" if r is None else headline(r.measured) for r in of_mode]))
+        columns.append((MODES[mode].column, ["" if r is None else headline(r) for r in of_mode]))
         quoted = ["" if r is None else quote(r.settings, "top1") for r in of_mode]
         columns.append((f"{MODES[mode].column}, {PAPER_HEADER}", quoted))
     for title, (number, form) in OF_RUNS.items():
@@ -107,7 +107,8 @@ def save(sweep: SweepResults) -> None:
             "Differences, with 95 % intervals over seeds": differences_table(sweep), **tables,
         }  # fmt: skip
     write_whole(out / "table.md", "\n".join(f"{title}\n\n{t.markdown()}" for title, t in tables.items()).encode())
-    parts = [page.paragraph("Top-1 in per cent on the validation store.")]
+    parts = [page.paragraph("Top-1 in per cent on the validation store; that of a run with Wilson's 95 % interval.")]
+    parts += map(page.paragraph, majority_lines(sweep.by_point.values()))
     if chosen_on_val(sweep.grid.modes):
         parts.append(page.paragraph(CHOICE))
     for title, table in tables.items():

@@ -22,6 +22,12 @@ def wilson(accuracy: float, samples: int) -> tuple[float, float]:
     return 100 * float(low), 100 * float(high)
 
 
+def with_wilson(accuracy: float, samples: int) -> str:
+    """Returns an accuracy and its Wilson interval as tables print them, such as "41.20 [39.7, 42.8]"."""
+    low, high = wilson(accuracy, samples)
+    return f"{accuracy:.2f} [{low:.1f}, {high:.1f}]"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Runs that differ by seed only. deviation: the sample standard deviation; None for a single run.

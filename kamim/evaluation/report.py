@@ -8,7 +8,7 @@ import kamim
 from kamim.evaluation.comparison import compared
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.paper import quoted
-from kamim.evaluation.results import EvalSettings, Result, headline
+from kamim.evaluation.results import EvalSettings, Result, headline, majority_lines
 from kamim.evaluation.sections import PAPER_HEADER
 from kamim.reporting import page
 from kamim.storage.flatten import flat_text
@@ -27,12 +27,15 @@ def chosen_on_val(modes: Iterable[str]) -> bool:
 def save_report(
     results: Sequence[Result[Any]], pictures: Mapping[str, Sequence[tuple[bytes, str]]], file: Path
 ) -> None:
-    """Writes one self-contained page. pictures: (PNG, caption) by mode.
+    """Writes one self-contained page, with the checkpoints in the order of `results`. pictures: (PNG, caption) by mode.
 
     The paper's numbers stand beside ours if the setting is the same (kamim.evaluation.paper.quoted).
     """
-    about = f"kamim {kamim.__version__}. Accuracies are top-1 in per cent on the validation store, unless named."
-    parts = [page.paragraph(about), _glance(results)]
+    about = (
+        f"kamim {kamim.__version__}. Accuracies are top-1 in per cent on the validation store, unless named, with "
+        "Wilson's 95 % interval. It describes the choice of the validation images, not that of the training seed."
+    )
+    parts = [page.paragraph(about), _glance(results), *map(page.paragraph, majority_lines(results))]
     if chosen_on_val(r.settings.mode for r in results):
         parts.append(page.paragraph(CHOICE))
     parts.append(_checkpoints([r.settings for r in results]))
@@ -62,7 +65,7 @@ def _checkpoints(settings: Sequence[EvalSettings]) -> page.Part:
 
 def _glance(results: Sequence[Result[Any]]) -> page.Part:
     """A table of one number for each checkpoint and mode."""
-    headlines = {(r.settings.name, r.settings.mode): headline(r.measured) for r in results}
+    headlines = {(r.settings.name, r.settings.mode): headline(r) for r in results}
     names = dict.fromkeys(r.settings.name for r in results)
     return page.table(
         ("checkpoint", *(mode.column for mode in MODES.values())),

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from kamim import KamimError
+from kamim.evaluation.intervals import with_wilson
 
 
 @dataclass(frozen=True)
@@ -68,22 +69,21 @@ class EvalSettings:
 
 
 class Measured(Protocol):
-    """What a mode measured: a frozen dataclass whose fields are the keys that the JSON has beside the settings."""
+    """What a mode measured: a frozen dataclass whose fields are the keys that the JSON has beside the settings.
+
+    score_is_accuracy: whether the score is a share of the validation images in per cent, which has an interval.
+    """
+
+    score_is_accuracy: ClassVar[bool]
 
     @property
     def score(self) -> float | None:
         """The one number that stands for the result, of which more is better; None if there is none."""
         ...
 
-    @property
-    def summary(self) -> str:
-        """The result as a line of the terminal."""
+    def summary(self, images: int) -> str:
+        """The result as a line of the terminal. images: the number of validation images."""
         ...
-
-
-def headline(measured: Measured) -> str:
-    """The score as tables print it; empty if there is none."""
-    return "" if measured.score is None else f"{measured.score:.2f}"
 
 
 M_co = TypeVar("M_co", bound=Measured, covariant=True)
@@ -91,15 +91,21 @@ M_co = TypeVar("M_co", bound=Measured, covariant=True)
 
 @dataclass(frozen=True)
 class Result(Generic[M_co]):
-    """What one mode measured on one checkpoint, and the settings that led to it."""
+    """What one mode measured on one checkpoint, and the settings that led to it.
+
+    majority_top1: top1, in per cent, of always answering the most frequent training class; None for modes that train
+    nothing, and in results of early versions.
+    """
 
     settings: EvalSettings
     measured: M_co
+    majority_top1: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The content of result.json, and an entry of what `kamim eval --json` writes."""
         measured = {key: value for key, value in asdict(self.measured).items() if value is not None}  # type: ignore[call-overload]
-        return {**self.settings.as_json(), **json.loads(json.dumps(measured))}
+        majority = {} if self.majority_top1 is None else {"majority_top1": self.majority_top1}
+        return {**self.settings.as_json(), **json.loads(json.dumps(measured)), **majority}
 
     @classmethod
     def from_json(cls, content: Any, measured: type[M_co]) -> "Result[M_co]":
@@ -109,17 +115,36 @@ class Result(Generic[M_co]):
         """
         try:
             settings = TypeAdapter(EvalSettings).validate_python(content)
-            return Result(settings, TypeAdapter(measured).validate_python(content))
+            majority = TypeAdapter(float | None).validate_python(content.get("majority_top1"))
+            return Result(settings, TypeAdapter(measured).validate_python(content), majority)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise KamimError(f"not a result of kamim eval ({key}: {first['msg']})") from error
 
 
+def headline(result: Result[Any]) -> str:
+    """Returns the score as tables print it, an accuracy with its Wilson interval; empty if there is no score."""
+    score = result.measured.score
+    if score is None:
+        return ""
+    return with_wilson(score, result.settings.val.images) if result.measured.score_is_accuracy else f"{score:.2f}"
+
+
+def majority_lines(results: Iterable[Result[Any]]) -> list[str]:
+    """Returns a line for the majority baseline, or one for each if the results are of several pairs of stores."""
+    baselines = {(r.majority_top1, r.settings.val.images): r for r in results if r.majority_top1 is not None}
+    return [
+        f"majority class: top-1 {with_wilson(top1, images)} % by always answering the most frequent training class"
+        for top1, images in baselines
+    ]
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Shares of the validation samples, in per cent, whose class is the first, or among the first 5, of the scores."""
 
+    score_is_accuracy: ClassVar[bool] = True
     top1: float
     top5: float
 
@@ -128,33 +153,33 @@ class Accuracy:
         """top1."""
         return self.top1
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """Both accuracies."""
-        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %"
+        return f"top-1 {with_wilson(self.top1, images)} %, top-5 {self.top5:.2f} %"
 
 
 @dataclass(frozen=True)
 class AttentiveAccuracy:
     """The accuracy of each attentive probe, by the name of its pooling: ep, abmilp, mean."""
 
+    score_is_accuracy: ClassVar[bool] = True
     poolings: Mapping[str, Accuracy]
 
     @property
     def score(self) -> float | None:
-        """top1 of efficient probing; None if it was not asked for."""
+        """top1 of efficient probing; None if it was not measured."""
         return self.poolings["ep"].top1 if "ep" in self.poolings else None
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """top1 of every pooling."""
-        return ", ".join(f"{name}: top-1 {accuracy.top1:.2f} %" for name, accuracy in self.poolings.items())
+        return ", ".join(f"{name}: top-1 {with_wilson(one.top1, images)} %" for name, one in self.poolings.items())
 
 
 @dataclass(frozen=True)
 class KnnAccuracy:
     """The accuracy for each number of neighbours k."""
 
+    score_is_accuracy: ClassVar[bool] = True
     k: Mapping[int, Accuracy]
 
     @property
@@ -162,10 +187,9 @@ class KnnAccuracy:
         """top1 of the best k."""
         return max(accuracy.top1 for accuracy in self.k.values())
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """top1 of every k."""
-        return ", ".join(f"k {k}: top-1 {accuracy.top1:.2f} %" for k, accuracy in self.k.items())
+        return ", ".join(f"k {k}: top-1 {with_wilson(one.top1, images)} %" for k, one in self.k.items())
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,7 @@ class SweepRow:
 class SweepAccuracy:
     """The accuracies of all probes of a sweep, and the best of them."""
 
+    score_is_accuracy: ClassVar[bool] = True
     rows: tuple[SweepRow, ...]
     best: SweepRow
 
@@ -192,12 +217,11 @@ class SweepAccuracy:
         """top1 of the best row."""
         return self.best.top1
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """The best row."""
         best = self.best
-        where = f"block {best.block}, {best.pooling}, norm {best.norm}, lr {best.lr:g}"
-        return f"best top-1 {best.top1:.2f} % ({where})"
+        probe = f"block {best.block}, {best.pooling}, norm {best.norm}, lr {best.lr:g}"
+        return f"best top-1 {with_wilson(best.top1, images)} % ({probe})"
 
 
 def best_row(rows: Iterable[SweepRow]) -> SweepRow:
@@ -224,8 +248,9 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The similarity by each convention of kamim.evaluation.reconstruct; None if it was not asked for."""
+    """The similarity by each convention of kamim.evaluation.reconstruct; None if it was not measured."""
 
+    score_is_accuracy: ClassVar[bool] = False
     paper: Similarity | None = None
     honest: Similarity | None = None
 
@@ -234,9 +259,8 @@ class Reconstructions:
         """PSNR of masked pixels alone; None if it was not measured."""
         return None if self.honest is None else self.honest.psnr
 
-    @property
-    def summary(self) -> str:
-        """Both conventions."""
+    def summary(self, images: int) -> str:
+        """Both conventions; the number of images does not appear."""
         measured = {"paper": self.paper, "honest": self.honest}
         return "; ".join(f"{name} PSNR {m.psnr:.2f} dB, SSIM {m.ssim:.4f}" for name, m in measured.items() if m)
 
@@ -249,6 +273,7 @@ class Segmentation:
     of the others.
     """
 
+    score_is_accuracy: ClassVar[bool] = False
     miou: float
     pixel_accuracy: float
     iou: Mapping[str, float | None]
@@ -258,8 +283,7 @@ class Segmentation:
         """The mean intersection over union."""
         return self.miou
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """The mean intersection over union and the accuracy."""
         return f"mIoU {self.miou:.2f} %, pixel accuracy {self.pixel_accuracy:.2f} %"
 
@@ -283,6 +307,7 @@ class ShotAccuracy:
 class FewShotAccuracy:
     """The accuracy by the number of labelled images of each class."""
 
+    score_is_accuracy: ClassVar[bool] = False
     shots: tuple[ShotAccuracy, ...]
 
     @property
@@ -290,8 +315,7 @@ class FewShotAccuracy:
         """linear with the fewest labels."""
         return min(self.shots, key=lambda shot: shot.images).linear
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """linear with every number of labels."""
         return "linear, " + ", ".join(
             f"{shot.per_class or 'all'} per class: {shot.linear:.2f} %" for shot in self.shots
@@ -312,6 +336,7 @@ class CorruptedAccuracy:
 class Robustness:
     """top1 in per cent on clean and on corrupted images, of classifiers that are fitted to clean images."""
 
+    score_is_accuracy: ClassVar[bool] = False
     linear: float
     knn: float
     corrupted: tuple[CorruptedAccuracy, ...]
@@ -331,10 +356,9 @@ class Robustness:
         """mean_linear."""
         return self.mean_linear
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """Clean and corrupted."""
-        return f"linear {self.linear:.2f} % clean, {self.mean_linear:.2f} % corrupted"
+        return f"linear {with_wilson(self.linear, images)} % clean, {self.mean_linear:.2f} % corrupted"
 
 
 @dataclass(frozen=True)
@@ -345,6 +369,7 @@ class ShapeBias:
     and texture decisions, in per cent; by_category: the same for the images of each shape. None if there are none.
     """
 
+    score_is_accuracy: ClassVar[bool] = False
     shape: int
     texture: int
     other: int
@@ -356,8 +381,7 @@ class ShapeBias:
         """shape_bias."""
         return self.shape_bias
 
-    @property
-    def summary(self) -> str:
+    def summary(self, images: int) -> str:
         """The bias and the decisions."""
         bias = "undefined" if self.shape_bias is None else f"{self.shape_bias:.2f} %"
         return f"shape bias {bias} ({self.shape} shape, {self.texture} texture, {self.other} other decisions)"

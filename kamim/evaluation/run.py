@@ -52,7 +52,7 @@ def evaluate(
                 position = Position(number, len(tasks), f"{task.settings.mode} {task.settings.name}")
                 results.append(_run(task, folder, world, progress, position))
             if config.out is not None and world.is_main:
-                _report(config.out)
+                _report(config.out, [model.name for model in models])
         return results
 
 
@@ -122,7 +122,7 @@ def _run(
     world.barrier()
     if not file.exists():
         measured = task.run(folder, progress(position))
-        result = Result(replace(task.settings, command=machine.command_line()), measured)
+        result = Result(replace(task.settings, command=machine.command_line()), measured, task.majority_top1)
         world.barrier()
         if world.is_main:
             _write(file, result.as_json())
@@ -150,14 +150,13 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _report(out: Path) -> None:
-    """Writes index.html, of every result below `out`."""
-    results: list[Result[Any]] = []
-    pictures: dict[str, list[tuple[bytes, str]]] = {}
-    for name, mode in MODES.items():
-        files = sorted(out.glob(f"*/{name}/{FILE}"))
-        of_mode = [read_file(file) for file in files]
-        folders = [(result.settings.name, file.parent) for result, file in zip(of_mode, files, strict=True)]
-        pictures[name] = list(mode.pictures(folders))
-        results += of_mode
-    report.save_report(results, pictures, out / "index.html")
+def _report(out: Path, names: Sequence[str]) -> None:
+    """Writes index.html, of every result below `out`: the checkpoints `names` in this order, then others by name."""
+    others = {folder.name for folder in out.iterdir() if folder.is_dir()} - set(names)
+    files = [out / name / mode / FILE for name in (*names, *sorted(others)) for mode in MODES]
+    results = {file.parent: read_file(file) for file in files if file.exists()}
+    pictures = {
+        name: list(mode.pictures([(r.settings.name, at) for at, r in results.items() if r.settings.mode == name]))
+        for name, mode in MODES.items()
+    }
+    report.save_report(list(results.values()), pictures, out / "index.html")

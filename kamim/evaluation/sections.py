@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from kamim.evaluation import figures
+from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.results import (
     Accuracy,
@@ -40,7 +41,7 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
         [
             (
                 s.name, s.protocol, *(_text(value) for value in (s.block, s.pooling, s.norm, s.epochs)),
-                _percent(measured.top1), quote(s, "top1"), _percent(measured.top5),
+                with_wilson(measured.top1, s.val.images), quote(s, "top1"), _percent(measured.top5),
             ) for s, measured in ((r.settings, r.measured) for r in results)
         ],
     )  # fmt: skip
@@ -53,7 +54,7 @@ def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[p
         [
             (
                 s.name, name, _text(s.block), _text(s.norm), _text(s.epochs), _text(s.options["optim"]["batch_size"]),
-                f"{s.options['optim']['lr']:g}", _percent(accuracy.top1), _percent(accuracy.top5),
+                f"{s.options['optim']['lr']:g}", with_wilson(accuracy.top1, s.val.images), _percent(accuracy.top5),
             ) for s, measured in ((r.settings, r.measured) for r in results)
             for name, accuracy in measured.poolings.items()
         ],
@@ -86,7 +87,7 @@ def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
         [
             (
                 s.name, s.protocol, _text(s.block), _text(s.pooling), _text(s.norm),
-                *(_percent(accuracies[k].top1) if k in accuracies else "" for k in ks),
+                *(with_wilson(accuracies[k].top1, s.val.images) if k in accuracies else "" for k in ks),
                 _percent(accuracies[max(accuracies)].top5),
             ) for s, accuracies in ((r.settings, r.measured.k) for r in results)
         ],
@@ -98,19 +99,20 @@ def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
 def swept(results: Sequence[Result[SweepAccuracy]]) -> Iterator[page.Part]:
     """A table of the best probes, a curve by depth, and every readout's best probe."""
     header = ("checkpoint", "block", "pooling", "norm", "rate", "top-1", "top-5")
-    yield page.table(header, [(r.settings.name, *_row(r.measured.best)) for r in results])
+    yield page.table(header, [(r.settings.name, *_row(r.measured.best, r.settings.val.images)) for r in results])
     figure = figures.depth({r.settings.name: r.measured.rows for r in results})
     caption = (
         "Top-1 of linear probes on cached features by depth, at the learning rate that is best on this very split."
     )
     yield page.picture(page.png(figure), "probe accuracy by depth", caption)
     for r in results:
-        rows = [_row(row) for row in best_by_readout(r.measured.rows)]
+        rows = [_row(row, r.settings.val.images) for row in best_by_readout(r.measured.rows)]
         yield page.folded(f"{r.settings.name}: every readout at its best rate", page.table(header[1:], rows))
 
 
-def _row(row: SweepRow) -> tuple[str, ...]:
-    return (str(row.block), row.pooling, row.norm, f"{row.lr:g}", _percent(row.top1), _percent(row.top5))
+def _row(row: SweepRow, images: int) -> tuple[str, ...]:
+    top1 = with_wilson(row.top1, images)
+    return (str(row.block), row.pooling, row.norm, f"{row.lr:g}", top1, _percent(row.top5))
 
 
 def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[page.Part]:
@@ -207,7 +209,7 @@ def corrupted(results: Sequence[Result[Robustness]]) -> Iterator[page.Part]:
         for name, clean, mean in (("linear", m.linear, m.mean_linear), ("knn", m.knn, m.mean_knn)):
             of_kinds = [[getattr(row, name) for row in m.corrupted if row.corruption == kind] for kind in kinds]
             means = (_percent(sum(values) / len(values)) if values else "" for values in of_kinds)
-            rows.append((s.name, name, _percent(clean), *means, _percent(mean)))
+            rows.append((s.name, name, with_wilson(clean, s.val.images), *means, _percent(mean)))
     yield page.table(("checkpoint", "classifier", "clean", *kinds, "mean"), rows)
     figure = figures.corrupted({r.settings.name: r.measured for r in results})
     yield page.picture(page.png(figure), "accuracy by corruption", "Top-1 by corruption and strength; 0 is clean.")

@@ -42,7 +42,7 @@ from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
 from kamim.training.trainer import Run, Trainer
 from pipelines.batch import Batch, normalise
-from pipelines.samples import all_samples
+from pipelines.samples import Samples, all_samples
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -514,7 +514,9 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["/venv/bin/kamim", *command])
     shown = runner.invoke(app, command)
     assert shown.exit_code == 0, shown.output
-    assert "linprobe KAMIM: top-1 " in shown.output
+    assert re.search(r"linprobe KAMIM: top-1 [\d.]+ \[[\d.]+, [\d.]+\] %, top-5", shown.output)
+    labels = Store(stores["zarr"]).images.labels
+    assert f"majority class: top-1 {100 * np.bincount(labels).max() / len(labels):.2f} [" in shown.output
     assert "train and val are one store" in shown.stderr
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["norm"] == "token"
@@ -533,6 +535,25 @@ def test_the_examples_of_help_are_keys_and_presets_that_there_are() -> None:
     override, file = re.findall(r"such as\W+([\w./=-]+)", shown)
     made = load(Evaluation, Path(file), [override, "checkpoint=[x]", "val=y"])
     assert made.linprobe.optim.lr == 1e-3
+
+
+def test_the_page_has_checkpoints_in_the_order_typed(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    """Then those of earlier commands, by name."""
+    for names in ("ab", "zm"):
+        specs = tuple(f"{name}=pixels:{pretrained}" for name in names)
+        evaluate(evaluation("", stores["zarr"], checkpoint=specs, out=tmp_path / "out"), ["knn"], silent)
+    table = (tmp_path / "out/index.html").read_text().partition("</table>")[0]
+    assert re.findall(r"<tr><td>(.)</td>", table) == ["z", "m", "a", "b"]
+
+
+def test_the_majority_is_of_the_training_classes(stores: dict[str, Path]) -> None:
+    """Of 3 blue and 2 red training images the majority is blue, and 1 of 4 validation images is."""
+    store = Store(stores["zarr"])
+    labels = store.images.labels
+    at = {label: np.flatnonzero(labels == label) for label in (1, 2)}
+    train = Samples(store, np.sort(np.concatenate([at[1][:2], at[2][:3]])))
+    val = Samples(store, np.sort(np.concatenate([at[1][:3], at[2][3:4]])))
+    assert EvalContext(evaluation("", store.path), WORLD, train, val).majority_top1 == 25.0
 
 
 def test_two_processes_and_every_mode(stores: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:

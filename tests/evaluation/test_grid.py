@@ -93,11 +93,11 @@ def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
     made = runs_table(SweepResults(given, results_of(given)))
     assert made.header[:3] == ("weighting.patch_size", "weighting.temperature", "linear probe")
     assert dict(zip(made.header, made.rows[1], strict=True)) == {
-        "weighting.patch_size": "8", "weighting.temperature": "0.25", "linear probe": "1.50",
+        "weighting.patch_size": "8", "weighting.temperature": "0.25", "linear probe": "1.50 [1.4, 1.6]",
         "linear probe, paper's": "33.97 (Table 1)",
     }  # fmt: skip
     assert [row[3].split()[0] for row in made.rows] == [f"{linprobe:.2f}" for linprobe, _ in TABLE_2.values()]
-    assert made.markdown().splitlines()[3] == "| 8 | 0.25 | 1.50 | 33.97 (Table 1) |"
+    assert made.markdown().splitlines()[3] == "| 8 | 0.25 | 1.50 [1.4, 1.6] | 33.97 (Table 1) |"
     short = load(Grid, TABLE2, ["pretrain.optim.epochs=50"])
     assert len(runs_table(SweepResults(short, results_of(short))).header) == 3  # no such run in the paper
 

@@ -215,7 +215,7 @@ def test_a_result_that_does_not_say_how_its_checkpoint_was_trained_is_not_quoted
     old = linprobe(pretraining=run)
     assert quoted(old) == {}
     save([old], tmp_path / "report.html")
-    assert "30.10" in read(tmp_path / "report.html").text
+    assert "30.10 [29.7, 30.5]" in read(tmp_path / "report.html").text
 
 
 def test_reconstructions_are_quoted_at_the_notebooks_ratio_alone() -> None:
@@ -300,8 +300,8 @@ def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert found.tags.count("img") == 3
     assert found.tags.count("h2") == 5
     expected = [
-        *names, "33.97 (Table 1)", "32.12", "17.254", "12.063 (section 4.7)", "0.1012", "top-1, k = 100", "0.005",
-        "train.fingerprint", "cd" * 32, "ef" * 32, "ab" * 32, "options.optim.lr", "pretraining.mask.ratio",
+        *names, "33.97 (Table 1)", "32.12 [31.7, 32.5]", "17.254", "12.063 (section 4.7)", "0.1012", "top-1, k = 100",
+        "0.005", "train.fingerprint", "cd" * 32, "ef" * 32, "ab" * 32, "options.optim.lr", "pretraining.mask.ratio",
         "what each makes of 4 images & noise", CHOICE,
     ]  # fmt: skip
     assert set(expected) <= set(found.text)
@@ -312,7 +312,7 @@ def test_report_of_one_mode_without_the_papers_column(tmp_path: Path) -> None:
     save([linprobe(architecture="vit_demo", pretraining=None)], tmp_path / "report.html")
     found = read(tmp_path / "report.html")
     assert "Linear probe" in found.text and "Nearest neighbours" not in found.text
-    assert "paper's" not in found.text and "30.10" in found.text
+    assert "paper's" not in found.text and "30.10 [29.7, 30.5]" in found.text
     assert CHOICE not in found.text
     assert "img" not in found.tags
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from kamim import KamimError
 from kamim.evaluation.config import MODES as NAMES
+from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.modes import MODES, read_result
 from kamim.evaluation.results import (
     Accuracy,
@@ -18,10 +20,12 @@ from kamim.evaluation.results import (
     Reconstructions,
     Result,
     Robustness,
+    SampleSet,
     Segmentation,
     ShapeBias,
     ShotAccuracy,
     headline,
+    majority_lines,
 )
 
 WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
@@ -48,7 +52,7 @@ def test_results_have_fields() -> None:
     )
     assert probe.settings.block == result_of("linprobe")["block"]
     assert probe.settings.train is not None and probe.settings.train.images == result_of("linprobe")["train"]["images"]
-    assert headline(probe.measured) == f"{result_of('linprobe')['top1']:.2f}"
+    assert headline(probe).startswith(f"{result_of('linprobe')['top1']:.2f} [")
     assert neighbours.measured.k[5].top5 == result_of("knn")["k"]["5"]["top5"]
     assert sweep.measured.best in sweep.measured.rows
     assert similarity.settings.train is None and similarity.settings.block is None
@@ -56,10 +60,27 @@ def test_results_have_fields() -> None:
 
 
 def test_headlines_and_summaries() -> None:
-    assert headline(KnnAccuracy({5: Accuracy(10, 20), 20: Accuracy(30, 40)})) == "30.00"
-    one = read_result({**result_of("reconstruct"), "paper": None}).measured
-    assert one.summary == f"honest PSNR {one.honest.psnr:.2f} dB, SSIM {one.honest.ssim:.4f}"
-    assert headline(Reconstructions()) == ""
+    settings = replace(read_result(result_of("knn")).settings, val=SampleSet("val", "imagefolder", 10, ""))
+    knn = KnnAccuracy({5: Accuracy(10, 20), 20: Accuracy(70, 80)})
+    assert headline(Result(settings, knn)) == "70.00 [39.7, 89.2]"  # Wilson's interval of 7 in 10
+    assert knn.summary(10) == "k 5: top-1 10.00 [1.8, 40.4] %, k 20: top-1 70.00 [39.7, 89.2] %"
+    reconstructed = read_result({**result_of("reconstruct"), "paper": None})
+    one = reconstructed.measured
+    assert one.summary(10) == f"honest PSNR {one.honest.psnr:.2f} dB, SSIM {one.honest.ssim:.4f}"
+    assert headline(reconstructed) == f"{one.honest.psnr:.2f}"  # decibels have no interval
+    assert headline(Result(settings, Reconstructions())) == ""
+
+
+def test_the_majority_baseline_is_one_line_for_each_pair_of_stores() -> None:
+    content = result_of("linprobe")
+    old, new = read_result(content), read_result({**content, "majority_top1": 25.0})
+    assert new.as_json() == {**content, "majority_top1": 25.0}
+    images = new.settings.val.images
+    (line,) = majority_lines([old, new, new])
+    assert line.startswith(f"majority class: top-1 {with_wilson(25.0, images)} % ")
+    assert len(majority_lines([new, replace(new, majority_top1=50.0)])) == 2
+    with pytest.raises(KamimError, match="not a result of kamim eval"):
+        read_result({**content, "majority_top1": "much"})
 
 
 @pytest.mark.parametrize(
@@ -82,7 +103,7 @@ def test_later_results_are_read_as_they_were_written(mode: str, measured: Any) -
     result = Result(read_result(result_of("linprobe")).settings, measured)
     content = json.loads(json.dumps({**result.as_json(), "mode": mode}))
     assert read_result(content).measured == measured
-    assert headline(measured) in ("50.00", "20.00", "", "75.00") and measured.summary
+    assert headline(result) in ("50.00", "20.00", "", "75.00") and measured.summary(result.settings.val.images)
 
 
 def test_keys_of_other_versions() -> None:

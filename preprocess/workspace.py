@@ -28,7 +28,7 @@ class Workspace:
     """The paths that belong to one store `out`."""
 
     def __init__(self, out: Path):
-        lock.check_local("out =", out)
+        lock.check_local("out", out)
         # Other machines have other working directories; a link to a store stays one.
         self.out = out = out.resolve() if out.is_symlink() else out.absolute()
         self.partial = out.with_name(out.name + ".partial")

@@ -65,9 +65,9 @@ def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTran
         height, width = model.patch_embed.img_size
         if height == width:
             return model
-        raise KamimError(f"--checkpoint {name}: takes images of {height}x{width} px, the analysis needs square ones")
+        raise KamimError(f"checkpoint = {name}: takes images of {height}x{width} px, the analysis needs square ones")
     raise KamimError(
-        f"--checkpoint {name}: a {type(model).__name__} has no attention that the analysis knows; give a ViT or a "
+        f"checkpoint = {name}: a {type(model).__name__} has no attention that the analysis knows; give a ViT or a "
         "Swin (timm's VisionTransformer or SwinTransformer)"
     )
 
@@ -83,7 +83,7 @@ def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
     try:
         model = timm.create_model(name, num_classes=0)
     except RuntimeError as error:
-        raise KamimError(f"--checkpoint timm:{name}: {error}; timm.list_models() names all") from error
+        raise KamimError(f"checkpoint = timm:{name}: {error}; timm.list_models() names all") from error
     encoder = checked_encoder(f"timm:{name}", model)
     if file:
         _load(encoder, Path(file))
@@ -92,7 +92,7 @@ def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
 
 def _load(encoder: nn.Module, file: Path) -> None:
     if not file.is_file():
-        raise KamimError(f"--checkpoint: {file}: no such file")
+        raise KamimError(f"checkpoint = {file}: no such file")
     try:
         state = {key: value for key, value in load_file(file).items() if not key.startswith("head.")}
         for key, value in state.items():

@@ -39,7 +39,7 @@ def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
     """Loads NAME=CHECKPOINT: what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises KamimError otherwise."""
     name, equals, source = spec.partition("=")
     if not (name and equals and source):
-        raise KamimError(f"--checkpoint {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
+        raise KamimError(f"checkpoint = {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
     if source.startswith("timm:"):
         encoder = timm_encoder(source.removeprefix("timm:"), seed)
         about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}
@@ -56,7 +56,7 @@ def run_analysis(
     names = [spec.partition("=")[0] for spec in specs]
     for name in names:
         if names.count(name) > 1:
-            raise KamimError(f"--checkpoint {name}=...: given twice; every checkpoint needs a name of its own")
+            raise KamimError(f"checkpoint = {name}=...: given twice; every checkpoint needs a name of its own")
     models = [load_analysed_model(spec, request.seed) for spec in specs]
-    with lock.alone(out, "--out"):
+    with lock.alone(out, "out"):
         return analyse(models, _StoreImages(store), request, out, progress)

@@ -16,7 +16,7 @@ def _sklearn(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise KamimError(
-            "figures 3, 8, 9 and 10 need scikit-learn: pip install 'kamim[analysis]', or choose other --figures"
+            "figures 3, 8, 9 and 10 need scikit-learn: pip install 'kamim[analysis]', or choose other figures"
         ) from error
 
 
@@ -28,7 +28,7 @@ def check() -> None:
 def tsne(tokens: np.ndarray, seed: int) -> np.ndarray:
     """t-SNE, random start: [n, D] -> float64 [n, 2]. Raises KamimError for too few tokens."""
     if len(tokens) <= PERPLEXITY:
-        raise KamimError(f"--figures 3: {len(tokens)} tokens are too few for a t-SNE of perplexity {PERPLEXITY:g}")
+        raise KamimError(f"figures = 3: {len(tokens)} tokens are too few for a t-SNE of perplexity {PERPLEXITY:g}")
     manifold = _sklearn("sklearn.manifold")
     limits = _sklearn("threadpoolctl").threadpool_limits  # sums of several threads differ from run to run
     with limits(1):

@@ -53,9 +53,9 @@ def read_probes(file: Path) -> list[Result[Accuracy]]:
         results = [result for result in json.loads(file.read_text()) if result["mode"] == "linprobe"]
         probes = [Result.from_json(result, Accuracy) for result in results]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KamimError(f"--probe {file}: not a result of kamim eval --json ({one_line(error)})") from error
+        raise KamimError(f"probe = {file}: not a result of kamim eval --json ({one_line(error)})") from error
     if not probes:
-        raise KamimError(f"--probe {file}: holds no linear probe")
+        raise KamimError(f"probe = {file}: holds no linear probe")
     return probes
 
 
@@ -72,7 +72,7 @@ def parse_figures(text: str) -> tuple[str, ...] | None:
     wanted = tuple(part.strip() for part in text.split(","))
     for part in wanted:
         if part not in FIGURES:
-            raise KamimError(f"--figures {text}: {part!r} is none; must be all, or some of {','.join(FIGURES)}")
+            raise KamimError(f"figures = {text}: {part!r} is none; must be all, or some of {','.join(FIGURES)}")
     return tuple(figure for figure in FIGURES if figure in wanted)
 
 
@@ -81,9 +81,9 @@ def parse_query(text: str) -> tuple[float, float]:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
-        raise KamimError(f"--query {text}: must be two numbers, such as 0.5,0.5") from None
+        raise KamimError(f"query = {text}: must be two numbers, such as 0.5,0.5") from None
     if not (0 <= x < 1 and 0 <= y < 1):
-        raise KamimError(f"--query {text}: must be two shares of the image's sides, from 0 to below 1")
+        raise KamimError(f"query = {text}: must be two shares of the image's sides, from 0 to below 1")
     return x, y
 
 
@@ -115,10 +115,10 @@ def choose(request: Request, source: Source) -> Chosen:
     """Chooses images by seed. Raises KamimError for fewer than two or too many images, and for unknown classes."""
     total = len(source.labels)
     if total < 2:
-        raise KamimError(f"--store {source.name}: has {total} image; an analysis is over images and needs 2 or more")
+        raise KamimError(f"store = {source.name}: has {total} image; an analysis is over images and needs 2 or more")
     count = min(total, MOST_IMAGES) if request.images is None else request.images
     if not 2 <= count <= total:
-        raise KamimError(f"--images {count}: {source.name} has {total}; ask for 2 to {total}")
+        raise KamimError(f"images = {count}: {source.name} has {total}; ask for 2 to {total}")
     order = rng.permutation(request.seed, 0, total)
     titles = _titles(request.classes, source)
     if not titles:
@@ -127,7 +127,7 @@ def choose(request: Request, source: Source) -> Chosen:
     parts = [order[source.labels[order] == source.classes.index(title)][:IMAGES_PER_CLASS] for title in titles]
     for title, part in zip(titles, parts, strict=True):
         if not len(part):
-            raise KamimError(f"--classes: {source.name} has no image of class {title!r}; choose others")
+            raise KamimError(f"classes: {source.name} has no image of class {title!r}; choose others")
     label = np.repeat(np.arange(CLASSES), [len(part) for part in parts])
     return Chosen(order[:count], np.concatenate(parts), label, titles)
 
@@ -138,13 +138,13 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
         titles = [source.classes[label] for label in np.unique(source.labels) if label >= 0]
         return tuple(titles[:CLASSES]) if len(titles) >= CLASSES else ()
     if not source.classes:
-        raise KamimError(f"--classes {','.join(wanted)}: {source.name} has no labels; leave --classes out")
+        raise KamimError(f"classes = {','.join(wanted)}: {source.name} has no labels; leave the classes out")
     for title in wanted:
         if title not in source.classes:
             some = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
-            raise KamimError(f"--classes: {title!r} is not one of the {len(source.classes)} of {source.name} ({some})")
+            raise KamimError(f"classes: {title!r} is not one of the {len(source.classes)} of {source.name} ({some})")
     if len(set(wanted)) != CLASSES or len(wanted) != CLASSES:
-        raise KamimError(f"--classes {','.join(wanted)}: must be {CLASSES} different ones")
+        raise KamimError(f"classes = {','.join(wanted)}: must be {CLASSES} different ones")
     return wanted
 
 
@@ -153,7 +153,7 @@ def _shown(
 ) -> tuple[list[AnalysedModel], str]:
     """The models that `figure` can show, and the reason why it cannot show others."""
     if figure == "probe":
-        return [m for m in models if probed(m, request)], "needs --probe FILE, kamim eval's result for the checkpoint"
+        return [m for m in models if probed(m, request)], "needs a probe, kamim eval's result for the checkpoint"
     if figure in NEED_CLASSES and not chosen.titles:
         return [], f"needs labels of {CLASSES} classes, which the store does not have"
     if figure == "2":
@@ -178,7 +178,7 @@ def plan(
         if able:
             planned[figure] = able
         elif request.figures:
-            raise KamimError(f"--figures {figure}: {reason}")
+            raise KamimError(f"figures = {figure}: {reason}")
         if len(able) < len(models):
             left = ", ".join(m.name for m in models if m not in able)
             notes.append(f"figure {figure} without {left}: {reason}")
@@ -194,4 +194,4 @@ def plan(
 def _check(option: str, value: int | None, model: AnalysedModel, most: int) -> None:
     """Raises KamimError for a layer or head that the model does not have."""
     if value is not None and not 1 <= value <= most:
-        raise KamimError(f"--{option} {value}: {model.name} has {option}s 1 to {most}")
+        raise KamimError(f"{option} = {value}: {model.name} has {option}s 1 to {most}")

@@ -63,7 +63,7 @@ def weight_correlation(curves: Curves, seed: int) -> Table:
     values = per_image(curves.correlation)
     defined = values[np.isfinite(values).all(axis=1)]
     if not len(defined):
-        raise KamimError("--figures weights: W is constant on every image; there is nothing to correlate")
+        raise KamimError("figures = weights: W is constant on every image; there is nothing to correlate")
     low, high = measures.interval(measures.bootstrap_means(defined, seed))
     return {"mean": defined.mean(axis=0), "low": low, "high": high, "images": len(defined)}
 

@@ -143,7 +143,7 @@ def bench(
     """
     check_jpeg(store)
     if unlabelled := int((store.images.labels < 0).sum()):
-        raise KamimError(f"--store {store.path}: has {unlabelled} images without a label; this benchmark mixes labels")
+        raise KamimError(f"store = {store.path}: has {unlabelled} images without a label; this benchmark mixes labels")
     source = accepted(source, store)
     workers = len(os.sched_getaffinity(0))
     encoder = build_encoder(model, resolution)

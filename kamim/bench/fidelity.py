@@ -48,7 +48,7 @@ def fidelity(
     `_interval` is a 95 % bootstrap interval over images. Raises KamimError if the source has fewer than `images`.
     """
     if images > len(source.items):
-        raise KamimError(f"--images {images}: --source has {len(source.items)}")
+        raise KamimError(f"images = {images}: {source.location} has {len(source.items)}")
     chosen = np.linspace(0, len(source.items) - 1, images).astype(int)
     job = make_job(
         "imagefolder", "train", source, detectors=detectors, images="zarr", resolution=setting.resolution,

@@ -14,7 +14,7 @@ from preprocess.sources import Item, Source, printable
 def check_jpeg(store: Store) -> None:
     """Raises KamimError if the store's images are not JPEGs."""
     if (encoding := store.images.encoding) != "jpeg":
-        raise KamimError(f"--store {store.path}: its images are {encoding}; this benchmark compares JPEG stores")
+        raise KamimError(f"store = {store.path}: its images are {encoding}; this benchmark compares JPEG stores")
 
 
 def accepted(source: Source, store: Store) -> Source:
@@ -29,4 +29,4 @@ def read(source: Source, item: Item) -> tuple[bytes | np.ndarray, np.ndarray]:
     try:
         return data, decode(data)
     except Undecodable as error:
-        raise KamimError(f"--source {source.location}: {printable(item.key)}: {error}; remove it") from error
+        raise KamimError(f"source = {source.location}: {printable(item.key)}: {error}; remove it") from error

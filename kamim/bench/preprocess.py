@@ -49,7 +49,7 @@ def bench(
     size = len(items) // PARTS
     if not size:
         raise KamimError(
-            f"--source {source.location}: has {len(items)} readable RGB or grey JPEGs, the benchmark needs {PARTS}"
+            f"source = {source.location}: has {len(items)} readable RGB or grey JPEGs, the benchmark needs {PARTS}"
         )
     shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]
     job = make_job(

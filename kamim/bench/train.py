@@ -138,7 +138,7 @@ def hugging_face(name: str) -> Any:
         raise KamimError("the plain loop needs the transformers package: pip install transformers") from None
     encoder = build_encoder(name, RESOLUTION)
     if not isinstance(encoder, VisionTransformer):
-        raise KamimError(f"--model {name}: must be a ViT")
+        raise KamimError(f"model = {name}: must be a ViT")
     width, heads = encoder.embed_dim, encoder.blocks[0].attn.num_heads
     return ViTForMaskedImageModeling(ViTConfig(
         hidden_size=width, num_hidden_layers=len(encoder.blocks), num_attention_heads=heads,
@@ -214,7 +214,7 @@ def bench(
     store does not fit the configuration, or the transformers package is missing.
     """
     if length < 2:
-        raise KamimError(f"--steps {length}: must be 2 or more; the first one's wait is not counted")
+        raise KamimError(f"steps = {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
     settings = [
         f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",

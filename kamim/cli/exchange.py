@@ -36,7 +36,7 @@ def import_(
 ) -> None:
     """Converts weights of other projects to a checkpoint."""
     check_exists("", file)
-    check_folder("--out", out)
+    _check_new(out)
 
     from kamim.models import interop
     from kamim.training import checkpoint
@@ -61,8 +61,10 @@ def export(
     """
     check_exists("", checkpoint)
     check_folder("--out", out)
-    if layout == "timm" and out.suffix != ".safetensors":
-        raise KamimError(f"--out {out}: must end in .safetensors")
+    if layout == "huggingface":
+        _check_new(out)
+    elif out.suffix != ".safetensors":
+        raise KamimError(f"out = {out}: must end in .safetensors")
 
     from kamim.training.checkpoint import read
 
@@ -76,13 +78,19 @@ def _staged(out: Path) -> Iterator[Path]:
     from kamim.storage.store import publish
 
     partial = out.with_name(f"{out.name}.partial")
-    with lock.alone(out, "--out"):
+    with lock.alone(out, "out"):
         _remove(partial)
         try:
             yield partial
             publish(partial, out)
         finally:
             _remove(partial)
+
+
+def _check_new(out: Path) -> None:
+    """Raises KamimError if `out` exists, unless it is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise KamimError(f"out = {out}: exists already; choose another or remove it")
 
 
 def _remove(path: Path) -> None:
@@ -96,8 +104,6 @@ def _export_hugging_face(saved: "Checkpoint", out: Path) -> None:
     from kamim.models import hugging_face
     from kamim.training.checkpoint import save_tensors
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise KamimError(f"--out {out}: is there already; choose another or remove it")
     name, resolution = saved.config.model.name, saved.config.data.resolution
     config, weights = hugging_face.to_hugging_face(saved.model_state(), name, resolution, saved.has_head)
     with _staged(out) as partial:

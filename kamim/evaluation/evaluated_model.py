@@ -56,7 +56,7 @@ def load_evaluated_model(spec: str) -> EvaluatedModel:
     """
     name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
     if not source or (equals and not name):
-        raise KamimError(f"--checkpoint {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
+        raise KamimError(f"checkpoint = {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
     kind = next((kind for kind in ("random", "pixels") if source.startswith(f"{kind}:")), "")
     path = Path(source.removeprefix(f"{kind}:"))
     name = name or f"{kind} {path.resolve().name}".strip()

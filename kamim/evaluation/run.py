@@ -39,7 +39,7 @@ def evaluate(
     with distributed.joined(config.compute.device) as world:
         machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
-            raise KamimError("--out: is missing; several processes need a folder that all of them see")
+            raise KamimError("out: is missing; several processes need a folder that all of them see")
         models = [load_evaluated_model(spec) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
         with _workplace(config.out, [model.name for model in models], world) as root:
@@ -65,7 +65,7 @@ def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator
     else:
         with ExitStack() as locks:
             for name in names:
-                locks.enter_context(lock.alone(out / name, "--out", world))
+                locks.enter_context(lock.alone(out / name, "out", world))
             yield out
 
 
@@ -93,10 +93,10 @@ def tasks_of(
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise KamimError(f"--checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
+            raise KamimError(f"checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT")
         if "/" in name or name.startswith("."):
             raise KamimError(
-                f"--checkpoint {name}=...: the name becomes a folder, so it must not hold / or begin with ."
+                f"checkpoint = {name}=...: the name becomes a folder, so it must not hold / or begin with ."
             )
 
 

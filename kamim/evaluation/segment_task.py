@@ -88,7 +88,7 @@ def _token_width(evaluated: EvaluatedModel, block: int) -> int:
         _, width, height, _ = token_map(evaluated.encoder, torch.zeros(1, 3, side, side, device=device), block).shape
     if height < 2:
         raise KamimError(
-            f"--checkpoint {evaluated.name}: block {block} has one token for an image of {side} px; segmentation "
+            f"checkpoint = {evaluated.name}: block {block} has one token for an image of {side} px; segmentation "
             "needs more"
         )
     return width

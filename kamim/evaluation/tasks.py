@@ -148,7 +148,7 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     """Trains the whole encoder with a linear layer."""
     config, options, samples = context.config, _clipped(context.config.finetune, evaluated), context.labelled()
     if isinstance(evaluated.encoder, Pixels):
-        raise KamimError(f"--checkpoint {evaluated.name}: pixels have nothing to fine-tune")
+        raise KamimError(f"checkpoint = {evaluated.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
 
     def run(folder: Path, progress: Progress) -> Accuracy:
@@ -217,10 +217,10 @@ def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     """Measures how well masked validation images are reconstructed, and keeps some for a picture."""
     options, model = context.config.reconstruct, evaluated.model
     if model is None:
-        raise KamimError(f"--checkpoint {evaluated.name}: has no head trained to reconstruct pixels")
+        raise KamimError(f"checkpoint = {evaluated.name}: has no head trained to reconstruct pixels")
     if evaluated.resolution % evaluated.mask.patch_size:
         raise KamimError(
-            f"--checkpoint {evaluated.name}: takes images of {evaluated.resolution} px, no multiple of the mask's "
+            f"checkpoint = {evaluated.name}: takes images of {evaluated.resolution} px, no multiple of the mask's "
             f"{evaluated.mask.patch_size} px"
         )
     mask = evaluated.mask.model_copy(update={"ratio": options.mask_ratio or evaluated.mask.ratio})

@@ -116,4 +116,4 @@ def _check_plain(name: str, encoder: VisionTransformer | SwinTransformer, state:
         )  # fmt: skip
     if not plain:
         kind = "Swin" if isinstance(encoder, SwinTransformer) else "ViT"
-        raise KamimError(f"a {name} has parts that Hugging Face's {kind} does not have; export it with --layout timm")
+        raise KamimError(f"a {name} has parts that Hugging Face's {kind} does not have; export it in timm's layout")

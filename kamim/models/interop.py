@@ -388,10 +388,12 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
         found = _architecture(state, None, _name_hints({}))
         raise KamimError(f"these are a {found}'s weights, the model asked for is a {hints.architecture}")
     if chosen is None:
-        raise KamimError(f"{kind}; known are {', '.join([*ARCHITECTURES, *PUBLIC])}; of others give the name (--model)")
+        raise KamimError(
+            f"{kind}; known are {', '.join([*ARCHITECTURES, *PUBLIC])}; give the name of others as model=NAME"
+        )
     lost, name, facts = chosen
     if lost[0]:
-        raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name (--model)")
+        raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name as model=NAME")
     if lost[3] and hints.architecture is None:
         log.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",

@@ -17,32 +17,35 @@ if TYPE_CHECKING:
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Windows drive has one letter
 
 
-def check_local(option: str, out: Path) -> None:
-    """Raises KamimError for a URL, such as s3://bucket/store, of which pathlib makes a folder "s3:"."""
+def check_local(name: str, out: Path) -> None:
+    """Raises KamimError for a URL, such as s3://bucket/store, of which pathlib makes a folder "s3:".
+
+    name: of the parameter in errors.
+    """
     if _URL.match(str(out)):
-        raise KamimError(f"{option} {str(out).replace(':/', '://', 1)}: is a URL; kamim writes to local folders only")
+        raise KamimError(f"{name} = {str(out).replace(':/', '://', 1)}: is a URL; kamim writes to local folders only")
 
 
 @contextmanager
-def alone(out: Path, option: str, world: "World | None" = None) -> Iterator[None]:
+def alone(out: Path, name: str, world: "World | None" = None) -> Iterator[None]:
     """Holds OUT.lock in the context (in the first process of `world`), so that no other command writes to `out`.
 
-    option: the name of `out` in errors, such as "--out". Raises KamimError, in every process of `world`, if another
+    name: of the parameter that gives `out`, in errors. Raises KamimError, in every process of `world`, if another
     command holds the lock or `out` cannot be locked.
     """
-    check_local(option, out)
+    check_local(name, out)
     file = out.resolve().with_name(f"{out.resolve().name}.lock")
     problem = ""
     with ExitStack() as stack:
         if world is None or world.is_main:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                busy = f"{option} {out}: another process works there now; wait until it is done, or choose another"
+                busy = f"{name} = {out}: another process works there now; wait until it is done, or choose another"
                 stack.enter_context(held(file, busy))
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{option} {out}: {file} cannot be made or locked: {error.strerror}; choose another"
+                problem = f"{name} = {out}: {file} cannot be created or locked: {error.strerror}; choose another"
         if world is not None:
             problem = world.gather(problem)[0]
         if problem:

@@ -139,17 +139,17 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_imported(path: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
-    """Writes imported weights as a checkpoint at `path`. Raises KamimError if `path` exists."""
+def save_imported(out: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
+    """Writes imported weights as a checkpoint at `out`. Raises KamimError if `out` exists."""
     given = {
-        "data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": path,
+        "data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": out,
         **patches_that_fit(architecture, resolution),
     }  # fmt: skip
     config = load(Pretrain, None, given=given)
-    with lock.alone(path, "--out"):
-        if path.exists():
-            raise KamimError(f"--out {path}: is there already; choose another or remove it")
-        return _write(path, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
+    with lock.alone(out, "out"):
+        if out.exists():
+            raise KamimError(f"out = {out}: exists already; choose another or remove it")
+        return _write(out, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
 
 
 def _write(

@@ -32,7 +32,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
         store, loader, probe = _checked(config, world)
         if world.is_main and (line := online_differs(config, store)):
             metrics.log.warning(line)
-        with lock.alone(config.out, "out =", world):
+        with lock.alone(config.out, "out", world):
             run_folder.check_free(config, fresh)
             trainer = build_trainer(config, loader, world)
             if config.init_from is not None and not checkpoint.saved(config.out):

@@ -63,14 +63,14 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
     config = load(Pretrain, run / CONFIG)
     recorded = nonfinite.recorded(run)
     if step is None and not recorded:
-        raise KamimError(f"{run}: had no step whose loss was not finite; name another with --step")
+        raise KamimError(f"{run}: had no step whose loss was not finite; name another step")
     step = max(recorded) if step is None else step
     with distributed.joined(device) as world:
         store = Store(config.data.store)
         loader = training_loader(config, store, world)
         total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
         if not 0 <= step < total:
-            raise KamimError(f"--step {step}: the run has steps 0 to {total - 1}")
+            raise KamimError(f"step = {step}: the run has steps 0 to {total - 1}")
         trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
         began = _bring_to(step, trainer, config)
         ranks = recorded.get(step) or next(

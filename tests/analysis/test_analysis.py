@@ -228,7 +228,7 @@ def test_tsne_separates_what_is_separate_and_repeats() -> None:
     centres = xy[:30].mean(axis=0), xy[30:].mean(axis=0)
     assert np.linalg.norm(xy[:30] - centres[0], axis=1).max() < np.linalg.norm(centres[0] - centres[1]) / 2
     np.testing.assert_array_equal(xy, embed.tsne(clouds, seed=0))
-    with pytest.raises(ValueError, match="--figures 3: 10 tokens are too few"):
+    with pytest.raises(ValueError, match="figures = 3: 10 tokens are too few"):
         embed.tsne(clouds[:10], seed=0)
 
 
@@ -459,7 +459,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
         file.write_text(json.dumps([{**probe, "checkpoint": path, "block": block, "top1": top1}]))
     shown = [option for file in probes for option in ("--probe", str(file))]
     said = analyze(*given, *shown, "--out", str(tmp_path / "one"))
-    assert "figure probe without B: needs --probe FILE" in said
+    assert "figure probe without B: needs a probe" in said
     assert re.search(r"A: attention distance [\d.]+ px, uniform attention [\d.]+ px; .* NMI 0\.", said)
     stems = {"figure-02-64px"} | {file_stem(figure) for figure in FIGURES if figure != "2"}
     wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"analysis.json", "index.html"}
@@ -517,7 +517,7 @@ def test_bad_input_is_one_line(
         ((*store, *vit_run, "--query", "0.5"), "--query 0.5: must be two numbers"),
         ((*store, *vit_run, "--query", "0.5,1"), "from 0 to below 1"),
         ((*store, *vit_run, "--probe", str(tmp_path / "none.json")), "none.json: not a result of kamim eval --json"),
-        ((*store, *vit_run, "--figures", "probe"), "--figures probe: needs --probe FILE"),
+        ((*store, *vit_run, "--figures", "probe"), "--figures probe: needs a probe"),
         (("--store", str(marked_store), *vit_run, "--figures", "3"), "--figures 3: needs labels of 3 classes"),
         ((*store, "--checkpoint", "T=timm:vit_tiny_patch16_224", "--figures", "2"), "needs a checkpoint of kamim"),
     ]:

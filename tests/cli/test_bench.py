@@ -267,7 +267,7 @@ def test_the_plain_loop_sees_what_the_released_code_does(class_folder: Path) -> 
 
 
 def test_the_plain_loop_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="--model swin_tiny: must be a ViT"):
+    with pytest.raises(ValueError, match="model = swin_tiny: must be a ViT"):
         train.hugging_face("swin_tiny")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="needs the transformers package: pip install transformers"):

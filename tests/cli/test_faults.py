@@ -41,7 +41,7 @@ def one_line(*arguments: str, code: int = 1) -> str:
     result = runner.invoke(app, arguments)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
-    besides = ("eval: ", "analyze ", "train and val are one store")
+    besides = ("eval: ", "sweep: ", "analyze ", "train and val are one store")
     said = [line for line in result.stderr.splitlines() if not line.startswith(besides)]
     assert len(said) == 1, said
     return said[0]
@@ -184,7 +184,7 @@ def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp
     locked |= {"eval": tmp_path / "eval/A", "sweep": tmp_path / "sweep/t0.25"}  # others may work beside these
     for name, command in commands.items():
         more = ["knn.k=[3]", "compute.device=cpu"] if name == "eval" else []
-        with lock.alone(locked[name], "--out"):
+        with lock.alone(locked[name], "out"):
             line = one_line(*command, *more)
         assert f"{locked[name]}: another process works there now; wait until it is done, or choose another" in line
         assert not locked[name].exists()
@@ -196,9 +196,9 @@ def test_ranks_hear_of_a_lock_alike(tmp_path: Path) -> None:
         is_main = False
 
         def gather(self, problem: str) -> list[str]:
-            return ["--out x: another process works there now"]
+            return ["out = x: another process works there now"]
 
-    with pytest.raises(ValueError, match="another process works there now"), lock.alone(tmp_path, "--out", Rank()):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="another process works there now"), lock.alone(tmp_path, "out", Rank()):  # type: ignore[arg-type]
         pass
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_written_is_told_before_any_work(
         monkeypatch.setattr(module, name, None)
     evaluate = ["eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", path, "--val", path, "knn.k=[3]"]
     analyze = ["analyze", "--checkpoint", f"A={imported}", "--store", path]
-    assert f"--out {below}: " in one_line(*evaluate, "--out", below)
+    assert f"--out {below}/A: " in one_line(*evaluate, "--out", below)
     assert f"--out {below}: " in one_line(*analyze, "--out", below)
     assert f"--json {below}: " in one_line(*evaluate, "--json", below)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # another user's, or read-only

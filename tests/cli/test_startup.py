@@ -73,9 +73,11 @@ def test_commands_that_train_nothing_import_no_torch(
     ("report {none}", "{none}: no such file or folder"),
     ("report eval {source} {none}", "{none}: no such file or folder"),
     ("replay {none}", "{none}: no such file or folder"),
-    ("export {none} --out w.safetensors", "{none}: no such file or folder"),
-    ("export {source} --out w.pth", "--out w.pth: must end in .safetensors"),
     ("import {none} --out {out}", "{none}: no such file or folder"),
+    ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
+    ("export {none} --out {out}", "{none}: no such file or folder"),
+    ("export {source} --out {out}", "--out {out}: must end in .safetensors"),
+    ("export {source} --layout huggingface --out {source}", "--out {source}: exists already"),
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip
 def test_a_mistake_is_told_before_torch_is_imported(

@@ -212,7 +212,7 @@ def test_any_step_replays(finished: Path) -> None:
 def test_what_cannot_be_replayed(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a run of `kamim pretrain` \(no config.yaml\)"):
         replay(tmp_path, None, "cpu")
-    with pytest.raises(ValueError, match="had no step whose loss was not finite; name another with --step"):
+    with pytest.raises(ValueError, match="had no step whose loss was not finite; name another step"):
         replay(finished, None, "cpu")
-    with pytest.raises(ValueError, match="--step 8: the run has steps 0 to 7"):
+    with pytest.raises(ValueError, match="step = 8: the run has steps 0 to 7"):
         replay(finished, 8, "cpu")

@@ -139,4 +139,6 @@ def test_a_folder_that_cannot_be_made(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'file/run'}", *GIVEN)
     assert (code, said.count("\n")) == (1, 1)
-    assert f"out = {tmp_path / 'file/run'}: {tmp_path / 'file/run.lock'} cannot be made or locked: File exists" in said
+    assert (
+        f"out = {tmp_path / 'file/run'}: {tmp_path / 'file/run.lock'} cannot be created or locked: File exists" in said
+    )

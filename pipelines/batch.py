@@ -16,14 +16,14 @@ class Batch:
     """B samples: one micro-batch of one rank's part of an optimiser step; none, where a short step has none for it.
 
     images: uint8 [B, R, R, 3] RGB. counts: int16 [B, g, g], pixels of the keypoint map F set in each
-    w_ps x w_ps cell, or None where no weights are asked for. labels: int64 [B], -1 without labels; or int64 [B, R, R],
+    w_ps x w_ps cell, or None without weights. labels: int64 [B], -1 without labels; or int64 [B, R, R],
     a class for every pixel, -1 without one.
     indices: int64 [B] on the CPU, the samples' numbers in the store; with `epoch` and the seed they name
     every random draw made for the batch. step: the optimiser step since the start of the run; last: whether
     this micro-batch ends it on this rank; share: B over the step's samples on all ranks, so that a step's
     loss is the sum of share * mean over its micro-batches.
 
-    A loader may reuse the memory of a batch once the next one has been asked for; `clone` keeps it.
+    A loader may reuse the memory of a batch once the next one has been requested; `clone` keeps it.
     """
 
     images: Tensor

@@ -80,11 +80,11 @@ class Loader:
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
         loader = Loader(store, Plan(len(store), batch_size=256, micro_batch=256, seed=0), 192, crop=Crop())
-        loader.step = 1234  # where a run goes on: the step after that of the last batch seen
+        loader.step = 1234  # resumes a run: the step after that of the last batch seen
         for batch in loader:
             train_on(batch.images, batch.labels)
 
-    A batch's memory is reused once the next one is asked for.
+    A batch's memory is reused once the next one is requested.
     """
 
     def __init__(

@@ -59,13 +59,13 @@ def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifes
 
 
 def check_agreement(plan: BuildPlan, shards: Files, out: Path) -> None:
-    """Raises Disagreement unless of every component, made or kept of the store `out`, the same files were readable."""
-    told = [[rejects_of(file) for file in shards[component]] for component in plan.make]
+    """Raises Disagreement unless every component, built or kept from the store `out`, read the same files."""
+    rejects = [[rejects_of(file) for file in shards[component]] for component in plan.make]
     if plan.keep:
         assert plan.store is not None
-        told.insert(0, stored_rejects(out, plan.store))
-    for other in told[1:]:
-        pairs = enumerate(zip(told[0], other, strict=True))
+        rejects.insert(0, stored_rejects(out, plan.store))
+    for other in rejects[1:]:
+        pairs = enumerate(zip(rejects[0], other, strict=True))
         differ = {number: {row[0] for row in a} ^ {row[0] for row in b} for number, (a, b) in pairs}
         numbers = [number for number, names in differ.items() if names]
         if numbers:
@@ -75,7 +75,7 @@ def check_agreement(plan: BuildPlan, shards: Files, out: Path) -> None:
 def _take_over(plan: BuildPlan, component: str, out: Path, folder: Path) -> None:
     """Links a component's files from the store `out`; copies them where the file system has no links.
 
-    Nothing is written over: raises FileExistsError if a file is there already.
+    Overwrites nothing: raises FileExistsError if a file exists.
     """
     assert plan.store is not None
     for name in filter(lambda name: store.component_of(name) == component, plan.store.checksums):
@@ -88,7 +88,7 @@ def _take_over(plan: BuildPlan, component: str, out: Path, folder: Path) -> None
 
 
 def _write_images(plan: BuildPlan, shards: Sequence[Path], folder: Path) -> None:
-    """All files of the component `images` but the list of rejects."""
+    """Writes all files of the component `images` except the list of rejects."""
     raw, lengths = plan.job.encoding == "raw", column(shards, "length")
     largest = int(lengths.max())
     if plan.job.images == "ffcv":
@@ -126,7 +126,7 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
-    """rejects.csv of a store, by shard. Raises KamimError unless it lists as many files as the manifest says."""
+    """Returns the rejects.csv of a store, by shard. Raises KamimError if its length is not the manifest's."""
     file = path / store.REJECTS
     try:
         with file.open(newline="", encoding="utf-8", errors="replace") as stream:
@@ -142,7 +142,7 @@ def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
 
 
 def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Path) -> Manifest:
-    """What the store at `folder` is. Of what was kept, it says what the earlier manifest said."""
+    """Returns the manifest of the store at `folder`. Entries of kept components are those of the earlier manifest."""
     job = plan.job
     opencv = dict.fromkeys(plan.make, job.opencv)
     hashes = {component: tuple(map(checksum_of, files)) for component, files in shards.items()}
@@ -165,9 +165,9 @@ def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Pat
 
 
 def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
-    """What gives the bytes of any of the component's shards, from the store. A damaged store may raise DAMAGE.
+    """Returns a function that gives the bytes of a component's shard, from the store.
 
-    Damage to single images does not keep the others from being read.
+    A damaged store may raise DAMAGE. Damage to single images does not keep the others from being read.
     """
     manifest = opened.manifest
     ends = np.cumsum(manifest.shard_counts)

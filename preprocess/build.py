@@ -26,7 +26,7 @@ from preprocess.sources import Source
 from preprocess.workspace import Workspace
 
 Say = Callable[[str], None]  # takes a line for the user
-Found = dict[str, dict[int, Path]]  # shard files by component and number
+ShardFiles = dict[str, dict[int, Path]]  # shard files by component and number
 
 
 class Stopped(RuntimeError):
@@ -82,22 +82,22 @@ def publish_shares(job: Job, source: Source, out: Path) -> bool:
     return True
 
 
-def _shared_shards(plan: BuildPlan, space: Workspace) -> Found:
-    """Returns the shards that shares have made. Raises Stopped if some are missing."""
+def _shared_shards(plan: BuildPlan, space: Workspace) -> ShardFiles:
+    """Returns the shards that shares have built. Raises Stopped if some are missing."""
     numbers = range(plan.job.shards)
-    found: Found = {name: finished(folder, numbers) for name, folder in plan.folders(space).items()}
-    missing = [str(n + 1) for n in numbers if any(n not in files for files in found.values())]
+    shard_files: ShardFiles = {name: finished(folder, numbers) for name, folder in plan.folders(space).items()}
+    missing = [str(n + 1) for n in numbers if any(n not in files for files in shard_files.values())]
     if missing:
         raise Stopped(
             f"{len(missing)} of {len(numbers)} shards are missing, number {', '.join(missing[:20])}"
-            f"{' ...' if len(missing) > 20 else ''}; of n shares, number k is made by share (k - 1) % n + 1"
+            f"{' ...' if len(missing) > 20 else ''}; of n shares, number k is built by share (k - 1) % n + 1"
         )
-    return found
+    return shard_files
 
 
 @contextmanager
 def _logged(plan: BuildPlan, space: Workspace, line: str, say: Say) -> Iterator[None]:
-    """Inside, the job is at work. Its source and its plan are printed, and logged with its end."""
+    """Prints the source and the plan of a job, and logs them and the end of the context."""
     for listed in (*plan.source.summary(), line):
         say(listed)
     with log_file.logged(space.log, line):
@@ -125,63 +125,65 @@ def stopping() -> Iterator[None]:
 def make_shards(
     plan: BuildPlan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
     progress: Progress, shared: bool = False,
-) -> Found:  # fmt: skip
+) -> ShardFiles:  # fmt: skip
     """Returns the shard files of `numbers`, after building those that are missing or damaged and checking each."""
     folders = plan.folders(space)
     space.claim(plan.job, plan.source_hashes, folders.values(), shared)
-    found: Found = {component: finished(folder, numbers) for component, folder in folders.items()}
-    missing = {n: [c for c in plan.make if n not in found[c]] for n in numbers}
+    shard_files: ShardFiles = {component: finished(folder, numbers) for component, folder in folders.items()}
+    missing = {n: [c for c in plan.make if n not in shard_files[c]] for n in numbers}
     missing = {n: components for n, components in missing.items() if components}
     total = sum(len(plan.items(n)) for n in numbers)
     done = total - sum(len(plan.items(n)) for n in missing)
     progress(done, total)
     if not missing:
-        return found
+        return shard_files
     tasks = (
         ShardTask(plan.job, n, plan.items(n), plan.source.read, {c: folders[c] for c in components}, strict)
         for n, components in missing.items()
     )
     with executors.dask(cluster) if cluster else executors.local(workers) as (executor, ahead):
         one = executor.submit(estimate, plan.job, plan.make, plan.source.read, sample(plan)).result()
-        _check_disk(plan, space, found, missing, one)
+        _check_disk(plan, space, shard_files, missing, one)
         for task, names in executors.results(executor, ahead, tasks):
             for component, name in names.items():
                 file = folders[component] / name
                 if store.checksum(file) != checksum_of(file):
                     raise Stopped(f"{file}: was damaged on its way; rerun the command to rebuild it")
-                found[component][task.number] = file
+                shard_files[component][task.number] = file
             if (done + len(task.items)) * 10 // total > done * 10 // total:
                 log_file.write_line(space.log, f"{done + len(task.items):,} of {total:,} images")
             done += len(task.items)
             progress(done, total)
-    return found
+    return shard_files
 
 
-def _check_disk(plan: BuildPlan, space: Workspace, found: Found, missing: dict[int, list[str]], one: Estimate) -> None:
+def _check_disk(
+    plan: BuildPlan, space: Workspace, shard_files: ShardFiles, missing: dict[int, list[str]], one: Estimate
+) -> None:
     """Raises KamimError if the disk is too small for what is missing."""
     images = {c: sum(len(plan.items(n)) for n, wanted in missing.items() if c in wanted) for c in plan.make}
-    needed, _ = disk_needed(plan.job, {c: list(files.values()) for c, files in found.items()}, images, one)
+    needed, _ = disk_needed(plan.job, {c: list(files.values()) for c, files in shard_files.items()}, images, one)
     free = shutil.disk_usage(space.partial).free
     if needed > free:
         raise KamimError(
-            f"out = {space.out}: needs about {needed / 1e9:,.2f} GB more while it is made, and its disk has "
+            f"out = {space.out}: needs about {needed / 1e9:,.2f} GB more while it is built, and its disk has "
             f"{free / 1e9:,.2f} GB free; free some space, or choose another out=..."
         )
 
 
-def in_order(plan: BuildPlan, found: Found) -> Files:
+def in_order(plan: BuildPlan, shard_files: ShardFiles) -> Files:
     """Returns the shard files of every component in the order in which they are joined."""
-    return {component: [files[n] for n in range(plan.job.shards)] for component, files in found.items()}
+    return {component: [files[n] for n in range(plan.job.shards)] for component, files in shard_files.items()}
 
 
-def _publish(plan: BuildPlan, space: Workspace, found: Found) -> None:
+def _publish(plan: BuildPlan, space: Workspace, shard_files: ShardFiles) -> None:
     """Joins all shards and renames the result to `out`."""
-    shards = in_order(plan, found)
+    shards = in_order(plan, shard_files)
     try:
         check_agreement(plan, shards, space.out)
     except Disagreement as error:
         for number in error.numbers:
-            for files in found.values():
+            for files in shard_files.values():
                 files[number].unlink()
         raise Stopped(f"{error}; rerun the command to rebuild its shard") from error
     manifest = assemble(plan, shards, space.out, space.store)

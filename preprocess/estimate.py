@@ -101,10 +101,10 @@ def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
         one = executor.submit(estimate, plan.job, plan.make, source.read, sample(plan)).result()
     start = time.perf_counter() - begun  # a job estimates, too, before it makes shards
     numbers = range(plan.job.shards)
-    found = {component: finished(folder, numbers) for component, folder in plan.folders(space).items()}
-    missing = {component: [n for n in numbers if n not in files] for component, files in found.items()}
+    shard_files = {component: finished(folder, numbers) for component, folder in plan.folders(space).items()}
+    missing = {component: [n for n in numbers if n not in files] for component, files in shard_files.items()}
     images = {component: sum(len(plan.items(n)) for n in left) for component, left in missing.items()}
-    needed, sizes = disk_needed(plan.job, {c: list(files.values()) for c, files in found.items()}, images, one)
+    needed, sizes = disk_needed(plan.job, {c: list(files.values()) for c, files in shard_files.items()}, images, one)
     lines = [*source.summary(), f"{out}: {plan.summary()}", *(f"keep {component}: as it is" for component in plan.keep)]
     lines += [
         f"make {component}: {len(left):,} of {len(numbers):,} shards are still to be made; "

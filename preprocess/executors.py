@@ -19,7 +19,7 @@ AHEAD = 2  # tasks in flight per worker
 
 @contextmanager
 def local(workers: int) -> Iterator[tuple[Executor, int]]:
-    """Worker processes, and how many tasks to keep in flight."""
+    """Yields worker processes, and how many tasks to keep in flight."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
         try:
             yield executor, AHEAD * workers
@@ -37,7 +37,7 @@ def _start_worker() -> None:
 
 @contextmanager
 def dask(address: str) -> Iterator[tuple[Executor, int]]:
-    """The cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight.
+    """Yields the cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight.
 
     Raises BrokenExecutor if a shard has cost too many workers their lives.
     """

@@ -1,4 +1,4 @@
-"""What tells whether a source is still the one a store was made from: a stamp of 64 bits per item."""
+"""Detects changes of a source since a store was built from it, by a hash of 64 bits per item."""
 
 import hashlib
 import io
@@ -21,9 +21,12 @@ Progress = Callable[[int, int], None]  # images done, images in all
 def source_hashes(
     source: Source, kind: store.Fingerprint, threads: int, progress: Progress = lambda done, total: None
 ) -> np.ndarray:
-    """uint64 [items]. `stat`: of each item's key, label, size and time; `content`: of its key, label and bytes."""
+    """Returns a hash of each item, uint64 [items].
+
+    kind: stat hashes its key, label, size and time; content its key, label and bytes.
+    """
     if kind == "stat":
-        made = b"".join(_digest(item, f"{item.size}\0{item.time}".encode()) for item in source.items)
+        hashes = b"".join(_digest(item, f"{item.size}\0{item.time}".encode()) for item in source.items)
     else:
         parts = [source.items[at : at + CHUNK] for at in range(0, len(source.items), CHUNK)]
         with ThreadPoolExecutor(threads) as pool:
@@ -31,8 +34,8 @@ def source_hashes(
             for digest in pool.map(partial(_of_contents, source.read), parts):
                 digests.append(digest)
                 progress(min(len(digests) * CHUNK, len(source.items)), len(source.items))
-        made = b"".join(digests)
-    return np.frombuffer(made, "<u8")
+        hashes = b"".join(digests)
+    return np.frombuffer(hashes, "<u8")
 
 
 def _of_contents(read: Read, items: Sequence[Item]) -> bytes:
@@ -41,12 +44,12 @@ def _of_contents(read: Read, items: Sequence[Item]) -> bytes:
 
 def _of_content(read: Read, item: Item) -> bytes:
     try:
-        found = read(item)
+        content = read(item)
     except (OSError, Undecodable):
         return _digest(item, b"unreadable")
-    if isinstance(found, np.ndarray):
-        found = str(found.shape).encode() + found.tobytes()
-    return _digest(item, hashlib.sha256(found).digest())
+    if isinstance(content, np.ndarray):
+        content = str(content.shape).encode() + content.tobytes()
+    return _digest(item, hashlib.sha256(content).digest())
 
 
 def _digest(item: Item, rest: bytes) -> bytes:
@@ -55,14 +58,14 @@ def _digest(item: Item, rest: bytes) -> bytes:
 
 
 def to_bytes(array: np.ndarray) -> bytes:
-    """stamps.npy."""
+    """Returns the content of stamps.npy."""
     stream = io.BytesIO()
     np.save(stream, array)
     return stream.getvalue()
 
 
 def from_file(file: Path) -> np.ndarray:
-    """The hashes in a stamps.npy: uint64 [items]. Raises KamimError for a file that to_bytes does not write."""
+    """Returns the hashes in a stamps.npy, uint64 [items]. Raises KamimError for a file that to_bytes does not write."""
     content, header = file.read_bytes(), len(to_bytes(np.empty(0, "<u8")))
     source_hashes = np.frombuffer(content[header : len(content) // 8 * 8], "<u8")
     if to_bytes(source_hashes) != content:
@@ -70,8 +73,8 @@ def from_file(file: Path) -> np.ndarray:
     return source_hashes
 
 
-def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Path) -> None:
-    """Raises KamimError if the source is not the one that `made` was made from, naming the first difference."""
+def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, built: Path) -> None:
+    """Raises KamimError if the source is not the one that `built` was built from, naming the first difference."""
     common = min(len(before), len(now))
     differs = np.flatnonzero(before[:common] != now[:common])
     if len(before) == len(now) == common and not len(differs):
@@ -79,6 +82,6 @@ def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, made: Pat
     first = int(differs[0]) if len(differs) else common
     what = printable(source.items[first].key) if first < len(now) else "which is gone"
     raise KamimError(
-        f"source = {source.location}: changed since {made} was begun ({len(before)} items then, {len(now)} now); "
+        f"source = {source.location}: changed since {built} was begun ({len(before)} items then, {len(now)} now); "
         f"the first that differs is number {first}, {what}; restore the source, or choose another out=..."
     )

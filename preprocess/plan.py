@@ -26,7 +26,7 @@ from preprocess.workspace import Workspace
 
 SHARD_SIZE = 128
 SMALL = 96  # px: images whose sides are all shorter are stored raw by default
-LOOKED_AT = 8  # images of a source, to tell whether it is one of small images
+LOOKED_AT = 8  # images that are decoded to find out whether a source has small images
 DEFAULTS: dict[str, Any] = {
     "fingerprint": "stat", "quality": 90, "resize": "bicubic", "resolution": 192, "crop_scale": (0.67, 1.0)
 }  # fmt: skip
@@ -67,7 +67,7 @@ def make_job(
 
 
 def is_small(source: Source, stored_area: float) -> bool:
-    """Whether the source's images, of which it looks at a few, are below SMALL and not made smaller in the store.
+    """Whether the source's images, judged by a few of them, are below SMALL and not shrunk in the store.
 
     As JPEG such images lose much: CIFAR-10's come back at 28 to 32 dB, and the weights W of their crops correlate by
     0.63 with those of the originals.
@@ -82,7 +82,7 @@ def is_small(source: Source, stored_area: float) -> bool:
 
 
 def _job_at(space: Workspace) -> Job | None:
-    """The job that is begun there, or else the finished one."""
+    """Returns the unfinished job of the workspace, or else that of the finished store."""
     space.refuse_strangers()
     finished = space.finished()
     return space.begun() or (finished.job if finished else None)
@@ -130,25 +130,25 @@ class BuildPlan:
 
     @property
     def done(self) -> bool:
-        """Whether the finished store is the job's."""
+        """Whether the finished store is that of this job."""
         return self.store is not None and not self.make
 
     def items(self, number: int) -> Sequence[Item]:
-        """The items of a shard."""
+        """Returns the items of a shard."""
         return self.source.items[number * self.job.shard_size : (number + 1) * self.job.shard_size]
 
     def folders(self, space: Workspace) -> dict[str, Path]:
-        """Where the shards lie of the components to make."""
+        """Returns the folders of shards of the components to build."""
         return {component: space.shards / f"{component}-{self._key(component)}" for component in self.make}
 
     def _key(self, component: str) -> str:
-        """Digest of all that shapes the component's shards."""
+        """Returns a digest of everything that shapes the component's shards."""
         code = [kamim.__version__, self.job.opencv, "" if component == store.IMAGES else origin(component)]
         shaping = [*(getattr(self.job, name) for name in IDENTITY), *code, self.job.recipe(component)]
         return hashlib.sha256(json.dumps(shaping).encode() + self.source_hashes.tobytes()).hexdigest()[:16]
 
     def summary(self) -> str:
-        """The plan in a line."""
+        """Returns the plan as one line."""
         changed = f"{self.changed}: " if self.changed else ""
         keeps = f"; keeps {', '.join(self.keep)}" if self.keep else ""
         return (
@@ -160,14 +160,14 @@ class BuildPlan:
 def plan_build(
     job: Job, source: Source, space: Workspace, progress: fingerprint.Progress = lambda done, total: None
 ) -> BuildPlan:
-    """Compares the job with what is there. Detectors that are there or begun already stay asked for.
+    """Compares the job with the finished store and the unfinished job, whose detectors it keeps.
 
     Raises KamimError if `space` belongs to another data set, and if the source has changed.
     """
     finished, begun = space.finished(), space.begun()
-    before = [there for there in (finished.job if finished else None, begun) if there is not None]
-    for there in before:
-        _refuse_other(there, job, space.out)
+    before = [existing for existing in (finished.job if finished else None, begun) if existing is not None]
+    for existing in before:
+        _refuse_other(existing, job, space.out)
     if finished is not None:
         store.Store(space.out).check_files()
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
@@ -178,37 +178,37 @@ def plan_build(
         fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), source_hashes, source, space.out)
     if (earlier := space.begun_source_hashes()) is not None:
         fingerprint.refuse_change(earlier, source_hashes, source, space.partial)
-    asked = [*(name for there in before for name in there.detectors), *job.detectors]
-    job = job.model_copy(update={"detectors": tuple(dict.fromkeys(asked))})
+    detectors = [*(name for existing in before for name in existing.detectors), *job.detectors]
+    job = job.model_copy(update={"detectors": tuple(dict.fromkeys(detectors))})
     keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))
     make = tuple(c for c in job.components if c not in keep)
     return BuildPlan(job, source, source_hashes, finished, _changes(before, job), keep, make)
 
 
-def _has(there: Job, component: str, job: Job) -> bool:
-    return component in there.components and there.recipe(component) == job.recipe(component)
+def _has(existing: Job, component: str, job: Job) -> bool:
+    return component in existing.components and existing.recipe(component) == job.recipe(component)
 
 
-def _refuse_other(there: Job, job: Job, out: Path) -> None:
+def _refuse_other(existing: Job, job: Job, out: Path) -> None:
     differences = [
-        f"{name} {getattr(there, name)!r}, asked for {getattr(job, name)!r}"
+        f"{name} {getattr(existing, name)!r}, requested {getattr(job, name)!r}"
         for name in IDENTITY
-        if getattr(there, name) != getattr(job, name)
+        if getattr(existing, name) != getattr(job, name)
     ]
     if differences:
         raise KamimError(
-            f"out = {out}: is there already, of another job ({'; '.join(differences)}); "
+            f"out = {out}: exists already, from another job ({'; '.join(differences)}); "
             "remove it or choose another out=..."
         )
 
 
 def _changes(before: Sequence[Job], job: Job) -> str:
-    """The parameters that components depend on and that were others, in words."""
+    """Returns in words the parameters of components that changed."""
     now = {name: value for component in job.components for name, value in job.recipe(component).items()}
     changes = [
-        f"{name} {getattr(there, name)} becomes {value}"
-        for there in before
+        f"{name} {getattr(existing, name)} becomes {value}"
+        for existing in before
         for name, value in now.items()
-        if getattr(there, name) != value
+        if getattr(existing, name) != value
     ]
     return ", ".join(dict.fromkeys(changes))

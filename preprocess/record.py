@@ -1,4 +1,4 @@
-"""What a store keeps of one image: the image, mostly made small, and its keypoints on its canonical frames.
+"""What a store keeps of one image: the image, usually shrunk, and its keypoints on its canonical frames.
 
 A component's share of any number of images is its rows: named arrays, joined along their first axis.
 
@@ -28,25 +28,25 @@ ORIGINAL_QUALITY = 95  # JPEG quality, without chroma subsampling, of originals 
 def record(
     job: Job, data: bytes | np.ndarray, rgb: np.ndarray, label: int, components: Sequence[str], key: str = ""
 ) -> dict[str, Rows]:
-    """The rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3].
+    """Returns the rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3].
 
-    key: its path within the source, for detectors that ask for it.
+    key: its path within the source, for detectors that take it.
     """
     resized = functools.cache(lambda size: resize_plain(rgb, size))  # detectors share frames
-    made: dict[str, Rows] = {}
+    rows: dict[str, Rows] = {}
     for component in components:
         if component == IMAGES:
-            made[component] = image_rows(*stored_image(job, data, rgb), label)
+            rows[component] = image_rows(*stored_image(job, data, rgb), label)
         else:
             sizes = frame_sizes(job, component, rgb)
-            found = [keypoints(job, component, resized(size), key) for size in sizes]
-            positions, counts = zip(*found, strict=True)
-            made[component] = keypoint_rows(np.concatenate(positions), np.stack(counts), np.array(sizes))
-    return made
+            per_frame = [keypoints(job, component, resized(size), key) for size in sizes]
+            positions, counts = zip(*per_frame, strict=True)
+            rows[component] = keypoint_rows(np.concatenate(positions), np.stack(counts), np.array(sizes))
+    return rows
 
 
 def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
-    """One image as rows of the component `images`."""
+    """Returns one image as rows of the component `images`."""
     return {
         "data": data, "length": np.array([len(data)], np.int64), "size": np.array([size], np.int64),
         "label": np.array([label], np.int64),
@@ -54,18 +54,18 @@ def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
 
 
 def keypoint_rows(positions: np.ndarray, counts: np.ndarray, frames: np.ndarray) -> Rows:
-    """One image's keypoints as rows of a detector's component: [K, 2], [V, groups], [V, 2]."""
+    """Returns one image's keypoints as rows of a detector's component: [K, 2], [V, groups], [V, 2]."""
     return {"positions": positions, "counts": counts[None].astype(np.int64), "frame": frames[None].astype(np.uint16)}
 
 
 def join(component: str, parts: Sequence[Rows]) -> Rows:
-    """The rows of any number of images, in order, from those of each."""
+    """Joins the rows of images, in order."""
     parts = parts or [_no_rows(component)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _no_rows(component: str) -> Rows:
-    """The rows of no image, of the types and shapes that those of images have."""
+    """Returns rows of zero images, with the usual types and shapes."""
     if component == IMAGES:
         one = image_rows(np.empty(0, np.uint8), (0, 0), 0)
     else:
@@ -75,7 +75,7 @@ def _no_rows(component: str) -> Rows:
 
 
 def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image as stored, never enlarged: its bytes (uint8 [n], see encoded) and its (height, width)."""
+    """Returns the image as stored, never enlarged: its bytes (uint8 [n], see encoded) and its (height, width)."""
     if job.encoding == "original":
         return original(data, rgb), (rgb.shape[0], rgb.shape[1])
     pixels = stored_pixels(job, rgb)
@@ -83,7 +83,7 @@ def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[n
 
 
 def original(data: bytes | np.ndarray, rgb: np.ndarray) -> np.ndarray:
-    """The bytes of a plain JPEG file as they are; anything else (PNG, CMYK, pixels) as a JPEG of its pixels: uint8 [n].
+    """Returns the bytes of a plain JPEG file unchanged; pixels of anything else (PNG, CMYK) as JPEG: uint8 [n].
 
     JPEG at quality 95 without chroma subsampling keeps stores of one kind: every image of theirs is a JPEG.
     """
@@ -95,14 +95,14 @@ def original(data: bytes | np.ndarray, rgb: np.ndarray) -> np.ndarray:
 
 
 def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
-    """The image at its stored size: uint8 [h, w, 3]."""
+    """Returns the image at its stored size: uint8 [h, w, 3]."""
     height, width = rgb.shape[:2]
     size = geometry.stored_size(height, width, geometry.stored_area(job.resolution, job.crop_scale))
     return resize_antialiased(rgb, size) if job.resize == "bicubic" else resize_plain(rgb, size)
 
 
 def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
-    """The bytes that stand for pixels of the stored size, in the job's encoding: uint8 [n]."""
+    """Returns the bytes that stand for pixels of the stored size, in the job's encoding: uint8 [n]."""
     if job.encoding == "raw":
         return pixels.reshape(-1)
     if job.encoding == "yuv420":
@@ -112,10 +112,10 @@ def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
 
 
 def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the canonical frames on which a detector's keypoints are found."""
+    """(height, width) of the canonical frames on which a detector runs."""
     return geometry.canonical_frames(*rgb.shape[:2], job.resolution, job.crop_scale, detector(name).frames)
 
 
 def keypoints(job: Job, name: str, frame: np.ndarray, key: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Packed keypoints of a canonical frame, see kamim.detectors.detect_packed."""
+    """Returns the packed keypoints of a canonical frame, see kamim.detectors.detect_packed."""
     return detect_packed(name, frame, 1 / job.crop_scale[0], key)

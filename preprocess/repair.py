@@ -1,4 +1,4 @@
-"""Makes anew just those shards of a store that are damaged, and publishes the store as it was, bit for bit."""
+"""Rebuilds the damaged shards of a store, and publishes the store as it was, bit for bit."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from kamim.storage import log_file, store
 from kamim.storage.store import Job, Manifest, Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
-from preprocess.build import Found, Say, in_order, make_shards, stopping
+from preprocess.build import Say, ShardFiles, in_order, make_shards, stopping
 from preprocess.fingerprint import Progress
 from preprocess.plan import BuildPlan
 from preprocess.shards import checksum_of, write_shard
@@ -24,21 +24,21 @@ from preprocess.workspace import Workspace
 def repair(
     path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
 ) -> list[Problem]:  # fmt: skip
-    """Puts right what is wrong with the files of a store; returns what was. source: lists a job's source, if needed.
+    """Repairs the files of a store; returns the faults they had. source: lists a job's source, if needed.
 
-    Raises KamimError if what is there, or the source, cannot give the store back; and Stopped.
+    Raises KamimError if neither the store nor the source has enough to restore it; and Stopped.
     """
     space = Workspace(path)
     with space.locked(), stopping():
-        found = problems(path)
-        strange = [problem.where for problem in found if problem.what == STRANGE]
+        damage = problems(path)
+        strange = [problem.where for problem in damage if problem.what == STRANGE]
         if strange:
             raise KamimError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
         content = store.agreed_manifest(path)
         if content is None:
             raise KamimError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
         manifest = store.parse_manifest(content, path)
-        for problem in found:
+        for problem in damage:
             if problem.where not in (*manifest.checksums, *SEALED):
                 raise KamimError(
                     f"{path / problem.where}: {problem.what}, although the files are as the manifest says, so that "
@@ -47,20 +47,20 @@ def repair(
         job = manifest.job.model_copy(update={"opencv": cv2.__version__})
         if space.begun() not in (None, job):
             raise KamimError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
-        if {problem.where for problem in found} & set(SEALED):
+        if {problem.where for problem in damage} & set(SEALED):
             store.seal(path, content)
-        broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in found}}
+        broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in damage}}
         if broken:
             with log_file.logged(space.log, f"repair of {', '.join(sorted(broken))}"):
                 _rebuild(_plan(job, manifest, source(job), broken, path, progress), space, workers, progress, say)
                 store.seal(space.store, content)
                 space.publish()
         space.clear()
-    return found
+    return damage
 
 
 def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path, progress: Progress) -> BuildPlan:
-    """The finished store's own job again, for the broken components."""
+    """Returns a plan of the finished store's own job for the broken components."""
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     stored = path / store.STAMPS
     if stored.is_file() and store.checksum(stored) == manifest.source:
@@ -74,17 +74,17 @@ def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: 
 
 
 def _rebuild(plan: BuildPlan, space: Workspace, workers: int, progress: Progress, say: Say) -> None:
-    """Leaves the whole store, but its manifest, in space.store."""
+    """Writes the complete store, except its manifest, to space.store."""
     assert plan.store is not None
     folders = plan.folders(space)
     space.claim(plan.job, plan.source_hashes, folders.values(), shared=False)
     for component, folder in folders.items():
         kept = _salvage(Store(space.out), component, folder)
-        say(f"{component}: {kept:,} of {plan.job.shards:,} shards are whole; the others are made anew from the source")
-    found = make_shards(plan, space, range(plan.job.shards), workers, None, False, progress)
-    _check(plan, space, found)
-    made = assemble(plan, in_order(plan, found), space.out, space.store)
-    differ = [name for name in made.checksums if made.checksums[name] != plan.store.checksums.get(name)]
+        say(f"{component}: {kept:,} of {plan.job.shards:,} shards are whole; the others are rebuilt from the source")
+    shard_files = make_shards(plan, space, range(plan.job.shards), workers, None, False, progress)
+    _check(plan, space, shard_files)
+    assembled = assemble(plan, in_order(plan, shard_files), space.out, space.store)
+    differ = [name for name in assembled.checksums if assembled.checksums[name] != plan.store.checksums.get(name)]
     if differ:
         raise KamimError(
             f"{space.out / differ[0]}: comes out different with the packages of today; preprocess into another out=..."
@@ -109,22 +109,22 @@ def _salvage(opened: Store, component: str, folder: Path) -> int:
     return whole
 
 
-def _check(plan: BuildPlan, space: Workspace, found: Found) -> None:
-    """Raises KamimError if a shard is not what it was, which is removed."""
+def _check(plan: BuildPlan, space: Workspace, shard_files: ShardFiles) -> None:
+    """Removes shards that differ from those of the store. Raises KamimError if there are any."""
     assert plan.store is not None
     wrong = [
         (number, component)
-        for component, files in found.items()
+        for component, files in shard_files.items()
         for number, file in files.items()
         if checksum_of(file) != plan.store.shards[component][number]
     ]
     for number, component in wrong:
-        found[component][number].unlink()
+        shard_files[component][number].unlink()
     if wrong:
         now = fingerprint.source_hashes(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
         fingerprint.refuse_change(plan.source_hashes, now, plan.source, space.out)
         number, component = wrong[0]
         raise KamimError(
-            f"source = {plan.source.location}: shard {number + 1} of {component} comes out different although nothing "
-            f"tells that the source changed; made with OpenCV {plan.store.opencv[component]}, here is {cv2.__version__}"
+            f"source = {plan.source.location}: shard {number + 1} of {component} comes out different although the "
+            f"source did not change; made with OpenCV {plan.store.opencv[component]}, here is {cv2.__version__}"
         )

@@ -73,7 +73,7 @@ def _weighted_sum(rows, first, count, weights, out):
 
 @kernel
 def _bicubic(pixels, height, width):
-    """First down, then across. The image is turned in between, so that both add up whole rows, which vectorises."""
+    """Resizes the height, then the width. Transposing in between makes both add whole rows, which vectorises."""
     source_height, source_width = pixels.shape[0], pixels.shape[1]
     first, count, weights = _taps(source_height, height)
     rows, row = pixels.reshape(source_height, 3 * source_width), np.empty(3 * source_width, np.float32)

@@ -64,45 +64,47 @@ def run_shard(task: ShardTask) -> dict[str, str]:
 
 
 def unreadable(error: OSError | Undecodable) -> str:
-    """Why an image could not be read, in one line."""
+    """Returns in one line why an image could not be read."""
     return one_line(f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else error)
 
 
 def encode(rows: Rows, rejects: Sequence[Reject]) -> bytes:
-    """A shard file's bytes. Equal shards have equal bytes."""
+    """Returns a shard file's bytes. Equal shards have equal bytes."""
     return save(rows, metadata={"rejects": json.dumps(rejects)})
 
 
 def write_shard(folder: Path, number: int, content: bytes) -> str:
-    """Leaves folder/<number>-<sha256>.safetensors; returns its name."""
+    """Writes folder/<number>-<sha256>.safetensors; returns its name."""
     name = f"{number:06d}-{hashlib.sha256(content).hexdigest()}.safetensors"
     store.write_whole(folder / name, content)
     return name
 
 
 def checksum_of(file: Path) -> str:
-    """The sha256 that a shard file's name announces."""
+    """Returns the sha256 in a shard file's name."""
     return file.stem.partition("-")[2]
 
 
 def finished(folder: Path, numbers: Collection[int]) -> dict[int, Path]:
-    """The shard files of `numbers` that are there and whole."""
+    """Returns the shard files of `numbers` that exist and match their checksum."""
     listed = {file: int(file.name.partition("-")[0]) for file in sorted(folder.glob("[0-9]*-*.safetensors"))}
-    asked = [file for file, number in listed.items() if number in numbers]
+    requested = [file for file, number in listed.items() if number in numbers]
     with ThreadPoolExecutor() as threads:
-        checksums = threads.map(store.checksum, asked)
-    return {listed[file]: file for file, found in zip(asked, checksums, strict=True) if found == checksum_of(file)}
+        checksums = threads.map(store.checksum, requested)
+    return {
+        listed[file]: file for file, digest in zip(requested, checksums, strict=True) if digest == checksum_of(file)
+    }
 
 
 def rejects_of(file: Path) -> list[Reject]:
-    """What a shard could not read, in order."""
+    """Returns the files that a shard could not read, in order."""
     with safe_open(file, framework="numpy") as tensors:
         rejects: list[Reject] = json.loads(tensors.metadata()["rejects"])
         return rejects
 
 
 def column(files: Sequence[Path], name: str) -> np.ndarray:
-    """One small array of every shard, joined."""
+    """Joins one small array of every shard."""
     parts = []
     for file in files:
         with safe_open(file, framework="numpy") as tensors:

@@ -30,7 +30,7 @@ class Problem:
 
 
 def problems(path: Path, deep: bool = False) -> list[Problem]:
-    """Everything that is wrong with the store at `path`.
+    """Returns everything that is wrong with the store at `path`.
 
     deep: every image is decoded, every keypoint looked at, and every shard compared with its checksum in the manifest.
     Raises KamimError if there is no store, or one that this version cannot read.
@@ -38,11 +38,11 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     content = store.agreed_manifest(path)
     if content is None:
         if not any((path / name).exists() for name in SEALED):
-            store.read_manifest(path)  # says that there is no store
+            store.read_manifest(path)  # raises that there is no store
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
     manifest = store.parse_manifest(content, path)
-    found = [*_of_manifest(path, content), *_of_files(path, manifest)]
-    return found or [*_of_contents(Store(path), deep)]
+    faults = [*_of_manifest(path, content), *_of_files(path, manifest)]
+    return faults or [*_of_contents(Store(path), deep)]
 
 
 def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
@@ -54,19 +54,19 @@ def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
 
 
 def _of_files(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    expected, found = manifest.checksums, store.checksums(path)
-    found |= dict.fromkeys(store.entries(path)[1] - {*SEALED}, LINK)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+    expected, actual = manifest.checksums, store.checksums(path)
+    actual |= dict.fromkeys(store.entries(path)[1] - {*SEALED}, LINK)
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
             yield Problem(name, MISSING)
         elif name not in expected:
             yield Problem(name, STRANGE)
-        elif found[name] != expected[name]:
-            yield Problem(name, LINK if found[name] == LINK else DAMAGED)
+        elif actual[name] != expected[name]:
+            yield Problem(name, LINK if actual[name] == LINK else DAMAGED)
 
 
 def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
-    """What is wrong although every file is as written."""
+    """Yields the faults of a store whose files all match their checksums."""
     classes = len(opened.manifest.classes)
     try:
         images, keypoints = opened.open_images(), {name: opened.open_keypoints(name) for name in opened.detectors}
@@ -85,25 +85,25 @@ def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
         shards = {component: take_apart(opened, component) for component in faults}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             numbers = range(opened.manifest.job.shards)
-            for found in threads.map(partial(_of_shard, opened.manifest, images, keypoints, shards), numbers):
-                yield from found
+            for damage in threads.map(partial(_of_shard, opened.manifest, images, keypoints, shards), numbers):
+                yield from damage
 
 
 def _of_shard(
     manifest: Manifest, images: ImageReader, keypoints: Mapping[str, Keypoints],
     shards: Mapping[str, Callable[[int], bytes]], number: int,
 ) -> list[Problem]:  # fmt: skip
-    """What is wrong with the images of a shard, or else with what it holds: it has to be what the store was made of."""
+    """Returns the faults of a shard's images, and of components whose shard does not match its recorded checksum."""
     first = sum(manifest.shard_counts[:number])
-    found = [
+    damage = [
         problem
         for index in range(first, first + manifest.shard_counts[number])
         for problem in _of_image(images, keypoints, index)
     ]
-    for component in shards.keys() - {problem.where for problem in found}:
+    for component in shards.keys() - {problem.where for problem in damage}:
         if hashlib.sha256(shards[component](number)).hexdigest() != manifest.shards[component][number]:
-            found.append(Problem(component, f"shard {number + 1} does not hold what the store was made of"))
-    return found
+            damage.append(Problem(component, f"shard {number + 1} does not hold what the store was made of"))
+    return damage
 
 
 def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: int) -> Iterator[Problem]:
@@ -117,7 +117,7 @@ def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: in
 
 
 def _of_jpeg(images: ImageReader, index: int) -> Iterator[Problem]:
-    """What keeps the loader from decoding an image, which it does as strictly."""
+    """Yields what keeps the loader from decoding an image, which it does as strictly."""
     try:
         pixels = decode_plain_jpeg(images.data(index).tobytes())
     except Undecodable as error:

@@ -42,7 +42,7 @@ class Workspace:
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[None]:
-        """Inside, no other process works on `out`; with shared, only others that share.
+        """Locks `out` in the context; with shared, only against processes that do not share.
 
         An interrupted publication is completed first. Raises KamimError if another process works, and if
         `out` or its partial state is somebody else's.
@@ -50,7 +50,7 @@ class Workspace:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise KamimError(f"out = {self.out}: cannot be made: {error.strerror}") from error
+            raise KamimError(f"out = {self.out}: cannot be created: {error.strerror}") from error
         busy = f"{self.lock}: another process is at work on this store; wait until it is done"
         with lock.held(self.lock, busy, shared):
             self.refuse_strangers()
@@ -65,7 +65,7 @@ class Workspace:
             if strange:
                 raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
-            raise KamimError(f"out = {self.out}: is there already and is not a kamim store; choose another out=...")
+            raise KamimError(f"out = {self.out}: exists already and is not a kamim store; choose another out=...")
 
     def _recover(self, shared: bool) -> None:
         cut_short = self.store.exists() and self.replaced.exists() and not self.out.exists()
@@ -79,11 +79,11 @@ class Workspace:
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def finished(self) -> Manifest | None:
-        """The manifest of the store that has the final name."""
+        """Returns the manifest of the finished store, or None."""
         return store.read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
-        """The job of the partial state. Raises KamimError if it is no job that this kamim knows."""
+        """Returns the job of the partial state. Raises KamimError if it is no job that this kamim knows."""
         if not self.job_file.exists():
             return None
         try:
@@ -92,7 +92,7 @@ class Workspace:
             raise KamimError(f"{self.job_file}: damaged, or of another kamim; remove {self.partial}") from None
 
     def begun_source_hashes(self) -> np.ndarray | None:
-        """The source hashes of the partial state. Raises KamimError if they are damaged."""
+        """Returns the source hashes of the partial state. Raises KamimError if they are damaged."""
         if not (self.job_file.exists() and self.stamps_file.exists()):
             return None
         try:
@@ -103,7 +103,7 @@ class Workspace:
     def claim(self, job: Job, source_hashes: np.ndarray, folders: Collection[Path], shared: bool) -> None:
         """Records the job that owns the partial state, and creates the folders of its shards.
 
-        Not shared, folders of another job are removed; shared, ValueError where there is another job's state.
+        Removes folders of another job unless shared. Raises KamimError if shared and the state is another job's.
         """
         begun = self.begun()
         if shared and begun not in (None, job):

@@ -118,7 +118,7 @@ def choose(request: Request, source: Source) -> Chosen:
         raise KamimError(f"store = {source.name}: has {total} image; an analysis is over images and needs 2 or more")
     count = min(total, MOST_IMAGES) if request.images is None else request.images
     if not 2 <= count <= total:
-        raise KamimError(f"images = {count}: {source.name} has {total}; ask for 2 to {total}")
+        raise KamimError(f"images = {count}: {source.name} has {total}; choose 2 to {total}")
     order = rng.permutation(request.seed, 0, total)
     titles = _titles(request.classes, source)
     if not titles:

@@ -15,7 +15,7 @@ app.add_typer(config_app, name="config")
 
 
 def _kinds() -> dict[str, "type[Section]"]:
-    """The kinds of presets, by their folder in configs/."""
+    """Returns the kinds of presets, by their folder in configs/."""
     from kamim.evaluation.config import Evaluation
     from kamim.evaluation.grid import Grid
     from kamim.training.config import Pretrain
@@ -48,15 +48,14 @@ def show(
     from kamim.training.settings import document, presets
 
     folder, _, stem = name.rpartition("/")
-    found = [
+    matches = [
         (kind, files[stem]) for at, kind in _kinds().items() if folder in ("", at) and stem in (files := presets(kind))
     ]
-    if len(found) != 1:
-        how = (
-            f"is {' and '.join(f'{kind.PRESETS}/{stem}' for kind, _ in found)}; name one" if found else "no such preset"
-        )
+    if len(matches) != 1:
+        several = " and ".join(f"{kind.PRESETS}/{stem}" for kind, _ in matches)
+        how = f"is {several}; name one" if matches else "no such preset"
         raise KamimError(f"{name}: {how}; `kamim config list` lists them")
-    ((kind, file),) = found
+    ((kind, file),) = matches
     given = yaml.safe_load(file.read_text()) or {}
     own = {**given, **dict(flatten(given))}  # a key's value may be a mapping, such as a sweep's `pretrain`
     for key, default, meaning in document(kind):

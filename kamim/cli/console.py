@@ -51,7 +51,7 @@ class _Console(Console):
 
 
 class _Formatter(logging.Formatter):
-    """A warning as printable text."""
+    """Formats a warning as one printable line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
@@ -65,11 +65,11 @@ app.add_typer(bench_app, name="bench")
 out_console, err_console = _Console(), _Console(stderr=True)
 _debug = False
 
-RESUMABLE = 75  # exit code of a command that was stopped and that a rerun continues (EX_TEMPFAIL)
+RESUMABLE = 75  # exit code of a command that was stopped and that a rerun resumes (EX_TEMPFAIL)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         out_console.print(f"kamim {kamim.__version__}")
         raise typer.Exit
 
@@ -88,20 +88,20 @@ def _options(
 
 
 def _explain_faults() -> None:
-    """What kills the process leaves a traceback, such as SIGBUS where a mapped file was cut; warnings are printable."""
-    with suppress(io.UnsupportedOperation, RuntimeError):  # where stderr is no file
+    """Prints a traceback for fatal signals, such as SIGBUS if a mapped file was truncated; makes warnings printable."""
+    with suppress(io.UnsupportedOperation, RuntimeError):  # stderr is not a file
         faulthandler.enable()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Formatter())
 
 
 def is_main() -> bool:
-    """Whether this is the one process of torchrun's that talks to the user."""
+    """Returns whether this process prints for the user: the first of torchrun's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str) -> None:
-    """On stderr, once of all processes."""
+    """Prints a line on stderr, from the main process only."""
     if is_main():
         err_console.print(line)
 
@@ -123,11 +123,11 @@ _PARAMETER = re.compile(r"(?<![\w./-])(\w+)(?:=| = )|^(\w+)(?=: )")
 def as_typed(message: str, options: Mapping[str, str]) -> str:
     """Returns a library's message in terms of the command line: `crop_scale = 2` becomes `--crop-scale 2`."""
 
-    def option(found: re.Match[str]) -> str:
-        name, alone = found.groups()
+    def option(match: re.Match[str]) -> str:
+        name, alone = match.groups()
         if alone:
             return options.get(alone, alone)
-        return f"{options[name]} " if name in options else found[0]
+        return f"{options[name]} " if name in options else match[0]
 
     return _PARAMETER.sub(option, message)
 
@@ -203,7 +203,7 @@ def add_bar(progress: Progress, title: str, images: int) -> TaskID:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1, which is how batch systems stop a job, are a Ctrl-C."""
+    """Handles SIGTERM and SIGUSR1, with which batch systems stop a job, as Ctrl-C in the context."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
@@ -253,13 +253,13 @@ class Update:
 
 
 def metrics_line(metrics: Mapping[str, float], title: str = "") -> str:
-    """What a bar says of a step of training: of what, its loss, how much of it was spent waiting for the batch."""
-    said = [title] if title else []
+    """Returns what a bar shows of a training step: title, loss, and the share of time spent waiting for data."""
+    parts = [title] if title else []
     if metrics:
-        said.append(f"loss {metrics['loss']:.4f}")
+        parts.append(f"loss {metrics['loss']:.4f}")
     if "data_wait_share" in metrics:
-        said.append(f"data-wait {metrics['data_wait_share']:.1%}")
-    return ", ".join(said)
+        parts.append(f"data-wait {metrics['data_wait_share']:.1%}")
+    return ", ".join(parts)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
@@ -278,7 +278,7 @@ def print_config(config: "Section") -> None:
 
 
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
-    """kamim.training.config.Weighting of what the options say."""
+    """Returns the kamim.training.config.Weighting that the options describe."""
     from kamim.training.config import Weighting
     from kamim.training.settings import load
 
@@ -323,7 +323,7 @@ def check_checkpoints(specs: Sequence[str]) -> None:
 
 
 def check_folder(option: str, file: Path | None) -> None:
-    """Before any work: whether the file can be written at all."""
+    """Raises KamimError, before any work, if the file cannot be written. option: its name in the error."""
     if file is None:
         return
     folder = file.absolute().parent
@@ -341,16 +341,16 @@ def check_picture(option: str, file: Path | None) -> None:
 
 
 def write_json(file: Path | None, content: Any) -> None:
-    """Where a file was asked for. Raises OSError."""
+    """Writes JSON to `file`; does nothing if it is None. Raises OSError if it cannot be written."""
     if file is not None:
         try:
             file.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:  # of a full disk the system names no file
+        except OSError as error:  # for a full disk, the system names no file
             raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """The value I/N of --shard as (I, N). Raises KamimError unless 1 <= I <= N."""
+    """Returns the value I/N of --shard as (I, N). Raises KamimError unless 1 <= I <= N."""
     try:
         number, count = (int(part) for part in text.split("/"))
     except ValueError:

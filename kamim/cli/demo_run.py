@@ -1,4 +1,4 @@
-"""`kamim demo`: the main job end to end on the sample photographs, and what came of it."""
+"""`kamim demo`: the main job end to end on the sample photographs, and its results."""
 
 import json
 from collections.abc import Callable
@@ -29,9 +29,9 @@ Update = Callable[[int, int, str], None]
 
 
 def run_demo(out: Path, console: Console, update: Update) -> None:
-    """Preprocesses, pretrains KAMIM and SimMIM from one seed, probes both and random weights; prints what it saw.
+    """Preprocesses, pretrains KAMIM and SimMIM from one seed, probes both and random weights; prints the results.
 
-    Started again, it goes on where it was. Raises KamimError if a training run was interrupted.
+    A rerun resumes. Raises KamimError if a training run was interrupted.
     """
     stores = {split: out / "stores" / split for split in ("train", "val")}
     preset, store = Path("demo"), f"data.store={stores['train']}"
@@ -80,9 +80,9 @@ def _pictures(out: Path, val: Path, runs: dict[str, Pretrain]) -> list[Path]:
     sheets = []
     for detector in DETECTORS:
         weighting = Weighting(detector=detector)
-        found = {name: pictures.image_weights(photograph(name), weighting) for name in SHOWN}
+        images = {name: pictures.image_weights(photograph(name), weighting) for name in SHOWN}
         sheets.append(out / f"weights-{detector}.png")
-        pictures.plot_weights(found, weighting, sheets[-1])
+        pictures.plot_weights(images, weighting, sheets[-1])
     sheets.append(out / "crops.png")
     pictures.preview(Store(val), Weighting(), 6, seed=1, file=sheets[-1])
     named = [f"{name}={config.out}" for name, config in runs.items()]

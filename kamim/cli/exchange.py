@@ -31,7 +31,7 @@ def import_(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The architecture, such as vit_large_patch16_224. Default: found from the weights."),
+        typer.Option(help="The architecture, such as vit_large_patch16_224. Default: inferred from the weights."),
     ] = None,
 ) -> None:
     """Converts weights of other projects to a checkpoint."""
@@ -73,7 +73,7 @@ def export(
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `out` once it is whole; nobody else writes there."""
+    """Locks `out` and yields a path to write to, which is renamed to `out` once it is complete."""
     from kamim.storage import lock
     from kamim.storage.store import publish
 

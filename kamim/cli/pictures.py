@@ -41,14 +41,14 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
     if min(height, width) < patch:
         raise KamimError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
     # OpenCV's own calls, which give what the compiled loops give, and start sooner.
-    found = opencv.fast(rgb) if weighting.detector == "fast" else detector(weighting.detector).detect(rgb)
-    bitmap = kp.opencv_map(found.xy, height, width, weighting.footprint)
+    detected = opencv.fast(rgb) if weighting.detector == "fast" else detector(weighting.detector).detect(rgb)
+    bitmap = kp.opencv_map(detected.xy, height, width, weighting.footprint)
     omega = density(kp.map_counts(bitmap, patch), patch)
-    return ImageWeights(rgb, len(found.xy), bitmap, omega, weights(omega, weighting.temperature))
+    return ImageWeights(rgb, len(detected.xy), bitmap, omega, weights(omega, weighting.temperature))
 
 
 def largest_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
-    """The largest crop that training takes of an image (uint8 [H, W, 3]): uint8 [resolution, resolution, 3].
+    """Returns the largest crop that training takes of an image (uint8 [H, W, 3]): uint8 [resolution, resolution, 3].
 
     It shows the whole image if that is 3:4 to 4:3 wide, and is resized as the released code resizes crops.
     """
@@ -57,7 +57,7 @@ def largest_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file: Path) -> None:
-    """One row per image: as it is, its keypoints, its weights."""
+    """Draws one row per image: the image, its keypoints, its weights."""
     from kamim.reporting import plots
 
     rows = [(name, image.rgb, image.bitmap, image.weights) for name, image in images.items()]
@@ -69,7 +69,7 @@ def _caption(weighting: Weighting) -> str:
 
 
 def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: Path) -> None:
-    """A sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
+    """Draws a sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
     from kamim.reporting import plots
     from pipelines.counts import CachedCounts
     from pipelines.loader import Crop, Loader

@@ -123,7 +123,7 @@ def preprocess(
 
 
 def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":
-    """What --images-as and --encoding ask for together."""
+    """Returns the encoding that --images-as and --encoding select together."""
     from kamim.storage.store import FORMATS
 
     if images_as not in (None, "resized", "original"):

@@ -67,8 +67,8 @@ def pretrain(
     if not outcome.finished:
         say(f"stopped after step {outcome.step}, saved; rerun the command to resume")
         raise typer.Exit(RESUMABLE)
-    said = "steps done" if outcome.first < outcome.step else "steps, all done before"
-    out_console.print(f"{resolved.out}: {outcome.step} {said}; {resolved.out / 'report.html'}")
+    steps = "steps done" if outcome.first < outcome.step else "steps, all done before"
+    out_console.print(f"{resolved.out}: {outcome.step} {steps}; {resolved.out / 'report.html'}")
 
 
 @app.command()
@@ -94,16 +94,17 @@ def replay(
     from kamim.reporting.plots import reconstruction_sheet
     from kamim.training.replay import replay as replay_step
 
-    found = replay_step(run, step, device)
-    title = f"step {found.step}, replayed from step {found.began}: loss {found.loss:.6f}"
-    out_console.print(f"{title} over {len(found.samples)} samples, by falling loss")
-    for sample in found.worst[:WORST]:
+    replayed = replay_step(run, step, device)
+    title = f"step {replayed.step}, replayed from step {replayed.began}: loss {replayed.loss:.6f}"
+    out_console.print(f"{title} over {len(replayed.samples)} samples, by falling loss")
+    for sample in replayed.worst[:WORST]:
         largest = "" if sample.weight_max is None else f", largest W {sample.weight_max:.1f}"
         out_console.print(f"  sample {sample.index}: loss {sample.loss:.6f}{largest}")
-    samples = [{"index": s.index, "loss": s.loss, "weight_max": s.weight_max} for s in found.samples]
-    write_json(out, {"step": found.step, "loss": found.loss, "samples": samples})
+    samples = [{"index": s.index, "loss": s.loss, "weight_max": s.weight_max} for s in replayed.samples]
+    write_json(out, {"step": replayed.step, "loss": replayed.loss, "samples": samples})
     if plot is not None:
-        images, masks, made = (
-            np.stack([getattr(sample, name) for sample in found.worst[:WORST]]) for name in ("image", "masked", "made")
+        images, masks, reconstructions = (
+            np.stack([getattr(sample, name) for sample in replayed.worst[:WORST]])
+            for name in ("image", "masked", "reconstruction")
         )
-        reconstruction_sheet(images, masks, [("reconstructed", made)], title).savefig(plot, dpi=110)
+        reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title).savefig(plot, dpi=110)

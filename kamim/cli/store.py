@@ -77,7 +77,7 @@ def weights(
 
 
 def show_store(path: Path) -> None:
-    """Prints what a store is."""
+    """Prints a summary of a store."""
     from kamim.storage.store import Store
 
     manifest = Store(path).manifest
@@ -94,7 +94,7 @@ def show_store(path: Path) -> None:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Bytes on disk of each component."""
+    """Returns the bytes on disk of each component."""
     from kamim.storage.store import component_of
 
     sizes: dict[str, int] = {}
@@ -113,9 +113,9 @@ def info(path: Path, as_json: Annotated[bool, typer.Option("--json", help="Print
 
     manifest, sizes = Store(path).manifest, _sizes(path)
     if as_json:
-        said = manifest.model_dump(mode="json", exclude={"checksums", "classes", "shards", "shard_counts"})
-        said |= {"path": str(path), "classes": len(manifest.classes), "bytes": sizes, "source": manifest.source}
-        out_console.print_json(data=said, ensure_ascii=True)
+        content = manifest.model_dump(mode="json", exclude={"checksums", "classes", "shards", "shard_counts"})
+        content |= {"path": str(path), "classes": len(manifest.classes), "bytes": sizes, "source": manifest.source}
+        out_console.print_json(data=content, ensure_ascii=True)
         return
     show_store(path)
     for component, version in manifest.opencv.items():
@@ -162,7 +162,7 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
         err_console.print(f"stopped: {error or 'rerun the command to resume'}")
         raise typer.Exit(RESUMABLE) from None
     for problem in repaired:
-        out_console.print(f"{path / problem.where}: was {problem.what}, put right")
+        out_console.print(f"{path / problem.where}: was {problem.what}, repaired")
 
 
 @store_app.command()

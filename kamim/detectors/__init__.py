@@ -12,12 +12,12 @@ import numpy as np
 
 from kamim import KamimError
 from kamim.detectors import plugins
-from kamim.detectors.contract import Detector, Found
+from kamim.detectors.contract import DetectedKeypoints, Detector
 from kamim.detectors.fast import Fast
 from kamim.detectors.opencv import Orb, Sift
 from kamim.method.keypoints import quantise
 
-__all__ = ["DETECTORS", "Detector", "Found", "detect_packed", "detector", "names", "origin"]
+__all__ = ["DETECTORS", "DetectedKeypoints", "Detector", "detect_packed", "detector", "names", "origin"]
 
 DETECTORS: Mapping[str, Detector] = MappingProxyType({"fast": Fast(), "sift": Sift(), "orb": Orb()})
 

@@ -10,7 +10,7 @@ from kamim.method.keypoints import Rules
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedKeypoints:
     """Keypoints of one image, in the detector's own order.
 
     xy: float32 [K, 2], pixel centres in px. group: int64 [K], index into the detector's Rules.groups.
@@ -35,7 +35,7 @@ class Detector(Protocol):
         """The number of canonical frames on which keypoints are stored (geometry.canonical_frames)."""
         ...
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> DetectedKeypoints:
         """Returns the keypoints of rgb (uint8 [H, W, 3]). Several threads may call it at once.
 
         headroom >= 1 multiplies the detector's own limit on the number of keypoints, for frames of which

@@ -11,7 +11,7 @@ third of the time of first testing, as the authors and OpenCV do, whether a pixe
 import numpy as np
 from numba import njit
 
-from kamim.detectors.contract import Found, grey
+from kamim.detectors.contract import DetectedKeypoints, grey
 from kamim.method.kernels import kernel
 from kamim.method.keypoints import Group, Rules
 
@@ -105,7 +105,7 @@ class Fast:
     rules = Rules((Group(border=float(BORDER)),), snap=True)
     frames = 2
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> DetectedKeypoints:
         """See Detector. FAST has no limit on the number of keypoints."""
         xy, response = corners(grey(rgb), THRESHOLD)
-        return Found(xy, np.zeros(len(xy), np.int64), response)
+        return DetectedKeypoints(xy, np.zeros(len(xy), np.int64), response)

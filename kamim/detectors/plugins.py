@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kamim import KamimError
-from kamim.detectors.contract import Found, grey
+from kamim.detectors.contract import DetectedKeypoints, grey
 from kamim.method.keypoints import Group, Rules
 
 GROUP = "kamim.detectors"
@@ -78,7 +78,7 @@ class PlugIn:
         self._grey = bool(getattr(plugin, "grey", False))
         self._description = description
 
-    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> Found:
+    def detect(self, rgb: np.ndarray, headroom: float = 1.0, key: str = "") -> DetectedKeypoints:
         """See Detector. Raises KamimError if the object fails or breaks the contract."""
         array, given = grey(rgb) if self._grey else rgb, {"key": key} if self._takes_key else {}
         try:
@@ -90,4 +90,4 @@ class PlugIn:
                 f"{self._description}: gave xy {list(xy.shape)} and response {list(response.shape)}; "
                 "needs finite xy [K, 2] and response [K]"
             )
-        return Found(xy, np.zeros(len(xy), np.int64), response)
+        return DetectedKeypoints(xy, np.zeros(len(xy), np.int64), response)

@@ -11,7 +11,7 @@ from pydantic import Field
 from kamim import KamimError
 from kamim.models.architectures import Norm, Pooling
 from kamim.training.config import Compute, Optim
-from kamim.training.settings import SOME, Count, Fraction, NotNegative, Positive, Section, Seed
+from kamim.training.settings import Count, Fraction, NotEmpty, NotNegative, Positive, Section, Seed
 
 CorruptionName = Literal["noise", "blur", "contrast", "jpeg"]
 BlockName = Count | Literal["paper", "last"]
@@ -137,7 +137,7 @@ class Knn(Section):
     protocol: Literal["linprobe", "dino"] = "linprobe"
     """Gives the defaults of the other keys: linprobe reads the features of the paper's linear probe, dino those of
     DINO, the class token of the last block after the final norm. DINO reports k = 20."""
-    k: Annotated[tuple[Count, ...], SOME] = (5, 10, 20, 100)
+    k: Annotated[tuple[Count, ...], NotEmpty] = (5, 10, 20, 100)
     """Numbers of neighbours; one accuracy for each."""
     temperature: Positive = 0.07
     """A vote weighs exp(similarity / temperature)."""
@@ -186,7 +186,7 @@ class Attentive(Section):
     Tokens are computed once and kept in out: 2 bytes a number, 1 GB for 9,469 images and a ViT-S at 192 px.
     """
 
-    poolings: Annotated[tuple[AttentivePooling, ...], SOME] = ("ep", "abmilp", "mean")
+    poolings: Annotated[tuple[AttentivePooling, ...], NotEmpty] = ("ep", "abmilp", "mean")
     """Which probes are trained, each alone and all alike. ep: efficient probing, several queries (Psomas et al., ICLR
     2026). abmilp: one score a token (Beyond [cls], ICCV 2025). mean: a linear probe of the tokens' mean."""
     queries: Count = 32
@@ -209,11 +209,11 @@ class Attentive(Section):
 class ProbeSweep(Section):
     """Linear probes of every block, pooling, norm and learning rate at once, on features without augmentation."""
 
-    poolings: Annotated[tuple[Literal["mean", "cls", "max"], ...], SOME] = ("mean", "cls", "max")
+    poolings: Annotated[tuple[Literal["mean", "cls", "max"], ...], NotEmpty] = ("mean", "cls", "max")
     """Those that the encoder lacks (a Swin has no class token) are left out."""
-    norms: Annotated[tuple[Literal["none", "token"], ...], SOME] = ("none", "token")
+    norms: Annotated[tuple[Literal["none", "token"], ...], NotEmpty] = ("none", "token")
     """As in linprobe."""
-    lrs: Annotated[tuple[Positive, ...], SOME] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
+    lrs: Annotated[tuple[Positive, ...], NotEmpty] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
     """Learning rates."""
     optim: SweepOptim = SweepOptim()
 
@@ -221,7 +221,7 @@ class ProbeSweep(Section):
 class Reconstruct(Section):
     """PSNR and SSIM of reconstructions of masked images."""
 
-    conventions: Annotated[tuple[Literal["paper", "honest"], ...], SOME] = ("paper", "honest")
+    conventions: Annotated[tuple[Literal["paper", "honest"], ...], NotEmpty] = ("paper", "honest")
     """paper: whole images in normalised units. honest: masked pixels in grey levels."""
     mask_ratio: Fraction | None = None
     """Share of the blocks that are masked; null is as in training. The released code's notebook has 0.4."""
@@ -323,7 +323,7 @@ class Evaluation(Section):
 
     PRESETS: ClassVar[str] = "eval"
 
-    checkpoint: Annotated[tuple[str, ...], SOME]
+    checkpoint: Annotated[tuple[str, ...], NotEmpty]
     """[NAME=]RUN: a run, one of its checkpoints or a file that `kamim import` reads. random:RUN is the same
     architecture untrained; pixels:RUN uses pixels as features."""
     train: Path | None = None

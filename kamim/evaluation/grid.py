@@ -15,7 +15,7 @@ from kamim import KamimError
 from kamim.evaluation.config import Evaluation, ModeName
 from kamim.storage.flatten import flatten
 from kamim.training.config import Pretrain
-from kamim.training.settings import SOME, Section, load
+from kamim.training.settings import NotEmpty, Section, load
 
 Value = bool | int | float | str | None
 Baseline = Literal["pixels", "random"]
@@ -62,11 +62,11 @@ class Grid(Section):
 
     pretrain: dict[str, Any]
     """Keys of Pretrain, and `preset`, a preset's name or a file, whose values they override."""
-    axes: Annotated[tuple[Axis, ...], SOME]
+    axes: Annotated[tuple[Axis, ...], NotEmpty]
     """What varies."""
     evaluation: dict[str, Any]
     """Keys of Evaluation, and `preset`, likewise."""
-    modes: Annotated[tuple[ModeName, ...], SOME] = ("linprobe",)
+    modes: Annotated[tuple[ModeName, ...], NotEmpty] = ("linprobe",)
     """Of `kamim eval`."""
     baselines: tuple[Baseline, ...] = ()
     """Also evaluated: raw pixels, and the architecture with the random weights of every seed."""

@@ -226,10 +226,10 @@ def _check_archive(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     """Returns the reason of torch's refusal, without its advice to load the file anyway."""
-    said = one_line(error).rpartition("WeightsUnpickler error: ")[2]
-    if called := re.search(r"GLOBAL (\S+)", said):
+    reason = one_line(error).rpartition("WeightsUnpickler error: ")[2]
+    if called := re.search(r"GLOBAL (\S+)", reason):
         return f"it calls {called[1]}"
-    first = said.partition(". ")[0][:200]
+    first = reason.partition(". ")[0][:200]
     if "weights_only" in first or "Weights only" in first:
         return "its form may hold more than tensors"
     return type(error).__name__ if not first or isinstance(error, LookupError) else first
@@ -385,8 +385,8 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
             if not any(lost):
                 break
     if chosen is None and hints.architecture:
-        found = _architecture(state, None, _name_hints({}))
-        raise KamimError(f"these are a {found}'s weights, the model asked for is a {hints.architecture}")
+        actual = _architecture(state, None, _name_hints({}))
+        raise KamimError(f"these are a {actual}'s weights, the requested model is a {hints.architecture}")
     if chosen is None:
         raise KamimError(
             f"{kind}; known are {', '.join([*ARCHITECTURES, *PUBLIC])}; give the name of others as model=NAME"

@@ -19,16 +19,16 @@ def knn(
     train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, classes: int, device: torch.device,
     progress: Callable[[int, int], None], ks: Sequence[int] = KS, temperature: float = TEMPERATURE, tile: int = TILE,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """top1 and top5 on val, in per cent, by k (as text, for JSON).
+    """Returns top1 and top5 on val, in per cent, by k (as text, for JSON).
 
     train: [N, D], val: [M, D], any float type, memory-mapped or not; labels: int64. A neighbour votes for its class
-    with exp(similarity / temperature), as in DINO (Caron et al. 2021). Of equally similar neighbours the one that
-    stands first in train is nearer; a class without a vote is never right. fp32 throughout.
+    with exp(similarity / temperature), as in DINO (Caron et al. 2021). Of equally similar neighbours the one with
+    the lower index in train is nearer; a class without a vote is never correct. fp32 throughout.
     progress(val samples done, M). Raises KamimError unless every k is 1 to N.
     """
     for k in ks:
         if not 1 <= k <= len(train):
-            raise KamimError(f"k = {k}: must be 1 to {len(train)}, the samples there are to choose neighbours from")
+            raise KamimError(f"k = {k}: must be 1 to {len(train)}, the number of training samples")
     train_labels = train_labels.to(device)
     right = {k: torch.zeros(2, dtype=torch.int64, device=device) for k in ks}
     for at in range(0, len(val), tile):
@@ -50,7 +50,7 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
 
 
 def _nearest(queries: Tensor, train: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Similarity fp32 and place in train of the k nearest, nearest first: [m, k] each."""
+    """Returns similarity (fp32) and index in train of the k nearest, nearest first: [m, k] each."""
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for at in range(0, len(train), tile):
         similarity = queries @ _unit(train[at : at + tile], queries.device).T
@@ -60,7 +60,7 @@ def _nearest(queries: Tensor, train: Tensor, k: int, tile: int) -> tuple[Tensor,
 
 
 def _keys(similarity: Tensor, first: int) -> Tensor:
-    """int64 keys that order by similarity, then by place (first + column), lower places higher; no two are equal."""
+    """Returns int64 keys that order by similarity, then by index (first + column), lower indices higher; all differ."""
     bits = _flip((similarity + 0.0).view(torch.int32))  # + 0.0: no negative zero
     place = torch.arange(first, first + similarity.shape[1], device=similarity.device)
     return bits.long().bitwise_left_shift_(32).sub_(place)
@@ -72,12 +72,12 @@ def _from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """The bits of floats as integers of the same order, and back."""
+    """Maps the bits of floats to integers of the same order, and back."""
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Iterator[tuple[int, Tensor]]:
-    """(k, votes [m, classes]) of the k nearest for k = 1, 2, ...: one buffer, one neighbour a time, so always in order.
+    """Yields (k, votes [m, classes]) of the k nearest for k = 1, 2, ...; all are views of one buffer.
 
     Votes are relative to the nearest neighbour's, which changes no order and cannot overflow.
     """

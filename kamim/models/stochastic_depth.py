@@ -28,13 +28,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
         self.draw = draw
-        self.factors: Tensor | None = None  # float32 [B], of the batch that comes
+        self.factors: Tensor | None = None  # float32 [B], for the next batch
 
     def forward(self, branch: Tensor) -> Tensor:
-        """branch: float [B, ...]. Returns the same shape and dtype."""
+        """Scales the branch, float [B, ...], sample by sample; returns the same shape and dtype."""
         if not self.training:
             return branch
-        assert self.factors is not None and len(self.factors) == len(branch), "draw_paths comes before every batch"
+        assert self.factors is not None and len(self.factors) == len(branch), "call draw_paths before every batch"
         return branch * self.factors.to(branch.dtype).view(-1, *(1,) * (branch.ndim - 1))
 
 

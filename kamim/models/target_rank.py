@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def target_rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """Rank of the true class by descending score, from 0: scores [..., C], labels int64 [...] -> int64 [...].
+    """Returns the rank of the true class by descending score, from 0: int64 [...].
+
+    scores: [..., C]. labels: int64 [...].
 
     Equal scores rank in the order of their classes. NaN ranks above every number, and a true class with a NaN score
     ranks last, so a diverged model is never right by accident.

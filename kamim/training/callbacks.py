@@ -60,7 +60,7 @@ def open_probe(config: Pretrain) -> Probe | None:
     return Probe(samples, all_samples(val))
 
 
-def of_run(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
+def build_callbacks(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
     """Returns the callbacks that the configuration of a run enables."""
     model, device, per_epoch = trainer.model, trainer.world.device, trainer.run.steps_per_epoch
     assert isinstance(model, MaskedImageModel)

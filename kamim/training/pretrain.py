@@ -37,7 +37,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             trainer = build_trainer(config, loader, world)
             if config.init_from is not None and not checkpoint.saved(config.out):
                 initialise(trainer.model, config)
-            trainer.callbacks = callbacks.of_run(config, trainer, store, probe)
+            trainer.callbacks = callbacks.build_callbacks(config, trainer, store, probe)
             world.barrier()  # every rank has read the folder
             total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
             if world.is_main and total not in checkpoint.saved(config.out):

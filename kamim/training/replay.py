@@ -33,7 +33,7 @@ class Sample:
     loss: float
     weight_max: float | None
     image: np.ndarray
-    made: np.ndarray
+    reconstruction: np.ndarray
     masked: np.ndarray
 
 

@@ -40,7 +40,7 @@ def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     return value
 
 
-SOME = AfterValidator(_not_empty)
+NotEmpty = AfterValidator(_not_empty)
 DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
 
 

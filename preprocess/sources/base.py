@@ -156,15 +156,15 @@ def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
     `val` means the test files if no file is named for validation.
     Raises KamimError if files name other splits only.
     """
-    found: dict[str | None, list[str]] = {}
+    by_split: dict[str | None, list[str]] = {}
     for file in sorted(files):
         names = list(_SPLIT.finditer(file.lower()))
-        found.setdefault(names[-1].lastgroup if names else None, []).append(file)
+        by_split.setdefault(names[-1].lastgroup if names else None, []).append(file)
     named = [split, "test"] if split == "val" else [split]
-    if found.keys() <= {None}:
-        return found.get(None, [])
+    if by_split.keys() <= {None}:
+        return by_split.get(None, [])
     for name in named:
-        if name in found:
-            return found[name]
-    splits = ", ".join(sorted(name for name in found if name))
+        if name in by_split:
+            return by_split[name]
+    splits = ", ".join(sorted(name for name in by_split if name))
     raise KamimError(f"source = {where}: has no files of split = {split}, only of {splits}")

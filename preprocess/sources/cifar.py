@@ -127,7 +127,7 @@ def _records(data: bytes, name: str, what: Cifar, count: int) -> np.ndarray:
 
 
 def download(dataset: str, folder: Path) -> None:
-    """Fetches the archive into a folder, unless it or the folder it makes is there already.
+    """Fetches the archive into a folder, unless it or its unpacked folder exists.
 
     Raises KamimError if it cannot be fetched, or is not the published one.
     """

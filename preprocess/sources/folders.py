@@ -93,7 +93,7 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
     Links are followed, and each folder is entered once. Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
-    found: list[Item | None] = []
+    items: list[Item | None] = []
     for parent, folders, files in os.walk(root / name, followlinks=True, onerror=_refuse):
         real = os.path.realpath(parent)
         if real in seen:
@@ -103,8 +103,8 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
         folders.sort()
         below = os.path.relpath(parent, root)
         skipped.update(kind_of(file) for file in files if not is_image(file))
-        found += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
-    return [item for item in found if item]
+        items += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
+    return [item for item in items if item]
 
 
 def _refuse(error: OSError) -> None:
@@ -119,10 +119,10 @@ def file_item(root: str, key: str, label: int) -> Item | None:
     if not is_image(key):
         return None
     try:
-        found = Path(root, key).stat()
+        status = Path(root, key).stat()
     except OSError:
         return Item(key, label, 0)
-    return Item(key, label, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    return Item(key, label, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def read_file(root: str, item: Item) -> bytes:

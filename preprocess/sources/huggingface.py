@@ -143,18 +143,18 @@ def list_images(source: Path | None, split: str) -> Source:
     _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
     labels: list[int | str | None] = []
-    found: set[_Columns] = set()
+    layouts: set[_Columns] = set()
     for name in files:
         try:
             table = _held.table(str(root / name))
             columns = _columns(table.schema)
-            found.add(columns)
+            layouts.add(columns)
             rows += _rows(root, name, table, columns.image)
             labels += _labels(table, columns.label)
         except Exception as error:  # pyarrow raises nearly every kind for a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
             raise KamimError(f"{printable(str(root / name))}: {reason}") from error
-    if len(found) > 1:
+    if len(layouts) > 1:
         raise KamimError(f"source = {where}: its files of split = {split} differ in their columns")
     classes, numbers = _numbers(columns, labels, where)
     items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]

@@ -66,7 +66,7 @@ def _flat(root: Path, folder: Path, split: str) -> Source:
 def _train_tar(file: Path) -> Source:
     """A tar of one tar per class. The same items, in the same order, as the class folders it makes."""
     tar = Tar(file)
-    inner = {found[1]: entry for entry in tar.entries() if (found := _CLASS_TAR.fullmatch(entry.name))}
+    inner = {match[1]: entry for entry in tar.entries() if (match := _CLASS_TAR.fullmatch(entry.name))}
     wnids = sorted(inner)
     if not wnids:
         raise KamimError(f"{tar.name}: holds no <wnid>.tar")

@@ -49,19 +49,19 @@ def list_images(source: Path | None, split: str) -> Source:
 def _tar(file: Path) -> Source:
     """The same items, in the same order, as the folders the tar makes."""
     tar = Tar(file)
-    found: dict[str, dict[str, Entry]] = {}
+    by_category: dict[str, dict[str, Entry]] = {}
     for entry in tar.entries():
         folder, _, name = entry.name.rpartition("/")
         category = folder.rpartition("/")[2]
         if is_image(name) and _CATEGORY.fullmatch(category):
-            found.setdefault(category, {})[name] = entry
-    categories = sorted(found)
+            by_category.setdefault(category, {})[name] = entry
+    categories = sorted(by_category)
     if not categories:
         raise KamimError(f"{tar.name}: holds no images in category folders NNNNN_...")
     _check(categories, tar.name)
     items: list[Item] = []
     for label, category in enumerate(categories):
-        images = found.pop(category)
+        images = by_category.pop(category)
         items += (tar.member(f"{category}/{name}", label, images[name]) for name in sorted(images))
     return Source(tar.name, tuple(map(printable, categories)), items, read_member)
 

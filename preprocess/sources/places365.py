@@ -44,7 +44,7 @@ def list_images(source: Path | None, split: str) -> Source:
 def _pairs(file: Path) -> dict[str, int]:
     """Lines "path label", in their order."""
     lines = read_whole(file).decode(errors="surrogateescape").splitlines()
-    found = [_LINE.fullmatch(line.strip()) for line in lines]
-    if not lines or not all(found):
+    matches = [_LINE.fullmatch(line.strip()) for line in lines]
+    if not lines or not all(matches):
         raise KamimError(f"{printable(str(file))}: its lines are not PATH LABEL")
-    return {pair["path"]: int(pair["label"]) for pair in found if pair}
+    return {pair["path"]: int(pair["label"]) for pair in matches if pair}

@@ -74,10 +74,10 @@ class Tar:
     """A tar file, or a tar within one."""
 
     def __init__(self, file: Path):
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise KamimError(f"{printable(str(file))}: not a plain file")
-        self.file, self.time, self._size = str(file.resolve()), found.st_mtime_ns, found.st_size
+        self.file, self.time, self._size = str(file.resolve()), status.st_mtime_ns, status.st_size
         self.name = printable(str(file))
 
     def entries(self, within: Entry | None = None) -> Iterator[Entry]:
@@ -112,8 +112,8 @@ def unpacked(file: Path) -> dict[str, memoryview]:
     def read(size: int, at: int) -> bytes:
         return data[at : at + size]
 
-    found = entries(read, 0, len(data), printable(str(file)))
-    return {entry.name: memoryview(data)[entry.at : entry.at + entry.size] for entry in found if entry.at >= 0}
+    members = entries(read, 0, len(data), printable(str(file)))
+    return {entry.name: memoryview(data)[entry.at : entry.at + entry.size] for entry in members if entry.at >= 0}
 
 
 def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
@@ -184,12 +184,12 @@ def _name(header: bytes) -> bytes:
 
 def _attributes(data: bytes) -> dict[bytes, bytes]:
     """The records "length key=value\\n" of a pax header."""
-    found = {}
+    attributes = {}
     at = 0
     while record := _RECORD.match(data, at):
         end = at + int(record[1])
         if end <= record.end():
             break
-        found[record[2]] = data[record.end() : end - 1]
+        attributes[record[2]] = data[record.end() : end - 1]
         at = end
-    return found
+    return attributes

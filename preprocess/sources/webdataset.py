@@ -33,8 +33,8 @@ def list_images(source: Path | None, split: str) -> Source:
         shards = [os.path.relpath(shard, root) for shard in braces(str(source))]
     else:
         root = location = existing(source, "webdataset")
-        found = (os.fspath(file.relative_to(root)) for file in root.rglob("*.tar"))
-        shards = of_split(found, split, printable(str(root)))
+        tars = (os.fspath(file.relative_to(root)) for file in root.rglob("*.tar"))
+        shards = of_split(tars, split, printable(str(root)))
     where = f"source = {printable(str(location))}"
     items: list[Member] = []
     labels: list[int | str | None] = []

@@ -215,10 +215,10 @@ def test_another_data_set_is_refused_with_what_differs(folder: Path, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         run(job, source, out, progress=stop_after_one)
     for _ in ("while it is partial", "when it is finished"):
-        with pytest.raises(ValueError, match="dataset 'imagefolder', asked for 'imagenet'") as raised:
+        with pytest.raises(ValueError, match="dataset 'imagefolder', requested 'imagenet'") as raised:
             run(other, source, out)
         said = str(raised.value)
-        assert "split 'train', asked for 'val'" in said
+        assert "split 'train', requested 'val'" in said
         assert str(out) in said
         assert "quality" not in said
         assert "\n" not in said

@@ -515,7 +515,9 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_start(
     made = Made(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 20_000))
-        with pytest.raises(ValueError, match=r"needs about .* GB more while it is made, and its disk has 0.00 GB free"):
+        with pytest.raises(
+            ValueError, match=r"needs about .* GB more while it is built, and its disk has 0.00 GB free"
+        ):
             make(folder, tmp_path / "out")
     assert not made.components
     make(folder, tmp_path / "out")

@@ -267,7 +267,7 @@ def test_repair_puts_things_right_or_says_why_not(name: str, ends: dict[str, dic
     if end["how"] == "refused":
         assert end["what"].count("\n") == 1
     else:
-        assert "put right" in end["what"] or name.startswith("sound")
+        assert "repaired" in end["what"] or name.startswith("sound")
 
 
 def test_nothing_is_executed(ends: dict[str, dict[str, Outcome]]) -> None:

@@ -108,7 +108,7 @@ def test_only_the_damaged_shards_are_made_anew(
     flip(images, images.read_bytes().index(data) + 30)
     flip(copy / "keypoints.zarr/fast/start/c/0/0", 8 * 2 * 11)  # of shard 3 or 4
     said = mend(copy, source)
-    assert said[0] == "images: 4 of 5 shards are whole; the others are made anew from the source"
+    assert said[0] == "images: 4 of 5 shards are whole; the others are rebuilt from the source"
     assert [components for _, components in sorted(made)] == [("images",), ("fast",)]
     assert tree(copy) == tree(path)
 
@@ -309,5 +309,5 @@ def test_the_command_lists_what_is_wrong_and_repairs_it(copy: Path, source: Path
     assert "needs --source" in needs.stderr
     mended = runner.invoke(app, [*command, "--repair", "--source", str(source)])
     assert mended.exit_code == 0, mended.stderr
-    assert "counts/c/0/0/0: was damaged, put right" in mended.stdout
+    assert "counts/c/0/0/0: was damaged, repaired" in mended.stdout
     assert "all as written" in mended.stdout

@@ -287,7 +287,7 @@ class CachedFeatures(Section):
 class FewShot(CachedFeatures):
     """Accuracy with few labels, of a logistic regression and of nearest neighbours."""
 
-    per_class: Annotated[tuple[Count | None, ...], SOME] = (1, 5, 20, None)
+    per_class: Annotated[tuple[Count | None, ...], NotEmpty] = (1, 5, 20, None)
     """Labelled images of each class; each gives a result, unless a class has fewer. null is all of them."""
     draws: Count = 5
     """Draws of the labelled images, over which a result is the mean."""
@@ -300,7 +300,7 @@ class FewShot(CachedFeatures):
 class Corruptions(CachedFeatures):
     """Accuracy on corrupted images, of a logistic regression and of nearest neighbours on clean training images."""
 
-    kinds: Annotated[tuple[CorruptionName, ...], SOME] = ("noise", "blur", "contrast", "jpeg")
+    kinds: Annotated[tuple[CorruptionName, ...], NotEmpty] = ("noise", "blur", "contrast", "jpeg")
     """Those of Hendrycks and Dietterich (2019), at their five strengths."""
     k: Count = 20
     """Neighbours that vote, or all training images if they are fewer."""
@@ -313,7 +313,7 @@ class ShapeBias(CachedFeatures):
 
     images: Path | None = None
     """A folder of cue-conflict images as Geirhos et al. (2019) publish them: SHAPE/SHAPE<n>-TEXTURE<m>.png."""
-    categories: Mapping[str, Annotated[tuple[str, ...], SOME]] = {}
+    categories: Mapping[str, Annotated[tuple[str, ...], NotEmpty]] = {}
     """The classes of the training store that make each category, such as {cat: [tabby, Egyptian cat]}. Images of other
     categories are left out."""
 

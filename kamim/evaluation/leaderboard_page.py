@@ -40,7 +40,7 @@ def checkpoints_table(board: Leaderboard, rows: Sequence[Row], digits: int | Non
     ]
     for title in board.titles.values():
         of_mode = [row.results.get(title) for row in rows]
-        columns.append((title, ["" if result is None else headline(result.measured) for result in of_mode]))
+        columns.append((title, ["" if result is None else headline(result) for result in of_mode]))
     columns += [("weights", [(s[0].weights or "")[:digits] for s in settings]), *_samples_columns(rows, digits)]
     columns.append(("command", [joined((one.command or "" for one in s), "; ") for s in settings]))
     return of_columns(columns)

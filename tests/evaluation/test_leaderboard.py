@@ -67,7 +67,7 @@ def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
     best, second = cells(made)
     assert best == {
         "checkpoint": "b", "architecture": "vit_demo", "resolution": "64", "step": "2", "seed": "2",
-        "evaluation seed": "0", "linear probe": "30.00", "PSNR, honest (dB)": "17.50", "weights": "0" * 8,
+        "evaluation seed": "0", "linear probe": "30.00 [14.9, 49.2]", "PSNR, honest (dB)": "17.50", "weights": "0" * 8,
         "train": "acfff127", "train images": "24",
         "val": "acfff127", "val images": "24", "command": "kamim eval b",
     }  # fmt: skip

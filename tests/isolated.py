@@ -87,7 +87,7 @@ def preview(path: Path, _: Path) -> Outcome:
         detector = Store(path).detectors[0]
     except ValueError:
         detector = "fast"
-    return command("store", "preview", str(path), "--out", os.devnull, "--detector", detector)
+    return command("store", "preview", str(path), "--out", str(path.with_name("preview.png")), "--detector", detector)
 
 
 def verify(path: Path, _: Path) -> Outcome:

@@ -9,7 +9,7 @@ from kamim.evaluation.intervals import Estimate, estimate
 from kamim.evaluation.leaderboard import Leaderboard, Row, first_samples, joined, seeds
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.report import CHOICE, chosen_on_val
-from kamim.evaluation.results import headline
+from kamim.evaluation.results import headline, score_text
 from kamim.reporting import page
 from kamim.reporting.table import Table, of_columns
 from kamim.storage import escape
@@ -28,7 +28,8 @@ Groups = Sequence[Sequence[Row]]  # rows that differ by seed only
 
 
 def checkpoints_table(board: Leaderboard, rows: Sequence[Row], digits: int | None = SHORT) -> Table:
-    """Returns a row for each checkpoint. digits: of checksums; None for all."""
+    """Returns a row for each checkpoint. digits: of checksums; None gives all of them, and scores as plain numbers."""
+    score = score_text if digits is None else headline
     settings = [row.settings for row in rows]
     columns: Columns = [
         ("checkpoint", [row.names for row in rows]),
@@ -40,7 +41,7 @@ def checkpoints_table(board: Leaderboard, rows: Sequence[Row], digits: int | Non
     ]
     for title in board.titles.values():
         of_mode = [row.results.get(title) for row in rows]
-        columns.append((title, ["" if result is None else headline(result) for result in of_mode]))
+        columns.append((title, ["" if result is None else score(result) for result in of_mode]))
     columns += [("weights", [(s[0].weights or "")[:digits] for s in settings]), *_samples_columns(rows, digits)]
     columns.append(("command", [joined((one.command or "" for one in s), "; ") for s in settings]))
     return of_columns(columns)

@@ -126,9 +126,14 @@ class Result(Generic[M_co]):
 def headline(result: Result[Any]) -> str:
     """Returns the score as tables print it, an accuracy with its Wilson interval; empty if there is no score."""
     score = result.measured.score
-    if score is None:
-        return ""
-    return with_wilson(score, result.settings.val.images) if result.measured.score_is_accuracy else f"{score:.2f}"
+    if score is None or not result.measured.score_is_accuracy:
+        return score_text(result)
+    return with_wilson(score, result.settings.val.images)
+
+
+def score_text(result: Result[Any]) -> str:
+    """Returns the score with two decimals; empty if there is none."""
+    return "" if result.measured.score is None else f"{result.measured.score:.2f}"
 
 
 def majority_lines(results: Iterable[Result[Any]]) -> list[str]:

@@ -71,7 +71,7 @@ def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
         "train": "acfff127", "train images": "24",
         "val": "acfff127", "val images": "24", "command": "kamim eval b",
     }  # fmt: skip
-    assert (second["checkpoint"], second["linear probe"], second["PSNR, honest (dB)"]) == ("a", "20.00", "")
+    assert (second["checkpoint"], second["linear probe"], second["PSNR, honest (dB)"]) == ("a", "20.00 [9.2, 40.5]", "")
     whole = checkpoints_table(made, made.sections[0], digits=None)
     assert dict(zip(whole.header, whole.rows[0], strict=True))["weights"] == f"{2:064x}"
 

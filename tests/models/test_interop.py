@@ -493,9 +493,9 @@ def test_a_timm_name_goes_to_timm_and_comes_back(name: str, tmp_path: Path) -> N
     result = run(app, ["export", str(ours), "--layout", "huggingface", "--out", str(tmp_path / "folder")])
     assert "has parts that Hugging Face's" in result.output and not (tmp_path / "folder").exists()
     result = run(app, [*arguments, "--out", str(tmp_path / "x"), "--resolution", "100"])
-    assert result.exit_code == 1 and f"resolution = 100: {name} needs a multiple of" in result.output
+    assert result.exit_code == 1 and f"--resolution 100: {name} needs a multiple of" in result.output
     result = run(app, [*arguments, "--out", str(tmp_path / "x"), "--model", "vit_bse"])
-    assert "model = vit_bse: must be one of" in result.output and "the nearest names are vit_base, " in result.output
+    assert "--model vit_bse: must be one of" in result.output and "the nearest names are vit_base, " in result.output
     if name.startswith("vit"):
         result = run(app, ["import", str(tmp_path / "theirs.safetensors"), "--out", str(tmp_path / "x")])
         assert "a ViT of width 384 with 12 blocks; known are vit_tiny, " in result.output

@@ -18,6 +18,7 @@ from test_decode import FILES, PHOTO, encoded, huge_jpeg, noise, pillow, png_chu
 
 from kamim.bench import preprocess as bench
 from kamim.storage.store import REJECTS, Encoding, Store
+from pipelines import turbojpeg
 from pipelines.loader import Loader, SampleError
 from pipelines.plan import Plan
 from preprocess.build import Stopped
@@ -259,6 +260,7 @@ def raising(kind: type[BaseException]) -> Callable[..., None]:
 
 
 def test_in_the_loader_it_is_the_samples_error(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turbojpeg, "library", lambda: None)
     store = Store(stores["zarr"])
     loader = Loader(store, Plan(len(store), 4, 4, seed=0), 64, workers=1)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", raising(KeyError))

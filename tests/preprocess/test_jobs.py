@@ -540,7 +540,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, tmp_pa
     command = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(out), "--dry-run"]
     first = runner.invoke(app, [*command, "--resolution", "64"])
     assert first.exit_code == 0, first.stderr
-    assert "makes images, fast of 12 images in 1 shards" in first.stdout
+    assert "makes images, fast of 12 images in 1 shard" in first.stdout
     assert "make images: 1 of 1 shards are still to be made; about " in first.stdout
     assert "estimate, from 12 images" in first.stdout
     assert not list(tmp_path.iterdir())

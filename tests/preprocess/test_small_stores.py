@@ -66,7 +66,7 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
         ("bench loader", "sift", "has no 'fast' keypoints, only sift"),
         ("bench preprocess", "ten", "has 10 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench preprocess", "rejected", "has 0 readable RGB or grey JPEGs, the benchmark needs 16"),
-        ("bench fidelity", "ten", "--images 400: --source has 11"),
+        ("bench fidelity", "ten", "ten has 11"),
         ("bench fidelity --images 1", "rejected", "bad/0.jpg: not an image, or of a kind that cannot be read"),
         ("bench eval", "raw", "its images are raw; this benchmark compares JPEG stores"),
         ("bench eval", "unlabelled", "has 10 images without a label; this benchmark mixes labels"),

@@ -1,8 +1,5 @@
 """Configurations: rejected values, error messages, and presets equal to the paper's settings."""
 
-import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -210,24 +207,6 @@ def test_neighbours_read_what_the_linear_probe_reads_or_what_dino_does() -> None
     assert load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=dino"]).knn.k == (10, 20, 100, 200)
     with pytest.raises(ValueError, match=r"knn.protocol = 'vicreg': input should be 'linprobe' or 'dino'"):
         load(Evaluation, None, [*NEEDED_TO_EVALUATE, "knn.protocol=vicreg"])
-
-
-def evaluations() -> Iterator[list[str]]:
-    """The arguments of every `kamim eval` in the documentation's code blocks."""
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(r"^```\n(.*?)^```", file.read_text(), re.DOTALL | re.MULTILINE):
-            for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"\bkamim eval (.*)", line):
-                    yield shlex.split(found[1])
-
-
-def test_the_documentations_commands_have_keys_that_there_are() -> None:
-    assert len(list(evaluations())) > 4
-    for arguments in evaluations():
-        values = {i + 1: flag for i, flag in enumerate(arguments) if flag.startswith("-")}
-        preset = next((Path(arguments[i]) for i, flag in values.items() if flag == "-c"), None)
-        overrides = [a.replace("block=N", "block=2") for i, a in enumerate(arguments) if "=" in a and i not in values]
-        load(Evaluation, preset, [*NEEDED_TO_EVALUATE, *overrides])
 
 
 def test_every_yaml_file_is_a_known_kind() -> None:

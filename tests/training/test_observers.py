@@ -20,6 +20,7 @@ from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
 from pipelines.batch import normalise
+from pipelines.counts import Crops
 from pipelines.loader import Loader
 from pipelines.samples import Samples
 
@@ -120,14 +121,16 @@ def test_a_panel_of_simmim_has_no_weights() -> None:
 
 
 def test_a_panel_leaves_out_what_the_run_does(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = Loader._decode
+    crop_chunk = Loader._crop_chunk
 
-    def damaged(self: Loader, index: int, scratch: Any) -> np.ndarray:
-        if index == 0:
-            raise ValueError("not a JPEG")
-        return decode(self, index, scratch)
+    def without_first(self: Loader, crops: Crops, scratch: Any) -> np.ndarray:
+        return crop_chunk(self, crops, scratch) | (crops.indices == 0)
 
-    monkeypatch.setattr(Loader, "_decode", damaged)
+    def damaged(self: Loader, crops: Crops, scratch: Any) -> None:
+        raise ValueError("not a JPEG")
+
+    monkeypatch.setattr(Loader, "_crop_chunk", without_first)
+    monkeypatch.setattr(Loader, "_crop_alone", damaged)
     pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2"), quiet)
     assert [line["samples"] for line in metrics.read(tmp_path / "run")].count(11) == 2
     assert (tmp_path / "run/panels/step-00000004.png").is_file()

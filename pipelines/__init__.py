@@ -1,1 +1,1 @@
-"""Online: store -> batches."""
+"""Loads batches from a store during training and evaluation."""

@@ -1,8 +1,8 @@
 """The augmentation of the evaluation's training: TrivialAugment (Wide), random erasing, then MixUp or CutMix.
 
-Source: the paper's evaluation recipe, each part in torchvision v2's definition, pixel for pixel. What changes one image
-is done by the loader's threads, while the image is in a core's cache; what mixes a batch, on its device. Every random
-decision is drawn from kamim.method.rng: a sample is augmented alike in whatever batch it stands.
+Source: the paper's evaluation recipe. Every part follows torchvision v2's definition, pixel for pixel. The loader's
+threads augment single images, while an image is in a core's cache; batches are mixed on their device. Every random
+decision is drawn from kamim.method.rng, so the augmentation of a sample does not depend on its batch.
 """
 
 import math
@@ -16,13 +16,13 @@ from kamim.method.kernels import kernel
 from pipelines.batch import Batch, normalise
 from pipelines.operations import BINS, OPS, apply_operation, tables
 
-ERASE_P, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)  # how often; share of the area; height / width
+ERASE_P, ERASE_SCALE, ERASE_RATIO = 0.5, (0.02, 0.33), (0.3, 3.3)  # probability; share of the area; height / width
 ERASE_ATTEMPTS = 10  # torchvision's RandomErasing
 _COUNT = len(OPS)
 
 
 class Augment:
-    """TrivialAugmentWide and random erasing of images of resolution x resolution px, in any thread."""
+    """Applies TrivialAugmentWide and random erasing to images of resolution x resolution px, in any thread."""
 
     def __init__(self, resolution: int):
         self._tables = tables(resolution, resolution)
@@ -43,7 +43,7 @@ def _augment(image, seed, epoch, index, tables):
 
 @kernel
 def draw_operation(seed, epoch, index):
-    """Which operation a sample gets, 0 .. 13 as in OPS, and its setting, 0 .. 61 (see operations.magnitudes).
+    """Returns the operation of a sample, 0 .. 13 as in OPS, and its setting, 0 .. 61 (see operations.magnitudes).
 
     Operation and magnitude bin are uniform; half the settings are the negative ones (stream AUGMENT, draws 0, 1, 2).
     """
@@ -54,9 +54,9 @@ def draw_operation(seed, epoch, index):
 
 @kernel
 def erasing_box(height, width, scale, ratio, seed, epoch, index):
-    """RandomErasing's box (Zhong et al., AAAI 2020; torchvision v2 make_params) -> (top, left, height, width).
+    """Returns RandomErasing's box (top, left, height, width) (Zhong et al., AAAI 2020; torchvision v2 make_params).
 
-    The first that is smaller than the image both ways, of ten attempts; all 0 where none is. Areas are uniform in
+    It is the first of ten attempts that is smaller than the image both ways, or all 0 if none is. Areas are uniform in
     scale, shares of the image's; aspect ratios, height / width, log-uniform in ratio. Draws 4k + 1 .. 4k + 4 of stream
     ERASE are attempt k's area, aspect ratio, top and left.
     """
@@ -75,7 +75,7 @@ def erasing_box(height, width, scale, ratio, seed, epoch, index):
 def mixup_or_cutmix(
     images: Tensor, labels: Tensor, num_classes: int, seed: int, epoch: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """MixUp or CutMix, at even odds for the whole batch, of each sample with the one before it (the first with
+    """Applies MixUp or CutMix, at even odds for the whole batch, to each sample and the one before it (the first and
     the last); alpha = 1, so the share of the sample itself is uniform in [0, 1). torchvision v2's definitions, MixUp to
     within rounding.
 
@@ -98,5 +98,5 @@ def mixup_or_cutmix(
 
 
 def mixed_batch(batch: Batch, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A training batch of the evaluation: float32 [B, 3, R, R], normalised, and float32 [B, num_classes]."""
+    """Returns a mixed training batch of the evaluation: normalised [B, 3, R, R] and float32 [B, num_classes]."""
     return mixup_or_cutmix(normalise(batch.images), batch.labels, num_classes, seed, batch.epoch, batch.step)

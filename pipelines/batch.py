@@ -1,4 +1,4 @@
-"""What the loader hands to a training loop."""
+"""The batches that the loader passes to a training loop."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples: one micro-batch of one rank's part of an optimiser step; none, where a short step has none for it.
+    """B samples: a micro-batch of one rank's part of an optimiser step; empty if a short step has none for the rank.
 
     images: uint8 [B, R, R, 3] RGB. counts: int16 [B, g, g], pixels of the keypoint map F set in each
     w_ps x w_ps cell, or None without weights. labels: int64 [B], -1 without labels; or int64 [B, R, R],
@@ -39,7 +39,7 @@ class Batch:
         return len(self.indices)
 
     def stand_in(self) -> "Batch":
-        """One black sample without a share in the step, for a rank that has none of a short one and must take part."""
+        """Returns one black sample with a share of 0, for a rank that a short step leaves without samples."""
         return replace(
             self,
             images=self.images.new_zeros(1, *self.images.shape[1:]),
@@ -50,7 +50,7 @@ class Batch:
         )
 
     def clone(self) -> "Batch":
-        """The same batch in memory of its own."""
+        """Returns a copy of the batch in memory of its own."""
         return replace(
             self,
             images=self.images.clone(),
@@ -59,7 +59,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device` (not blocking where the memory is pinned)."""
+        """Returns the same batch with its tensors on `device` (without blocking if the memory is pinned)."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
@@ -69,25 +69,25 @@ class Batch:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on `device`; on a GPU the copy is queued, and nothing waits for it or for work before it."""
+    """Returns the array on `device`; on a GPU the copy is queued and does not synchronise."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], contiguous, ImageNet mean and standard deviation."""
+    """Normalises uint8 [B, H, W, 3] by ImageNet's mean and standard deviation to float32 [B, 3, H, W], contiguous."""
     mean, std = (values[:, None, None] for values in _statistics(images.device))
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """The inverse of normalise, rounded and clipped: float [B, 3, H, W] -> uint8 [B, H, W, 3]."""
+    """Returns the inverse of normalise, rounded and clipped: float [B, 3, H, W] -> uint8 [B, H, W, 3]."""
     mean, std = _statistics(images.device)
     return (images.permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 
 @lru_cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet mean and standard deviation of 0 .. 255, made once: a copy to a GPU waits for all that it does."""
+    """Returns ImageNet's mean and deviation of 0 .. 255, cached since a copy to a GPU waits for all its work."""
     return torch.tensor(IMAGENET_MEAN, device=device) * 255, torch.tensor(IMAGENET_STD, device=device) * 255

@@ -1,7 +1,7 @@
-"""One compiled call for the images of a chunk: where they are mapped, decoded, cropped, resized, flipped.
+"""One compiled call that maps, decodes, crops, resizes and flips the images of a chunk.
 
-It runs without the GIL and raises nothing: what it cannot do it leaves to pipelines.loader, which then goes through the
-same steps for one image in Python, and knows why.
+It runs without the GIL and raises nothing. Images that it cannot process are left to pipelines.loader, which repeats
+the same steps for one image in Python and reports the error.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ _planes_bytes = kernel(planes_bytes)
 
 @kernel
 def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop, out, failed):
-    """Crops of n images of a store -> out uint8 [n, R, R, 3], failed bool [n].
+    """Writes the crops of n images of a store to out, uint8 [n, R, R, 3], and which of them failed to failed, bool [n].
 
     encoding: its index in FORMATS. addresses: uint64 [n], of `lengths` (int64 [n]) bytes each, or 0. sizes: [n, 2]
     (height, width); views: int64 [n, 6], see kamim.method.geometry. Working memory of the thread: turbo, see
@@ -45,7 +45,7 @@ def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop,
 
 @kernel
 def _stream(source, to):
-    """Copies uint8 [n] to memory that is not in the processor's caches, and whose old content they need not fetch."""
+    """Copies uint8 [n] to memory that is not in the processor's caches, without fetching its old content."""
     first = min(-to.ctypes.data % _LINE, len(to))
     last = first + (len(to) - first) // _LINE * _LINE
     to[:first] = source[:first]
@@ -56,7 +56,7 @@ def _stream(source, to):
 
 @kernel
 def _crop(encoding, address, length, height, width, view, turbo, resized, out):
-    """One image -> whether it could be done."""
+    """Crops one image and returns whether that succeeded."""
     if encoding == _RAW:
         if length != 3 * height * width:
             return False

@@ -2,7 +2,7 @@
 
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"
 (ICLR 2019), ImageNet-C: Gaussian noise, Gaussian blur, contrast and JPEG compression with their parameters, which are
-meant for images of 224 px. The width of the blur is scaled to the side of the image; the others have no size.
+meant for images of 224 px. The width of the blur is scaled to the image's side; the others do not depend on it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ import simplejpeg
 from kamim.method import rng
 
 STRENGTHS = (1, 2, 3, 4, 5)
-SIDE = 224  # px, of the images that the parameters are meant for
+SIDE = 224  # px, the side of the images that the parameters are meant for
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, of values in [0, 1]
 BLUR = (1, 2, 3, 4, 6)  # standard deviation, in px of an image of SIDE
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # share of the contrast that is left
-QUALITY = (25, 18, 15, 10, 7)  # of the JPEG
+QUALITY = (25, 18, 15, 10, 7)  # JPEG quality
 
 Corrupt = Callable[[np.ndarray, int, tuple[int, int]], np.ndarray]  # image, strength - 1, (seed, index) -> image
 
@@ -28,7 +28,7 @@ Corrupt = Callable[[np.ndarray, int, tuple[int, int]], np.ndarray]  # image, str
 class Corruption:
     """One corruption, for the `augment` of a Loader. kind: a key of KINDS. strength: one of STRENGTHS.
 
-    What is random is a pure function of (seed, index), and the same at every strength.
+    Random values are a pure function of (seed, index), and the same at every strength.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Corruption:
 
 
 def _noise(image: np.ndarray, level: int, draw: tuple[int, int]) -> np.ndarray:
-    """Adds normal noise (stream CORRUPT; Box and Muller's transform of two draws a value)."""
+    """Adds normal noise (stream CORRUPT; the Box-Muller transform of two draws per value)."""
     seed, index = draw
     draws = rng.units(seed, 0, np.array([index]), rng.CORRUPT, 2 * image.size).reshape(2, *image.shape)
     normal = np.sqrt(-2 * np.log1p(-draws[0])) * np.cos(2 * np.pi * draws[1])
@@ -59,7 +59,7 @@ def _contrast(image: np.ndarray, level: int, draw: tuple[int, int]) -> np.ndarra
 
 
 def _jpeg(image: np.ndarray, level: int, draw: tuple[int, int]) -> np.ndarray:
-    """Encodes and decodes, with chroma at half the resolution."""
+    """Encodes and decodes the image as a JPEG, with chroma at half the resolution."""
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), QUALITY[level], "RGB", "420")
     return simplejpeg.decode_jpeg(data, "RGB")
 

@@ -24,7 +24,7 @@ class Scratch:
 
 
 class Crops(NamedTuple):
-    """Crops of n samples, and how they were taken.
+    """Crops of n samples, and the views they were taken with.
 
     indices: int64 [n], their numbers. sizes: int [n, 2], (height, width) of the stored images. views: int64 [n, 6],
     see kamim.method.geometry. pixels: uint8 [n, R, R, 3].
@@ -36,17 +36,17 @@ class Crops(NamedTuple):
     pixels: np.ndarray
 
     def only(self, i: int) -> "Crops":
-        """The i-th of them."""
+        """Returns the i-th crop as Crops of one sample."""
         return Crops(*(array[i : i + 1] for array in self))
 
 
 class Counter(Protocol):
-    """Fills samples' cell counts."""
+    """Computes the cell counts of samples."""
 
     patch_size: int
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
-        """Counts of every crop, into out (int16 [n, g, g])."""
+        """Writes the counts of every crop to out (int16 [n, g, g])."""
         ...
 
 
@@ -55,7 +55,7 @@ def _remapped_counts(
     addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
     out,
 ):  # fmt: skip
-    """addresses [n], counts [n, G]: see Keypoints.addresses; frames, sizes [n, 2], views [n, 6]."""
+    """Counts remapped keypoints. addresses [n], counts [n, G]: see Keypoints; frames, sizes [n, 2], views [n, 6]."""
     for i in range(len(out)):
         total = int(counts[i].sum())
         if total > len(points):
@@ -72,7 +72,7 @@ def _remapped_counts(
 
 
 class CachedCounts:
-    """From keypoints found once, on the canonical frame nearest in scale to the crop, remapped into the crop."""
+    """Remaps cached keypoints, of the canonical frame nearest in scale to the crop, into the crop."""
 
     def __init__(self, keypoints: Keypoints, footprint: str, patch_size: int):
         self.patch_size = patch_size
@@ -96,7 +96,7 @@ class CachedCounts:
 
 
 class OnlineCounts:
-    """From keypoints found on the crop itself, flips included, as the released code does: slow, and the truth."""
+    """Detects keypoints on the crop itself, flips included, as the released code does: slow, but the reference."""
 
     def __init__(self, name: str, footprint: str, patch_size: int):
         self.patch_size = patch_size

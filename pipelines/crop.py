@@ -1,8 +1,8 @@
 """Crop, bilinear resize and flips of one image of RGB pixels, in one pass without the GIL.
 
-Each row of the source that is needed is resized once, to 16 bits a value; two of them blend into a row of the result.
-Both are short loops over flat arrays, which the compiler does 16 or 32 values at a time. What no vector instruction
-does, bringing neighbours to where they are wanted, moves two pixels at a time as one 8-byte word.
+Each row of the source that is needed is resized once, to 16 bits per value; two of them blend into a row of the result.
+Both are short loops over flat arrays, which the compiler vectorises to 16 or 32 values at a time. Gathering
+neighbouring pixels, for which there is no vector instruction, moves two pixels at a time as one 8-byte word.
 """
 
 import numpy as np
@@ -15,19 +15,19 @@ _PIXEL = np.uint64(24)  # bits
 _FIRST = np.uint64(0xFFFFFF)
 _OTHERS = np.uint64(0xFFFFFFFFFFFFFFFF ^ 0xFFFFFF)
 _BYTE = np.uint16(8)  # bits
-_HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two products that were cut off
+_HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two truncated products
 _SLACK = 8  # bytes that are read or written past the end of a row
 
 
 @kernel
 def _source(o, scale, length):
-    """Where output sample o lies among `length` source samples: half-pixel centres, torch's antialias=False."""
+    """Returns the position of output sample o among `length` source samples: half-pixel centres, antialias=False."""
     return min(max((o + 0.5) * scale - 0.5, 0.0), length - 1.0)
 
 
 @kernel
 def _columns(width, flip, offset, weight):
-    """For each output column: the byte offset of the first of its two pixels; thrice the second's weight, in 256ths."""
+    """Writes the byte offset of each output column's first pixel, and the second's weight in 256ths, three times."""
     columns = len(weight) // 3
     for o in range(columns):
         source = _source(o, width / columns, width)
@@ -40,7 +40,7 @@ def _columns(width, flip, offset, weight):
 
 @kernel
 def _resize_row(row, offset, weight, near, far, out):
-    """One row of the crop (uint8 [3 W], _SLACK readable behind it) -> out uint16 [3 R], in 256ths of a grey level.
+    """Resizes a row of the crop (uint8 [3 W], _SLACK readable behind it) to out, uint16 [3 R], in 256ths of grey.
 
     near, far: uint8, room for both neighbours of every output pixel, and _SLACK.
     """
@@ -55,7 +55,7 @@ def _resize_row(row, offset, weight, near, far, out):
 
 @kernel
 def _blend_rows(upper, lower, weight, out):
-    """uint16 [3 R] in 256ths of a grey level, the lower one's weight in 65536ths -> out uint8 [3 R]."""
+    """Blends uint16 [3 R] in 256ths of a grey level to out, uint8 [3 R]; weight: the lower row's, in 65536ths."""
     rest = np.uint16(0xFFFF - weight)
     for i in range(len(out)):
         out[i] = np.uint8(np.uint16(high16(upper[i], rest) + high16(lower[i], weight) + _HALF) >> _BYTE)
@@ -63,7 +63,7 @@ def _blend_rows(upper, lower, weight, out):
 
 @kernel
 def _within(start, length, whole):
-    """Whether `length` samples from `start` on are some of `whole`."""
+    """Returns whether `length` samples from `start` on lie within `whole` samples."""
     return start >= 0 and 0 < length <= whole - start
 
 
@@ -87,7 +87,7 @@ def crop_resize(pixels, view, out):
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
     _columns(width, flip_h, offset, weight)
     flat, results = pixels.reshape(pixels.size), out.reshape(side, row_bytes)
-    last = np.empty(3 * width + _SLACK, np.uint8)  # for rows behind which there is nothing to read
+    last = np.empty(3 * width + _SLACK, np.uint8)  # for rows without _SLACK behind them
     near, far = np.empty(row_bytes + _SLACK, np.uint8), np.empty(row_bytes + _SLACK, np.uint8)
     resized = np.empty((2, row_bytes), np.uint16)  # of source row n, in place n % 2
     held = np.full(2, -1)

@@ -30,11 +30,11 @@ class DenseSource(Protocol):
     """Images with a class for every pixel. A mask may have another size than image() gives; it shows the same scene."""
 
     def image(self, index: int, area: float) -> np.ndarray:
-        """RGB uint8 [H, W, 3], made smaller to `area` px^2 if it has more."""
+        """Returns RGB uint8 [H, W, 3], downsampled to `area` px^2 if it has more."""
         ...
 
     def mask(self, index: int) -> np.ndarray:
-        """int16 [H, W], -1 for pixels without a class."""
+        """Returns int16 [H, W], -1 for pixels without a class."""
         ...
 
 
@@ -54,7 +54,7 @@ class DenseLoader:
     device: torch.device = CPU
 
     def steps(self, first: int, stop: int) -> Iterator[Batch]:
-        """The micro-batches of optimiser steps first .. stop - 1, on the device.
+        """Yields the micro-batches of optimiser steps first .. stop - 1, on the device.
 
         Raises SampleError if a sample cannot be loaded. Leaving the iteration early stops the threads.
         """
@@ -73,7 +73,7 @@ class DenseLoader:
                 )  # fmt: skip
 
     def _load(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """The crop of (epoch, sample): uint8 [R, R, 3] and int16 [R, R]."""
+        """Returns the crop of (epoch, sample): uint8 [R, R, 3] and int16 [R, R]."""
         epoch, index = place
         scale = (1.0, 1.0) if self.crop is None else self.crop.scale
         try:
@@ -99,7 +99,7 @@ def crop_nearest(values: np.ndarray, size: tuple[int, int], view: np.ndarray, si
     """Takes the view of an image from an array that shows the same scene, by nearest neighbour: [side, side].
 
     values: [H, W]. size: (height, width) of the image, which the view (int64 [6], see kamim.method.geometry) refers to.
-    An output pixel has the value in which its centre lies, as torch's "nearest-exact" has it.
+    An output pixel has the value of the input pixel that contains its centre, as with torch's "nearest-exact".
     """
     top, left, height, width, flip_v, flip_h = view.tolist()
     odd = 2 * np.arange(side) + 1  # centres, in halves of an output pixel; the division is exact
@@ -109,7 +109,7 @@ def crop_nearest(values: np.ndarray, size: tuple[int, int], view: np.ndarray, si
 
 
 def _in_order(work: Callable[[T], R], items: Iterable[T], ahead: int, workers: int) -> Generator[R, None, None]:
-    """work(item) of every item, in order, computed in threads for at most `ahead` items that are not yet taken."""
+    """Yields work(item) of every item, in order, computed in threads at most `ahead` items in advance."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="kamim-dense")
     pending: deque[Future[R]] = deque()
     try:

@@ -2,8 +2,8 @@
 
 Each thread takes a chunk of samples at a time and fills their rows of the batch's slot in a ring of buffers: one
 compiled call decodes, crops and resizes all of them (pipelines.chunk), another counts keypoints (pipelines.counts),
-both without the GIL. What the first leaves undone is done one by one by `Loader._crop_alone`: damaged images, which it
-reports, JPEGs of rare kinds, and every JPEG if libturbojpeg is not installed. Everything random is a function of (seed,
+both without the GIL. `Loader._crop_alone` processes one by one the images that the first cannot: damaged images, which
+it reports, JPEGs of rare kinds, and every JPEG if libturbojpeg is not installed. Randomness is a function of (seed,
 epoch, index), so batches do not depend on the number of threads, and any step can be computed alone.
 """
 
@@ -34,14 +34,14 @@ from pipelines.planes import WOVEN
 _LOG = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-PREFETCH = 3  # micro-batches under way beside the one in use
+PREFETCH = 3  # micro-batches in flight besides the one in use
 # Samples a thread takes at a time: many, since going from decoding to counting and back empties the processor's caches;
 # few enough for every thread to have two chunks to come.
 CHUNKS = (16, 128)
 
 
 class SampleError(KamimError, RuntimeError):
-    """A sample of the store could not be loaded; the message names the store and the sample."""
+    """A sample of the store cannot be loaded; the message names the store and the sample."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class _Slot:
 class Loader:
     """Batches of resolution x resolution crops.
 
-    crop: random crops and flips, or None for the whole image resized (evaluation). counter: where the keypoint
-    counts come from, or None for none. augment: what changes each image once it is cropped, in the worker threads.
-    device: where batches are delivered; to a GPU they are copied while the one before is in use. on_error: whether a
+    crop: random crops and flips, or None for the whole image resized (evaluation). counter: the source of the keypoint
+    counts, or None for no counts. augment: changes each image after it is cropped, in the worker threads.
+    device: where batches are delivered; copies to a GPU overlap with the use of the batch before. on_error: whether a
     sample that cannot be loaded stops the iteration, or is left out of its batch, counted and logged.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
@@ -108,7 +108,7 @@ class Loader:
         self._thread = threading.local()
 
     def __iter__(self) -> Iterator[Batch]:
-        """The micro-batches from self.step to the end of its epoch; self.step follows them."""
+        """Yields the micro-batches from self.step to the end of its epoch; self.step follows them."""
         epoch_end = (self.step // self.plan.steps_per_epoch + 1) * self.plan.steps_per_epoch
         for batch in self.steps(self.step, epoch_end):
             if batch.last:
@@ -116,15 +116,15 @@ class Loader:
             yield batch
 
     def steps(self, first: int, stop: int) -> Iterator[Batch]:
-        """The micro-batches of optimiser steps first .. stop - 1, on the device.
+        """Yields the micro-batches of optimiser steps first .. stop - 1, on the device.
 
-        Raises SampleError where a sample cannot be loaded (with on_error skip, where a whole micro-batch cannot).
+        Raises SampleError if a sample cannot be loaded (with on_error skip, if a whole micro-batch cannot).
         Leaving the iteration early stops the threads.
         """
         return _copied(self._on_host(first, stop), self._device)
 
     def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
-        """The micro-batches in the ring of buffers."""
+        """Yields the micro-batches in the ring of buffers."""
         slots = deque(self._slot() for _ in range(PREFETCH + 1))
         pending: deque[tuple[MicroBatch, _Slot, list[Future[None]]]] = deque()
         chunk = min(max(PREFETCH * self.plan.largest_micro_batch // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
@@ -180,7 +180,7 @@ class Loader:
         return indices[good]
 
     def _fill(self, slot: _Slot, part: MicroBatch, rows: slice) -> None:
-        """Some samples of a part, into their rows of the slot."""
+        """Loads some samples of a micro-batch into their rows of the slot."""
         indices, scratch = part.indices[rows], self._scratch()
         sizes = self._images.sizes[indices]
         crops = Crops(
@@ -193,13 +193,13 @@ class Loader:
                     self._crop_alone(crops.only(i), scratch)
                 if self._augment is not None:
                     self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
+            except Exception as error:  # noqa: BLE001 - any error is attributed to the sample
                 self._failed(slot, rows.start + i, index, error)
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 
     def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch") -> np.ndarray:
-        """Makes the crops; returns which of them could not be made so: bool [n]."""
+        """Makes the crops and returns which of them failed: bool [n]."""
         images, indices, failed = self._images, crops.indices, np.empty(len(crops.indices), np.bool_)
         crop_chunk(
             FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices], crops.sizes,
@@ -208,7 +208,7 @@ class Loader:
         return failed
 
     def _crop_alone(self, crops: Crops, scratch: "_ThreadScratch") -> None:
-        """Makes one crop of a JPEG, decoded as a whole to RGB. Raises whatever is wrong with it."""
+        """Makes one crop of a JPEG that is decoded as a whole to RGB. Raises the decoder's or the file's error."""
         (height, width), data = crops.sizes[0].tolist(), self._images.data(int(crops.indices[0]))
         if (encoding := self._images.encoding) != "jpeg":
             raise KamimError(f"{len(data)} bytes are not {width}x{height} px in the encoding {encoding}")
@@ -218,20 +218,20 @@ class Loader:
         crop_resize(image, crops.views[0], crops.pixels[0])
 
     def _count(self, counter: Counter, crops: Crops, scratch: Scratch, slot: _Slot, start: int) -> None:
-        """All at once, which is fast; and one by one where one of them cannot be counted, to find out which."""
+        """Counts all crops at once, which is fast, or one by one if that fails, to identify the sample."""
         assert slot.counts is not None
         counts = slot.counts.numpy()[start : start + len(crops.indices)]
         try:
             counter.count(crops, scratch, counts)
-        except Exception:  # noqa: BLE001 - it comes again below
+        except Exception:  # noqa: BLE001 - it is raised again below
             for i, index in enumerate(crops.indices.tolist()):
                 try:
                     counter.count(crops.only(i), scratch, counts[i : i + 1])
-                except Exception as error:  # noqa: BLE001 - whatever it is, it is the sample's
+                except Exception as error:  # noqa: BLE001 - any error is attributed to the sample
                     self._failed(slot, start + i, index, error)
 
     def _failed(self, slot: _Slot, row: int, index: int, error: Exception) -> None:
-        """Records that a sample could not be loaded, or raises SampleError. MemoryError is no sample's, and passes."""
+        """Records that a sample cannot be loaded, or raises SampleError. MemoryError is raised unchanged."""
         if isinstance(error, MemoryError):
             raise error
         named = SampleError(f"{self._store.path}: sample {index}: {error}")
@@ -241,7 +241,7 @@ class Loader:
         slot.bad[row] = named
 
     def _views(self, indices: np.ndarray, epoch: int, sizes: np.ndarray) -> np.ndarray:
-        sizes = np.maximum(sizes, 1)  # an image of no pixels, which cannot be decoded, must not keep others from it
+        sizes = np.maximum(sizes, 1)  # an image without pixels, which cannot be decoded, must not prevent others
         if self._crop is None:
             return geometry.whole_views(sizes)
         crop = self._crop
@@ -267,7 +267,7 @@ class _ThreadScratch(Scratch):
 
 
 def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on `device`, each copied while the one before it is being used."""
+    """Yields the same batches on `device`, each copied while the one before it is in use."""
     if device.type != "cuda":
         yield from batches
         return
@@ -279,7 +279,7 @@ def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         done = stream.record_event()
         if ahead is not None:
             yield ahead
-        done.synchronize()  # of the copy alone; from here the loader may reuse its buffer
+        done.synchronize()  # waits for the copy alone; from here the loader may reuse its buffer
         torch.cuda.current_stream(device).wait_event(done)
         for tensor in (copied.images, copied.counts, copied.labels):
             if tensor is not None:

@@ -1,7 +1,7 @@
 """TrivialAugmentWide's operations on one image, in place, while it is in the processor's cache and without the GIL.
 
-Source: Müller & Hutter, ICCV 2021, as torchvision v2 defines and rounds it, bit for bit. What a setting of an operation
-does to a value, or where its pixels come from, is asked of torchvision itself, once.
+Source: Müller & Hutter, ICCV 2021, as torchvision v2 defines and rounds it, bit for bit. The effect of a setting on a
+value, or on the positions of pixels, is computed by torchvision itself, once.
 """
 
 from functools import lru_cache
@@ -27,10 +27,10 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  
 
 
 class Tables(NamedTuple):
-    """What the operations need for images of H x W px, by setting (see magnitudes).
+    """Lookup tables of the operations for images of H x W px, by setting (see magnitudes).
 
     moves: int32 [5, 62, H * W], of each operation that moves pixels: 1 + the input pixel of each output pixel, 0 for
-    outside. maps: uint8 [14, 62, 256], of Brightness, Posterize and Solarize: what becomes of a value. shares: float32
+    outside. maps: uint8 [14, 62, 256], of Brightness, Posterize and Solarize: the new value of a value. shares: float32
     [62, 2], of Color, Contrast and Sharpness: 1 + the magnitude, the image's own share; 1 - that, the other image's.
     """
 
@@ -41,7 +41,7 @@ class Tables(NamedTuple):
 
 @lru_cache(maxsize=2)
 def tables(height: int, width: int) -> Tables:
-    """Exact up to 2**24 pixels, the whole numbers of a float32."""
+    """Computes the Tables, exact up to 2**24 pixels, the whole numbers of a float32."""
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
     moves = [[_of_torchvision(op, m, numbers).int().flatten() for m in magnitudes(op)] for op in _MOVES]
     values, maps = torch.arange(256, dtype=torch.uint8).view(1, 16, 16), np.zeros((len(OPS), 2 * BINS, 256), np.uint8)
@@ -53,7 +53,7 @@ def tables(height: int, width: int) -> Tables:
 
 
 def magnitudes(op: str) -> list[float]:
-    """The 62 settings of an operation: its 31 bins, then the same negated (as they are where it has no sign)."""
+    """Returns an operation's 62 settings: its 31 bins, then their negatives (or the same, if it has no sign)."""
     bins_of, signed = _LIBRARY._AUGMENTATION_SPACE[op]
     bins = bins_of(BINS, 0, 0)  # the wide ranges are the same for every image size
     values = [0.0] * BINS if bins is None else bins.tolist()
@@ -69,7 +69,7 @@ def _of_torchvision(op: str, magnitude: float, image: Tensor) -> Tensor:
 
 @kernel
 def apply_operation(image, op, setting, tables):
-    """uint8 [H, W, 3], contiguous; the operation's number in OPS; its setting, 0 .. 61."""
+    """Applies operation `op` of OPS with a setting, 0 .. 61, to uint8 [H, W, 3], contiguous, in place."""
     if op == _IDENTITY:
         return
     if op <= _ROTATE:
@@ -89,7 +89,7 @@ def apply_operation(image, op, setting, tables):
         _map(image, table, table, table)
 
 
-# Flat indices, below: the compiler vectorises them, and not those of [pixels, 3].
+# Flat indices below, since the compiler vectorises them, but not those of [pixels, 3].
 
 
 @kernel
@@ -106,7 +106,7 @@ def _move(image, sources):
 
 @kernel
 def _map(image, red, green, blue):
-    """Each value to its entry in the table of its channel, uint8 [256]."""
+    """Maps each value to its entry in the table of its channel, uint8 [256]."""
     x = image.reshape(-1)
     for i in range(x.size // 3):
         x[3 * i] = red[x[3 * i]]
@@ -116,25 +116,25 @@ def _map(image, red, green, blue):
 
 @intrinsic
 def _fma(typing, a, b, c):
-    """a * b + c of float32, rounded once: what torch's add(alpha=) is where the CPU has it."""
+    """Returns a * b + c of float32, rounded once, as torch's add(alpha=) does if the CPU has it."""
     return a(a, b, c), lambda context, builder, signature, arguments: builder.fma(*arguments)
 
 
 @kernel
 def _byte(x):
-    """float32, of less than 2**31, cut off and clipped."""
+    """Truncates and clips a float32 of less than 2**31."""
     return np.uint8(min(max(np.int32(x), np.int32(0)), np.int32(255)))
 
 
 @kernel
 def _grey(red, green, blue):
-    """float32, whole numbers, with torchvision's weights and roundings."""
+    """Returns grey as float32 whole numbers, with torchvision's weights and roundings."""
     return np.floor(_fma(blue, _BLUE, _fma(green, _GREEN, red * _RED)))
 
 
 @kernel
 def _color(image, shares):
-    """Towards or away from grey."""
+    """Blends the image with its grey version."""
     own, other = shares
     x = image.reshape(-1)
     for i in range(x.size // 3):
@@ -147,7 +147,7 @@ def _color(image, shares):
 
 @kernel
 def _contrast(image, shares):
-    """Towards or away from the mean grey, whose sum is exact; torchvision's is, too, up to 65793 pixels."""
+    """Blends the image with its mean grey, whose sum is exact; torchvision's is, too, up to 65793 pixels."""
     own, other = shares
     x, total = image.reshape(-1), np.int64(0)
     for i in range(x.size // 3):
@@ -161,7 +161,7 @@ def _contrast(image, shares):
 
 @kernel
 def _sharpness(image, shares):
-    """Towards or away from the 3 x 3 smoothed image, whose edge pixels stay as they are."""
+    """Blends the image with its 3 x 3 smoothed version, whose edge pixels are unchanged."""
     height, length, other = image.shape[0], 3 * image.shape[1], shares[1]
     rows, out = image.copy().reshape(height, length), image.reshape(height, length)
     column = np.empty(length, np.int32)
@@ -178,7 +178,7 @@ def _sharpness(image, shares):
 
 @kernel
 def _autocontrast(image):
-    """Each channel stretched to 0 .. 255."""
+    """Stretches each channel to 0 .. 255."""
     counts, table = _counts(image), np.empty((3, 256), np.uint8)
     for c in range(3):
         values = np.flatnonzero(counts[c])
@@ -190,10 +190,10 @@ def _autocontrast(image):
 
 @kernel
 def _equalize(image):
-    """The histogram of each channel flattened, by PIL's integer recipe as torchvision has it."""
+    """Equalises the histogram of each channel, by PIL's integer recipe as in torchvision."""
     counts, table = _counts(image), np.empty((3, 256), np.uint8)
     for c in range(3):
-        brightest = counts[c, np.flatnonzero(counts[c])[-1]]  # pixels of the greatest value there is
+        brightest = counts[c, np.flatnonzero(counts[c])[-1]]  # pixels of the greatest value that occurs
         step = (image.size // 3 - brightest) // 255
         below = 0
         for value in range(256):
@@ -204,7 +204,7 @@ def _equalize(image):
 
 @kernel
 def _counts(image):
-    """How often each channel has each value: int64 [3, 256]."""
+    """Returns how often each value occurs in each channel: int64 [3, 256]."""
     x, counts = image.reshape(-1), np.zeros((3, 256), np.int64)
     for i in range(x.size // 3):
         counts[0, x[3 * i]] += 1

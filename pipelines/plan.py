@@ -1,4 +1,4 @@
-"""Which samples make up which step, on which rank: a pure function of integers."""
+"""Assigns samples to steps and ranks, as a pure function of integers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from kamim.method import rng
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch: which samples (int64 [B]), of which epoch and step. last and share: see Batch."""
+    """One micro-batch: its samples (int64 [B]), epoch and step. last and share: see Batch."""
 
     indices: np.ndarray
     epoch: int
@@ -26,9 +26,9 @@ class Plan:
     """Steps of `batch_size` samples over all ranks, in micro-batches of at most `micro_batch` on each.
 
     Step s covers the next batch_size positions of its epoch's order; a rank takes a contiguous part of them.
-    So the global order depends on neither the number of ranks nor that of micro-batches, and where a run
-    stands is one integer. With drop_last the incomplete step at an epoch's end is left out, else it is short.
-    listed: the samples' numbers in the store, int64 [samples], where they are not simply 0 .. samples - 1.
+    So the global order depends on neither the number of ranks nor that of micro-batches, and the position of a
+    run is one integer. With drop_last the incomplete step at an epoch's end is dropped, otherwise it is short.
+    listed: the samples' numbers in the store, int64 [samples], if they are not simply 0 .. samples - 1.
     """
 
     samples: int
@@ -61,14 +61,14 @@ class Plan:
         return min(self.micro_batch, -(-self.batch_size // self.world))
 
     def step_indices(self, step: int) -> np.ndarray:
-        """The samples of a global step, on all ranks: int64 [<= batch_size]."""
+        """Returns the samples of a global step, on all ranks: int64 [<= batch_size]."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.samples) if self.shuffle else np.arange(self.samples)
         chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
         return chosen if self.listed is None else self.listed[chosen]
 
     def micro_batches(self, first: int, stop: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the steps first .. stop - 1, in order."""
+        """Yields this rank's micro-batches of the steps first .. stop - 1, in order."""
         for step in range(first, stop):
             whole = self.step_indices(step)
             mine = whole[len(whole) * self.rank // self.world : len(whole) * (self.rank + 1) // self.world]

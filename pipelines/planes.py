@@ -1,9 +1,9 @@
-"""Crop, bilinear resize, flips and conversion to RGB of an image that is planes of Y, Cb and Cr.
+"""Crop, bilinear resize, flips and conversion to RGB of an image stored as planes of Y, Cb and Cr.
 
 Each plane is resized at its own resolution, and only the result becomes RGB. First all rows of the crop are resized to
-the columns of the result, at 16 bits a value; then two rows blend into each row of the result. Four rows are resized at
-a time: woven into one row of four-byte values, both neighbours that a column needs of all four are one 8-byte word. The
-rest is short loops over flat arrays, which the compiler does 16 or 32 values at a time.
+the columns of the result, at 16 bits per value; then two rows blend into each row of the result. Four rows are resized
+at a time: interleaved into one row of four-byte values, so that both neighbours of a column in all four are one 8-byte
+word. The rest is short loops over flat arrays, which the compiler vectorises to 16 or 32 values at a time.
 """
 
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from kamim.method.kernels import kernel
 from kamim.method.simd import high16, less16, load8, pointer8, store8
 
 WOVEN = 4  # rows that are resized at a time
-_WORD = np.uint64(32)  # bits: half of what is loaded, one value of each of the woven rows
+_WORD = np.uint64(32)  # bits: half of a loaded word, one value of each of the woven rows
 _NEAR = np.uint64(0xFFFFFFFF)
 _FAR = np.uint64(0xFFFFFFFF00000000)
 _BYTE = np.uint16(8)  # bits
 _NEUTRAL = np.uint16(128 << 8)  # Cb and Cr of greys
 
 # JFIF's R = Y + 1.402 (Cr - 128), G = Y - 0.344136 (Cb - 128) - 0.714136 (Cr - 128), B = Y + 1.772 (Cb - 128), for
-# values in 256ths, with results in 64ths: factors as 65536ths of a 64th, and what they make of 128.
+# values in 256ths, with results in 64ths: factors as 65536ths of a 64th, and their products with 128.
 _TO_64TH, _HALF, _FROM_64TH = np.uint16(2), np.uint16(32), np.uint16(6)  # bits, a half, bits
 _RED_CR, _RED_OFFSET = np.uint16(22970), np.uint16(11485)
 _GREEN_CB, _GREEN_CR, _GREEN_OFFSET = np.uint16(5638), np.uint16(11700), np.uint16(8669)
@@ -50,7 +50,7 @@ class Planes(NamedTuple):
 
 @kernel
 def stored_planes(address, height, width):
-    """The Planes of an image in a store's encoding yuv420 (kamim.method.colour), whose bytes begin at an address."""
+    """Returns the Planes of an image in a store's encoding yuv420 (kamim.method.colour) at the address of its bytes."""
     columns, cb = (width + 1) // 2, height * width
     chroma = (height + 1) // 2 * columns
     data = carray(pointer8(address), (cb + 2 * chroma,))
@@ -97,10 +97,10 @@ def crop_planes(planes, view, resized, out):
 
 @kernel
 def _axis(start, length, block, side):
-    """How `side` results lie among the samples of a plane, of which each stands for `block` pixels of an axis.
+    """Returns how `side` results map to the samples of a plane, each of which covers `block` pixels of an axis.
 
-    The crop is pixels start .. start + length - 1. Returns the first sample that has a part in it, the number of such
-    samples, samples per result, and where in the first sample the crop begins.
+    The crop is pixels start .. start + length - 1. Returns the first sample that overlaps it, the number of such
+    samples, samples per result, and the crop's position in the first sample.
     """
     first = start // block
     return first, (start + length - 1) // block - first + 1, length / block / side, (start % block) / block
@@ -108,14 +108,14 @@ def _axis(start, length, block, side):
 
 @kernel
 def _source(o, axis):
-    """Where result o lies among an axis' samples, counted from the first one's centre: half-pixel centres."""
+    """Returns the position of result o among an axis' samples, from the first one's centre: half-pixel centres."""
     _, samples, scale, lead = axis
     return min(max((o + 0.5) * scale - 0.5 + lead, 0.0), samples - 1.0)
 
 
 @kernel
 def _columns(axis, flip, side):
-    """For each result: the first of its two samples, int64 [R or 1 more], and the second's weight in 256ths, uint16."""
+    """Returns each result's first sample, int64 [R or 1 more], and the second's weight in 256ths, uint16."""
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(side, np.uint16)
     for o in range(side):
         source = _source(o, axis)
@@ -128,7 +128,7 @@ def _columns(axis, flip, side):
 
 @kernel
 def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, far, out):
-    """All rows of the crop of a plane (uint8 [n]) -> out uint16 [>= rows + WOVEN - 1, R], in 256ths of a grey level."""
+    """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + WOVEN - 1, R], in 256ths of grey."""
     top, count, _, _ = rows
     left, width, _, _ = columns
     for n in range(0, count, WOVEN):
@@ -143,14 +143,14 @@ def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, f
 
 @kernel
 def _weave(a, b, c, d, woven):
-    """Four rows uint8 [W] -> woven uint8 [>= 4 W]: their first values, then their second ones, and so on."""
+    """Interleaves four rows uint8 [W] in woven, uint8 [>= 4 W]: their first values, their second ones, and so on."""
     for i in range(len(a)):
         woven[4 * i], woven[4 * i + 1], woven[4 * i + 2], woven[4 * i + 3] = a[i], b[i], c[i], d[i]
 
 
 @kernel
 def _neighbours(woven, offset, near, far):
-    """For each column of the result, four values of the one sample and four of the next -> uint8 [4 R] each."""
+    """Writes four values of each column's first sample to near and four of its second to far, uint8 [4 R] each."""
     for k in range(len(offset) // 2):
         a, b = load8(woven, 4 * offset[2 * k]), load8(woven, 4 * offset[2 * k + 1])
         store8(near, 8 * k, (a & _NEAR) | (b << _WORD))
@@ -159,13 +159,13 @@ def _neighbours(woven, offset, near, far):
 
 @kernel
 def _between(near, far, weight):
-    """In 256ths, exact modulo 2**16."""
+    """Interpolates in 256ths, exact modulo 2**16."""
     return np.uint16(np.uint16(near) << _BYTE) + (np.uint16(far) - np.uint16(near)) * weight
 
 
 @kernel
 def _blend_columns(near, far, weight, a, b, c, d):
-    """What _neighbours found -> four rows of the result, uint16 [R]."""
+    """Blends the output of _neighbours into four rows of the result, uint16 [R]."""
     for i in range(len(weight)):
         a[i] = _between(near[4 * i], far[4 * i], weight[i])
         b[i] = _between(near[4 * i + 1], far[4 * i + 1], weight[i])
@@ -175,7 +175,7 @@ def _blend_columns(near, far, weight, a, b, c, d):
 
 @kernel
 def _blend_rows(resized, rows, o, out):
-    """Row o of the result, uint16 [R], from the two rows of `resized` between which it lies."""
+    """Computes row o of the result, uint16 [R], from the two rows of `resized` around it."""
     source = _source(o, rows)
     first = int(source)
     upper, lower = resized[first], resized[min(first + 1, rows[1] - 1)]
@@ -187,7 +187,7 @@ def _blend_rows(resized, rows, o, out):
 
 @kernel
 def _to_rgb(luma, cb, cr, red, green, blue):
-    """uint16 [R] in 256ths -> uint8 [R]. Sums are unsigned and below 2**16; what 128 makes is taken off last."""
+    """Converts uint16 [R] in 256ths to uint8 [R]. Sums are unsigned, below 2**16; 128's part is subtracted last."""
     for i in range(len(luma)):
         y = np.uint16((luma[i] >> _TO_64TH) + _HALF)
         less = np.uint16(high16(cb[i], _GREEN_CB) + high16(cr[i], _GREEN_CR))
@@ -198,13 +198,13 @@ def _to_rgb(luma, cb, cr, red, green, blue):
 
 @kernel
 def _byte(value):
-    """64ths of a grey level, uint16 -> uint8, at most 255."""
+    """Converts 64ths of a grey level, uint16, to uint8, at most 255."""
     whole = np.uint16(value >> _FROM_64TH)
     return np.uint8(whole if whole < np.uint16(255) else np.uint16(255))
 
 
 @kernel
 def _interleave(red, green, blue, out):
-    """uint8 [R] each -> [3 R]."""
+    """Interleaves three rows uint8 [R] as [3 R]."""
     for i in range(len(red)):
         out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]

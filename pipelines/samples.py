@@ -1,4 +1,4 @@
-"""Some samples of a store: which they are, and what classes they have."""
+"""Samples of a store and their classes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from kamim.storage.store import Store
 
 @dataclass(frozen=True)
 class Samples:
-    """numbers: of the samples in the store, int64 [N], ascending."""
+    """A selection of a store's samples. numbers: int64 [N], ascending, in the store."""
 
     store: Store
     numbers: np.ndarray
@@ -32,7 +32,7 @@ class Samples:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What a result records of them."""
+        """The record of the samples in a result."""
         manifest = self.store.manifest
         return {
             "store": str(self.store.path), "dataset": manifest.job.dataset, "images": len(self.numbers),
@@ -41,12 +41,12 @@ class Samples:
 
 
 def all_samples(store: Store) -> Samples:
-    """Every sample of a store."""
+    """Returns every sample of a store."""
     return Samples(store, np.arange(len(store)))
 
 
 def some_per_class(store: Store, n: int, seed: int) -> Samples:
-    """n samples of every class if all samples have a label, else all samples.
+    """Selects n samples of every class if all samples have a label, else all samples.
 
     Raises KamimError if a class has fewer than n samples.
     """
@@ -62,7 +62,7 @@ def some_per_class(store: Store, n: int, seed: int) -> Samples:
 
 
 def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Indices of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. A pure function.
+    """Returns indices of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. A pure function.
 
     Every class must have n samples.
     """
@@ -75,7 +75,7 @@ def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def check_labels(train: Samples | None, val: Samples) -> Samples:
-    """The training samples. Raises ValueError if there are none, or if their classes are not the validation's."""
+    """Returns the training samples. Raises ValueError if there are none, or if their classes differ from val's."""
     if train is None:
         raise KamimError("train: is missing; this mode needs a store to train on")
     for name, samples in (("train", train), ("val", val)):

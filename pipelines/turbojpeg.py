@@ -1,8 +1,8 @@
 """JPEGs decoded to planes of Y, Cb and Cr by libjpeg-turbo, called from compiled loops.
 
 libjpeg-turbo's TurboJPEG library (Debian: libturbojpeg0, conda: libjpeg-turbo) is called through the addresses of its
-functions, so that a loop over many images never enters Python. Stopping at planes leaves out libjpeg's upsampling of
-chroma and its conversion to RGB, which pipelines.planes does for the pixels of the crop alone.
+functions, so that a loop over many images never enters Python. Decoding to planes skips libjpeg's upsampling of chroma
+and its conversion to RGB, which pipelines.planes does for the pixels of the crop alone.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from kamim.method.kernels import kernel
 from pipelines.planes import Planes
 
-LIBRARY = "libturbojpeg.so.0"  # of version 1.4 (2015) or later
+LIBRARY = "libturbojpeg.so.0"  # version 1.4 (2015) or later
 _YCBCR, _GREY = 1, 2  # of enum TJCS in turbojpeg.h
 # Pixels down and across that share a sample of Cb and Cr, by enum TJSAMP: 4:4:4, 4:2:2, 4:2:0, grey, 4:4:0, 4:1:1 and
 # 4:4:1.
@@ -29,7 +29,7 @@ _PADDING = 4  # the library rounds the sides of planes up by less
 
 
 class Turbo(NamedTuple):
-    """What a thread needs to call the library.
+    """The arguments that a thread needs to call the library.
 
     functions: uint64 [3], addresses of a decompressor, tjDecompressHeader3 and tjDecompressToYUVPlanes; 0 without the
     library. header: int32 [4]; pointers: uint64 [3]; strides: int32 [3], arguments of the two. room: uint8 [n], see
@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def turbo(room: np.ndarray) -> Turbo:
-    """What decode_planes needs, for one thread at a time. Its decompressor is destroyed with the array `functions`."""
+    """Returns the input of decode_planes, for one thread at a time. Its decompressor lives as long as `functions`."""
     functions, found = np.zeros(3, np.uint64), library()
     if found is not None and (handle := found.tjInitDecompress()):
         calls = (found.tjDecompressHeader3, found.tjDecompressToYUVPlanes)
@@ -89,9 +89,9 @@ def _call(typing, function, arguments):
 
 @kernel
 def decode_planes(turbo, address, length, height, width):
-    """Decodes the JPEG of `length` bytes at an address -> (whether it could, Planes within turbo.room).
+    """Decodes the JPEG of `length` bytes at an address -> (whether it succeeded, Planes within turbo.room).
 
-    It cannot without the library, or if the file is damaged in any way, is not of height x width px, or is neither
+    It fails without the library, or if the file is damaged in any way, is not of height x width px, or is neither
     YCbCr nor grey. Whatever the bytes are, the library writes planes of at most the given size, for which there
     is room.
     """

@@ -1,1 +1,1 @@
-"""Offline: source images -> store."""
+"""Builds stores from source images, before training."""

@@ -1,4 +1,4 @@
-"""Shards -> a store, and a store -> its shards again, byte for byte."""
+"""Joins shards into a store, and extracts a store's shards again, byte for byte."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ Files = Mapping[str, Sequence[Path]]  # every shard's file, in order, by compone
 
 
 class Disagreement(KamimError, RuntimeError):
-    """Components differ on which images could be read; numbers: the shards where they do."""
+    """Components differ on which images could be read; numbers: those of the shards concerned."""
 
     def __init__(self, file: str, numbers: Sequence[int]):
         super().__init__(f"{file}: could be read for one component and not for another")
@@ -46,7 +46,7 @@ def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifes
             f"source = {plan.source.location}: none of its {plan.job.items} files is a readable image; "
             f"{rejects[0][0][0]}: {rejects[0][0][1]}"
         )
-    for component in plan.job.components:  # images first: it makes the groups that the others lie in
+    for component in plan.job.components:  # images first: it creates the groups of the others
         if component in plan.keep:
             _take_over(plan, component, out, folder)
         elif component == IMAGES:
@@ -73,7 +73,7 @@ def check_agreement(plan: BuildPlan, shards: Files, out: Path) -> None:
 
 
 def _take_over(plan: BuildPlan, component: str, out: Path, folder: Path) -> None:
-    """Links a component's files from the store `out`; copies them where the file system has no links.
+    """Links a component's files from the store `out`; copies them if the file system has no links.
 
     Overwrites nothing: raises FileExistsError if a file exists.
     """
@@ -165,9 +165,9 @@ def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Pat
 
 
 def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
-    """Returns a function that gives the bytes of a component's shard, from the store.
+    """Returns a function that extracts a component's shard from the store, as bytes.
 
-    A damaged store may raise DAMAGE. Damage to single images does not keep the others from being read.
+    A damaged store may raise DAMAGE. Damage to single images does not prevent reading the others.
     """
     manifest = opened.manifest
     ends = np.cumsum(manifest.shard_counts)
@@ -181,7 +181,7 @@ def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
     return shard
 
 
-# What reading a store raises where its files are not what was written.
+# Errors of reading a store whose files differ from what was written.
 DAMAGE = (ValueError, OSError, LookupError)
 
 

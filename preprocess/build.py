@@ -1,4 +1,4 @@
-"""The preprocessing job: a listed source -> a published store.
+"""The preprocessing job: builds and publishes the store of a listed source.
 
 The source is divided into shards. Each shard is one idempotent task (preprocess/shards.py) that writes one file per
 component, named by its own checksum, to OUT.partial. Once all exist, they are joined in order with the components that
@@ -25,7 +25,7 @@ from preprocess.shards import ShardTask, checksum_of, finished
 from preprocess.sources import Source
 from preprocess.workspace import Workspace
 
-Say = Callable[[str], None]  # takes a line for the user
+Say = Callable[[str], None]  # prints a line for the user
 ShardFiles = dict[str, dict[int, Path]]  # shard files by component and number
 
 

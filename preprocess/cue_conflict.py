@@ -1,6 +1,6 @@
 """Cue-conflict images: the shape of one category in the texture of another.
 
-DIR/SHAPE/SHAPE<n>-TEXTURE<m>.png, as https://github.com/rgeirhos/texture-vs-shape has them in
+The layout is DIR/SHAPE/SHAPE<n>-TEXTURE<m>.png, as in https://github.com/rgeirhos/texture-vs-shape, folder
 stimuli/style-transfer-preprocessed-512. Source: Geirhos et al., "ImageNet-trained CNNs are biased towards texture"
 (ICLR 2019).
 """
@@ -39,12 +39,12 @@ class CueConflicts:
         return len(self.files)
 
     def image(self, index: int, area: float) -> np.ndarray:
-        """RGB uint8 [H, W, 3], antialiased if it is made smaller to `area` px^2. Raises KamimError for a bad file."""
+        """Returns RGB uint8 [H, W, 3], antialiased if downsampled to `area` px^2. Raises KamimError for a bad file."""
         pixels = read_file(self.path / self.files[index], decode)
         return resize_antialiased(pixels, stored_size(pixels.shape[0], pixels.shape[1], area))
 
     def mask(self, index: int) -> np.ndarray:
-        """One pixel without a class."""
+        """Returns one pixel without a class."""
         return np.full((1, 1), UNLABELLED, np.int16)
 
 

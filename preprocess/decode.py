@@ -1,8 +1,8 @@
-"""Bytes of any image file -> RGB pixels, or a reason why not. Never silently wrong ones.
+"""Decodes the bytes of any image file to RGB pixels, or raises an error with the reason; never returns wrong pixels.
 
-What a file means is what torchvision's default loader takes it to mean: Pillow's first frame, converted to
-RGB, EXIF orientation not applied (except a TIFF's, which Pillow applies itself). One exception: 16 bits of grey are
-scaled to 8, where Pillow would clip them.
+Files are decoded as by torchvision's default loader: Pillow's first frame, converted to RGB, EXIF orientation not
+applied (except a TIFF's, which Pillow applies itself). One exception: 16 bits of grey are scaled to 8, whereas Pillow
+would clip them.
 """
 
 import io
@@ -18,7 +18,7 @@ from kamim import KamimError
 
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
-MAX_PIXELS = 178_956_970  # where Pillow warns of a decompression bomb
+MAX_PIXELS = 178_956_970  # above it, Pillow warns of a decompression bomb
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
 MAX_SCANNED = 200 * MAX_PIXELS  # scans of a JPEG times its pixels, as each scan visits all of them
 
@@ -28,19 +28,19 @@ _MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-# The formats that SUFFIXES names. Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
+# The formats that SUFFIXES names. Pillow knows more, and passes some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
 class Undecodable(KamimError):
-    """This file is not an image that can be trusted; the message says why."""
+    """This file cannot be decoded reliably; the message gives the reason."""
 
 
 def decode(data: bytes | np.ndarray) -> np.ndarray:
     """Returns the pixels of an image file, RGB uint8 [H, W, 3]. Pixels that are decoded already are returned unchanged.
 
     Raises Undecodable for anything truncated, corrupt, oversized or not an image, whatever exception its decoder
-    raises. MemoryError passes: whether an image is left out must not depend on the machine.
+    raises. MemoryError is raised unchanged, since the rejection of an image must not depend on the machine.
     """
     if isinstance(data, np.ndarray):
         assert data.dtype == np.uint8 and data.ndim == 3 and data.shape[2] == 3
@@ -82,11 +82,11 @@ def decode_mask(data: bytes) -> np.ndarray:
 
 
 def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """Decodes the common kinds of JPEG with libjpeg-turbo: RGB uint8 [H, W, 3], or None for a file Pillow must judge.
+    """Decodes the common kinds of JPEG with libjpeg-turbo: RGB uint8 [H, W, 3], or None for a file that needs Pillow.
 
     Those are other formats, CMYK, chroma subsampling that simplejpeg does not know (it raises KeyError), damaged files,
-    and lossless ones, whose samples may have fewer than 8 bits, which simplejpeg does not tell. Raises Undecodable for
-    a JPEG beyond the limits.
+    and lossless ones, whose samples may have fewer than 8 bits, which simplejpeg does not report. Raises Undecodable
+    for a JPEG beyond the limits.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -101,7 +101,7 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")  # strict: damage is an error
     except (Undecodable, MemoryError):
         raise
-    except Exception:  # noqa: BLE001 - whatever it is, Pillow has its own opinion
+    except Exception:  # noqa: BLE001 - Pillow decides about any failure
         return None
 
 
@@ -132,7 +132,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:
-    """Checks the size of a JPEG, and how often it makes a decoder visit all pixels."""
+    """Checks the size of a JPEG, and how often a decoder would visit all its pixels."""
     _check_size(height, width)
     scans = markers.count(SCAN)
     if scans * height * width > MAX_SCANNED:
@@ -140,6 +140,6 @@ def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Raises what Pillow raises for a wrong checksum of a chunk; decoding alone would not look."""
+    """Raises Pillow's error for a wrong checksum of a chunk, which decoding alone would not check."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.verify()

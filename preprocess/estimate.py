@@ -1,4 +1,4 @@
-"""How much disk and time a job takes, from a few of its images that are processed now."""
+"""Estimates a job's disk space and duration from a few of its images, which are processed immediately."""
 
 import math
 import time
@@ -20,12 +20,12 @@ from preprocess.shards import finished
 from preprocess.sources import Item, Read, Source
 from preprocess.workspace import Workspace
 
-PLACES, RUN = 4, 8  # the sample: so many runs of neighbours, which may share the cost of reading
+PLACES, RUN = 4, 8  # the sample: PLACES runs of RUN neighbours, which may share the cost of reading
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one image by component, its seconds in one process, and the number of images that were processed."""
+    """The bytes of one image by component, its seconds in one process, and the number of processed images."""
 
     bytes: Mapping[str, float]
     seconds: float
@@ -39,7 +39,7 @@ def sample(plan: BuildPlan) -> list[Item]:
 
 
 def estimate(job: Job, components: Sequence[str], read: Read, items: Sequence[Item]) -> Estimate:
-    """Processes the items. An unreadable one counts, as empty."""
+    """Processes the items. An unreadable one counts as empty."""
     cv2.setNumThreads(1)  # as in shards
     _sizes(job, components, read, items[0])  # compiles or loads the loops
     start = time.perf_counter()
@@ -87,9 +87,9 @@ def disk_needed(
 
 
 def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
-    """Returns what a build would do, in lines. It writes nothing.
+    """Describes a build in lines, without writing anything.
 
-    The duration counts the start of a worker process and the compilation of loops, which are measured, but not the
+    The duration includes the start of a worker process and the compilation of loops, which are measured, but not the
     joining of the shards.
     """
     space = Workspace(out)
@@ -99,7 +99,7 @@ def describe(job: Job, source: Source, out: Path, workers: int) -> list[str]:
     begun = time.perf_counter()
     with executors.local(1) as (executor, _):
         one = executor.submit(estimate, plan.job, plan.make, source.read, sample(plan)).result()
-    start = time.perf_counter() - begun  # a job estimates, too, before it makes shards
+    start = time.perf_counter() - begun  # a job also estimates before it builds shards
     numbers = range(plan.job.shards)
     shard_files = {component: finished(folder, numbers) for component, folder in plan.folders(space).items()}
     missing = {component: [n for n in numbers if n not in files] for component, files in shard_files.items()}

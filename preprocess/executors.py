@@ -1,4 +1,4 @@
-"""Where shards are made: worker processes of this machine, or a Dask cluster. Both are concurrent.futures executors."""
+"""The executors that build shards: worker processes of this machine, or a Dask cluster (concurrent.futures)."""
 
 import ctypes
 import faulthandler
@@ -13,7 +13,7 @@ from typing import Any
 from kamim import KamimError
 from preprocess.shards import ShardTask, run_shard
 
-RETRIES = 3  # of a shard whose machine of the cluster is lost
+RETRIES = 3  # retries of a shard whose machine of the cluster is lost
 AHEAD = 2  # tasks in flight per worker
 
 
@@ -28,7 +28,7 @@ def local(workers: int) -> Iterator[tuple[Executor, int]]:
 
 
 def _start_worker() -> None:
-    """A worker leaves SIGINT to its parent, dies with it, and says where it was if a fault kills it."""
+    """Makes a worker ignore SIGINT, die with its parent, and print a traceback for fatal signals."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -39,7 +39,7 @@ def _start_worker() -> None:
 def dask(address: str) -> Iterator[tuple[Executor, int]]:
     """Yields the cluster whose scheduler is at tcp://HOST:PORT, and how many tasks to keep in flight.
 
-    Raises BrokenExecutor if a shard has cost too many workers their lives.
+    Raises BrokenExecutor if too many workers die while building one shard.
     """
     try:
         from distributed import Client, KilledWorker

@@ -74,7 +74,7 @@ def from_file(file: Path) -> np.ndarray:
 
 
 def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, built: Path) -> None:
-    """Raises KamimError if the source is not the one that `built` was built from, naming the first difference."""
+    """Raises KamimError if the source differs from the one that `built` was built from, naming the first difference."""
     common = min(len(before), len(now))
     differs = np.flatnonzero(before[:common] != now[:common])
     if len(before) == len(now) == common and not len(differs):

@@ -1,4 +1,4 @@
-"""Folders of images with a class for every pixel: what semantic segmentation is trained and measured on.
+"""Folders of images with a class for every pixel, for training and evaluating semantic segmentation.
 
 DIR/images/<stem>.<suffix>   images in any format that preprocess.decode reads
 DIR/masks/<stem>.png         for each, a PNG of its size that holds the index of every pixel's class
@@ -25,8 +25,8 @@ from preprocess.sources.base import is_image, read_whole
 
 T = TypeVar("T")
 IMAGES, MASKS, CLASSES = "images", "masks", "classes.txt"
-MAX_CLASSES = 256  # what 8 bits tell apart
-UNLABELLED = -1  # a pixel that has no class
+MAX_CLASSES = 256  # the values of 8 bits
+UNLABELLED = -1  # a pixel without a class
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MaskFolder:
         return len(self.images)
 
     def image(self, index: int, area: float) -> np.ndarray:
-        """An image as a store of that area would hold it: RGB uint8 [H, W, 3], antialiased if it is made smaller.
+        """Returns an image as a store of that area would hold it: RGB uint8 [H, W, 3], antialiased if downsampled.
 
         area: px^2, see kamim.method.geometry.stored_area. Raises KamimError if the file cannot be read.
         """
@@ -55,22 +55,22 @@ class MaskFolder:
         return resize_antialiased(pixels, stored_size(pixels.shape[0], pixels.shape[1], area))
 
     def mask(self, index: int) -> np.ndarray:
-        """The class of every pixel of an image's file: int16 [H, W], UNLABELLED for ignored pixels.
+        """Returns the class of every pixel of an image's file: int16 [H, W], UNLABELLED for ignored pixels.
 
         Raises KamimError if the file cannot be read or holds an index that names no class.
         """
         return read_file(self.mask_file(index), self.classes_of)
 
     def image_file(self, index: int) -> Path:
-        """The file of an image."""
+        """Returns the file of an image."""
         return self.path / IMAGES / self.images[index]
 
     def mask_file(self, index: int) -> Path:
-        """The file of an image's mask."""
+        """Returns the file of an image's mask."""
         return self.path / MASKS / f"{Path(self.images[index]).stem}.png"
 
     def classes_of(self, data: bytes) -> np.ndarray:
-        """The classes in the bytes of a mask, as mask() gives them."""
+        """Returns the classes in the bytes of a mask, as mask() gives them."""
         values = decode_mask(data)
         table = np.full(256, -2, np.int16)
         table[: len(self.classes)] = np.arange(len(self.classes))
@@ -103,7 +103,7 @@ def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) 
 
 
 def read_file(file: Path, parse: Callable[[bytes], T]) -> T:
-    """parse(the bytes of a file). Raises KamimError, which names the file, if it cannot be read or parsed."""
+    """Returns parse(content of the file). Raises KamimError, which names the file, if it cannot be read or parsed."""
     try:
         return parse(read_whole(file))
     except OSError as error:
@@ -123,7 +123,7 @@ def _names(data: bytes) -> tuple[str, ...]:
 
 
 def _by_stem(folder: Path, wanted: Callable[[str], bool]) -> Mapping[str, str]:
-    """File names by stem, sorted. Raises KamimError if two files have one stem, or there are none."""
+    """Returns file names by stem, sorted. Raises KamimError if two files have the same stem, or there are none."""
     names: dict[str, str] = {}
     for file in sorted(file for file in folder.iterdir() if wanted(file.name) and not file.name.startswith(".")):
         stem, name = file.stem, file.name
@@ -145,7 +145,7 @@ def _paired(path: Path, images: Mapping[str, str], masks: Mapping[str, str]) -> 
 
 
 def _checked(folder: MaskFolder, index: int) -> bytes:
-    """A digest of a sample's files. Raises KamimError if they cannot be used."""
+    """Returns a digest of a sample's files. Raises KamimError if they are invalid."""
     digest = hashlib.sha256(folder.images[index].encode(errors="surrogateescape"))
 
     def hashed(parse: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:

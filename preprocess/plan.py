@@ -1,4 +1,4 @@
-"""Planning a job: which components a finished store already has, and which must be built from shards."""
+"""Plans a job: the components that a finished store already has, and those that must be built from shards."""
 
 import hashlib
 import importlib.util
@@ -26,11 +26,11 @@ from preprocess.workspace import Workspace
 
 SHARD_SIZE = 128
 SMALL = 96  # px: images whose sides are all shorter are stored raw by default
-LOOKED_AT = 8  # images that are decoded to find out whether a source has small images
+LOOKED_AT = 8  # images that are decoded to detect whether a source has small images
 DEFAULTS: dict[str, Any] = {
     "fingerprint": "stat", "quality": 90, "resize": "bicubic", "resolution": 192, "crop_scale": (0.67, 1.0)
 }  # fmt: skip
-IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # of these, a store never changes
+IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # these never change in a store
 REMEDY = "put it right with `kamim store verify {} --repair`"
 
 
@@ -39,11 +39,11 @@ def make_job(
     images: str = "auto", fingerprint: str | None = None, encoding: store.Encoding | Literal["auto"] | None = None,
     quality: int | None = None, resolution: int | None = None, crop_scale: tuple[float, float] | None = None,
 ) -> Job:  # fmt: skip
-    """Checks the parameters and fills in those not given: what `out`, begun or finished, has already, or DEFAULTS.
+    """Checks the parameters; missing ones come from `out`, begun or finished, or from DEFAULTS.
 
-    images: ffcv, zarr, or auto: what `out` has if it holds the encoding, else ffcv if it imports and does, else zarr.
-    encoding: None is what `out` has, else auto; auto is raw for small images (see is_small), else jpeg.
-    Raises KamimError naming the parameter, its value and what is allowed.
+    images: ffcv, zarr, or auto: as in `out` if it holds the encoding, else ffcv if it imports and holds it, else zarr.
+    encoding: None means as in `out`, else auto; auto is raw for small images (see is_small), else jpeg.
+    Raises KamimError naming the parameter, its value and the allowed values.
     """
     before = None if out is None else _job_at(Workspace(out))
     given = {
@@ -67,9 +67,9 @@ def make_job(
 
 
 def is_small(source: Source, stored_area: float) -> bool:
-    """Whether the source's images, judged by a few of them, are below SMALL and not shrunk in the store.
+    """Returns whether the source's images, judged by a few of them, are below SMALL and not shrunk in the store.
 
-    As JPEG such images lose much: CIFAR-10's come back at 28 to 32 dB, and the weights W of their crops correlate by
+    Such images lose much as JPEG: CIFAR-10's come back at 28 to 32 dB, and the weights W of their crops correlate by
     0.63 with those of the originals.
     """
     sizes = []
@@ -89,7 +89,7 @@ def _job_at(space: Workspace) -> Job | None:
 
 
 def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
-    """Raises KamimError for the first parameter that is not allowed."""
+    """Raises KamimError for the first invalid parameter."""
     for name in detectors:
         detector(name)
         if name == store.IMAGES or not name.isidentifier():
@@ -118,15 +118,15 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """A job on its source, and how much of it a finished store has already."""
+    """A job on its source, and the components that a finished store already has."""
 
     job: Job
     source: Source
     source_hashes: np.ndarray  # of the source, see preprocess.fingerprint
     store: Manifest | None  # the finished store
-    changed: str  # parameters that are not the finished store's or the begun job's, in words
-    keep: tuple[str, ...]  # components taken over as they are
-    make: tuple[str, ...]  # components joined from shards
+    changed: str  # parameters that differ from the finished store's or the begun job's, as text
+    keep: tuple[str, ...]  # components taken over unchanged
+    make: tuple[str, ...]  # components to join from shards
 
     @property
     def done(self) -> bool:
@@ -160,7 +160,7 @@ class BuildPlan:
 def plan_build(
     job: Job, source: Source, space: Workspace, progress: fingerprint.Progress = lambda done, total: None
 ) -> BuildPlan:
-    """Compares the job with the finished store and the unfinished job, whose detectors it keeps.
+    """Compares the job with the finished store and the unfinished job, whose detectors are kept.
 
     Raises KamimError if `space` belongs to another data set, and if the source has changed.
     """
@@ -170,7 +170,7 @@ def plan_build(
         _refuse_other(existing, job, space.out)
     if finished is not None:
         store.Store(space.out).check_files()
-        for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan trusts them
+        for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan relies on them
             if store.checksum(file) != finished.checksums[file.name]:
                 raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
@@ -203,7 +203,7 @@ def _refuse_other(existing: Job, job: Job, out: Path) -> None:
 
 
 def _changes(before: Sequence[Job], job: Job) -> str:
-    """Returns in words the parameters of components that changed."""
+    """Returns the changed parameters of components as text."""
     now = {name: value for component in job.components for name, value in job.recipe(component).items()}
     changes = [
         f"{name} {getattr(existing, name)} becomes {value}"

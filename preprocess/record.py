@@ -1,6 +1,6 @@
-"""What a store keeps of one image: the image, usually shrunk, and its keypoints on its canonical frames.
+"""The record of one image in a store: the image, usually shrunk, and its keypoints on its canonical frames.
 
-A component's share of any number of images is its rows: named arrays, joined along their first axis.
+A component stores any number of images as rows: named arrays, joined along their first axis.
 
     images      data uint8 [bytes], length int64 [N], size int64 [N, 2] (height, width) as stored, label int64 [N]
     detectors   positions uint16 [K, 2], an image's frames' one after the other; counts int64 [N, V, groups], see
@@ -22,13 +22,13 @@ from preprocess.resize import resize_antialiased, resize_plain
 
 Rows = dict[str, np.ndarray]
 
-ORIGINAL_QUALITY = 95  # JPEG quality, without chroma subsampling, of originals that are no plain JPEG files
+ORIGINAL_QUALITY = 95  # JPEG quality, without chroma subsampling, of originals that are not plain JPEG files
 
 
 def record(
     job: Job, data: bytes | np.ndarray, rgb: np.ndarray, label: int, components: Sequence[str], key: str = ""
 ) -> dict[str, Rows]:
-    """Returns the rows of one image, by component. data: as its source gives it; rgb: decoded, uint8 [H, W, 3].
+    """Returns the rows of one image, by component. data: from the source; rgb: decoded, uint8 [H, W, 3].
 
     key: its path within the source, for detectors that take it.
     """
@@ -85,7 +85,7 @@ def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[n
 def original(data: bytes | np.ndarray, rgb: np.ndarray) -> np.ndarray:
     """Returns the bytes of a plain JPEG file unchanged; pixels of anything else (PNG, CMYK) as JPEG: uint8 [n].
 
-    JPEG at quality 95 without chroma subsampling keeps stores of one kind: every image of theirs is a JPEG.
+    Converting at quality 95 without chroma subsampling keeps stores uniform: each of their images is a JPEG.
     """
     plain = isinstance(data, bytes) and decode_plain_jpeg(data) is not None
     jpeg = (
@@ -102,7 +102,7 @@ def stored_pixels(job: Job, rgb: np.ndarray) -> np.ndarray:
 
 
 def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
-    """Returns the bytes that stand for pixels of the stored size, in the job's encoding: uint8 [n]."""
+    """Encodes pixels of the stored size in the job's encoding: uint8 [n]."""
     if job.encoding == "raw":
         return pixels.reshape(-1)
     if job.encoding == "yuv420":
@@ -112,7 +112,7 @@ def encoded(job: Job, pixels: np.ndarray) -> np.ndarray:
 
 
 def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the canonical frames on which a detector runs."""
+    """Returns the (height, width) of the canonical frames on which a detector runs."""
     return geometry.canonical_frames(*rgb.shape[:2], job.resolution, job.crop_scale, detector(name).frames)
 
 

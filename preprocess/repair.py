@@ -1,4 +1,4 @@
-"""Rebuilds the damaged shards of a store, and publishes the store as it was, bit for bit."""
+"""Rebuilds the damaged shards of a store and publishes the original store again, bit for bit."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ from preprocess.workspace import Workspace
 def repair(
     path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
 ) -> list[Problem]:  # fmt: skip
-    """Repairs the files of a store; returns the faults they had. source: lists a job's source, if needed.
+    """Repairs the files of a store and returns their faults. source: lists a job's source, if needed.
 
-    Raises KamimError if neither the store nor the source has enough to restore it; and Stopped.
+    Raises KamimError if neither the store nor the source is sufficient to restore it; and Stopped.
     """
     space = Workspace(path)
     with space.locked(), stopping():
@@ -67,7 +67,7 @@ def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: 
         before = fingerprint.from_file(stored)
         if len(before) != len(source_hashes):
             fingerprint.refuse_change(before, source_hashes, source, path)
-        source_hashes = before  # a copied source will do, if the same bytes come of it
+        source_hashes = before  # a copied source suffices if it gives the same bytes
     make = tuple(component for component in job.components if component in broken)
     keep = tuple(component for component in job.components if component not in broken)
     return BuildPlan(job, source, source_hashes, manifest, "", keep, make)
@@ -92,7 +92,7 @@ def _rebuild(plan: BuildPlan, space: Workspace, workers: int, progress: Progress
 
 
 def _salvage(opened: Store, component: str, folder: Path) -> int:
-    """Writes the whole ones of a damaged component's shards; returns how many they are."""
+    """Writes the intact shards of a damaged component and returns their number."""
     try:
         shard = take_apart(opened, component)
     except DAMAGE:

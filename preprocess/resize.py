@@ -1,8 +1,8 @@
-"""The two ways in which preprocessing resizes an image: one for what is stored, one for what keypoints are found on.
+"""The two resizing methods of preprocessing: one for stored images, one for the frames of keypoint detection.
 
-Stored images are made small with antialiasing, so that crops of them look as torchvision's antialiased crops of the
-original do. Keypoints are found on frames made small without it, because the released code finds them on crops that
-are resized without it, and FAST in particular finds fewer keypoints on smoother pixels.
+Stored images are downsampled with antialiasing, so that crops of them look like torchvision's antialiased crops of
+the original. Frames are downsampled without it, because the released code detects keypoints on crops that are
+resized without it, and FAST in particular finds fewer keypoints on smoother pixels.
 """
 
 import cv2
@@ -23,8 +23,8 @@ def resize_plain(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_antialiased(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes uint8 [H, W, 3] to size (height, width): bicubic with antialiasing.
 
-    The filter is Pillow's and torchvision's (Keys' cubic, a = -0.5, stretched by the scale where it shrinks); the sum
-    is rounded once, at the end, where Pillow rounds between the two directions as well.
+    The filter is Pillow's and torchvision's (Keys' cubic, a = -0.5, stretched by the scale if it shrinks); the sum is
+    rounded once, at the end, whereas Pillow also rounds between the two directions.
     """
     if pixels.shape[:2] == size:
         return pixels
@@ -33,7 +33,7 @@ def resize_antialiased(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @kernel
 def _cubic(x):
-    """Keys' cubic convolution kernel with a = -0.5."""
+    """Evaluates Keys' cubic convolution kernel with a = -0.5."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -44,7 +44,7 @@ def _cubic(x):
 
 @kernel
 def _taps(length, out_length):
-    """Which of `length` source samples make each output sample: first, count int64 [n], weights float32 [n, most]."""
+    """Returns the source samples of each output sample: first, count int64 [n], weights float32 [n, most]."""
     scale = length / out_length
     stretch = max(scale, 1.0)
     first, count = np.empty(out_length, np.int64), np.empty(out_length, np.int64)
@@ -63,7 +63,7 @@ def _taps(length, out_length):
 
 @kernel
 def _weighted_sum(rows, first, count, weights, out):
-    """Adds up count rows from rows[first] on: out float32 [n] = sum of weights[k] * rows[first + k]."""
+    """Writes the sum of weights[k] * rows[first + k], k < count, to out, float32 [n]."""
     out[:] = 0
     for k in range(count):
         weight, row = weights[k], rows[first + k]

@@ -1,4 +1,4 @@
-"""One shard: an idempotent task that reads its images and leaves one file per component, named by its own checksum."""
+"""One shard: an idempotent task that reads its images and writes one file per component, named by its own checksum."""
 
 import hashlib
 import json
@@ -20,25 +20,25 @@ from preprocess.decode import Undecodable, decode
 from preprocess.record import Rows, join, record
 from preprocess.sources import Item, Read, printable
 
-Reject = Sequence[str]  # a file, and why it could not be read
+Reject = Sequence[str]  # a file, and the reason why it could not be read
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to make, anywhere: what travels to a worker process or another machine."""
+    """A shard to build, as sent to a worker process or another machine."""
 
     job: Job
     number: int
     items: Sequence[Item]
     read: Read
-    folders: Mapping[str, Path]  # of the components to make
+    folders: Mapping[str, Path]  # folders of the components to build
     strict: bool
 
 
 def run_shard(task: ShardTask) -> dict[str, str]:
-    """Makes the shard; returns its files' names, by component.
+    """Builds the shard and returns its files' names, by component.
 
-    Raises KamimError for another OpenCV than the job's and, with strict, for an unreadable image.
+    Raises KamimError if OpenCV's version is not the job's and, with strict, for an unreadable image.
     """
     cv2.setNumThreads(1)
     if cv2.__version__ != task.job.opencv:
@@ -64,7 +64,7 @@ def run_shard(task: ShardTask) -> dict[str, str]:
 
 
 def unreadable(error: OSError | Undecodable) -> str:
-    """Returns in one line why an image could not be read."""
+    """Returns the reason why an image could not be read, in one line."""
     return one_line(f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else error)
 
 

@@ -1,4 +1,4 @@
-"""Whether a store is what was written."""
+"""Verifies that a store is intact."""
 
 import hashlib
 import os
@@ -23,22 +23,22 @@ DAMAGED, MISSING, STRANGE, LINK = "damaged", "missing", "not in the manifest", "
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file of a store (its path within it), or with a component."""
+    """A fault of a file of a store (its path within it), or of a component."""
 
     where: str
     what: str
 
 
 def problems(path: Path, deep: bool = False) -> list[Problem]:
-    """Returns everything that is wrong with the store at `path`.
+    """Returns all faults of the store at `path`.
 
-    deep: every image is decoded, every keypoint looked at, and every shard compared with its checksum in the manifest.
+    deep: every image is decoded, every keypoint checked, and every shard compared with its checksum in the manifest.
     Raises KamimError if there is no store, or one that this version cannot read.
     """
     content = store.agreed_manifest(path)
     if content is None:
         if not any((path / name).exists() for name in SEALED):
-            store.read_manifest(path)  # raises that there is no store
+            store.read_manifest(path)  # raises if there is no store
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
     manifest = store.parse_manifest(content, path)
     faults = [*_of_manifest(path, content), *_of_files(path, manifest)]
@@ -117,7 +117,7 @@ def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: in
 
 
 def _of_jpeg(images: ImageReader, index: int) -> Iterator[Problem]:
-    """Yields what keeps the loader from decoding an image, which it does as strictly."""
+    """Yields the faults that prevent the loader, which is as strict, from decoding an image."""
     try:
         pixels = decode_plain_jpeg(images.data(index).tobytes())
     except Undecodable as error:

@@ -44,8 +44,8 @@ class Workspace:
     def locked(self, shared: bool = False) -> Iterator[None]:
         """Locks `out` in the context; with shared, only against processes that do not share.
 
-        An interrupted publication is completed first. Raises KamimError if another process works, and if
-        `out` or its partial state is somebody else's.
+        An interrupted publication is completed first. Raises KamimError if another process is working, and if
+        `out` or its partial state belongs to something else.
         """
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Workspace:
             yield
 
     def refuse_strangers(self) -> None:
-        """Raises KamimError if `out` or its partial state is somebody else's."""
+        """Raises KamimError if `out` or its partial state belongs to something else."""
         known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
         if self.partial.exists() and not self.job_file.exists():  # ours if it is the rest of one being removed
             strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
@@ -83,7 +83,7 @@ class Workspace:
         return store.read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
-        """Returns the job of the partial state. Raises KamimError if it is no job that this kamim knows."""
+        """Returns the job of the partial state. Raises KamimError if this version does not know the job."""
         if not self.job_file.exists():
             return None
         try:
@@ -122,7 +122,7 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self) -> None:
-        """Gives the assembled store the final name, in place of the one that had it, and clears up."""
+        """Renames the assembled store to the final name, replacing the existing one, and cleans up."""
         store.make_durable(self.store)
         if self.out.exists():
             self.out.rename(self.replaced)

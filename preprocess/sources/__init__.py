@@ -1,4 +1,4 @@
-"""Where images come from. A data set is one function that lists it, and one line in SOURCES."""
+"""Sources of images. A data set is one function that lists it, and one line in SOURCES."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,7 +29,7 @@ SPLITS = ("train", "val")
 
 
 def list_source(dataset: str, source: Path | None, split: str) -> Source:
-    """Lists a data set. Raises KamimError for an unknown data set or split, or a source that is not one."""
+    """Lists a data set. Raises KamimError for an unknown data set or split, or an invalid source."""
     if dataset not in SOURCES:
         raise KamimError(f"data set {dataset!r}: must be one of {', '.join(SOURCES)}")
     if split not in SPLITS:
@@ -45,7 +45,7 @@ def list_source(dataset: str, source: Path | None, split: str) -> Source:
 
 
 def download(dataset: str, folder: Path | None) -> None:
-    """Fetches a data set into a folder, where it is not there yet. Raises KamimError if that cannot be."""
+    """Downloads a data set into a folder unless it exists. Raises KamimError if that is not possible."""
     if dataset not in cifar.CIFARS:
         raise KamimError(f"download: {dataset} is not fetched, only {', '.join(cifar.CIFARS)}")
     if folder is None:

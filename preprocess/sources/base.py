@@ -1,4 +1,4 @@
-"""What a source of images is, and the checks that all of them share."""
+"""The type of a source of images, and the checks that all sources share."""
 
 import errno
 import os
@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from kamim import KamimError
-from kamim.storage.escape import printable as printable  # what the sources name comes from outside
+from kamim.storage.escape import printable as printable  # names from sources are untrusted
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-MAX_FILE_BYTES = 1 << 28  # of one encoded image; a larger one is refused before it is read
+MAX_FILE_BYTES = 1 << 28  # limit of an encoded image, checked before it is read
 MAX_CLASSES = 1_000_000
 CHANGED = "changed since it was listed"
-SHOWN = 5  # names in a line
+SHOWN = 5  # names per line
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image: its key within the source, its label (-1: none), its size in bytes (0: not a file).
 
-    time: when its file last changed, in ns since 1970 (0: not a file). In memory: 0.2 to 0.3 kB, the key included.
+    time: when its file last changed, in ns since 1970 (0: not a file). It takes 0.2 to 0.3 kB of memory, key included.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Member(Item):
-    """An image that lies in a larger file: which file, and the byte or row where it begins (-1: cannot be read)."""
+    """An image within a larger file: the file, and the byte or row where it begins (-1: cannot be read)."""
 
     file: str = ""
     at: int = 0
@@ -48,9 +48,9 @@ Read = Callable[[Item], bytes | np.ndarray]
 class Source:
     """A listed data set. read(item) returns the bytes of an image file, or RGB pixels, uint8 [H, W, 3].
 
-    read raises OSError if an item cannot be read. It travels to worker processes, so it holds next to nothing.
+    read raises OSError if an item cannot be read. It is sent to worker processes, so it holds little state.
     skipped: the number of files in the folders of images that are not taken as images, by their kind.
-    remark: a sentence on what was listed, or "".
+    remark: a sentence about the listing, or "".
     """
 
     location: str
@@ -61,7 +61,7 @@ class Source:
     remark: str = ""
 
     def summary(self) -> list[str]:
-        """Returns what was listed as lines: images, classes by name, files that are skipped."""
+        """Returns the listing as lines: images, classes by name, skipped files."""
         names = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
         classes = f"{len(self.classes):,} {plural(len(self.classes), 'class', 'classes')} ({names})"
         images = f"{len(self.items):,} {plural(len(self.items), 'image')}"
@@ -75,7 +75,7 @@ class Source:
 
 
 def plural(count: int, one: str, many: str = "") -> str:
-    """Returns the noun that goes with a count; many: its plural if that is not `one` with an s."""
+    """Returns the noun for a count; many: its plural if that is not `one` with an s."""
     return one if count == 1 else many or f"{one}s"
 
 
@@ -86,13 +86,13 @@ def kind_of(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as an image's."""
+    """Returns whether a file's name has the suffix of an image."""
     _, dot, suffix = name.rpartition(".")
     return dot + suffix.lower() in SUFFIXES
 
 
 def existing(source: Path | None, dataset: str) -> Path:
-    """SOURCE as an absolute folder. Raises KamimError if it is missing."""
+    """Returns SOURCE as an absolute folder. Raises KamimError if it is missing."""
     if source is None:
         raise KamimError(f"{dataset}: needs source=DIR, the folder of its images")
     if not source.is_dir():
@@ -101,7 +101,7 @@ def existing(source: Path | None, dataset: str) -> Path:
 
 
 def check_size(size: int) -> None:
-    """Raises OSError for an encoded image that is larger than any image is."""
+    """Raises OSError for an encoded image above MAX_FILE_BYTES."""
     if size > MAX_FILE_BYTES:
         raise OSError(errno.EFBIG, f"{size} bytes are more than the limit of {MAX_FILE_BYTES}")
 
@@ -125,7 +125,7 @@ def read_whole(file: str | Path) -> bytes:
 
 
 def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and a label per image, from what a data set says of each: class n is called n, names are sorted.
+    """Returns class names, and a label per image, from a data set's labels: class n is named n, names are sorted.
 
     Raises KamimError if only some images have a label, or numbers and names are mixed.
     """
@@ -143,7 +143,7 @@ def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[
     return tuple(map(str, range(max(numbers) + 1))), numbers
 
 
-# The names that Hugging Face's hub knows for splits in file and folder names.
+# The names that the Hugging Face hub recognises for splits in file and folder names.
 _SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|eval|evaluation))"
     r"(?![a-z])"
@@ -151,7 +151,7 @@ _SPLIT = re.compile(
 
 
 def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
-    """The files, sorted, whose name or folder names the split; all of them if none names any.
+    """Returns the files, sorted, whose name or folder names the split; all of them if none names any.
 
     `val` means the test files if no file is named for validation.
     Raises KamimError if files name other splits only.

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 (fine labels), https://www.cs.toronto.edu/~kriz/cifar.html, binary version.
 
-An archive, or the folder it makes; val is the official test set. Images are 32x32 pixels, not files. A process that
-reads them holds the split's pixels, 154 MB for train, as archives cannot be sought in. The python version is not read:
-it is pickles, which can run code or hang their reader.
+The source is an archive or its unpacked folder; val is the official test set. Images are 32x32 pixels, not files. A
+process that reads them holds the split's pixels, 154 MB for train, as archives are not seekable. The python version
+is not read: it consists of pickles, which can run code or hang their reader.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Cifar:
     folder: str  # in the archive
     names: str  # the file of class names
     batches: Mapping[str, tuple[str, ...]]  # by split
-    label_bytes: int  # before an image's pixels; the last one counts
+    label_bytes: int  # bytes before an image's pixels; the last one is the label
 
 
 CIFARS = {
@@ -63,9 +63,9 @@ CIFARS = {
 
 
 def list_images(dataset: str, source: Path | None, split: str) -> Source:
-    """The archive in SOURCE, or the folder it makes; both give the same source.
+    """Lists the archive in SOURCE or its unpacked folder; both give the same source.
 
-    Raises KamimError if there is neither, and for one that is damaged or not the published one.
+    Raises KamimError if neither exists, and for one that is damaged or not the published one.
     """
     root = existing(source, dataset)
     what = CIFARS[dataset]
@@ -93,7 +93,7 @@ def _read(dataset: str, split: str, item: Item) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _load(dataset: str, place: str, split: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Class names, labels [N], pixels uint8 [N, 32, 32, 3] of a split."""
+    """Returns class names, labels [N] and pixels uint8 [N, 32, 32, 3] of a split."""
     what = CIFARS[dataset]
     batches = what.batches[split]
     try:
@@ -119,7 +119,7 @@ def _files(place: Path, what: Cifar, names: tuple[str, ...]) -> dict[str, bytes]
 
 
 def _records(data: bytes, name: str, what: Cifar, count: int) -> np.ndarray:
-    """A batch's records of label bytes and pixels, one channel after the other: uint8 [count, bytes of a record]."""
+    """Returns a batch's records: label bytes, then pixels channel by channel, uint8 [count, bytes of a record]."""
     size = what.label_bytes + PIXELS
     if len(data) != count * size:
         raise KamimError(f"{name} has {len(data)} bytes, not {count} records of {size}")
@@ -127,9 +127,9 @@ def _records(data: bytes, name: str, what: Cifar, count: int) -> np.ndarray:
 
 
 def download(dataset: str, folder: Path) -> None:
-    """Fetches the archive into a folder, unless it or its unpacked folder exists.
+    """Downloads the archive into a folder, unless it or its unpacked folder exists.
 
-    Raises KamimError if it cannot be fetched, or is not the published one.
+    Raises KamimError if the download fails or is not the published archive.
     """
     what = CIFARS[dataset]
     if any((folder / name).exists() for name in (what.folder, what.archive)):

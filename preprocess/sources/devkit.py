@@ -1,7 +1,7 @@
-"""Prints what meta.mat of ImageNet's devkit says: a JSON object from ILSVRC2012_ID to WordNet id.
+"""Prints the classes in meta.mat of ImageNet's devkit: a JSON object from ILSVRC2012_ID to WordNet id.
 
-A script that `imagenet` runs in a process of its own, as scipy's reader of MATLAB files crashes on damaged ones. The
-classes are the synsets without children (the devkit's readme).
+The module `imagenet` runs this script in a separate process, as scipy's reader of MATLAB files crashes on damaged
+ones. The classes are the synsets without children (the devkit's readme).
 """
 
 import io

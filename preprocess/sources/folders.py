@@ -1,4 +1,4 @@
-"""Folders of image files."""
+"""Lists folders of image files."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ from pathlib import Path, PurePosixPath
 from kamim import KamimError
 from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, kind_of, printable, read_whole
 
-# Folders of a split, the one that is taken first.
+# Folders of a split, in order of preference.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
-BESIDE = "beside the class folders"  # images that have no class
+BESIDE = "beside the class folders"  # images without a class
 
 
 def list_images(source: Path | None, split: str) -> Source:
     """Lists class folders (class = folder name, sorted), or one flat folder of images without labels.
 
     If all folders with images are named as splits, such as train and val, it lists the folder of the split.
-    A folder without any image in it is no class; torchvision's ImageFolder refuses it.
+    A folder without any image is not a class; torchvision's ImageFolder rejects it.
     Raises KamimError for a missing source, for one without images, and for one that only has folders of other splits.
     """
     root = existing(source, "imagefolder")
@@ -49,7 +49,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 
 def _on_nested_folders(items: list[Item]) -> str:
-    """Says which images lie in folders within a class folder, which some data sets mean as classes; otherwise ""."""
+    """Returns a remark on images in folders within a class folder, which some data sets mean as classes; else ""."""
     nested = [PurePosixPath(item.key).parent for item in items if item.key.count("/") > 1]
     if not nested:
         return ""
@@ -76,7 +76,7 @@ def listed_folder(root: Path, classes: list[str], items: list[Item], skipped: Co
 
 
 def subfolders(root: Path) -> list[str]:
-    """Names of the folders in a folder, and of links to folders, sorted."""
+    """Returns the names of the folders in a folder, including links to folders, sorted."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
 
 
@@ -112,9 +112,9 @@ def _refuse(error: OSError) -> None:
 
 
 def file_item(root: str, key: str, label: int) -> Item | None:
-    """The item of a file; None if it is no image, or a pipe or device, which would block a reader.
+    """Returns the item of a file, or None if it is not an image, or is a pipe or device, which would block a reader.
 
-    What cannot be looked at, such as a dangling link, is listed, and rejected when it is read.
+    A path that cannot be accessed, such as a dangling link, is listed, and rejected when it is read.
     """
     if not is_image(key):
         return None
@@ -126,7 +126,7 @@ def file_item(root: str, key: str, label: int) -> Item | None:
 
 
 def read_file(root: str, item: Item) -> bytes:
-    """Returns the bytes of an image file. Raises OSError as read_whole does, and where its size is not as listed."""
+    """Returns the bytes of an image file. Raises OSError as read_whole does, and if its size is not as listed."""
     data = read_whole(f"{root}/{item.key}")
     if len(data) != item.size:
         raise OSError(errno.EBUSY, CHANGED)

@@ -1,6 +1,6 @@
-"""Reads all metadata of parquet files, whose names it gets on standard input; prints a dot for each.
+"""Reads all metadata of parquet files, whose names come from standard input, and prints a dot for each.
 
-A script that `huggingface` runs in a process of its own first, as pyarrow aborts on some damaged metadata.
+The module `huggingface` first runs this script in a separate process, as pyarrow aborts on some damaged metadata.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ import sys
 
 
 def main() -> None:
-    """Reads the names, with a zero byte between two of them."""
+    """Reads the names, which are separated by zero bytes."""
     import pyarrow.parquet as pq
 
     for file in sys.stdin.buffer.read().split(b"\0"):
-        with contextlib.suppress(Exception):  # which comes again where the file is listed
+        with contextlib.suppress(Exception):  # raised again when the file is listed
             metadata = pq.ParquetFile(os.fsdecode(file)).metadata
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 for column in range(group.num_columns):

@@ -1,7 +1,7 @@
 """Hugging Face data sets: a folder that `save_to_disk` wrote (Arrow), or parquet files, with a column of images.
 
 An image is a struct of its file's bytes and its name, or the bytes alone (https://huggingface.co/docs/datasets).
-Which columns hold images and labels is in the schema's metadata, if `datasets` wrote it, else told by names and types.
+The schema's metadata names the columns of images and labels, if `datasets` wrote it; otherwise names and types do.
 A thread that reads them keeps two row groups of images.
 """
 
@@ -42,13 +42,13 @@ class _Table(Protocol):
     """A file of rows, in groups."""
 
     schema: Any
-    rows: list[int]  # of each group
+    rows: list[int]  # rows of each group
 
     def column(self, group: int, name: str) -> Any:
-        """A pyarrow array of a column, or of a field of a struct. Raises pyarrow.ArrowInvalid for a damaged one."""
+        """Returns a pyarrow array of a column, or of a struct's field. Raises pyarrow.ArrowInvalid if damaged."""
 
     def bytes(self, group: int, name: str) -> int:
-        """How many bytes a column has in a group."""
+        """Returns the number of bytes of a column in a group."""
 
 
 class _Arrow:
@@ -86,7 +86,7 @@ class _Parquet:
 
 
 def _column(rows: Any, name: str) -> Any:
-    """A column, or a field of a struct, of a RecordBatch or Table, validated: pyarrow trusts the offsets it reads."""
+    """Returns a validated column, or struct's field, of a RecordBatch or Table: pyarrow trusts the offsets it reads."""
     import pyarrow.compute as pc
 
     top, _, field = name.partition(".")
@@ -102,14 +102,14 @@ class _Columns(NamedTuple):
 
 
 class _Held(threading.local):
-    """What a thread has open: threads read in different places, and would close each other's row groups."""
+    """The open files of a thread: threads read in different places, and would close each other's row groups."""
 
     def __init__(self) -> None:
         self.table = lru_cache(maxsize=8)(_opened)
         self.images = lru_cache(maxsize=2)(self._images)
 
     def _images(self, file: str, group: int, column: str) -> tuple[Any, int]:
-        """The images of a row group, and the mean of their sizes."""
+        """Returns the images of a row group, and the mean of their sizes."""
         table = self.table(file)
         return table.column(group, column), _mean_size(table, group, column)
 
@@ -128,9 +128,9 @@ _held = _Held()
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """SOURCE is the folder. Its files of the split are those whose name or folder says so, else all.
+    """Lists the folder SOURCE: the files whose name or folder names the split, else all files.
 
-    An item's size is the mean of its row group. Raises KamimError for files that are damaged, or hold no column of
+    An item's size is the mean of its row group. Raises KamimError for files that are damaged or have no column of
     images, or several; and without pyarrow.
     """
     if importlib.util.find_spec("pyarrow") is None:
@@ -162,7 +162,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Parquet files below a folder, and the Arrow files that a state.json names (others are caches)."""
+    """Yields parquet files below a folder, and the Arrow files that a state.json names (others are caches)."""
     for parent, _, names in os.walk(root):
         below = Path(parent).relative_to(root)
         held = [name for name in names if name.endswith(".parquet") and Path(parent, name).is_file()]
@@ -172,7 +172,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _saved(state: Path) -> list[str]:
-    """The file names in a state.json. Raises KamimError for names that lead elsewhere."""
+    """Returns the file names in a state.json. Raises KamimError for names that lead elsewhere."""
     try:
         held = json.loads(read_whole(state))
         names = [str(file["filename"]) for file in held["_data_files"]]
@@ -187,7 +187,7 @@ def _saved(state: Path) -> list[str]:
 
 
 def _check_footers(files: Sequence[Path]) -> None:
-    """Raises KamimError for the first parquet file whose metadata ends the process that reads them."""
+    """Raises KamimError for the first parquet file whose metadata crashes the process that reads it."""
     if not files:
         return
     names = b"\0".join(os.fsencode(file) for file in files)
@@ -222,7 +222,7 @@ def _columns(schema: Any) -> _Columns:
 
 
 def _features(metadata: bytes) -> dict[str, Any]:
-    """What `datasets` noted of each column. Raises KamimError for metadata of another form."""
+    """Returns the features that `datasets` recorded of each column. Raises KamimError for metadata of another form."""
     try:
         features = (json.loads(metadata).get("info") or {}).get("features") or {}
     except (ValueError, AttributeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""ImageNet, ILSVRC2012, as published on image-net.org and on Kaggle. Classes are its WordNet ids, sorted.
+"""ImageNet, ILSVRC2012, as published on image-net.org and on Kaggle. The classes are its WordNet ids, sorted.
 
 Train and val have the same labels in every layout. A class folder counts even when it is empty, as the other split
 may have images of that class.
@@ -28,9 +28,9 @@ _CLASS_TAR = re.compile(r"(?:.*/)?(n\d+)\.tar")
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """SOURCE/<split>/<wnid>/*.JPEG, also below ILSVRC/Data/CLS-LOC; or SOURCE/ILSVRC2012_img_<split>.tar.
+    """Lists SOURCE/<split>/<wnid>/*.JPEG, also below ILSVRC/Data/CLS-LOC, or SOURCE/ILSVRC2012_img_<split>.tar.
 
-    Flat validation images, in a folder or the tar, need their classes beside them: LOC_val_solution.csv, or
+    Flat validation images, in a folder or the tar, need their classes next to them: LOC_val_solution.csv, or
     ILSVRC2012_devkit_t12, as folder or .tar.gz. Raises KamimError for anything else.
     """
     root = existing(source, "imagenet")
@@ -64,7 +64,7 @@ def _flat(root: Path, folder: Path, split: str) -> Source:
 
 
 def _train_tar(file: Path) -> Source:
-    """A tar of one tar per class. The same items, in the same order, as the class folders it makes."""
+    """Lists a tar of one tar per class: the same items, in the same order, as its class folders give."""
     tar = Tar(file)
     inner = {match[1]: entry for entry in tar.entries() if (match := _CLASS_TAR.fullmatch(entry.name))}
     wnids = sorted(inner)
@@ -86,7 +86,7 @@ def _val_tar(root: Path, file: Path) -> Source:
 
 
 def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
-    """The classes, and a function from a validation image's file name to its label, which may raise ValueError."""
+    """Returns the classes, and a function from a validation image's name to its label, which may raise ValueError."""
     if (root / KAGGLE_TRUTH).is_file():
         file, truth = KAGGLE_TRUTH, _kaggle_truth(root / KAGGLE_TRUTH)
         classes = sorted(set(truth.values()))
@@ -114,7 +114,7 @@ def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:
 
 
 def _kaggle_truth(file: Path) -> dict[str, str]:
-    """Lines "image,wnid box wnid box ..." under a heading, of Kaggle's ImageNet challenge."""
+    """Parses lines "image,wnid box wnid box ..." below a heading, of Kaggle's ImageNet challenge."""
     lines = read_whole(file).decode(errors="surrogateescape").splitlines()[1:]
     pairs = (line.partition(",") for line in lines)
     truth = {image: boxes.partition(" ")[0] for image, _, boxes in pairs}
@@ -124,7 +124,7 @@ def _kaggle_truth(file: Path) -> dict[str, str]:
 
 
 def _devkit_truth(where: str, files: list[bytes]) -> tuple[list[str], dict[str, str]]:
-    """The classes, and each image's class: line n of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>."""
+    """Returns the classes and each image's class: line n of the truth is the ILSVRC2012_ID of ILSVRC2012_val_<n>."""
     meta, truth = files
     try:
         read = subprocess.run(

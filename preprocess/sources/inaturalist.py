@@ -12,7 +12,7 @@ from preprocess.sources.base import Item, Source, existing, is_image, printable
 from preprocess.sources.folders import images_below, listed_folder, subfolders
 from preprocess.sources.tars import Entry, Tar, read_member
 
-PLACES = {  # as the archives are named, and as torchvision names them
+PLACES = {  # names of the archives, and of torchvision
     "train": ("train", "2021_train", "train_mini", "2021_train_mini"),
     "val": ("val", "2021_valid"),
 }
@@ -20,9 +20,9 @@ _CATEGORY = re.compile(r"(\d{5})_\w.*")
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """SOURCE itself, if it holds category folders, such as .../train_mini; else a folder or .tar of the split in it.
+    """Lists SOURCE, if it holds category folders, such as .../train_mini; else a folder or .tar of the split in it.
 
-    train_mini is taken where train is not there. An archive must be decompressed, as it cannot be sought in: zcat
+    train_mini is used if train does not exist. An archive must be decompressed, as it is not seekable: zcat
     train.tar.gz > train.tar. Raises KamimError for anything else.
     """
     root = existing(source, "inaturalist2021")
@@ -47,7 +47,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 
 def _tar(file: Path) -> Source:
-    """The same items, in the same order, as the folders the tar makes."""
+    """Lists a tar: the same items, in the same order, as the folders it unpacks to."""
     tar = Tar(file)
     by_category: dict[str, dict[str, Entry]] = {}
     for entry in tar.entries():

@@ -1,6 +1,6 @@
 """Places365-Standard, http://places2.csail.mit.edu/download.html: folders of images and the official lists of them.
 
-The lists' lines are "path label"; the folders are named as the archives name them, or as torchvision's Places365 does.
+The lists' lines are "path label"; the folders have the names of the archives or of torchvision's Places365.
 """
 
 import re
@@ -13,7 +13,7 @@ from preprocess.sources.folders import file_item, listed_folder
 
 CATEGORIES = "categories_places365.txt"
 LISTS = {"train": "places365_train_standard.txt", "val": "places365_val.txt"}
-FOLDERS = {  # the small images, 256x256 px, are taken where there are both
+FOLDERS = {  # if both sizes exist, the small images, 256x256 px, are used
     "train": ("data_256_standard", "data_256", "data_large_standard", "data_large"),
     "val": ("val_256", "val_large"),
 }
@@ -21,9 +21,9 @@ _LINE = re.compile(r"/?(?P<path>\S+) (?P<label>\d{1,4})")
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """SOURCE holds categories_places365.txt, the split's list and its images. Items are in the list's order.
+    """Lists SOURCE, which holds categories_places365.txt, the split's list and its images, in the list's order.
 
-    Raises KamimError if one of them is missing, or a list is not what it should be.
+    Raises KamimError if one of them is missing or a list is invalid.
     """
     root = existing(source, "places365")
     label_of = _pairs(root / CATEGORIES)
@@ -42,7 +42,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 
 def _pairs(file: Path) -> dict[str, int]:
-    """Lines "path label", in their order."""
+    """Parses lines "path label", in their order."""
     lines = read_whole(file).decode(errors="surrogateescape").splitlines()
     matches = [_LINE.fullmatch(line.strip()) for line in lines]
     if not lines or not all(matches):

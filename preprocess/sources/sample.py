@@ -22,13 +22,13 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 PATCHES = {"train": 150, "val": 50}  # per photograph
 PATCH_SIDES = (72, 112)
-VAL_SHARE = 1 / 3  # of the longer side; training patches come from the rest, so no pixel is in both splits
+VAL_SHARE = 1 / 3  # share of the longer side; training patches come from the rest, so no pixel is in both splits
 _SAMPLE_SEED = 0
 
 
 @lru_cache(maxsize=4)
 def photograph(name: str) -> np.ndarray:
-    """One of PHOTOGRAPHS, whole: RGB uint8 [H, W, 3]. Raises KamimError if its package is not installed."""
+    """Returns one of PHOTOGRAPHS, whole: RGB uint8 [H, W, 3]. Raises KamimError if its package is not installed."""
     package = next(package for package, names in PHOTOGRAPHS.items() if name in names)
     try:
         folder = importlib.resources.files(package)
@@ -39,7 +39,7 @@ def photograph(name: str) -> np.ndarray:
 
 
 def _patch(item: Item) -> bytes:
-    """The JPEG of one sample patch. Key: split/photograph/number."""
+    """Returns the JPEG of one sample patch. Key: split/photograph/number."""
     split, name, number = item.key.split("/")
     pixels = photograph(name)
     across = pixels.shape[1] >= pixels.shape[0]  # cut the longer side
@@ -56,7 +56,7 @@ def _patch(item: Item) -> bytes:
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """Labelled patches of photographs that scikit-image and scikit-learn ship; class = the photograph."""
+    """Lists labelled patches of photographs that scikit-image and scikit-learn ship; the class is the photograph."""
     if source is not None:
         raise KamimError(f"source = {source}: the sample data set needs none")
     photographs = [name for names in PHOTOGRAPHS.values() for name in names]

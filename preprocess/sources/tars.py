@@ -1,9 +1,9 @@
-"""Tar files, read where they lie: one walk over the headers, then members by their offsets.
+"""Tar files, read in place: one pass over the headers, then members by their offsets.
 
-Formats: v7, POSIX ustar and pax, GNU (the paxutils manual). Only headers are read while listing, none longer than
-MAX_NAMES, and nothing is ever written, so that a hostile tar costs no memory and its names lead nowhere. The standard
-library's tarfile is no substitute: it reads names of any declared size into memory, recurses for every long name that
-follows another, takes 2.4 times as long, and in Python 3.11.9 and older quadratic time for pax headers.
+Formats: v7, POSIX ustar and pax, GNU (the paxutils manual). Listing reads only headers, none longer than MAX_NAMES, and
+nothing is ever written, so a hostile tar cannot exhaust memory or write outside a folder. The standard library's
+tarfile is no substitute: it reads names of any declared size into memory, recurses for every long name that follows
+another, takes 2.4 times as long, and in Python 3.11.9 and older quadratic time for pax headers.
 """
 
 import errno
@@ -30,7 +30,7 @@ ReadAt = Callable[[int, int], bytes]  # size, offset
 
 
 class Entry(NamedTuple):
-    """A member: its name (undecodable bytes escaped), where its bytes begin (-1: not a plain file), how many."""
+    """A member: its name (undecodable bytes escaped), the offset of its bytes (-1: not a plain file), and its size."""
 
     name: str
     at: int
@@ -43,14 +43,14 @@ def _opened(file: str) -> BinaryIO:
 
 
 def _read_at(file: str, size: int, at: int) -> bytes:
-    opened = _opened(file)  # held here, so that it stays open whatever other threads open
+    opened = _opened(file)  # held here, so that it stays open while other threads open files
     return os.pread(opened.fileno(), size, at)
 
 
 def read_member(item: Item) -> bytes:
     """Returns the bytes of an image within a tar.
 
-    Raises OSError for a link or a sparse file, and where the tar was cut or replaced by one of another layout.
+    Raises OSError for a link or a sparse file, and if the tar was truncated or replaced by one of another layout.
     """
     assert isinstance(item, Member)
     if item.at < 0:
@@ -81,16 +81,16 @@ class Tar:
         self.name = printable(str(file))
 
     def entries(self, within: Entry | None = None) -> Iterator[Entry]:
-        """The members in their order, of the tar or of a tar within it. Raises KamimError for a damaged one."""
+        """Yields the members of the tar, or of a tar within it, in order. Raises KamimError for a damaged one."""
         start, stop = (0, self._size) if within is None else (within.at, within.at + within.size)
         return entries(partial(_read_at, self.file), start, stop, self.name)
 
     def member(self, key: str, label: int, entry: Entry) -> Member:
-        """The item of a member."""
+        """Returns the item of a member."""
         return Member(key, label, entry.size, self.time, self.file, entry.at)
 
     def bytes(self, entry: Entry, limit: int) -> bytes:
-        """A small member's content. Raises KamimError if it is larger than `limit`, or not a plain file."""
+        """Returns a small member's content. Raises KamimError if it is larger than `limit`, or not a plain file."""
         if entry.at < 0 or entry.size > limit:
             raise KamimError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
         return _read_at(self.file, entry.size, entry.at)
@@ -117,9 +117,9 @@ def unpacked(file: Path) -> dict[str, memoryview]:
 
 
 def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
-    """The members of a tar that lies from byte `at` to `stop` of a file.
+    """Yields the members of a tar that spans the bytes `at` to `stop` of a file.
 
-    Raises KamimError if it is damaged, or cut: a tar ends with a block of zeros.
+    Raises KamimError if it is damaged or truncated: a tar ends with a block of zeros.
     """
 
     def block(at: int) -> bytes:
@@ -139,7 +139,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
             data = read(size, start)
             names |= {b"path": data.partition(b"\0")[0]} if kind == b"L" else _attributes(data)
         elif kind not in SKIPPED:
-            if kind == b"S":  # GNU sparse: its map may go on in further blocks
+            if kind == b"S":  # GNU sparse: its map may continue in further blocks
                 more = header[482]
                 while more:
                     more = block(start)[504]
@@ -164,7 +164,7 @@ def _check(header: bytes, where: str) -> None:
 
 
 def _number(field: bytes, where: str, base: int = 8) -> int:
-    """A number in octal digits or, as GNU tar writes large ones, in binary after a byte of 0x80."""
+    """Parses a number in octal digits or, as GNU tar writes large ones, in binary after a byte of 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
@@ -183,7 +183,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _attributes(data: bytes) -> dict[bytes, bytes]:
-    """The records "length key=value\\n" of a pax header."""
+    """Returns the records "length key=value\\n" of a pax header."""
     attributes = {}
     at = 0
     while record := _RECORD.match(data, at):

@@ -23,10 +23,10 @@ _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
 def list_images(source: Path | None, split: str) -> Source:
-    """SOURCE is a folder of .tar files, or a pattern such as /data/train-{000..146}.tar.
+    """Lists SOURCE, a folder of .tar files, or a pattern such as /data/train-{000..146}.tar.
 
-    Where the folder's files or folders are named train, val or test, those of the split are taken.
-    Raises KamimError for missing or damaged shards, and where only some images have a label.
+    If the folder's files or folders are named train, val or test, those of the split are used.
+    Raises KamimError for missing or damaged shards, and if only some images have a label.
     """
     if source is not None and "{" in str(source):
         root, location = Path(str(source).partition("{")[0]).parent.resolve(), source.absolute()
@@ -50,7 +50,7 @@ def list_images(source: Path | None, split: str) -> Source:
 
 
 def _samples(shard: str, tar: Tar) -> list[tuple[Member, int | str | None]]:
-    """The images of a shard and their labels. Of two members of one name the last one counts, as when extracted."""
+    """Returns a shard's images and their labels. The last of several members of one name counts, as when extracted."""
     images: dict[str, Entry] = {}
     labels: dict[str, int | str | None] = {}
     for entry in tar.entries():
@@ -87,12 +87,12 @@ def _label(data: bytes, where: str) -> int | str | None:
 
 
 def braces(pattern: str) -> list[str]:
-    """Expands {000..146} and {a,b} as bash does, and leaves other braces as they are. Nested braces are not expanded.
+    """Expands {000..146} and {a,b} as bash does, and leaves other braces unchanged. Nested braces are not expanded.
 
-    Raises KamimError for a range that counts down, and for more than MAX_SHARDS names; the library braceexpand would
-    make a list of any number of them.
+    Raises KamimError for a range that counts down, and for more than MAX_SHARDS names, which the library braceexpand
+    does not limit.
     """
-    parts = _BRACES.split(pattern)  # what is outside and what is inside of braces, in turn
+    parts = _BRACES.split(pattern)  # alternately outside and inside of braces
     choices = [_choices(part) if n % 2 else [part] for n, part in enumerate(parts)]
     count = math.prod(map(len, choices))
     if count > MAX_SHARDS:

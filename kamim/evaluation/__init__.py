@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: what their features are worth."""
+"""Evaluates the features of checkpoints."""

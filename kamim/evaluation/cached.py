@@ -1,4 +1,4 @@
-"""A linear and a neighbour classifier on cached features: what the modes with few labels and corruptions measure."""
+"""A linear and a neighbour classifier on cached features, for the modes with few labels and corruptions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from kamim.models.knn import knn
 
 @dataclass(frozen=True)
 class CachedClassifiers:
-    """A logistic regression and k nearest neighbours that know the same samples.
+    """A logistic regression and k nearest neighbours fitted to the same samples.
 
     features: [N, D], any float type, memory-mapped or not. labels: int64 [N]. k: all N if they are fewer.
     """
@@ -30,7 +30,7 @@ class CachedClassifiers:
         return logistic.fit(self.features, self.labels, self.classes, self.device)
 
     def top1(self, features: Tensor, labels: Tensor) -> tuple[float, float]:
-        """The accuracies of the regression and of the neighbours on other samples, in per cent."""
+        """Returns the accuracies of the regression and of the neighbours on other samples, in per cent."""
         k = min(self.k, len(self.labels))
         accuracies = knn(
             self.features, self.labels, features, labels, self.classes, self.device, lambda done, total: None, [k],

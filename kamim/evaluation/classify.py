@@ -1,4 +1,4 @@
-"""Training and measuring a classifier: one layer, or the whole network."""
+"""Trains and measures a classifier: one layer, or the whole network."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class CrossEntropy:
     seed: int
 
     def __call__(self, batch: Batch) -> Losses:
-        """The loss of a micro-batch."""
+        """Returns the loss of a micro-batch."""
         images, targets = self.finish(batch)
         draw_paths(self.network, self.seed, batch.epoch, batch.indices, images.device)
         with autocast(self.compute, images.device):
@@ -42,11 +42,11 @@ class CrossEntropy:
 
 
 def accuracy(network: nn.Module, inputs: Callable[[Batch], Tensor], batches: Iterable[Batch], world: World) -> Accuracy:
-    """The accuracy of network(inputs(batch)) over all ranks' batches, in fp32, as the released code validates."""
+    """Returns the accuracy of network(inputs(batch)) over all ranks' batches, in fp32, as in the released code."""
     network.eval()
     for buffer in network.buffers():  # every rank has a BatchNorm's statistics of its own samples
         world.broadcast(buffer)
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # right as first, among the first 5; samples
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # correct top-1, correct top-5, samples
     for batch in batches:
         if len(batch):  # a rank may have no samples of a short last step
             with torch.no_grad():
@@ -58,7 +58,7 @@ def accuracy(network: nn.Module, inputs: Callable[[Batch], Tensor], batches: Ite
 
 
 def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torch.optim.Optimizer:
-    """The optimiser of a classifier, at the learning rate before the first step."""
+    """Builds the optimiser of a classifier, at the learning rate before the first step."""
     if optim.algorithm == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
     if optim.algorithm == "sgd":
@@ -69,7 +69,7 @@ def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torc
 
 
 def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """As MAE: the rate of matrices adapts even without weight decay; vectors have neither decay nor an adapted rate."""
+    """Splits a group as MAE does: matrices adapt the rate even without decay; vectors have no decay or adaptation."""
     matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
     return [
         {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""kNN, linear and attentive probes of a checkpoint beside each other: whether its features differ, or how they pool."""
+"""Compares kNN, linear and attentive probes of a checkpoint: whether its features differ, or their pooling."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def _pooling(name: str) -> Callable[[Any], float | None]:
     return lambda measured: measured.poolings[name].top1 if name in measured.poolings else None
 
 
-# Column: the mode that it is of, and top1 in per cent from what the mode measured.
+# Column: its mode, and a function from the mode's measurement to top1 in per cent.
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], float | None]]] = {
     "kNN, best k": ("knn", lambda measured: measured.score),
     "linear": ("linprobe", lambda measured: measured.score),
@@ -32,7 +32,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], float | None]]] = {
 
 
 def compared(results: Sequence[Result[Any]]) -> Iterator[page.Part]:
-    """Parts of the page: what a gap means, a table and a plot; nothing unless a checkpoint has an attentive probe."""
+    """Yields parts of the page: the meaning of a gap, a table and a plot, if a checkpoint has an attentive probe."""
     names = list(dict.fromkeys(r.settings.name for r in results if r.settings.mode == "attentive"))
     if not names:
         return

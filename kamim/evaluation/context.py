@@ -1,4 +1,4 @@
-"""What the evaluation modes share: loaders and features of samples, and what a task is."""
+"""Shared parts of the evaluation modes: loaders and features of samples, and the type of a task."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +23,12 @@ from pipelines.plan import Plan
 from pipelines.samples import Samples, check_labels
 from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
-Work = Callable[[Path, Progress], Measured]  # given its folder
+Work = Callable[[Path, Progress], Measured]  # called with its folder
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What all modes and checkpoints of one evaluation share. train, measured: None if no such store is given."""
+    """State shared by all modes and checkpoints of one evaluation. train, measured: None if no such store is given."""
 
     config: Evaluation
     world: World
@@ -44,9 +44,9 @@ class EvalContext:
 
     @cached_property
     def mask_folders(self) -> tuple[MaskFolder, MaskFolder]:
-        """The folders that segmentation is trained and measured on, read once for all checkpoints.
+        """The folders for training and measuring segmentation, read once for all checkpoints.
 
-        Raises KamimError if one is missing or cannot be used, or if their classes differ.
+        Raises KamimError if one is missing or invalid, or if their classes differ.
         """
         options = self.config.segment
         if options.train is None or options.val is None:
@@ -78,7 +78,7 @@ class EvalContext:
         return whole_images(samples, resolution, self.config.batch_size, self.config.workers, self.world)
 
     def labelled(self) -> Samples:
-        """The training samples. Raises KamimError if there are none, or if their classes are not the validation's."""
+        """Returns the training samples. Raises KamimError if there are none, or if their classes differ from val's."""
         return check_labels(self.train, self.val)
 
     @cached_property
@@ -90,7 +90,7 @@ class EvalContext:
 
 @dataclass(frozen=True)
 class Task:
-    """One mode on one checkpoint, already checked. run(folder, progress) measures; its state is kept there.
+    """A validated mode on a checkpoint. run(folder, progress) measures and keeps its state in the folder.
 
     majority_top1: as in Result.
     """
@@ -104,7 +104,7 @@ def task(
     mode: str, context: EvalContext, evaluated: EvaluatedModel, run: Work, *, protocol: str, options: Section,
     readout: Readout | None = None, epochs: int | None = None, mask_ratio: float | None = None, trains: bool = True,
 ) -> Task:  # fmt: skip
-    """A task whose settings are the checkpoint, the stores, the seed, and what the mode adds.
+    """Builds a task whose settings are the checkpoint, the stores, the seed, and those of the mode.
 
     options: the mode's section of the configuration. trains: whether the result depends on the training store.
     """
@@ -122,7 +122,7 @@ def task(
 def features_of(
     context: EvalContext, evaluated: EvaluatedModel, readouts: Sequence[Readout], folder: Path, progress: Progress
 ) -> list[dict[Readout, Tensor]]:
-    """The features of the training samples and of the validation samples, by readout."""
+    """Returns the features of the training samples and of the validation samples, by readout."""
     features = []
     for name, samples in (("train", context.labelled()), ("val", context.val)):
         loader = context.in_order(samples, evaluated.resolution)

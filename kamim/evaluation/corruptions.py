@@ -14,7 +14,7 @@ from pipelines.loader import Loader
 
 
 def corruptions_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
-    """Fits a logistic regression, finds nearest neighbours, and measures both on every corruption."""
+    """Fits a logistic regression and nearest neighbours, and measures both on every corruption."""
     config, options, samples = context.config, context.config.corruptions, context.labelled()
     readout = evaluated.readout(options)
 

@@ -1,4 +1,4 @@
-"""Models from checkpoints: a run's, a file of foreign weights, an untrained network, or no encoder at all."""
+"""Loads models of checkpoints: runs, files of foreign weights, untrained networks, or raw pixels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from pipelines.plan import Plan
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from. The fields are those of kamim.evaluation.results.EvalSettings."""
+    """The origin of weights. The fields are those of kamim.evaluation.results.EvalSettings."""
 
     checkpoint: str
     architecture: str
@@ -33,7 +33,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A checkpoint that is evaluated. model: with its pixel head, if it has one. mask: that of its pretraining."""
+    """A checkpoint to evaluate. model: with its pixel head, if it has one. mask: that of its pretraining."""
 
     name: str
     encoder: Encoder
@@ -43,7 +43,7 @@ class EvaluatedModel:
     origin: Origin
 
     def readout(self, options: CachedFeatures) -> Readout:
-        """What is read of the encoder. Raises KamimError if it has no such features."""
+        """Returns the requested readout of the encoder. Raises KamimError if it has no such features."""
         readout = Readout(resolve(self.encoder, options.block), options.pooling, options.norm)
         check(self.encoder, readout)
         return readout
@@ -52,7 +52,7 @@ class EvaluatedModel:
 def load_evaluated_model(spec: str) -> EvaluatedModel:
     """Loads [NAME=]RUN, a run, one of its checkpoints or a file of foreign weights; or random:RUN or pixels:RUN.
 
-    Raises KamimError if there is no such thing.
+    Raises KamimError if it does not exist.
     """
     name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
     if not source or (equals and not name):
@@ -72,7 +72,7 @@ def load_evaluated_model(spec: str) -> EvaluatedModel:
 
 
 def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
-    """The model that a run of `config` will give, without its weights: enough for every check."""
+    """Builds the model that a run of `config` will give, without its weights: enough for every check."""
     with torch.device("meta"):
         model = MaskedImageModel(config.model.name, config.data.resolution)
     with_head = None if config.norm_pix_loss else model
@@ -82,7 +82,7 @@ def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from a checkpoint. has_head: whether its head makes pixels. mask: that of its pretraining."""
+    """A model from a checkpoint. has_head: whether its head outputs pixels. mask: that of its pretraining."""
 
     model: MaskedImageModel
     has_head: bool
@@ -91,7 +91,7 @@ class LoadedModel:
 
 
 def load_model(source: str) -> LoadedModel:
-    """Loads a checkpoint, a file of foreign weights, or random:CHECKPOINT, its architecture and seed untrained."""
+    """Loads a checkpoint, a file of foreign weights, or random:CHECKPOINT, untrained weights from its seed."""
     random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
     if not random and (file := interop.weights_file(path)):
         return _foreign(path, file)
@@ -124,7 +124,7 @@ PRETRAINING: Any = {  # keys of Pretrain that shape a run
 
 
 def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
-    """How a checkpoint was trained: all that kamim.evaluation.paper compares. None if kamim did not train it.
+    """Returns the pretraining keys that kamim.evaluation.paper compares, or None if kamim did not train it.
 
     If its store is not on this machine, the keys that are read from it are None: dataset, samples, images (how they are
     encoded), and complete, whether it is trained to its last step.

@@ -1,4 +1,4 @@
-"""Features of all samples, computed once and kept in memory-mapped files."""
+"""Computes the features of all samples once and stores them in memory-mapped files."""
 
 import errno
 import json
@@ -26,10 +26,10 @@ def extract(
     encoder: Encoder, readouts: Sequence[Readout], loader: Loader | DenseLoader, samples: np.ndarray,
     compute: Compute, world: World, folder: Path, progress: Progress,
 ) -> dict[Readout, Tensor]:  # fmt: skip
-    """Every readout's features, bfloat16 [N, D], of the N samples with the ascending numbers `samples`.
+    """Computes every readout's features, bfloat16 [N, D], of the N samples with the ascending numbers `samples`.
 
     One epoch of the loader covers the samples, and each rank writes its own rows. The features are memory-mapped from
-    `folder`. An interrupted extraction resumes from there, in steps of the same size; a complete one is only mapped.
+    `folder`. An interrupted extraction resumes from it, in steps of the same size; a complete one is only mapped.
     """
     encoder = encoder.to(world.device).eval().requires_grad_(False)
     mark = folder / "done.json"
@@ -90,7 +90,7 @@ def _allocate(descriptor: int, size: int) -> None:
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        at = os.lseek(descriptor, 0, os.SEEK_END)  # systems and disks that do not allocate ahead get zeros
+        at = os.lseek(descriptor, 0, os.SEEK_END)  # file systems without preallocation get zeros
         while at < size:
             at += os.write(descriptor, bytes(min(size - at, 1 << 20)))
 

@@ -1,4 +1,4 @@
-"""Few labels: accuracy by the number of labelled images of each class, on features that are computed once."""
+"""Few labels: accuracy by the number of labelled images per class, on features that are computed once."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pipelines.samples import n_per_class
 
 
 def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
-    """Fits a logistic regression and finds nearest neighbours with ever more labelled images."""
+    """Fits a logistic regression and nearest neighbours with increasing numbers of labelled images."""
     options, samples = context.config.few_shot, context.labelled()
     readout = evaluated.readout(options)
     drawn = _drawn(samples.labels, options, context.config.seed)
@@ -49,9 +49,9 @@ def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
 
 def _drawn(labels: Tensor, options: FewShot, seed: int) -> list[tuple[int | None, Sequence[Tensor]]]:
-    """For each per_class, places of the labelled samples, int64 [n]: those of every draw, or all of them once.
+    """Returns, for each per_class, the places of the labelled samples, int64 [n]: of every draw, or of all once.
 
-    Numbers that a class has not as many samples for are left out. Raises KamimError if none is left.
+    Numbers for which a class has too few samples are left out. Raises KamimError if none is left.
     """
     smallest = int(labels.bincount().min())
     possible = [n for n in options.per_class if n is None or n <= smallest]

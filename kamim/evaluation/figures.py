@@ -18,7 +18,7 @@ CLASSIFIERS: Mapping[str, Any] = {"linear": "-", "knn": "--"}
 
 @styled
 def depth(sweeps: Mapping[str, Sequence[SweepRow]]) -> Figure:
-    """top1 at the best learning rate by block: {checkpoint: rows}. One panel per norm; dashes distinguish poolings."""
+    """Plots top1 at the best learning rate by block: {checkpoint: rows}. A panel per norm; dashes mark poolings."""
     chosen = {name: best_by_readout(rows) for name, rows in sweeps.items()}
     norms, poolings = (
         sorted({getattr(row, key) for rows in chosen.values() for row in rows}) for key in ("norm", "pooling")
@@ -42,7 +42,7 @@ def depth(sweeps: Mapping[str, Sequence[SweepRow]]) -> Figure:
 
 @styled
 def poolings(accuracies: Mapping[str, Mapping[str, float]]) -> Figure:
-    """top1 by how features are read: {checkpoint: {way to read them: top1}}, a line for each checkpoint."""
+    """Plots top1 by readout: {checkpoint: {readout: top1}}, with a line for each checkpoint."""
     ways = list(dict.fromkeys(way for of_checkpoint in accuracies.values() for way in of_checkpoint))
     figure, ((axes,),) = panels(1, side=6.4, height=3.3)
     for i, (name, top1) in enumerate(accuracies.items()):
@@ -55,7 +55,7 @@ def poolings(accuracies: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @styled
 def neighbours(results: Mapping[str, KnnAccuracy]) -> Figure:
-    """top1 by the number of neighbours k: {checkpoint: accuracy}."""
+    """Plots top1 by the number of neighbours k: {checkpoint: accuracy}."""
     figure, ((axes,),) = panels(1, side=5.2, height=3.3)
     for i, (name, measured) in enumerate(results.items()):
         top1 = [accuracy.top1 for accuracy in measured.k.values()]
@@ -72,7 +72,7 @@ def neighbours(results: Mapping[str, KnnAccuracy]) -> Figure:
 
 @styled
 def few_labels(results: Mapping[str, tuple[int, FewShotAccuracy]]) -> Figure:
-    """top1 by labelled images of each class: {checkpoint: (number of classes, accuracy)}. Dashes tell kNN apart."""
+    """Plots top1 by labelled images per class: {checkpoint: (number of classes, accuracy)}. kNN is dashed."""
     figure, ((axes,),) = panels(1, side=5.2, height=3.3)
     ticks: dict[float, str] = {}
     for i, (classes, measured) in enumerate(results.values()):
@@ -92,7 +92,7 @@ def few_labels(results: Mapping[str, tuple[int, FewShotAccuracy]]) -> Figure:
 
 @styled
 def corrupted(results: Mapping[str, Robustness]) -> Figure:
-    """top1 by strength, 0 for clean images: {checkpoint: accuracy}. A panel a corruption; dashes tell kNN apart."""
+    """Plots top1 by strength, 0 for clean images: {checkpoint: accuracy}. A panel per corruption; kNN is dashed."""
     kinds = list(dict.fromkeys(row.corruption for measured in results.values() for row in measured.corrupted))
     figure, (line,) = panels(len(kinds), side=2.6, height=3.0)
     for axes, kind in zip(line, kinds, strict=True):

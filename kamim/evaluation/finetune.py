@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole encoder trains with a linear layer on the mean of its last, normed patch tokens."""
+"""Fine-tuning: trains the whole encoder with a linear layer on the mean of its last, normed patch tokens."""
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +10,7 @@ from kamim.models.readout import depth, prefix, tokens_after
 
 
 class Classifier(nn.Module):
-    """Images -> logits: final LayerNorm, class token dropped, mean, one linear layer (the released code's)."""
+    """Maps images to logits: final LayerNorm, class token dropped, mean, one linear layer (the released code's)."""
 
     def __init__(self, encoder: VisionTransformer | SwinTransformer, classes: int):
         super().__init__()
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
 
 
 class ModelEma(nn.Module):
-    """A classifier and, with a decay, the exponential moving average of its weights; saved as one."""
+    """A classifier and, with a decay, the exponential moving average of its weights; saved together."""
 
     def __init__(self, model: Classifier, decay: float | None):
         super().__init__()
@@ -41,12 +41,12 @@ class ModelEma(nn.Module):
 
     @property
     def best(self) -> nn.Module:
-        """The model that is measured: the average, if there is one."""
+        """The measured model: the average, if there is one."""
         return self.model if self.average is None else self.average
 
 
 def parameter_groups(model: Classifier, weight_decay: float, layer_decay: float | None) -> list[dict[str, object]]:
-    """One group of everything, or groups by depth, lr_scale = layer_decay^i: i is 0 for the head, 1 for the last block.
+    """Returns one group, or groups by depth with lr_scale = layer_decay^i: i is 0 for the head, 1 for the last block.
 
     With a decay, vectors (biases, norms), positions and tokens have no weight decay, as timm, BEiT and MAE have it.
     """

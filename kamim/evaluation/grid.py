@@ -49,7 +49,7 @@ class Axis(Section):
         return self.key or self.name
 
     def choices(self) -> list[tuple[str, str, Mapping[str, Value]]]:
-        """What the axis can be: (part of the run's name, text in the table, values by key of Pretrain)."""
+        """Returns the axis's choices: (part of the run's name, text in the table, values by key of Pretrain)."""
         if self.key is None:
             return [(name, name, values) for name, values in self.variants.items()]
         return [(f"{self.name}{_text(value)}", _text(value), {self.key: value}) for value in self.values]
@@ -86,8 +86,8 @@ class Grid(Section):
 class GridPoint:
     """One row of the table: a combination of the axes, or a baseline.
 
-    name: of its run. labels: its texts by axis title. values: its values by key of Pretrain. checkpoint: what
-    `kamim eval` is given.
+    name: of its run. labels: its texts by axis title. values: its values by key of Pretrain. checkpoint: the value for
+    `kamim eval`.
     """
 
     name: str
@@ -102,12 +102,12 @@ class GridPoint:
 
     @property
     def setting(self) -> str:
-        """What it shares with the points that differ from it by seed only."""
+        """The setting, which points that differ by seed only share."""
         return ", ".join(text for title, text in self.labels.items() if text and title != SEED)
 
 
 def points(grid: Grid) -> list[GridPoint]:
-    """All combinations, each a run; the last axis varies fastest."""
+    """Returns all combinations, each a run; the last axis varies fastest."""
     combinations = []
     for choices in product(*(axis.choices() for axis in grid.axes)):
         name = "_".join(part for part, _, _ in choices)
@@ -118,7 +118,7 @@ def points(grid: Grid) -> list[GridPoint]:
 
 
 def baselines(grid: Grid) -> list[GridPoint]:
-    """Raw pixels, and random weights for every seed, each of the first run with that seed."""
+    """Returns raw pixels, and random weights for every seed, each of the first run with that seed."""
     first_of_seed: dict[str, GridPoint] = {}
     for point in points(grid):
         first_of_seed.setdefault(point.seed, point)
@@ -135,12 +135,12 @@ def baselines(grid: Grid) -> list[GridPoint]:
 
 
 def pretraining(grid: Grid, point: GridPoint) -> Pretrain:
-    """The configuration of a point's run. Raises KamimError for a combination that cannot be trained."""
+    """Returns the configuration of a point's run. Raises KamimError for a combination that cannot be trained."""
     return _resolved(Pretrain, grid.pretrain, point.values, {"out": grid.out / point.name})
 
 
 def evaluation(grid: Grid, rows: Sequence[GridPoint]) -> Evaluation:
-    """The configuration of the evaluation of some rows."""
+    """Returns the configuration of the evaluation of some rows."""
     checkpoints = tuple(f"{row.name}={row.checkpoint}" for row in rows)
     return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": checkpoints, "out": grid.out / "evaluation"})
 

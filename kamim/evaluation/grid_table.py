@@ -34,20 +34,20 @@ class SweepResults:
         self.metrics = {point.name: metrics.read(grid.out / point.name) for point in self.points}
 
     def settings(self) -> dict[str, list[GridPoint]]:
-        """The points of each setting: those that differ by seed only."""
+        """Returns the points of each setting: those that differ by seed only."""
         groups: dict[str, list[GridPoint]] = {}
         for point in self.points:
             groups.setdefault(point.setting, []).append(point)
         return groups
 
     def scores(self, group: Sequence[GridPoint], mode: str) -> dict[str, float]:
-        """The scores of a setting in a mode, by seed."""
+        """Returns the scores of a setting in a mode, by seed."""
         found = {point.seed: self.by_point.get((point.name, mode)) for point in group}
         return {seed: r.measured.score for seed, r in found.items() if r is not None and r.measured.score is not None}
 
 
 def runs_table(sweep: SweepResults) -> Table:
-    """A row for each run and baseline; the paper's numbers stand beside ours if the setting is the same."""
+    """Returns a row for each run and baseline; the paper's numbers appear next to ours if the setting is the same."""
     columns = [(axis.title, [point.labels[axis.title] for point in sweep.points]) for axis in sweep.grid.axes]
     for mode in sweep.grid.modes:
         of_mode = [sweep.by_point.get((point.name, mode)) for point in sweep.points]
@@ -61,7 +61,7 @@ def runs_table(sweep: SweepResults) -> Table:
 
 
 def settings_table(sweep: SweepResults) -> Table:
-    """A row for each setting: the number of seeds, and each mode's mean ± standard deviation over them."""
+    """Returns a row for each setting: the number of seeds, and each mode's mean ± standard deviation over them."""
     groups = sweep.settings()
     columns = [("setting", list(groups)), ("seeds", [str(len(group)) for group in groups.values()])]
     for mode in sweep.grid.modes:
@@ -71,7 +71,7 @@ def settings_table(sweep: SweepResults) -> Table:
 
 
 def differences_table(sweep: SweepResults) -> Table:
-    """Each trained setting less the first, seed by seed: mean, and Student's 95 % interval from two seeds on."""
+    """Returns each trained setting minus the first, by seed: mean, and Student's 95 % interval from two seeds on."""
     trained = {point.setting for point in points(sweep.grid)}
     groups = {setting: group for setting, group in sweep.settings().items() if setting in trained}
     (first, reference), *others = groups.items()

@@ -15,7 +15,7 @@ LEVEL = 0.95
 def wilson(accuracy: float, samples: int) -> tuple[float, float]:
     """Wilson's score interval of an accuracy on `samples` images (Wilson 1927, by scipy.stats.binomtest).
 
-    It describes the choice of the validation images, not that of the training seed.
+    It covers the choice of the validation images, not that of the training seed.
     """
     right = round(accuracy / 100 * samples)
     low, high = stats.binomtest(right, samples).proportion_ci(LEVEL, method="wilson")
@@ -41,12 +41,12 @@ class Estimate:
     runs: int
 
     def __str__(self) -> str:
-        """Mean ± standard deviation, as tables print it."""
+        """Returns mean ± standard deviation, as tables print it."""
         return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value or more, with Student's t interval."""
+    """Returns the mean of one value or more, with Student's t interval."""
     assert values
     count = len(values)
     if count == 1:
@@ -57,5 +57,5 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """values - baseline, seed by seed: the runs of a pair share initial weights, order, crops and masks."""
+    """Estimates values - baseline by seed: paired runs share initial weights, order, crops and masks."""
     return estimate([value - other for value, other in zip(values, baseline, strict=True)])

@@ -12,7 +12,7 @@ from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.results import FILE, EvalSettings, Result, SampleSet
 from kamim.storage.escape import one_line
 
-Data = tuple[Any, ...]  # what identifies the samples that a result was trained and measured on
+Data = tuple[Any, ...]  # identifies the samples that a result was trained and measured on
 
 
 def find(folders: Sequence[Path]) -> tuple[dict[Path, Result[Any]], list[str]]:
@@ -39,7 +39,7 @@ def find(folders: Sequence[Path]) -> tuple[dict[Path, Result[Any]], list[str]]:
 
 
 def _checked(file: Path) -> Result[Any]:
-    """Reads a result whose score, if it has one, is a finite number."""
+    """Reads a result and checks that its score, if it has one, is a finite number."""
     result = read_file(file)
     try:
         finite = math.isfinite(result.measured.score or 0)
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def setting(self) -> str | None:
-        """What the row shares with those that differ from it by the run's seed only.
+        """The setting, which rows that differ by the run's seed only share.
 
         None if that is unknown: for raw pixels, foreign weights, and results of versions that did not record the seed.
         """
@@ -121,29 +121,29 @@ class Leaderboard:
             section.sort(key=lambda row: [-row.scores.get(title, -math.inf) for title in self.titles.values()])
 
     def repetitions(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of each setting that has several runs, which differ by seed only."""
+        """Returns the rows of each setting that has several runs, which differ by seed only."""
         settings = _grouped([row for row in rows if row.setting is not None], lambda row: row.setting)
         return [group for group in settings if len(seeds(group)) > 1]
 
 
 def _checkpoint(settings: EvalSettings) -> Any:
-    """What identifies a checkpoint: the checksum of its weights, or how untrained weights and pixels are made."""
+    """Returns a checkpoint's identity: its weights' checksum, or the origin of untrained weights and pixels."""
     unnamed = (settings.checkpoint, settings.architecture, settings.resolution, settings.run_seed)
     return settings.weights or unnamed
 
 
 def _samples(samples: SampleSet | None) -> Any:
-    """What identifies samples, up to the evaluation's seed, with which subsets are drawn."""
+    """Returns the identity of samples, except the evaluation's seed, with which subsets are drawn."""
     return None if samples is None else (samples.fingerprint or samples.store, samples.images)
 
 
 def _recipe(settings: EvalSettings) -> tuple[str, str]:
-    """What results of one column share: the mode, and its protocol and options as JSON."""
+    """Returns the key of a column: the mode, and its protocol and options as JSON."""
     return settings.mode, json.dumps({"protocol": settings.protocol, **settings.options}, sort_keys=True)
 
 
 def _titles(settings: Sequence[EvalSettings]) -> dict[tuple[str, str], str]:
-    """The title of each recipe's column, in the order of the modes; numbered if a mode has several recipes."""
+    """Returns the title of each recipe's column, in the order of the modes; numbered if a mode has several recipes."""
     titles = {}
     recipes = dict.fromkeys(map(_recipe, settings))
     for name, mode in MODES.items():
@@ -154,19 +154,19 @@ def _titles(settings: Sequence[EvalSettings]) -> dict[tuple[str, str], str]:
 
 
 def seeds(group: Sequence[Row]) -> list[int]:
-    """The seeds of the runs, ascending; empty if two rows have the same, so that they differ by something else."""
+    """Returns the runs' seeds, ascending; empty if two rows have the same, so that they differ otherwise."""
     of_runs = {seed for row in group if (seed := row.settings[0].run_seed) is not None}
     return sorted(of_runs) if len(of_runs) == len(group) else []
 
 
 def first_samples(settings: Sequence[EvalSettings], which: str) -> SampleSet | None:
-    """The samples of the first settings that have any. which: "train" or "val"."""
+    """Returns the samples of the first settings that have any. which: "train" or "val"."""
     samples: SampleSet | None = next(filter(None, (getattr(one, which) for one in settings)), None)
     return samples
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
-    """The rows with the same key, in the order of their first."""
+    """Groups the rows by key, in the order of their first."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -174,7 +174,7 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
 
 
 def joined(texts: Iterable[str], separator: str) -> str:
-    """The distinct texts that are not empty, in their order."""
+    """Joins the distinct texts that are not empty, in their order."""
     return separator.join(text for text in dict.fromkeys(texts) if text)
 
 

@@ -56,7 +56,7 @@ def seeds_table(board: Leaderboard, groups: Groups) -> Table:
 
 
 def seeds_numbers(board: Leaderboard, groups: Groups) -> Table:
-    """Returns the same with a column for each number, and with the samples."""
+    """Returns the means with a column for each number, and with the samples."""
     columns = _settings_columns(groups)
     for title in board.titles.values():
         of_mode = [_estimate(group, title) for group in groups]
@@ -69,7 +69,7 @@ def seeds_numbers(board: Leaderboard, groups: Groups) -> Table:
 
 
 def recipes_table(board: Leaderboard) -> Table:
-    """Returns how the columns of a mode differ, for modes with several columns."""
+    """Returns the differences between a mode's columns, for modes with several columns."""
     rows = []
     for mode in MODES:
         recipes = {
@@ -104,7 +104,7 @@ def save(board: Leaderboard, skipped: Sequence[str], out: Path) -> list[Path]:
         **({"seeds.csv": seeds_numbers(board, groups).csv()} if groups else {}),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "seeds.csv").unlink(missing_ok=True)  # an earlier leaderboard's
+    (out / "seeds.csv").unlink(missing_ok=True)  # left from an earlier leaderboard
     page.save_page("kamim leaderboard", parts, out / "index.html")
     for name, text in texts.items():
         write_whole(out / name, text.encode())
@@ -132,7 +132,7 @@ def _heading(rows: Sequence[Row]) -> str:
 
 
 def _settings_columns(groups: Groups) -> Columns:
-    """The columns that name the settings of a table over seeds."""
+    """Returns the columns that name the settings of a table over seeds."""
     return [
         ("checkpoints", [joined((row.names for row in group), ", ") for group in groups]),
         ("seeds", [", ".join(map(str, seeds(group))) for group in groups]),
@@ -140,7 +140,7 @@ def _settings_columns(groups: Groups) -> Columns:
 
 
 def _samples_columns(rows: Sequence[Row], digits: int | None) -> Columns:
-    """The columns of training and validation samples: the store's fingerprint and the number of images."""
+    """Returns the columns of training and validation samples: the store's fingerprint and the number of images."""
     columns: Columns = []
     for which in ("train", "val"):
         samples = [first_samples(row.settings, which) for row in rows]
@@ -157,7 +157,7 @@ def _estimate(group: Sequence[Row], title: str) -> Estimate | None:
 
 
 def _shown(of_runs: Estimate | None, runs: int) -> str:
-    """An estimate as tables print it, with the number of runs if some of them have no score."""
+    """Formats an estimate as tables print it, with the number of runs if some of them have no score."""
     if of_runs is None:
         return ""
     return str(of_runs) if of_runs.runs == runs else f"{of_runs} ({of_runs.runs} of {runs} runs)"

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from kamim.models.target_rank import target_rank
 
-PENALTY = 0.00025  # of the squared weights, against the cross entropy summed over the samples
-ITERATIONS = 100  # of L-BFGS, at most
-TILE = 8192  # samples that are classified at once
+PENALTY = 0.00025  # weight of the squared weights, relative to the cross entropy summed over the samples
+ITERATIONS = 100  # limit of L-BFGS iterations
+TILE = 8192  # samples per batch of predictions
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class LogisticRegression:
     weight: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """[N, D] of any float type -> float32 [N, classes]."""
+        """Maps [N, D] of any float type to float32 [N, classes]."""
         return normalize(features.to(self.centre.device).float() - self.centre) @ self.weight.T
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """The share of samples whose class has the largest logit, in per cent. labels: int64 [N]."""
+        """Returns the share of samples whose class has the largest logit, in per cent. labels: int64 [N]."""
         right = 0
         for at in range(0, len(labels), TILE):
             part = labels[at : at + TILE].to(self.weight.device)
@@ -41,7 +41,7 @@ class LogisticRegression:
 def fit(features: Tensor, labels: Tensor, classes: int, device: torch.device) -> LogisticRegression:
     """Minimises the mean cross entropy and PENALTY / (2 N) of the squared weights, by L-BFGS from zero, in fp32.
 
-    features: [N, D], any float type, memory-mapped or not, for which the device has room in fp32. labels: int64 [N].
+    features: [N, D], any float type, memory-mapped or not, that fit on the device in fp32. labels: int64 [N].
     """
     known, targets = features.to(device).float(), labels.to(device)
     centre = known.mean(dim=0)

@@ -1,4 +1,4 @@
-"""The evaluation modes: MODES holds everything that is particular to one, except its options.
+"""The evaluation modes: MODES holds every property of a mode except its options.
 
 A new mode is an entry here, a name in kamim.evaluation.config.ModeName, and a section of options in Evaluation.
 """
@@ -41,11 +41,11 @@ M = TypeVar("M", bound=Measured)
 class Mode(Generic[M]):
     """One way to evaluate a checkpoint.
 
-    plan: gives the task; raises KamimError for a checkpoint or a configuration that it cannot take. measured: the type
-    of what it measures. title: of its section in the report. column: of its headline in tables. section: parts of the
-    page (see kamim.reporting.page). applies: whether a checkpoint has what the mode needs; configured: whether a
-    configuration has. pictures: (PNG, caption) from what the tasks left in their folders, by checkpoint. chosen_on_val:
-    whether the headline is the best of several numbers on the validation store.
+    plan: builds the task; raises KamimError for an unsuitable checkpoint or configuration. measured: the type of its
+    measurement. title: of its section in the report. column: of its headline in tables. section: parts of the page (see
+    kamim.reporting.page). applies: whether a checkpoint has what the mode needs; configured: whether a configuration
+    has. pictures: (PNG, caption) from the tasks' folders, by checkpoint. chosen_on_val: whether the headline is the
+    best of several numbers on the validation store.
     """
 
     plan: Callable[[EvalContext, EvaluatedModel], Task]
@@ -99,7 +99,7 @@ MODES: Mapping[str, Mode[Any]] = {
 
 
 def read_result(content: Any) -> Result[Any]:
-    """The result in the content of a result.json. Raises KamimError if it is not one."""
+    """Parses the content of a result.json. Raises KamimError if it is not a result."""
     mode = str(content.get("mode")) if isinstance(content, dict) else ""
     if mode not in MODES:
         raise KamimError(f"not a result of kamim eval (mode {mode!r}; must be one of {', '.join(MODES)})")
@@ -107,7 +107,7 @@ def read_result(content: Any) -> Result[Any]:
 
 
 def read_file(file: Path) -> Result[Any]:
-    """The result in a result.json. Raises KamimError, which names the file, if it holds none."""
+    """Reads a result.json. Raises KamimError, which names the file, if it is not a result."""
     try:
         return read_result(json.loads(file.read_bytes()))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The paper's numbers (Krishna and Subramanyam, Keypoint Aware Masked Image Modelling), and the settings they are for.
+"""The paper's numbers (Krishna and Subramanyam, Keypoint Aware Masked Image Modelling), and their settings.
 
 Accuracies are top-1 in per cent on a validation split. A number is quoted beside a result only if every key that shapes
 pretraining and evaluation equals the paper's or, where its text is silent, the released code's: the tables below.
@@ -52,13 +52,13 @@ TABLE_4 = MappingProxyType({"sift": (31.31, 77.37), "orb": (32.36, 77.17)})
 TABLE_5 = MappingProxyType({SIMMIM: 20.51, KAMIM: 37.72})  # linear probes behind a LayerNorm
 SECTION_4_7 = MappingProxyType({SIMMIM: (12.058, 0.1095), KAMIM: (12.063, 0.1076)})  # PSNR, SSIM
 
-IMAGES = {  # of whole training and validation splits
+IMAGES = {  # images of whole training and validation splits
     "imagenet": (1_281_167, 50_000), "inaturalist2021": (2_686_843, 100_000), "places365": (1_803_460, 36_500),
     "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000),
 }  # fmt: skip
-REJECTS = 0.001  # share of images that a store may lack and still be the whole
+REJECTS = 0.001  # share of images that a store may lack and still count as whole
 
-# What must be equal, at every depth; a tuple holds alternatives. Not compared: seeds, paths, keys that a resumed run
+# Keys that must be equal, at every depth; a tuple holds alternatives. Not compared: seeds, paths, keys that a resumed
 # may change, and drop_last, which is false in the released code and true in the presets.
 SCHEDULES = ({"epochs": 100, "cosine_epochs": None}, {"epochs": 110, "cosine_epochs": 100})  # the text's, the code's
 _PRETRAINING_OPTIM = {
@@ -74,7 +74,7 @@ PRETRAINING = {
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
 # From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
 KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": "online"}, "images": "original"})
-BLOCK = MappingProxyType({"vit": 8, "swin": 4})  # read by a linear probe
+BLOCK = MappingProxyType({"vit": 8, "swin": 4})  # block that a linear probe reads
 CLIP_GRAD = MappingProxyType({"vit": None, "swin": 1.0})  # largest gradient norm of a linear probe and of fine-tuning
 _OPTIM = {
     "algorithm": "adamw", "lr": 5e-3, "weight_decay": 0.05, "betas": [0.9, 0.999], "batch_size": 2048,
@@ -83,7 +83,7 @@ _OPTIM = {
 
 
 def evaluation(architecture: str) -> Mapping[str, Mapping[str, Any]]:
-    """The settings that must be equal for each mode, for a ViT or a Swin."""
+    """Returns the settings that must be equal for each mode, for a ViT or a Swin."""
     family = architecture.partition("_")[0]
     optim = tuple(_OPTIM | schedule | {"clip_grad": CLIP_GRAD[family]} for schedule in SCHEDULES)
     probe = {"augment": "paper", "init_std": None, "optim": optim}
@@ -99,7 +99,7 @@ Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's numb
 
 
 def quoted(settings: EvalSettings) -> Quote:
-    """The paper's numbers for the same setting; {} if it has none, or if settings lack a key that is compared."""
+    """Returns the paper's numbers for the same setting; {} if it has none, or if settings lack a compared key."""
     mode, architecture, pretraining = settings.mode, settings.architecture, settings.pretraining or {}
     if architecture not in TABLE_1 or not _agrees(PRETRAINING, pretraining):
         return {}
@@ -111,7 +111,7 @@ def quoted(settings: EvalSettings) -> Quote:
 
 
 def _agrees(required: Any, value: Any) -> bool:
-    """Whether value holds everything that is required, at every depth; of a tuple, one alternative."""
+    """Returns whether value has everything in `required`, at every depth; of a tuple, one alternative."""
     if isinstance(required, tuple):
         return any(_agrees(alternative, value) for alternative in required)
     if isinstance(required, Mapping):
@@ -120,7 +120,7 @@ def _agrees(required: Any, value: Any) -> bool:
 
 
 def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
-    """Whether all stores are whole splits, training and validation of one data set. Reconstruction trains nothing."""
+    """Returns whether all stores are whole splits, train and val of one data set; reconstruction has no train."""
 
     def whole(dataset: str, images: int | None, split: int) -> bool:
         return dataset in IMAGES and (1 - REJECTS) * IMAGES[dataset][split] <= (images or 0) <= IMAGES[dataset][split]
@@ -134,7 +134,7 @@ def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
 
 
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
-    """The method of a run; None if the paper does not have it."""
+    """Returns the method of a run, or None if it is not in the paper."""
     weighting = pretraining.get("weighting", {})
     if weighting is None:
         return SIMMIM
@@ -155,7 +155,7 @@ def _both(
 
 
 def _quotes() -> Iterator[tuple[Key, Quote]]:
-    """Later entries override earlier ones: Table 1 overrides Table 2, which differs in its last digit."""
+    """Yields quotes; later ones override earlier ones: Table 1 overrides Table 2, which differs in its last digit."""
     for detector, pair in TABLE_4.items():
         yield from _both("vit_base", Method(detector), IN_IMAGENET, *pair, 4)
     for (patch_size, temperature), pair in TABLE_2.items():

@@ -1,4 +1,4 @@
-"""Where a command with many tasks is."""
+"""The current task of a command with many tasks."""
 
 from dataclasses import dataclass
 

@@ -26,7 +26,7 @@ class Frozen:
         return fixed(self._encoder, tokens, self._readout)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, R, R], normalised. Runs in the precision of the autocast around it."""
+        """Maps images, float [B, 3, R, R], normalised, to features, in the precision of the surrounding autocast."""
         with torch.no_grad():
             return self._read(images).float()
 
@@ -39,7 +39,7 @@ class Head(nn.Module):
     """
 
     def __init__(self, readout: Readout, shape: torch.Size, classes: int, init_std: float | None = None):
-        """shape: of one image's features, [F] or [N, D]. init_std: see kamim.evaluation.config.Linprobe."""
+        """Takes the shape of one image's features, [F] or [N, D]. init_std: see kamim.evaluation.config.Linprobe."""
         super().__init__()
         self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
         self.batch = nn.BatchNorm1d(shape[-1], 1e-6, affine=False) if readout.norm == "batch" else nn.Identity()
@@ -49,7 +49,7 @@ class Head(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns logits float32 [B, classes]. A head takes next to no time, so it runs without autocast."""
+        """Returns logits float32 [B, classes], without autocast, since a head takes little time."""
         with torch.autocast(features.device.type, enabled=False):
             if self.joint is not None:
                 features = self.joint(features).mean(dim=1)

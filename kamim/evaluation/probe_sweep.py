@@ -21,7 +21,7 @@ from kamim.models.target_rank import target_rank
 from kamim.training import schedule
 from kamim.training.config import Optim
 
-GROUP_BYTES = 4 << 30  # of features, parameters and scores that are trained together
+GROUP_BYTES = 4 << 30  # limit of the features, parameters and scores that are trained together
 
 Features = Mapping[Readout, tuple[Tensor, Tensor]]  # train [N, D] and val [M, D], any float type, memory-mapped or not
 
@@ -34,7 +34,7 @@ def sweep(
 
     Each probe ends with the weights, up to float rounding, that it would have if it were trained alone: an nn.Linear
     initialised under `seed`, AdamW with `optim` except lr and clip_grad, schedule.cosine, cross entropy, fp32. All
-    probes see the same batches; the rest of an epoch that fills no batch is dropped. The best of many rows is selected
+    probes see the same batches; the incomplete batch of an epoch is dropped. The best of many rows is selected
     on val and therefore biased upwards. progress(updates done, in all). Raises KamimError if a batch is larger than N.
     """
     if optim.batch_size > len(train_labels):
@@ -53,7 +53,7 @@ def sweep(
 
 
 def _groups(features: Features, scores: int, batch: int) -> Iterable[list[Readout]]:
-    """Groups of readouts of one width that fit into GROUP_BYTES together. scores: per sample and readout."""
+    """Yields groups of readouts of one width that fit into GROUP_BYTES together. scores: per sample and readout."""
 
     def width(readout: Readout) -> int:
         return features[readout][0].shape[1]
@@ -103,7 +103,7 @@ class Probes:
 
     @torch.no_grad()
     def accuracy(self, features: Sequence[Tensor], labels: Tensor, batch: int) -> Tensor:
-        """top1 and top5 in per cent: [R, L, 2]. features: R of [M, D]."""
+        """Returns top1 and top5 in per cent: [R, L, 2]. features: R of [M, D]."""
         correct = torch.zeros(len(features), len(self.lrs), 2, dtype=torch.float64)
         for at in range(0, len(labels), batch):
             scores = self._scores([f[at : at + batch].to(self.device) for f in features])
@@ -113,7 +113,7 @@ class Probes:
         return 100 * correct / len(labels)
 
     def _scores(self, features: Sequence[Tensor]) -> Tensor:
-        """R of [B, D] -> [R, B, L, C]."""
+        """Maps R of [B, D] to [R, B, L, C]."""
         weight, bias = torch.cat(self.weights, dim=2), torch.cat(self.biases, dim=2)
         scores = torch.baddbmm(bias, torch.stack(list(features)).float(), weight)
         return scores.unflatten(2, (len(self.lrs), self.classes))

@@ -39,7 +39,7 @@ class WholeImage:
         self._high.update(target.max())
 
     def compute(self) -> Similarity:
-        """The similarity over all batches so far."""
+        """Returns the similarity over all batches so far."""
         peak = max(float(self._high.compute()), 0.0) - min(float(self._low.compute()), 0.0)
         return Similarity(float(self._error.compute()) + 20 * math.log10(peak), float(self._ssim.compute()))
 
@@ -67,7 +67,7 @@ class MaskedOnly:
         self._ssim.update(ssim[hidden])
 
     def compute(self) -> Similarity:
-        """The similarity over all batches so far."""
+        """Returns the similarity over all batches so far."""
         return Similarity(float(self._psnr.compute()), float(self._ssim.compute()))
 
 

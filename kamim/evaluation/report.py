@@ -1,4 +1,4 @@
-"""Results of `kamim eval`, of several checkpoints side by side, as one HTML page."""
+"""Writes the results of `kamim eval`, of several checkpoints side by side, as one HTML page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ CHOICE = (
 
 
 def chosen_on_val(modes: Iterable[str]) -> bool:
-    """Whether the headline of any of these modes is the best of several on the validation store, as CHOICE says."""
+    """Returns whether any of these modes' headline is the best of several on the validation store, as in CHOICE."""
     return any(MODES[mode].chosen_on_val for mode in modes)
 
 
@@ -29,7 +29,7 @@ def save_report(
 ) -> None:
     """Writes one self-contained page, with the checkpoints in the order of `results`. pictures: (PNG, caption) by mode.
 
-    The paper's numbers stand beside ours if the setting is the same (kamim.evaluation.paper.quoted).
+    The paper's numbers appear next to ours if the setting is the same (kamim.evaluation.paper.quoted).
     """
     about = (
         f"kamim {kamim.__version__}. Accuracies are top-1 in per cent on the validation store, unless named, with "
@@ -64,7 +64,7 @@ def _checkpoints(settings: Sequence[EvalSettings]) -> page.Part:
 
 
 def _glance(results: Sequence[Result[Any]]) -> page.Part:
-    """A table of one number for each checkpoint and mode."""
+    """Returns a table of one number for each checkpoint and mode."""
     headlines = {(r.settings.name, r.settings.mode): headline(r) for r in results}
     names = dict.fromkeys(r.settings.name for r in results)
     return page.table(
@@ -78,5 +78,5 @@ def _pretraining(run: Mapping[str, Any] | None) -> str:
 
 
 def _settings(settings: EvalSettings) -> page.Part:
-    """A table of everything that led to a result, nested keys joined by dots."""
+    """Returns a table of everything that led to a result, nested keys joined by dots."""
     return page.table(("key", "value"), flat_text(settings.as_json()))

@@ -23,8 +23,8 @@ class SampleSet:
 
 
 FILE = "result.json"
-OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that not all have
-ABOUT = ("pretraining", "run_seed")  # how weights came about; their checksum is compared instead
+OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that some lack
+ABOUT = ("pretraining", "run_seed")  # origin of the weights, whose checksum is compared instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,12 @@ class EvalSettings:
     options: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of settings.json."""
+        """Returns the content of settings.json."""
         return {key: value for key, value in asdict(self).items() if value is not None or key not in OPTIONAL}
 
 
 class Measured(Protocol):
-    """What a mode measured: a frozen dataclass whose fields are the keys that the JSON has beside the settings.
+    """The measurement of a mode: a frozen dataclass whose fields are the keys of the JSON besides the settings.
 
     score_is_accuracy: whether the score is a share of the validation images in per cent, which has an interval.
     """
@@ -78,11 +78,11 @@ class Measured(Protocol):
 
     @property
     def score(self) -> float | None:
-        """The one number that stands for the result, of which more is better; None if there is none."""
+        """The one number that summarises the result, larger is better; None if there is none."""
         ...
 
     def summary(self, images: int) -> str:
-        """The result as a line of the terminal. images: the number of validation images."""
+        """Formats the result as a line of the terminal. images: the number of validation images."""
         ...
 
 
@@ -91,7 +91,7 @@ M_co = TypeVar("M_co", bound=Measured, covariant=True)
 
 @dataclass(frozen=True)
 class Result(Generic[M_co]):
-    """What one mode measured on one checkpoint, and the settings that led to it.
+    """The measurement of one mode on one checkpoint, and its settings.
 
     majority_top1: top1, in per cent, of always answering the most frequent training class; None for modes that train
     nothing, and in results of early versions.
@@ -102,14 +102,14 @@ class Result(Generic[M_co]):
     majority_top1: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The content of result.json, and an entry of what `kamim eval --json` writes."""
+        """Returns the content of result.json, and an entry of what `kamim eval --json` writes."""
         measured = {key: value for key, value in asdict(self.measured).items() if value is not None}  # type: ignore[call-overload]
         majority = {} if self.majority_top1 is None else {"majority_top1": self.majority_top1}
         return {**self.settings.as_json(), **json.loads(json.dumps(measured)), **majority}
 
     @classmethod
     def from_json(cls, content: Any, measured: type[M_co]) -> "Result[M_co]":
-        """Reads a result of a mode that measures `measured`; keys that it does not know are ignored.
+        """Reads a result of a mode that measures `measured`, and ignores unknown keys.
 
         Raises KamimError if keys are missing or of another type.
         """
@@ -137,7 +137,7 @@ def score_text(result: Result[Any]) -> str:
 
 
 def majority_lines(results: Iterable[Result[Any]]) -> list[str]:
-    """Returns a line for the majority baseline, or one for each if the results are of several pairs of stores."""
+    """Returns a line for the majority baseline, or one for each if the results have several pairs of stores."""
     baselines = {(r.majority_top1, r.settings.val.images): r for r in results if r.majority_top1 is not None}
     return [
         f"majority class: top-1 {with_wilson(top1, images)} % by always answering the most frequent training class"
@@ -159,7 +159,7 @@ class Accuracy:
         return self.top1
 
     def summary(self, images: int) -> str:
-        """Both accuracies."""
+        """Formats both accuracies."""
         return f"top-1 {with_wilson(self.top1, images)} %, top-5 {self.top5:.2f} %"
 
 
@@ -176,7 +176,7 @@ class AttentiveAccuracy:
         return self.poolings["ep"].top1 if "ep" in self.poolings else None
 
     def summary(self, images: int) -> str:
-        """top1 of every pooling."""
+        """Formats top1 of every pooling."""
         return ", ".join(f"{name}: top-1 {with_wilson(one.top1, images)} %" for name, one in self.poolings.items())
 
 
@@ -193,7 +193,7 @@ class KnnAccuracy:
         return max(accuracy.top1 for accuracy in self.k.values())
 
     def summary(self, images: int) -> str:
-        """top1 of every k."""
+        """Formats top1 of every k."""
         return ", ".join(f"k {k}: top-1 {with_wilson(one.top1, images)} %" for k, one in self.k.items())
 
 
@@ -223,19 +223,19 @@ class SweepAccuracy:
         return self.best.top1
 
     def summary(self, images: int) -> str:
-        """The best row."""
+        """Formats the best row."""
         best = self.best
         probe = f"block {best.block}, {best.pooling}, norm {best.norm}, lr {best.lr:g}"
         return f"best top-1 {with_wilson(best.top1, images)} % ({probe})"
 
 
 def best_row(rows: Iterable[SweepRow]) -> SweepRow:
-    """The row of the highest top1; of equal ones the highest top5, then the first."""
+    """Returns the row with the highest top1; of equal ones that with the highest top5, then the first."""
     return max(rows, key=lambda row: (row.top1, row.top5))
 
 
 def best_by_readout(rows: Iterable[SweepRow]) -> list[SweepRow]:
-    """The best row of every (block, pooling, norm), sorted by these."""
+    """Returns the best row of every (block, pooling, norm), sorted by these."""
 
     def readout(row: SweepRow) -> tuple[int, str, str]:
         return row.block, row.pooling, row.norm
@@ -265,7 +265,7 @@ class Reconstructions:
         return None if self.honest is None else self.honest.psnr
 
     def summary(self, images: int) -> str:
-        """Both conventions; the number of images does not appear."""
+        """Formats both conventions, without the number of images."""
         measured = {"paper": self.paper, "honest": self.honest}
         return "; ".join(f"{name} PSNR {m.psnr:.2f} dB, SSIM {m.ssim:.4f}" for name, m in measured.items() if m)
 
@@ -274,7 +274,7 @@ class Reconstructions:
 class Segmentation:
     """Intersection over union by class and its mean, and the share of pixels whose class is right, all in per cent.
 
-    iou is None for a class that is in neither the truth nor a prediction, and for one that is ignored; miou is the mean
+    iou is None for a class that is in neither the truth nor a prediction, and for an ignored one; miou is the mean
     of the others.
     """
 
@@ -289,7 +289,7 @@ class Segmentation:
         return self.miou
 
     def summary(self, images: int) -> str:
-        """The mean intersection over union and the accuracy."""
+        """Formats the mean intersection over union and the accuracy."""
         return f"mIoU {self.miou:.2f} %, pixel accuracy {self.pixel_accuracy:.2f} %"
 
 
@@ -321,7 +321,7 @@ class FewShotAccuracy:
         return min(self.shots, key=lambda shot: shot.images).linear
 
     def summary(self, images: int) -> str:
-        """linear with every number of labels."""
+        """Formats linear with every number of labels."""
         return "linear, " + ", ".join(
             f"{shot.per_class or 'all'} per class: {shot.linear:.2f} %" for shot in self.shots
         )
@@ -362,7 +362,7 @@ class Robustness:
         return self.mean_linear
 
     def summary(self, images: int) -> str:
-        """Clean and corrupted."""
+        """Formats clean and corrupted accuracies."""
         return f"linear {with_wilson(self.linear, images)} % clean, {self.mean_linear:.2f} % corrupted"
 
 
@@ -387,6 +387,6 @@ class ShapeBias:
         return self.shape_bias
 
     def summary(self, images: int) -> str:
-        """The bias and the decisions."""
+        """Formats the bias and the decisions."""
         bias = "undefined" if self.shape_bias is None else f"{self.shape_bias:.2f} %"
         return f"shape bias {bias} ({self.shape} shape, {self.texture} texture, {self.other} other decisions)"

@@ -29,12 +29,12 @@ from pipelines.samples import all_samples, some_per_class
 def evaluate(
     config: Evaluation, modes: Sequence[str] | None, progress: Callable[[Position], Progress]
 ) -> list[Result[Any]]:
-    """Runs every mode on every checkpoint and returns a result for each, with the settings that led to it.
+    """Runs every mode on every checkpoint and returns a result for each, with its settings.
 
     modes: None for all that apply to a checkpoint. progress(position) gives the function that shows the progress of one
     task. With config.out, results are kept there, and a page shows all of them.
 
-    Raises KamimError before any work for what cannot be evaluated, and KeyboardInterrupt if a signal stopped it.
+    Raises KamimError before any work for an invalid evaluation, and KeyboardInterrupt if a signal stopped it.
     """
     with distributed.joined(config.compute.device) as world:
         machine.use_threads(config.compute.threads)
@@ -58,7 +58,7 @@ def evaluate(
 
 @contextmanager
 def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator[Path]:
-    """The folder of an evaluation: `out`, where the folders of the checkpoints are locked, or a temporary folder."""
+    """Yields the folder of an evaluation: `out`, with the checkpoints' folders locked, or a temporary folder."""
     if out is None:
         with TemporaryDirectory() as root:
             yield Path(root)
@@ -72,7 +72,7 @@ def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator
 def tasks_of(
     config: Evaluation, modes: Sequence[str] | None, models: Sequence[EvaluatedModel], world: World
 ) -> list[Task]:
-    """The tasks of an evaluation, model by model. Raises one KamimError with everything that cannot be evaluated."""
+    """Returns the tasks of an evaluation by model. Raises one KamimError that lists all faults."""
     _check_names([model.name for model in models])
     context = _context(config, world, models)
     tasks: list[Task] = []
@@ -114,7 +114,7 @@ def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel])
 def _run(
     task: Task, folder: Path, world: World, progress: Callable[[Position], Progress], position: Position
 ) -> Result[Any]:
-    """A task's result: read from its folder if it is already there, else measured and written to it."""
+    """Returns a task's result: read from its folder if it exists, else measured and written to it."""
     file = folder / FILE
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`kamim sweep`: trains and evaluates run after run, and keeps the tables of what is known so far."""
+"""`kamim sweep`: trains and evaluates run after run, and keeps the tables of the results so far."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ ShowTask = Callable[[Position], Progress]  # returns the function that shows the
 
 
 def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -> SweepResults:
-    """Trains and evaluates every point, and returns what the sweep's folder holds. Finished work is kept.
+    """Trains and evaluates every point, and returns the results in the sweep's folder. Finished work is kept.
 
-    shard: (i, n) takes every n-th run, from the i-th on (1 <= i <= n), with the baselines that belong to it, next to
-    processes that take the others. progress(position) gives the function that shows the progress of one task.
+    shard: (i, n) takes every n-th run, from the i-th on (1 <= i <= n), with the baselines that belong to it; other
+    processes take the rest. progress(position) gives the function that shows the progress of one task.
 
-    Raises KamimError before any work for a run or an evaluation that cannot be, KeyboardInterrupt if a signal stopped
+    Raises KamimError before any work for an invalid run or evaluation, KeyboardInterrupt if a signal stopped
     it.
     """
     points = grid.points(sweep)
@@ -58,7 +58,7 @@ def _after(done: int, count: int, progress: ShowTask) -> ShowTask:
 
 
 def finished(sweep: Grid) -> list[Result[Any]]:
-    """The results in the sweep's folder, of its points and baselines, in their order."""
+    """Returns the results in the sweep's folder, of its points and baselines, in their order."""
     rows = (*grid.points(sweep), *grid.baselines(sweep))
     files = [sweep.out / "evaluation" / row.name / mode / FILE for row in rows for mode in sweep.modes]
     return [read_file(file) for file in files if file.exists()]

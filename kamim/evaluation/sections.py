@@ -34,7 +34,7 @@ SHOWN = "shown.npz"  # originals, masks and made (the reconstructions), for plot
 
 
 def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
-    """A table of linear probes or of fine-tuning."""
+    """Yields a table of linear probes or of fine-tuning."""
     header = ("checkpoint", "protocol", "block", "pooling", "norm", "epochs", "top-1", PAPER_HEADER, "top-5")
     yield page.table(
         header,
@@ -48,7 +48,7 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
 
 
 def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[page.Part]:
-    """A table with a row for each checkpoint and pooling; a step may take fewer samples than was configured."""
+    """Yields a table with a row for each checkpoint and pooling; a step may take fewer samples than was configured."""
     yield page.table(
         ("checkpoint", "pooling", "block", "norm", "epochs", "samples a step", "rate", "top-1", "top-5"),
         [
@@ -62,7 +62,7 @@ def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[p
 
 
 def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
-    """(PNG, caption) of the attention that probes have learned, of (checkpoint, folder of its task)."""
+    """Yields (PNG, caption) of the attention that probes have learned. folders: (checkpoint, folder of its task)."""
     for name, folder in folders:
         with np.load(folder / ATTENTION) as arrays:
             originals, maps = arrays["originals"], {key: arrays[key] for key in arrays.files if key != "originals"}
@@ -80,7 +80,7 @@ def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[byte
 
 
 def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
-    """A table and a curve of accuracies by k."""
+    """Yields a table and a curve of accuracies by k."""
     ks = sorted({k for r in results for k in r.measured.k})
     yield page.table(
         ("checkpoint", "protocol", "block", "pooling", "norm", *(f"top-1, k = {k}" for k in ks), "top-5, largest k"),
@@ -97,7 +97,7 @@ def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
 
 
 def swept(results: Sequence[Result[SweepAccuracy]]) -> Iterator[page.Part]:
-    """A table of the best probes, a curve by depth, and every readout's best probe."""
+    """Yields a table of the best probes, a curve by depth, and every readout's best probe."""
     header = ("checkpoint", "block", "pooling", "norm", "rate", "top-1", "top-5")
     yield page.table(header, [(r.settings.name, *_row(r.measured.best, r.settings.val.images)) for r in results])
     figure = figures.depth({r.settings.name: r.measured.rows for r in results})
@@ -116,7 +116,7 @@ def _row(row: SweepRow, images: int) -> tuple[str, ...]:
 
 
 def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[page.Part]:
-    """A table for each convention."""
+    """Yields a table for each convention."""
     header = ("checkpoint", "PSNR (dB)", PAPER_HEADER, "SSIM", PAPER_HEADER)
     whole_image = [(r.settings, r.measured.paper) for r in results if r.measured.paper]
     if whole_image:
@@ -135,9 +135,9 @@ def reconstructed(results: Sequence[Result[Reconstructions]]) -> Iterator[page.P
 
 
 def reconstruction_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
-    """(PNG, caption) of reconstructions side by side, of (checkpoint, folder of its task).
+    """Yields (PNG, caption) of reconstructions side by side. folders: (checkpoint, folder of its task).
 
-    Checkpoints share a picture if they were given the same images and masks.
+    Checkpoints share a picture if they have the same images and masks.
     """
     sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
     shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray]] = {}
@@ -152,7 +152,7 @@ def reconstruction_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple
 
 
 def segmented(results: Sequence[Result[Segmentation]]) -> Iterator[page.Part]:
-    """A table of means, and one of every class."""
+    """Yields a table of means, and one of every class."""
     yield page.table(
         ("checkpoint", "protocol", "block", "epochs", "mIoU", "pixel accuracy"),
         [
@@ -168,9 +168,9 @@ def segmented(results: Sequence[Result[Segmentation]]) -> Iterator[page.Part]:
 
 
 def segmentation_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
-    """(PNG, caption) of predictions below the truth, of (checkpoint, folder of its task).
+    """Yields (PNG, caption) of predictions below the truth. folders: (checkpoint, folder of its task).
 
-    Checkpoints share a picture if they were given the same images and masks.
+    Checkpoints share a picture if they have the same images and masks.
     """
     sheets: dict[tuple[bytes, bytes], list[tuple[str, np.ndarray]]] = {}
     shown: dict[tuple[bytes, bytes], tuple[np.ndarray, np.ndarray, list[str]]] = {}
@@ -186,7 +186,7 @@ def segmentation_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[b
 
 
 def few_labels(results: Sequence[Result[FewShotAccuracy]]) -> Iterator[page.Part]:
-    """A table and a curve of accuracies by the number of labelled images."""
+    """Yields a table and a curve of accuracies by the number of labelled images."""
     yield page.table(
         ("checkpoint", "block", "pooling", "norm", "labels of a class", "images", "linear, top-1", "kNN, top-1"),
         [
@@ -202,7 +202,7 @@ def few_labels(results: Sequence[Result[FewShotAccuracy]]) -> Iterator[page.Part
 
 
 def corrupted(results: Sequence[Result[Robustness]]) -> Iterator[page.Part]:
-    """A table of means and a curve for each corruption."""
+    """Yields a table of means and a curve for each corruption."""
     kinds = list(dict.fromkeys(row.corruption for r in results for row in r.measured.corrupted))
     rows = []
     for s, m in ((r.settings, r.measured) for r in results):
@@ -216,7 +216,7 @@ def corrupted(results: Sequence[Result[Robustness]]) -> Iterator[page.Part]:
 
 
 def shape_biases(results: Sequence[Result[ShapeBias]]) -> Iterator[page.Part]:
-    """A table of decisions, and the bias by category."""
+    """Yields a table of decisions, and the bias by category."""
     measured = [(r.settings.name, r.measured) for r in results]
     yield page.table(
         ("checkpoint", "shape bias (%)", "shape", "texture", "other"),
@@ -244,6 +244,6 @@ def _percent(value: float) -> str:
 
 
 def quote(settings: EvalSettings, name: str, digits: int = 2) -> str:
-    """The paper's number for the same setting and where it is printed; empty if there is none."""
+    """Returns the paper's number for the same setting and where it is printed; empty if there is none."""
     value, where = quoted(settings).get(name, (None, ""))
     return "" if value is None else f"{value:.{digits}f} ({where})"

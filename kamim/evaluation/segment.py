@@ -25,7 +25,7 @@ STRIP_VALUES = 1 << 24  # logits that are upsampled at once
 
 
 class FrozenTokens:
-    """Images -> the patch tokens of a frozen encoder, float32 [B, D, g, g] (kamim.models.readout.token_map)."""
+    """Maps images to a frozen encoder's patch tokens, float32 [B, D, g, g] (kamim.models.readout.token_map)."""
 
     def __init__(self, encoder: Encoder, block: int, compute: Compute, device: torch.device):
         self._encoder = encoder.to(device).eval().requires_grad_(False)
@@ -36,13 +36,13 @@ class FrozenTokens:
         return token_map(self._encoder, images, self._block)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, R, R], normalised. In the precision of the autocast around it."""
+        """Maps images, float [B, 3, R, R], normalised, to tokens, in the precision of the surrounding autocast."""
         with torch.no_grad():
             return self._read(images).float()
 
 
 class SegmentationHead(nn.Module):
-    """Batch norm and a 1x1 convolution, whose weights begin normal with deviation 0.01 and whose biases begin at 0."""
+    """Batch norm and a 1x1 convolution, with initial weights of normal deviation 0.01 and initial biases of 0."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
@@ -53,7 +53,7 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """float32 [B, D, g, g] -> logits float32 [B, classes, g, g], outside of autocast."""
+        """Maps float32 [B, D, g, g] to logits float32 [B, classes, g, g], outside of autocast."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits: Tensor = self.conv(self.norm(tokens))
         return logits
@@ -63,8 +63,8 @@ class SegmentationHead(nn.Module):
 class PixelCrossEntropy:
     """The cross entropy of upsampled logits: an objective of the Trainer.
 
-    It is the mean over all pixels, and a pixel without a class counts 0, as in DINOv3; so what a micro-batch
-    contributes to a step does not depend on how many of its pixels have a class.
+    It is the mean over all pixels, and a pixel without a class counts 0, as in DINOv3; so the contribution of a
+    micro-batch to a step does not depend on how many of its pixels have a class.
     """
 
     network: nn.Module
@@ -72,7 +72,7 @@ class PixelCrossEntropy:
     compute: Compute
 
     def __call__(self, batch: Batch) -> Losses:
-        """The loss of a micro-batch with labels int64 [B, R, R]."""
+        """Returns the loss of a micro-batch with labels int64 [B, R, R]."""
         with autocast(self.compute, batch.images.device):
             tokens = self.read(normalise(batch.images))
         logits = interpolate(self.network(tokens), batch.labels.shape[1:], mode="bilinear")
@@ -84,14 +84,14 @@ class Masks(Protocol):
     """The truth of every sample, at its own size."""
 
     def mask(self, index: int) -> np.ndarray:
-        """int16 [H, W], -1 for pixels without a class."""
+        """Returns int16 [H, W], -1 for pixels without a class."""
         ...
 
 
 def measure(
     head: nn.Module, read: FrozenTokens, batches: Iterable[Batch], masks: Masks, classes: int, world: World
 ) -> Tensor:
-    """The confusion matrix of all pixels of all ranks' samples, int64 [classes, classes]: true class, predicted class.
+    """Returns the confusion matrix of all ranks' pixels, int64 [classes, classes]: true class, predicted class.
 
     Logits of whole images, in fp32, are upsampled to the size of the mask.
     """
@@ -100,7 +100,7 @@ def measure(
         world.broadcast(buffer)
     confusion = MulticlassConfusionMatrix(classes, ignore_index=UNLABELLED, validate_args=False).to(world.device)
     for batch in batches:
-        if len(batch) == 0:  # a rank may have none of a short last step
+        if len(batch) == 0:  # a rank may have no samples of a short last step
             continue
         with torch.no_grad():
             logits = head(read(normalise(batch.images)))
@@ -112,7 +112,7 @@ def measure(
 
 
 def predictions(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, the class of each of their pixels int64 [n, W]) of an image of `size` (height, width), strip by strip.
+    """Yields (rows, the class of their pixels int64 [n, W]) of an image of `size` (height, width), strip by strip.
 
     logits: float32 [classes, g, g], upsampled bilinearly with half-pixel centres, torch's align_corners=False. Strips
     keep the memory small, which whole images of many classes would exceed.
@@ -128,7 +128,7 @@ def predictions(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, 
 
 
 def _neighbours(length: int, out_length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The two samples that make an output sample, and the weight of the second: int64, int64, float32 [out_length]."""
+    """Returns an output sample's two source samples and the second's weight: int64, int64, float32 [out_length]."""
     at = (torch.arange(out_length, dtype=torch.float64) + 0.5) * (length / out_length) - 0.5
     at = at.clamp(0, length - 1)
     first = at.long()
@@ -137,9 +137,9 @@ def _neighbours(length: int, out_length: int, device: torch.device) -> tuple[Ten
 
 
 def segmentation(confusion: Tensor, classes: tuple[str, ...], ignored: int) -> Segmentation:
-    """Intersection over union of every class, and its mean over the classes that occur in the truth or a prediction.
+    """Returns intersection over union by class, and its mean over the classes in the truth or a prediction.
 
-    confusion: what measure gives. ignored: the index of a class that does not take part; none if it is no class.
+    confusion: from measure. ignored: the index of a class that is excluded; none if it is not a class.
     """
     counts = confusion.double().cpu()
     right = counts.diag()

@@ -81,7 +81,7 @@ def _samples(folder: MaskFolder) -> SampleSet:
 
 
 def _token_width(evaluated: EvaluatedModel, block: int) -> int:
-    """D of the tokens. Raises KamimError if they are one for a whole image, which has nothing to segment."""
+    """Returns D of the tokens. Raises KamimError if there is a single token per image, which cannot be segmented."""
     device = next((p.device for p in evaluated.encoder.parameters()), torch.device("cpu"))
     with torch.no_grad():
         side = evaluated.resolution
@@ -109,7 +109,7 @@ def _keep_picture(
     file: Path, context: EvalContext, evaluated: EvaluatedModel, val: MaskFolder, head: SegmentationHead,
     read: FrozenTokens,
 ) -> None:  # fmt: skip
-    """Keeps some validation images, evenly spaced, their true and their predicted classes."""
+    """Writes some validation images, evenly spaced, with their true and their predicted classes."""
     count = min(context.config.segment.shown, len(val))
     chosen, alone = np.linspace(0, len(val) - 1, count).astype(np.int64), World(0, 1, context.world.device)
     (batch,) = _in_order(val, chosen, count, evaluated, context, alone).steps(0, 1)

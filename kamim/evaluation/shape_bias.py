@@ -26,7 +26,7 @@ from preprocess.cue_conflict import open_cue_conflicts
 
 
 def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
-    """Fits a logistic regression to the training store and lets it decide on cue-conflict images."""
+    """Fits a logistic regression to the training store and classifies cue-conflict images with it."""
     config, options, world, samples = context.config, context.config.shape_bias, context.world, context.train
     if samples is None:
         raise KamimError("train: is missing; this mode needs a store to train on")
@@ -63,7 +63,7 @@ def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
 
 def members_of(categories: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Mapping[str, Sequence[int]]:
-    """The labels of every category's classes. Raises KamimError for fewer than two categories and unknown classes."""
+    """Returns the labels of each category's classes. Raises KamimError for under two categories or unknown classes."""
     if len(categories) < 2:
         raise KamimError(
             "shape_bias.categories: must map two categories or more to classes of the training store, such as "
@@ -77,14 +77,14 @@ def members_of(categories: Mapping[str, Sequence[str]], classes: Sequence[str]) 
 
 
 def decisions(probabilities: Tensor, members: Mapping[str, Sequence[int]]) -> list[str]:
-    """The category of each image whose classes have the highest mean probability. probabilities: [N, classes]."""
+    """Returns each image's category, whose classes have the highest mean probability; probabilities: [N, classes]."""
     names = list(members)
     means = [probabilities[:, list(members[name])].mean(dim=1) for name in names]
     return [names[place] for place in np.argmax([mean.cpu().numpy() for mean in means], axis=0)]
 
 
 def shape_bias(shapes: Sequence[str], textures: Sequence[str], decided: Sequence[str]) -> ShapeBias:
-    """Shape decisions among shape and texture decisions. The three: the categories of every image."""
+    """Measures shape decisions among shape and texture decisions, from the categories of every image."""
     by_shape = np.array([decision == shape for decision, shape in zip(decided, shapes, strict=True)])
     by_texture = np.array([decision == texture for decision, texture in zip(decided, textures, strict=True)])
 

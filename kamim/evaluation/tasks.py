@@ -44,8 +44,8 @@ from pipelines.batch import Batch, normalise
 from pipelines.loader import Crop, Loader
 from pipelines.samples import Samples
 
-NOT_COMPILED = Compute(compile=False)  # of a head, which takes next to no time
-FP32 = Compute(precision="fp32")  # of reconstructions, as in the released code's notebook
+NOT_COMPILED = Compute(compile=False)  # for a head, which takes little time
+FP32 = Compute(precision="fp32")  # for reconstructions, as in the released code's notebook
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
 
 
@@ -214,7 +214,7 @@ def sweep_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
 
 def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
-    """Measures how well masked validation images are reconstructed, and keeps some for a picture."""
+    """Measures the reconstruction of masked validation images, and keeps some for a picture."""
     options, model = context.config.reconstruct, evaluated.model
     if model is None:
         raise KamimError(f"checkpoint = {evaluated.name}: has no head trained to reconstruct pixels")
@@ -254,7 +254,7 @@ def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
 
 def _npz(**arrays: Tensor) -> bytes:
-    """The content of an .npz file."""
+    """Returns the content of an .npz file."""
     stream = io.BytesIO()
     content: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
     np.savez(stream, **content)
@@ -262,7 +262,7 @@ def _npz(**arrays: Tensor) -> bytes:
 
 
 def _spread(context: EvalContext, resolution: int, count: int) -> Batch:
-    """`count` validation samples, evenly spaced, since stores are often sorted by class; for one process."""
+    """Returns `count` validation samples, evenly spaced, since stores are often sorted by class; for one process."""
     numbers = context.val.numbers
     count = min(count, len(numbers))
     chosen = Samples(context.val.store, numbers[np.linspace(0, len(numbers) - 1, count).astype(np.int64)])
@@ -273,7 +273,7 @@ def _spread(context: EvalContext, resolution: int, count: int) -> Batch:
 def _training(
     augment: str, context: EvalContext, samples: Samples, resolution: int, optim: ClassifierOptim
 ) -> tuple[Loader, Finish]:
-    """A loader of augmented batches, and the function that finishes each batch on the device."""
+    """Builds a loader of augmented batches, and the function that finishes each batch on the device."""
     classes = len(samples.classes)
     if augment == "paper":
         loader = context.training(samples, resolution, optim, augment=Augment(resolution))
@@ -286,7 +286,7 @@ def _training(
 
 
 def _run(kind: Kind, folder: Path, options: Linprobe | Finetune, loader: Loader, keep: Keep) -> Run:
-    """The folder, schedule and checkpoints of a classifier's training."""
+    """Returns the folder, schedule and checkpoints of a classifier's training."""
     per_epoch = loader.plan.steps_per_epoch
     every = options.checkpoint_epochs * per_epoch
     return Run(folder, kind, options.model_dump(mode="json"), options.optim, per_epoch, every, keep)
@@ -296,7 +296,7 @@ O = TypeVar("O", Linprobe, Finetune)
 
 
 def _clipped(options: O, evaluated: EvaluatedModel) -> O:
-    """The options, with the released code's clip_grad for the checkpoint's architecture if none is given."""
+    """Returns the options, with the released code's clip_grad for the checkpoint's architecture if none is given."""
     if "clip_grad" in options.optim.model_fields_set:
         return options
     clip_grad = paper.CLIP_GRAD["swin" if isinstance(evaluated.encoder, SwinTransformer) else "vit"]

@@ -1,4 +1,4 @@
-"""What is analysed: an encoder with attention, and its name in figures."""
+"""Encoders with attention to analyse, and their names in figures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from kamim.storage.escape import one_line
 
 @dataclass(frozen=True, eq=False)
 class AnalysedModel:
-    """One checkpoint. model: with its pixel head, if it has one. about: its origin, for analysis.json."""
+    """A checkpoint to analyse. model: with its pixel head, if it has one. about: its origin, for analysis.json."""
 
     name: str
     encoder: VisionTransformer | SwinTransformer
@@ -57,7 +57,7 @@ class AnalysedModel:
 
 
 def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTransformer:
-    """The model itself. Raises KamimError if its attention is not one that the analysis knows."""
+    """Returns the model itself. Raises KamimError if the analysis does not support its attention."""
     allowed = VisionTransformer | SwinTransformer
     if isinstance(model, allowed) and all(
         isinstance(getattr(block, "attn", None), Attention | WindowAttention) for block in blocks(model)
@@ -73,7 +73,7 @@ def checked_encoder(name: str, model: nn.Module) -> VisionTransformer | SwinTran
 
 
 def timm_encoder(spec: str, seed: int) -> VisionTransformer | SwinTransformer:
-    """timm's MODEL_NAME with random weights, or MODEL_NAME@FILE with those of a safetensors file.
+    """Builds timm's MODEL_NAME with random weights, or MODEL_NAME@FILE with those of a safetensors file.
 
     The file holds a state dict under timm's names; a classifier in it (head.*) is left out. Raises KamimError
     for an unknown model, one without attention, or a file that does not fit.
@@ -97,7 +97,7 @@ def _load(encoder: nn.Module, file: Path) -> None:
         state = {key: value for key, value in load_file(file).items() if not key.startswith("head.")}
         for key, value in state.items():
             check_tensor(key, value)
-    except (SafetensorError, LookupError, ValueError) as error:  # LookupError: of a dtype that torch does not have
+    except (SafetensorError, LookupError, ValueError) as error:  # LookupError: torch lacks a dtype
         raise KamimError(f"{file}: not the weights of a timm model: {one_line(error)}") from error
     own = encoder.state_dict()
     for key in sorted(own.keys() | state.keys()):

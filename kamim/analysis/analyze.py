@@ -1,4 +1,4 @@
-"""Stores and checkpoints for the analyses."""
+"""Loads stores and checkpoints for the analyses."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -36,7 +36,7 @@ class _StoreImages:
 
 
 def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
-    """Loads NAME=CHECKPOINT: what load_model takes, timm:MODEL or timm:MODEL@FILE. Raises KamimError otherwise."""
+    """Loads NAME=CHECKPOINT, as load_model does, or timm:MODEL[@FILE]. Raises KamimError for anything else."""
     name, equals, source = spec.partition("=")
     if not (name and equals and source):
         raise KamimError(f"checkpoint = {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")

@@ -1,9 +1,9 @@
-"""Attention weights of timm encoders, computed on the side.
+"""Attention weights of timm encoders, computed beside the unchanged model.
 
 The model runs unchanged, with fused attention (SDPA), which does not return its softmax weights. Hooks on the attention
-modules compute them again from q and k and pass them on layer by layer, so that only one layer's weights of one batch
-are held. timm's AttentionExtract needs attention that is not fused, which changes the model's output in its last
-digits, and returns the weights of all layers at once.
+modules recompute them from q and k and pass them on layer by layer, so that only one layer's weights of one batch are
+held in memory. timm's AttentionExtract needs attention that is not fused, which changes the last digits of the model's
+output, and returns the weights of all layers at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias + mask) of a timm attention module.
+    """Computes softmax(q k^T / sqrt(d) + bias + mask) of a timm attention module.
 
     x: [B, N, D], the module's input. mask: [W, N, N], the mask of a shifted window attention, with B a multiple of W.
     Returns [B, heads, N, N]; rows are queries and sum to 1.
@@ -43,7 +43,7 @@ def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tens
 
 
 def blocks(encoder: VisionTransformer | SwinTransformer) -> list[Any]:
-    """The transformer blocks, in order; each has its attention as `.attn`."""
+    """Returns the transformer blocks, in order; each has its attention as `.attn`."""
     if isinstance(encoder, SwinTransformer):
         return [block for layer in encoder.layers for block in layer.blocks]
     return list(encoder.blocks)

@@ -1,4 +1,4 @@
-"""Streams images through an encoder and keeps what the figures need.
+"""Streams images through an encoder and keeps the inputs of the figures.
 
 A few numbers are kept for each image and layer (and one mean token, of the first FEATURE_IMAGES images), so memory does
 not grow with the size of attention maps, and hardly with the number of images.
@@ -27,7 +27,7 @@ Progress = Callable[[int], None]  # takes the number of further images that are 
 
 @dataclass
 class Curves:
-    """Per depth, over many images. Attention measures are empty for a Swin, and correlation without counts.
+    """Measures by depth, over many images. Attention measures are empty for a Swin, and correlation without counts.
 
     sides: depth 0 .. L, tokens along a side. spectrum: depth 0 .. L, summed over images, [s - s // 2] each.
     pooled: depth 0 .. L, lists of [b, D].
@@ -44,7 +44,7 @@ class Curves:
 
 
 def per_image(kept: dict[int, list[Tensor]]) -> np.ndarray:
-    """Values of every image and depth: {1 .. L: lists of [b, ..]} -> float64 [N, L, ..]."""
+    """Stacks the values of every image and depth: {1 .. L: lists of [b, ..]} -> float64 [N, L, ..]."""
     return np.stack([torch.cat(kept[depth]).cpu().numpy() for depth in sorted(kept)], axis=1)
 
 
@@ -54,7 +54,7 @@ def _run(model: AnalysedModel, batch: Batch) -> None:
 
 
 def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, progress: Progress) -> Curves:
-    """Collects everything that is drawn over depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
+    """Collects everything that is plotted by depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
     kept, weights, distances = Curves(), torch.empty(0), torch.empty(0)
     if model.is_vit:
         distances = measures.token_distances(model.grid, model.patch).to(device)
@@ -85,14 +85,14 @@ def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, 
 
 
 def token_weights(counts: Tensor, model: AnalysedModel) -> Tensor:
-    """W (Eq. 2), averaged over each token: cell counts [B, g, g] -> [B, tokens]."""
+    """Averages W (Eq. 2) over each token: cell counts [B, g, g] -> [B, tokens]."""
     weights = counts_to_weights(counts, WEIGHT_CELL, TEMPERATURE)
     return adaptive_avg_pool2d(weights, model.grid).flatten(1)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A few images in full. Of a Swin, `tokens` alone.
+    """Tokens and attention maps of a few images. For a Swin, `tokens` alone.
 
     tokens: the output of block `token_block`, [n, T, D]. before, after: input and output of the attention of block
     `block`, [n, T, D]. maps: attention of the same block from each query, times T so that 1 is uniform:
@@ -108,7 +108,7 @@ class Samples:
 
 
 def token_block(depth: int, layer: int | None) -> int:
-    """The block whose output figure 3 shows: `layer`, or the last but one.
+    """Returns the block whose output figure 3 shows: `layer`, or the last but one.
 
     Of 12 blocks that is the 11th, as in the released notebook (hidden_states[11]); the paper's text says the last.
     """
@@ -116,7 +116,7 @@ def token_block(depth: int, layer: int | None) -> int:
 
 
 def attention_block(depth: int, layer: int | None) -> int:
-    """The block whose attention figures 5 and 8 to 10 show: `layer`, or the last.
+    """Returns the block whose attention figures 5 and 8 to 10 show: `layer`, or the last.
 
     Index 11 in the released notebooks counts from 0, and appendix B says the last; figure 8's caption says the 11th.
     """
@@ -124,7 +124,7 @@ def attention_block(depth: int, layer: int | None) -> int:
 
 
 def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
-    """(row, column) of the token at (x, y), shares of the image's sides in [0, 1)."""
+    """Returns (row, column) of the token at (x, y), shares of the image's sides in [0, 1)."""
     x, y = query
     return int(y * grid), int(x * grid)
 

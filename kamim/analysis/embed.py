@@ -1,4 +1,4 @@
-"""Two dimensions out of many, through scikit-learn (extra: analysis)."""
+"""Embeds tokens in two dimensions with scikit-learn (extra: analysis)."""
 
 import importlib
 from typing import Any
@@ -26,11 +26,11 @@ def check() -> None:
 
 
 def tsne(tokens: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE, random start: [n, D] -> float64 [n, 2]. Raises KamimError for too few tokens."""
+    """Embeds tokens by t-SNE, random start: [n, D] -> float64 [n, 2]. Raises KamimError for too few tokens."""
     if len(tokens) <= PERPLEXITY:
         raise KamimError(f"figures = 3: {len(tokens)} tokens are too few for a t-SNE of perplexity {PERPLEXITY:g}")
     manifold = _sklearn("sklearn.manifold")
-    limits = _sklearn("threadpoolctl").threadpool_limits  # sums of several threads differ from run to run
+    limits = _sklearn("threadpoolctl").threadpool_limits  # multithreaded sums differ from run to run
     with limits(1):
         return (
             manifold.TSNE(perplexity=PERPLEXITY, init="random", random_state=seed).fit_transform(tokens).astype(float)
@@ -38,7 +38,7 @@ def tsne(tokens: np.ndarray, seed: int) -> np.ndarray:
 
 
 def pca(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components: [n, D] -> (float64 [n, 2], shares of variance [2])."""
+    """Returns the first two principal components: [n, D] -> (float64 [n, 2], shares of variance [2])."""
     decomposition = _sklearn("sklearn.decomposition").PCA(n_components=2, svd_solver="full")
     plane = decomposition.fit_transform(tokens.astype(np.float64))
     return plane, decomposition.explained_variance_ratio_

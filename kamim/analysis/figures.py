@@ -1,6 +1,6 @@
-"""Pictures, one function each, drawn from the numbers that analysis.json holds.
+"""Figures, one function each, drawn from the numbers in analysis.json.
 
-Every function takes {checkpoint: its numbers} in the order to show them and returns a matplotlib Figure.
+Every function takes {checkpoint: its numbers} in display order and returns a matplotlib Figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Numbers = Mapping[str, Mapping[str, Any]]
 
 
 def _points(axes: Axes) -> None:
-    """Axes without ticks, for embeddings, whose coordinates have no unit."""
+    """Removes the ticks of axes of embeddings, whose coordinates have no unit."""
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -32,13 +32,13 @@ def _points(axes: Axes) -> None:
 def reconstructions(
     originals: np.ndarray, masks: np.ndarray, named: Sequence[tuple[str, np.ndarray]], note: str
 ) -> Any:
-    """Figure 2. See plots.reconstruction_sheet."""
+    """Draws figure 2. See plots.reconstruction_sheet."""
     return reconstruction_sheet(originals, masks, named, note)
 
 
 @styled
 def classes(numbers: Numbers) -> Figure:
-    """Figure 3: t-SNE of the tokens that leave `block`. xy [n, 2], label [n], classes."""
+    """Draws figure 3: t-SNE of the output tokens of `block`. xy [n, 2], label [n], classes."""
     figure, lines = panels(len(numbers))
     for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
         for i, title in enumerate(table["classes"]):
@@ -52,7 +52,7 @@ def classes(numbers: Numbers) -> Figure:
 
 @styled
 def fourier(numbers: Numbers) -> Figure:
-    """Figure 4: relative log amplitude of the last entry by depth, and whole curves. curves [depths][f], frequency."""
+    """Draws figure 4: relative log amplitude of the last entry by depth, and whole curves [depths][f], frequency."""
     figure, lines = panels(1 + len(numbers), side=3.1)
     for i, (name, table) in enumerate(numbers.items()):
         lines[0, 0].plot([curve[-1] for curve in table["curves"]], label=literal(name), **look(i))
@@ -66,7 +66,7 @@ def fourier(numbers: Numbers) -> Figure:
 
 
 def _spectra(axes: Axes, name: str, table: Mapping[str, Any]) -> None:
-    """One line per depth, from dark to bright."""
+    """Draws one line per depth, from dark to bright."""
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(table["curves"])))
     for depth, (frequency, curve) in enumerate(zip(table["frequency"], table["curves"], strict=True)):
         ends = {0: "0 (embedding)", len(shades) - 1: str(len(shades) - 1)}
@@ -78,7 +78,7 @@ def _spectra(axes: Axes, name: str, table: Mapping[str, Any]) -> None:
 
 @styled
 def maps(numbers: Numbers, shown: np.ndarray, queries: Sequence[tuple[float, float]]) -> Figure:
-    """Figure 5: attention of one query token each. maps [n, queries, g, g], 1 is uniform. shown: uint8 [n, R, R, 3]."""
+    """Draws figure 5: attention of single queries. maps [n, queries, g, g], 1 is uniform. shown: uint8 [n, R, R, 3]."""
     columns = [(image, query) for image in range(len(shown)) for query in range(len(queries))]
     figure = Figure(figsize=(1.35 * len(columns) + 0.5, 1.15 * (1 + len(numbers)) + 0.4), layout="constrained")
     lines = figure.subplots(1 + len(numbers), len(columns), squeeze=False)
@@ -102,7 +102,7 @@ def maps(numbers: Numbers, shown: np.ndarray, queries: Sequence[tuple[float, flo
 
 
 def _mark(axes: Axes, query: tuple[float, float], grid: int, side: int) -> None:
-    """A box around the query token."""
+    """Draws a box around the query token."""
     cell = side / grid
     x, y = (int(share * grid) * cell - 0.5 for share in query)
     axes.add_patch(Rectangle((x, y), cell, cell, fill=False, edgecolor="#D55E00", linewidth=1.6))
@@ -110,9 +110,9 @@ def _mark(axes: Axes, query: tuple[float, float], grid: int, side: int) -> None:
 
 @styled
 def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
-    """Figures 6 and 7: mean over heads with one standard deviation, and the line of uniform attention.
+    """Draws figures 6 and 7: mean over heads with one standard deviation, and the line of uniform attention.
 
-    mean, spread: [L]. uniform: a number. `uniform` is what the line is called, {} its number and {grid} the tokens.
+    mean, spread: [L]. uniform: a number. `uniform` is the line's label, {} its number and {grid} the tokens.
     """
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
@@ -130,7 +130,7 @@ def by_depth(numbers: Numbers, label: str, uniform: str) -> Figure:
 
 @styled
 def transformation(numbers: Numbers) -> Figure:
-    """Figure 8: PCA of one image's tokens before and after attention. before, after: [T, 2]; variance [2]."""
+    """Draws figure 8: PCA of an image's tokens before and after attention. before, after: [T, 2]; variance [2]."""
     figure, lines = panels(len(numbers))
     for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
         for i, kind in enumerate(("before", "after")):
@@ -142,7 +142,7 @@ def transformation(numbers: Numbers) -> Figure:
 
 @styled
 def two_images(numbers: Numbers) -> Figure:
-    """Figure 9: as figure 8 for two images of two classes, with centroids. before, after: [2, T, 2]."""
+    """Draws figure 9: as figure 8 for two images of two classes, with centroids. before, after: [2, T, 2]."""
     figure, lines = panels(len(numbers))
     for axes, (name, table) in zip(lines[0], numbers.items(), strict=True):
         looks = iter(range(4))
@@ -162,7 +162,7 @@ def two_images(numbers: Numbers) -> Figure:
 
 @styled
 def many_images(numbers: Numbers) -> Figure:
-    """Figure 10: tokens of many images of three classes, before (top) and after attention, each with its own PCA.
+    """Draws figure 10: tokens of many images of three classes, before (top) and after attention, with separate PCAs.
 
     before, after: [n, T, 2]; label [n]; before_variance, after_variance [2]. Circles are centroids of images.
     """
@@ -188,7 +188,7 @@ def _principal(axes: Axes, title: str, variance: np.ndarray) -> None:
 
 @styled
 def features(numbers: Numbers) -> Figure:
-    """Effective rank and uniformity of mean tokens by depth, from 0. rank, uniformity: [L + 1]."""
+    """Draws effective rank and uniformity of mean tokens by depth, from 0. rank, uniformity: [L + 1]."""
     figure, lines = panels(2, side=3.6)
     for i, (name, table) in enumerate(numbers.items()):
         for axes, kind in zip(lines[0], ("rank", "uniformity"), strict=True):
@@ -201,7 +201,7 @@ def features(numbers: Numbers) -> Figure:
 
 @styled
 def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Linear CKA of every layer with every layer, of every checkpoint with every checkpoint: [row][column] [a, b]."""
+    """Draws linear CKA of all pairs of layers, of all pairs of checkpoints: [row][column] [a, b]."""
     names = list(numbers)
     figure, lines = panels(len(names), rows=len(names), side=2.5, height=2.4)
     for row, one in enumerate(names):
@@ -221,7 +221,7 @@ def similarity(numbers: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
 @styled
 def weight_correlation(numbers: Numbers) -> Figure:
-    """Pearson's r of W and attention received, by depth, with the 95 % interval over images. mean, low, high: [L]."""
+    """Plots Pearson's r of W and attention received by depth, with 95 % intervals over images. mean, low, high: [L]."""
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, table) in enumerate(numbers.items()):
@@ -236,7 +236,7 @@ def weight_correlation(numbers: Numbers) -> Figure:
 
 @styled
 def probe(numbers: Numbers) -> Figure:
-    """Accuracy of linear probes by the block they read. block, top1 (per cent): one entry a probe."""
+    """Draws the accuracy of linear probes by the block they read. block, top1 (per cent): one entry per probe."""
     figure, lines = panels(1, side=5.2, height=3.3)
     axes = lines[0, 0]
     for i, (name, table) in enumerate(numbers.items()):

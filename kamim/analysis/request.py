@@ -1,4 +1,4 @@
-"""What is requested, the images for it, and the models that can be shown, all checked before any work."""
+"""The request, its images, and the models that can be shown, all checked before any work."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -29,10 +29,10 @@ MOST_IMAGES = 1000  # the default of --images
 
 @dataclass(frozen=True)
 class Request:
-    """What to analyse. figures: of FIGURES, or None for all that these models and this store allow.
+    """An analysis request. figures: of FIGURES, or None for all that these models and this store allow.
 
-    images: how many, for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's
-    first three. layer: the block, from 1, of figures 3, 5 and 8 to 10; None for what each shows in the paper (see
+    images: number for curves; None for all, MOST_IMAGES at most. classes: three names, or () for the store's first
+    three. layer: the block, from 1, of figures 3, 5 and 8 to 10; None for the paper's choice (see
     collect.token_block and attention_block). head: of figure 5, from 1; None for the mean. queries: (x, y) of its query
     tokens, as shares of the image's sides in [0, 1). probes: linear probes of `kamim eval`, for figure "probe".
     """
@@ -48,7 +48,7 @@ class Request:
 
 
 def read_probes(file: Path) -> list[Result[Accuracy]]:
-    """The linear probes in what `kamim eval --json FILE` wrote. Raises KamimError if there are none."""
+    """Reads the linear probes that `kamim eval --json FILE` wrote. Raises KamimError if there are none."""
     try:
         results = [result for result in json.loads(file.read_text()) if result["mode"] == "linprobe"]
         probes = [Result.from_json(result, Accuracy) for result in results]
@@ -60,13 +60,13 @@ def read_probes(file: Path) -> list[Result[Accuracy]]:
 
 
 def probed(model: AnalysedModel, request: Request) -> list[tuple[int, float]]:
-    """(block, top-1 in per cent) of the request's probes that read this very checkpoint, by block."""
+    """Returns (block, top-1 in per cent) of the request's probes of this very checkpoint, by block."""
     own = [probe for probe in request.probes if probe.settings.checkpoint == model.about["checkpoint"]]
     return sorted((probe.settings.block or 0, probe.measured.top1) for probe in own)
 
 
 def parse_figures(text: str) -> tuple[str, ...] | None:
-    """ "all" -> None, else a comma-separated list of FIGURES. Raises KamimError for anything else."""
+    """Parses "all" as None, else a comma-separated list of FIGURES. Raises KamimError for anything else."""
     if text == "all":
         return None
     wanted = tuple(part.strip() for part in text.split(","))
@@ -77,7 +77,7 @@ def parse_figures(text: str) -> tuple[str, ...] | None:
 
 
 def parse_query(text: str) -> tuple[float, float]:
-    """ "X,Y" -> (x, y). Raises KamimError unless both are in [0, 1)."""
+    """Parses "X,Y" as (x, y). Raises KamimError unless both are in [0, 1)."""
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError:
@@ -95,13 +95,13 @@ class Source(Protocol):
     classes: tuple[str, ...]
 
     def batches(self, indices: np.ndarray, resolution: int, size: int, cell: int | None) -> Iterable[Batch]:
-        """Whole images `indices`, resized, in batches of at most `size`; cell: with FAST ring counts in such cells."""
+        """Loads whole images `indices`, resized, in batches of at most `size`; cell: cell size of FAST ring counts."""
         ...
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which images. curves: for what is drawn over depth. samples: for what shows tokens; label: their classes,
+    """The images of an analysis. curves: for plots over depth. samples: for plots of tokens; label: their classes,
     as indices into titles (all 0 if the store has too few).
     """
 
@@ -133,7 +133,7 @@ def choose(request: Request, source: Source) -> Chosen:
 
 
 def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
-    """The three classes requested, or the first three with images; () if fewer than three have images."""
+    """Returns the three classes requested, or the first three with images; () if fewer than three have images."""
     if not wanted:
         titles = [source.classes[label] for label in np.unique(source.labels) if label >= 0]
         return tuple(titles[:CLASSES]) if len(titles) >= CLASSES else ()
@@ -151,7 +151,7 @@ def _titles(wanted: tuple[str, ...], source: Source) -> tuple[str, ...]:
 def _shown(
     figure: str, models: Sequence[AnalysedModel], chosen: Chosen, request: Request
 ) -> tuple[list[AnalysedModel], str]:
-    """The models that `figure` can show, and the reason why it cannot show others."""
+    """Returns the models that `figure` can show, and the reason why it cannot show others."""
     if figure == "probe":
         return [m for m in models if probed(m, request)], "needs a probe, kamim eval's result for the checkpoint"
     if figure in NEED_CLASSES and not chosen.titles:
@@ -169,7 +169,7 @@ def _shown(
 def plan(
     request: Request, models: Sequence[AnalysedModel], chosen: Chosen
 ) -> tuple[dict[str, list[AnalysedModel]], list[str]]:
-    """{figure: models it shows}, and notes on what is left out. Raises KamimError if a requested one shows none."""
+    """Returns {figure: models it shows}, and notes on omissions. Raises KamimError if a requested one shows none."""
     planned, notes = {}, []
     for figure in request.figures or FIGURES:
         if figure == "probe" and not request.probes and request.figures is None:

@@ -49,7 +49,7 @@ Tables = dict[str, dict[str, Any]]  # of one figure: {checkpoint: numbers}
 
 @dataclass
 class Collected:
-    """What was collected of each model, by its name."""
+    """The collected measures of each model, by its name."""
 
     curves: dict[str, Curves]
     samples: dict[str, Samples]
@@ -86,13 +86,13 @@ def collect(
 
 
 def _models(planned: Mapping[str, list[AnalysedModel]], kinds: set[str]) -> list[AnalysedModel]:
-    """The models that any of these figures shows, in order of appearance."""
+    """Returns the models that any of these figures shows, in order of appearance."""
     unique = {m.name: m for figure, shown in planned.items() if figure in kinds for m in shown}
     return list(unique.values())
 
 
 def first_of_classes(chosen: Chosen) -> np.ndarray:
-    """Places in chosen.samples of the images that figure 5 shows: one of each class, or the first few."""
+    """Returns places in chosen.samples of the images that figure 5 shows: one per class, or the first few."""
     if not chosen.titles:
         return np.arange(len(chosen.samples))
     return np.array([int(np.argmax(chosen.label == i)) for i in range(len(chosen.titles))])
@@ -101,7 +101,7 @@ def first_of_classes(chosen: Chosen) -> np.ndarray:
 def numbers(
     planned: Mapping[str, list[AnalysedModel]], collected: Collected, chosen: Chosen, request: Request
 ) -> tuple[dict[str, Tables], Tables]:
-    """The numbers of all figures except 2, and how close each ViT is to uniform attention ({} without figures 6, 7)."""
+    """Returns the numbers of all figures except 2, and each ViT's distance from uniform attention ({} without 6, 7)."""
     curves, samples, label, titles = collected.curves, collected.samples, chosen.label, chosen.titles
     few, seed = first_of_classes(chosen), request.seed
     attention = {m.name: tables.attention(m, curves[m.name], seed) for m in _models(planned, {"6", "7"})}
@@ -125,7 +125,7 @@ def numbers(
 
 
 def draw(drawn: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float, float], ...]) -> dict[str, Figure]:
-    """The pictures of all figures except 2. shown: uint8 [n, R, R, 3], figure 5's images."""
+    """Draws all figures except 2. shown: uint8 [n, R, R, 3], figure 5's images."""
     pictures: dict[str, Callable[[Tables], Figure]] = {
         "3": figures.classes, "4": figures.fourier,
         "5": partial(figures.maps, shown=shown, queries=queries),
@@ -139,12 +139,12 @@ def draw(drawn: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float
 
 
 def images(source: Source, indices: np.ndarray, resolution: int) -> torch.Tensor:
-    """Whole images, resized: uint8 [n, R, R, 3]."""
+    """Returns whole images, resized: uint8 [n, R, R, 3]."""
     return torch.cat([batch.images.clone() for batch in source.batches(indices, resolution, BATCH, None)])
 
 
 def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, seed: int) -> dict[str, Figure]:
-    """Figure 2: {file name: picture}, one for each resolution among the checkpoints."""
+    """Draws figure 2: {file name: picture}, one for each resolution among the checkpoints."""
     pictures, indices = {}, chosen.curves[:MASK_IMAGES]
     for side in sorted({m.resolution for m in models}):
         shown = images(source, indices, side)
@@ -164,7 +164,7 @@ def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, see
 
 
 def summary(closeness: Tables, notes: list[str]) -> list[str]:
-    """The lines that the command prints: the distance from uniform attention, with intervals; then the notes."""
+    """Returns the lines to print: the distance from uniform attention, with intervals; then the notes."""
     lines = []
     for name, near in closeness.items():
         gap, distance, nmi = near["distance_from_uniform"], near["distance"], near["nmi"]
@@ -213,7 +213,7 @@ def analyse(models: list[AnalysedModel], source: Source, request: Request, out: 
 
 
 def file_stem(figure: str) -> str:
-    """figure-02 .. figure-10, or figure-NAME."""
+    """Returns figure-02 .. figure-10, or figure-NAME."""
     return f"figure-{int(figure):02d}" if figure.isdigit() else f"figure-{figure}"
 
 

@@ -1,4 +1,4 @@
-"""The numbers that figures draw and analysis.json holds, from what was collected."""
+"""Computes the numbers of the figures and analysis.json from the collected measures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Table = dict[str, Any]
 
 
 def fourier(curves: Curves) -> Table:
-    """Figure 4. Per depth from 0: frequency in pi per token, and log amplitude relative to the lowest."""
+    """Computes figure 4. Per depth from 0: frequency in pi per token, and log amplitude relative to the lowest."""
     depths = sorted(curves.spectrum)
     means = [(curves.spectrum[depth] / curves.images).cpu().numpy() for depth in depths]
     return {
@@ -26,7 +26,7 @@ def fourier(curves: Curves) -> Table:
 
 
 def attention(model: AnalysedModel, curves: Curves, seed: int) -> tuple[Table, Table, Table]:
-    """Figures 6 and 7, per depth from 1 with intervals over images, and how close both are to uniform attention."""
+    """Computes figures 6 and 7, per depth from 1 with intervals over images, and their closeness to uniform."""
     distance, nmi = per_image(curves.distance), per_image(curves.nmi)  # [N, L, heads]
     uniform = measures.uniform_distance(model.grid, model.patch)
     resampled = measures.bootstrap_means(np.stack([distance.mean(axis=2), nmi.mean(axis=2)], axis=2), seed)
@@ -56,7 +56,7 @@ def _estimate(value: float, resampled: np.ndarray) -> Table:
 
 
 def weight_correlation(curves: Curves, seed: int) -> Table:
-    """Pearson's r of W and attention received per depth from 1: mean over images, 95 % interval.
+    """Returns Pearson's r of W and attention received per depth from 1: mean over images, 95 % interval.
 
     images: the number of images with an r; an image has none if W or attention does not vary over its tokens.
     """
@@ -69,12 +69,12 @@ def weight_correlation(curves: Curves, seed: int) -> Table:
 
 
 def pooled(curves: Curves) -> list[torch.Tensor]:
-    """Mean tokens of the first images, per depth from 0: [n, D] each, n <= FEATURE_IMAGES."""
+    """Returns the mean tokens of the first images, per depth from 0: [n, D] each, n <= FEATURE_IMAGES."""
     return [torch.cat(curves.pooled[depth])[:FEATURE_IMAGES] for depth in sorted(curves.pooled)]
 
 
 def features(curves: Curves) -> Table:
-    """Effective rank and uniformity of mean tokens, per depth from 0."""
+    """Returns the effective rank and uniformity of mean tokens, per depth from 0."""
     tokens = pooled(curves)
     return {
         "rank": np.array([effective_rank(centred(f)) for f in tokens]),
@@ -84,33 +84,33 @@ def features(curves: Curves) -> Table:
 
 
 def similarity(curves: dict[str, Curves]) -> dict[str, dict[str, np.ndarray]]:
-    """Linear CKA of mean tokens: [row][column], every layer of one with every layer of the other."""
+    """Returns linear CKA of mean tokens: [row][column], every layer of one with every layer of the other."""
     tokens = {name: pooled(kept) for name, kept in curves.items()}
     return {one: {other: measures.linear_cka(tokens[one], tokens[other]) for other in tokens} for one in tokens}
 
 
 def classes(samples: Samples, label: np.ndarray, titles: tuple[str, ...], seed: int) -> Table:
-    """Figure 3. label: the class of each image, as a place in titles."""
+    """Computes figure 3. label: the class of each image, as a place in titles."""
     _, tokens, width = samples.tokens.shape
     xy = embed.tsne(samples.tokens.reshape(-1, width), seed)
     return {"xy": xy, "label": np.repeat(label, tokens), "classes": titles, "block": samples.token_block}
 
 
 def transformation(samples: Samples) -> Table:
-    """Figure 8, of the first image."""
+    """Computes figure 8, of the first image."""
     both, variance = _plane(samples.before[:1], samples.after[:1])
     return {"before": both[0][0], "after": both[1][0], "variance": variance, "block": samples.block}
 
 
 def two_images(samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
-    """Figure 9, of the first image of each of the first two classes."""
+    """Computes figure 9, of the first image of each of the first two classes."""
     chosen = [int(np.argmax(label == i)) for i in (0, 1)]
     (before, after), variance = _plane(samples.before[chosen], samples.after[chosen])
     return {"before": before, "after": after, "variance": variance, "block": samples.block, "classes": titles[:2]}
 
 
 def many_images(samples: Samples, label: np.ndarray, titles: tuple[str, ...]) -> Table:
-    """Figure 10: before and after by a PCA of each."""
+    """Computes figure 10: before and after attention, with a PCA of each."""
     table: Table = {"block": samples.block, "classes": titles, "label": label}
     for kind, tokens in (("before", samples.before), ("after", samples.after)):
         (table[kind],), table[f"{kind}_variance"] = _plane(tokens)
@@ -118,12 +118,12 @@ def many_images(samples: Samples, label: np.ndarray, titles: tuple[str, ...]) ->
 
 
 def _plane(*sets: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """One PCA of all tokens: [n, T, D] each -> ([n, T, 2] each, shares of variance [2])."""
+    """Projects all tokens by one PCA: [n, T, D] each -> ([n, T, 2] each, shares of variance [2])."""
     stacked = np.concatenate(sets)
     xy, variance = embed.pca(stacked.reshape(-1, stacked.shape[-1]))
     return np.split(xy.reshape(*stacked.shape[:2], 2), np.cumsum([len(s) for s in sets])[:-1]), variance
 
 
 def probe(probes: Sequence[tuple[int, float]]) -> Table:
-    """Figure "probe": of (block, top-1 in per cent) of every probe."""
+    """Computes figure "probe" from (block, top-1 in per cent) of every probe."""
     return {"block": [block for block, _ in probes], "top1": [top1 for _, top1 in probes]}

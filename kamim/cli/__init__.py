@@ -1,8 +1,8 @@
-"""The command line: parses, calls one function, shows progress, and says a user's mistake in one line."""
+"""The command line: parses, calls one function, shows progress, and prints a user's mistake as one line."""
 
 import os
 
-# Imported for their commands, in the order of --help.
+# Imported to register their commands, in the order of --help.
 from kamim.cli import (  # isort: skip  # noqa: F401
     preprocess, store, pretrain, config, report, sweep, evaluate, analyze, exchange, bench, doctor, demo,
 )  # fmt: skip
@@ -12,7 +12,7 @@ __all__ = ["RESUMABLE", "app", "main"]
 
 
 def main() -> None:
-    """Entry point of the `kamim` script."""
+    """Runs the `kamim` script."""
     # OpenMP's threads sleep while they wait for work, unless the user sets otherwise. By default they spin, and two
     # processes on the same cores spend most of their time on that. OpenMP reads this when a command imports torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""What every command shares: the consoles, the progress bar, how errors are printed, and checks of paths."""
+"""Shared parts of all commands: consoles, the progress bar, printing of errors, and checks of paths."""
 
 import faulthandler
 import functools
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """Shows text as it stands, on one line: no markup, no emoji, and no control characters that a name may hold."""
+    """Prints text verbatim, on one line: no markup, no emoji, and no control characters, which a name may contain."""
 
     def __init__(self, stderr: bool = False):
         super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -139,7 +139,7 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError too
+        except typer.Exit:  # is also a RuntimeError
             raise
         except (KamimError, OSError, MemoryError) as error:
             if _debug:
@@ -156,7 +156,7 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Rate(ProgressColumn):
-    """Images per second, over the recent past."""
+    """The rate of recent images per second."""
 
     def render(self, task: Task) -> Text:
         rate = (task.finished_speed or task.speed or 0) * task.fields["images"]
@@ -172,7 +172,7 @@ class _Position(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """The time left: by the recent rate of steps, or by the time that this command's tasks have taken so far."""
+    """The time left: by the recent rate of steps, or by the time of this command's tasks so far."""
 
     def render(self, task: Task) -> Text:
         seconds = task.time_remaining
@@ -184,7 +184,7 @@ class _Left(ProgressColumn):
 
 @contextmanager
 def bar(title: str, images: int = 0) -> Iterator["Update"]:
-    """Shows a progress bar; images: of a step, 0 if steps are of something else.
+    """Shows a progress bar; images: per step, 0 if steps do not consist of images.
 
     Without a terminal, it prints a line at every tenth, and at the beginning of every task of many.
     """
@@ -219,22 +219,22 @@ class Update:
         self._progress, self._task, self._tenths = progress, task, 0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Moves it to `done` of `total`; after the end of a task, or backwards, it is the next task's."""
+        """Moves it to `done` of `total`; after the end of a task, or backwards, it starts the next task."""
         shown = self._progress.tasks[self._task]
-        if shown.finished or done < shown.completed:  # rich calls a task finished for ever, and averages over both
+        if shown.finished or done < shown.completed:  # rich never resumes a finished task, and averages over both
             self._progress.reset(self._task)
             self._tenths = 0
         self._move(done, total, "", note)
 
     def of_task(self, position: "Position") -> Callable[[int, int, Mapping[str, float]], None]:
-        """Begins a task of many, and returns what moves the bar: over all tasks, as if each took equally long."""
+        """Begins a task of many and returns a function that moves the bar over all tasks, weighted equally."""
 
         def move(done: int, total: int, metrics: Mapping[str, float]) -> None:
             note = metrics_line(metrics, f"step {done} of {total}")
             self._move(position.number - 1 + done / total, position.count, str(position), note)
 
         shown = self._progress.tasks[self._task]
-        if shown.total is None:  # the first; those before it were done by an earlier command
+        if shown.total is None:  # the first; earlier ones were done by an earlier command
             self._progress.update(self._task, skipped=position.number - 1)
         self._tenths = -1
         self._move(position.number - 1, position.count, str(position), "")
@@ -253,7 +253,7 @@ class Update:
 
 
 def metrics_line(metrics: Mapping[str, float], title: str = "") -> str:
-    """Returns what a bar shows of a training step: title, loss, and the share of time spent waiting for data."""
+    """Returns the text of a training step for a bar: title, loss, and the share of time spent waiting for data."""
     parts = [title] if title else []
     if metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
@@ -301,7 +301,7 @@ def check_exists(name: str, path: Path | None) -> None:
 
 
 def check_run(config: "Pretrain") -> None:
-    """Checks what a run reads, without torch. Raises KamimError for paths and keypoints that are missing."""
+    """Checks a run's inputs, without torch. Raises KamimError for paths and keypoints that are missing."""
     from kamim.storage.store import Store
     from kamim.training.run_folder import check_keypoints
 
@@ -334,7 +334,7 @@ def check_folder(option: str, file: Path | None) -> None:
 
 
 def check_picture(option: str, file: Path | None) -> None:
-    """Before any work: whether the file can be written, and is named as a PNG. Raises KamimError."""
+    """Raises KamimError, before any work, if the file cannot be written or is not named as a PNG."""
     check_folder(option, file)
     if file is not None and file.suffix.lower() != ".png":
         raise KamimError(f"{option} {file}: must end in .png")

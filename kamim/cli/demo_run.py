@@ -1,4 +1,4 @@
-"""`kamim demo`: the main job end to end on the sample photographs, and its results."""
+"""`kamim demo`: the whole pipeline on the sample photographs, and its results."""
 
 import json
 from collections.abc import Callable

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageWeights:
-    """What KAMIM sees in one image: keypoints found, map F bool [H, W], Omega and W float32 [g, g]."""
+    """The keypoints and weights of one image: keypoints, map F bool [H, W], Omega and W float32 [g, g]."""
 
     rgb: np.ndarray
     keypoints: int
@@ -40,7 +40,7 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
     patch = weighting.patch_size
     if min(height, width) < patch:
         raise KamimError(f"the image is {width}x{height} px, smaller than one cell of --patch-size {patch}")
-    # OpenCV's own calls, which give what the compiled loops give, and start sooner.
+    # OpenCV's own calls, which give the results of the compiled loops, and start sooner.
     detected = opencv.fast(rgb) if weighting.detector == "fast" else detector(weighting.detector).detect(rgb)
     bitmap = kp.opencv_map(detected.xy, height, width, weighting.footprint)
     omega = density(kp.map_counts(bitmap, patch), patch)
@@ -50,7 +50,7 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
 def largest_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
     """Returns the largest crop that training takes of an image (uint8 [H, W, 3]): uint8 [resolution, resolution, 3].
 
-    It shows the whole image if that is 3:4 to 4:3 wide, and is resized as the released code resizes crops.
+    It shows the whole image if that is 3:4 to 4:3 wide, and is resized as in the released code.
     """
     top, left, height, width = geometry.largest_box(*rgb.shape[:2], *geometry.CROP_RATIO)
     return resize_plain(rgb[top : top + height, left : left + width], (resolution, resolution))

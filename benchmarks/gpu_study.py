@@ -8,10 +8,10 @@ ViT-S/16, 200 epochs of SimMIM and of KAMIM with rings and with points, evaluate
 figures of the three encoders; (e) CIFAR-10 at 192 px, the paper's Table 3: `kamim sweep cifar10_gpu`, ViT-S and then
 ViT-B. After --minutes the stage in progress is stopped by SIGTERM, saves its state and resumes in the next call.
 
-Every call leaves in --out what is known so far: summary.json (times, versions, results), results.tar (result files,
-metrics, pages and figures) and, once (c) is complete, each encoder in half precision as <run>.safetensors.part<N>, in
-pieces of at most 15 MiB that `cat` joins; --encoder chooses which run's. --tiny replaces everything by settings that a
-CPU finishes in minutes, as a rehearsal. Without a GPU and without --tiny it says so and exits with 0.
+Every call writes the results so far to --out: summary.json (times, versions, results), results.tar.gz (result files,
+metrics, pages and figures) and, with --encoder RUN, that run's newest weights in half precision as
+RUN.safetensors.part<N>, in pieces of at most 15 MiB that `cat` joins. --tiny is a rehearsal with settings that a CPU
+finishes in minutes. Without a GPU and without --tiny the script prints so and exits with 0.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def save_outputs(study: Study, out: Path, encoder: str) -> None:
-    """summary.json, results.tar and the encoder's pieces. Nothing of it is needed to resume."""
+    """Writes summary.json, results.tar.gz and the encoder's pieces, none of which is needed to resume."""
     out.mkdir(parents=True, exist_ok=True)
     results = [json.loads(file.read_text()) for file in sorted(study.work.glob("*/evaluation/*/*/result.json"))]
     check = study.work / "gpu_check.json"
@@ -142,7 +142,7 @@ def save_outputs(study: Study, out: Path, encoder: str) -> None:
             tar.add(file, file.relative_to(study.work))
     for run in runs_of(study.work / "imagenette_gpu"):
         checkpoints = sorted(run.glob("checkpoints/step-*/model.safetensors"))
-        if encoder and run.name == encoder and checkpoints:
+        if run.name == encoder and checkpoints:
             whole = save({name: tensor.half() for name, tensor in load_file(checkpoints[-1]).items()})
             for number, at in enumerate(range(0, len(whole), PIECE)):
                 (out / f"{run.name}.safetensors.part{number}").write_bytes(whole[at : at + PIECE])
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-out"))
-    parser.add_argument("--encoder", default="", help="the run whose weights are saved, such as ring_seed0")
+    parser.add_argument("--encoder", default="", help="the run whose weights are saved, such as ring")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     if not given.tiny and not torch.cuda.is_available():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import config, losses, quiet, weights
+from runs import WORLD, config, losses, quiet, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from kamim.training.config import Compute, Pretrain
 from kamim.training.pretrain import build_optimizer, pretrain
 from kamim.training.reconstruction import Reconstruction
 from kamim.training.settings import load
-from kamim.training.trainer import autocast
+from kamim.training.trainer import autocast, parallel
 from pipelines.batch import normalise
 
 CPU = torch.device("cpu")
@@ -187,6 +187,19 @@ def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     assert isinstance(autocast(Compute(), gpu), torch.autocast)
     assert not isinstance(autocast(Compute(), CPU), torch.autocast)
+
+
+@pytest.mark.parametrize(("name", "cells"), [("vit_demo", 4), ("swin_tiny", 16)])
+def test_unfused_attention_in_bf16_on_a_cpu_computes_the_same(name: str, cells: int) -> None:
+    torch.manual_seed(0)
+    model = MaskedImageModel(name, 64)
+    images, mask = torch.randn(2, 3, 64, 64), torch.rand(2, cells, cells) < 0.5
+    fused = model(images, mask)
+    parallel(model, Compute(precision="fp32"), WORLD)
+    assert torch.equal(model(images, mask), fused)
+    parallel(model, Compute(precision="bf16"), WORLD)
+    assert not any(getattr(module, "fused_attn", False) for module in model.modules())
+    torch.testing.assert_close(model(images, mask), fused, rtol=0, atol=1e-5)
 
 
 def test_what_is_shown_of_normalised_targets_are_pixels(tmp_path: Path) -> None:

@@ -65,9 +65,12 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
     """Raises KamimError if the store's images are so small that crops would be enlarged."""
     area = store.manifest.stored_area
     if area is not None and area < 0.99 * resolution**2 / smallest_crop:
+        job = store.manifest.job
+        scale = f" --crop-scale {smallest_crop:g},1.0" if smallest_crop < job.crop_scale[0] else ""
         raise KamimError(
-            f"{store.path}: its images were stored for {store.manifest.job.resolution} px, too small for "
-            f"{resolution} px; preprocess with --resolution {resolution}"
+            f"{store.path}: its images were stored for crops of {job.resolution} px of {job.crop_scale[0]:g} of the area "
+            f"and more, too small for {resolution} px of {smallest_crop:g}; "
+            f"preprocess with --resolution {resolution}{scale}"
         )
 
 

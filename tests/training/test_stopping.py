@@ -97,7 +97,11 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
         ),
         (
             ("data.resolution=96", "weighting=null"),
-            "its images were stored for 64 px, too small for 96 px; preprocess wi",
+            "of 64 px of 0.67 of the area and more, too small for 96 px of 0.67; preprocess with --resolution 96",
+        ),
+        (
+            ("data.crop_scale=[0.3, 1.0]", "weighting=null"),
+            "too small for 64 px of 0.3; preprocess with --resolution 64 --crop-scale 0.3,1.0",
         ),
         (
             ("compute.device=cuda",),

@@ -68,8 +68,8 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
         job = store.manifest.job
         scale = f" --crop-scale {smallest_crop:g},1.0" if smallest_crop < job.crop_scale[0] else ""
         raise KamimError(
-            f"{store.path}: its images were stored for crops of {job.resolution} px of {job.crop_scale[0]:g} of the area "
-            f"and more, too small for {resolution} px of {smallest_crop:g}; "
+            f"{store.path}: its images were stored for crops of {job.resolution} px of {job.crop_scale[0]:g} of the "
+            f"area and more, too small for {resolution} px of {smallest_crop:g}; "
             f"preprocess with --resolution {resolution}{scale}"
         )
 

@@ -10,8 +10,9 @@ from kamim.detectors import detector
 from kamim.method import geometry
 from kamim.method import keypoints as kp
 from kamim.method.kernels import kernel
-from kamim.method.simd import pointer16
-from kamim.storage.store import Keypoints
+from kamim.method.simd import pointer8, pointer16
+from kamim.storage.gaps import decode_into
+from kamim.storage.store import GAPS, Keypoints
 
 
 class Scratch:
@@ -21,6 +22,7 @@ class Scratch:
         self.bitmap = kp.raster_scratch(resolution, resolution)
         self.dots = np.stack([self.bitmap] * 2)
         self.points = np.empty((0, 2), np.int32)
+        self.positions = np.empty((0, 2), np.uint16)
 
 
 class Crops(NamedTuple):
@@ -52,15 +54,24 @@ class Counter(Protocol):
 
 @kernel
 def _remapped_counts(
-    addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, points, bitmap, dots,
-    out,
+    coded, addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, decoded, points,
+    bitmap, dots, out,
 ):  # fmt: skip
-    """Counts remapped keypoints. addresses [n], counts [n, G]: see Keypoints; frames, sizes [n, 2], views [n, 6]."""
+    """Counts remapped keypoints. addresses [n], counts [n, G]: see Keypoints; frames, sizes [n, 2], views [n, 6].
+
+    coded: whether addresses are of gaps. decoded: room for their positions.
+    """
     for i in range(len(out)):
         total = int(counts[i].sum())
         if total > len(points):
             raise IndexError("more keypoints than there is room for")
-        positions = carray(pointer16(addresses[i]), (total, 2))
+        if coded:
+            found = decode_into(carray(pointer8(addresses[i]), total), frames[i, 0], frames[i, 1], decoded)
+            if found < 0:
+                raise IndexError("keypoints lie outside their frame")
+            positions = decoded[:found]  # at most counts[i], a number of bytes, to which remap clips
+        else:
+            positions = carray(pointer16(addresses[i]), (total, 2))
         kept = kp.remap(
             positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
         )  # fmt: skip
@@ -88,10 +99,11 @@ class CachedCounts:
         chosen = geometry.nearest_frames(offered, crops.sizes, crops.views, side)
         addresses, counts = self._keypoints.addresses(crops.indices, chosen)
         if (most := int(counts.sum(axis=1).max())) > len(scratch.points):
-            scratch.points = np.empty((most, 2), np.int32)
+            scratch.points, scratch.positions = np.empty((most, 2), np.int32), np.empty((most, 2), np.uint16)
         _remapped_counts(
-            addresses, counts, *self._rules, offered[np.arange(len(chosen)), chosen], crops.sizes, crops.views, side,
-            self._table, self._runs, self.patch_size, scratch.points, scratch.bitmap, scratch.dots, out,
+            self._keypoints.array == GAPS, addresses, counts, *self._rules, offered[np.arange(len(chosen)), chosen],
+            crops.sizes, crops.views, side, self._table, self._runs, self.patch_size, scratch.positions, scratch.points,
+            scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 
 

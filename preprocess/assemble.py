@@ -53,8 +53,10 @@ def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifes
             _write_images(plan, shards[IMAGES], folder)
             _write_rejects(folder / store.REJECTS, rejects)
         else:
+            array = plan.job.keypoint_array(detector(component).rules)
             total = int(column(shards[component], "counts").sum())
-            store.write_keypoints(folder / "keypoints.zarr", component, _keypoints(shards[component]), total)
+            images = _keypoints(shards[component], array.name)
+            store.write_keypoints(folder / "keypoints.zarr", component, array, images, total)
     return _manifest(plan, shards, counts, folder)
 
 
@@ -110,11 +112,11 @@ def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int
             yield data, int(height), int(width), int(rows["label"][i]), raw
 
 
-def _keypoints(shards: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _keypoints(shards: Sequence[Path], array: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     for shard in shards:
         rows = load_file(shard)
         ends = np.cumsum(rows["counts"].sum(axis=(1, 2)))
-        yield from zip(np.split(rows["positions"], ends)[:-1], rows["counts"], rows["frame"], strict=True)
+        yield from zip(np.split(rows[array], ends)[:-1], rows["counts"], rows["frame"], strict=True)
 
 
 def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
@@ -176,7 +178,7 @@ def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
 
     def shard(number: int) -> bytes:
         indices = range(ends[number] - manifest.shard_counts[number], ends[number])
-        return encode(join(component, [rows(index) for index in indices]), rejects[number])
+        return encode(join(manifest.job, component, [rows(index) for index in indices]), rejects[number])
 
     return shard
 
@@ -204,8 +206,7 @@ def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
     def read(i: int) -> Rows:
         if not inside[i]:
             raise IndexError(f"the keypoints of image {i} lie outside their file")
-        frames = range(keypoints.frame.shape[1])
-        positions, counts = zip(*(keypoints.image(i, frame) for frame in frames), strict=True)
-        return keypoint_rows(np.concatenate(positions), np.stack(counts), keypoints.frame[i])
+        per_frame = [keypoints.rows(i, frame) for frame in range(keypoints.frame.shape[1])]
+        return keypoint_rows(opened.manifest.job, name, per_frame, keypoints.frame[i])
 
     return read

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kamim.detectors import detector
 from kamim.storage import beton, mmap_array, store
 from kamim.storage.store import IMAGES, Job
 from preprocess import executors
@@ -61,7 +62,7 @@ def _sizes(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[
 def size_in_store(job: Job, component: str, size: float) -> int:
     """Returns the bytes on disk of a component whose rows are `size` bytes: a store's files consist of whole pages."""
     if component != IMAGES:
-        row = 2 * np.dtype(np.uint16).itemsize
+        row = job.keypoint_array(detector(component).rules).row_bytes
         page = row * mmap_array.page_rows(int(size) // row, store.KEYPOINT_PAGE_ROWS)
     elif job.images == "zarr":
         page = mmap_array.page_rows(int(size), store.IMAGE_PAGE_BYTES)

@@ -28,7 +28,8 @@ SHARD_SIZE = 128
 SMALL = 96  # px: images whose sides are all shorter are stored raw by default
 LOOKED_AT = 8  # images that are decoded to detect whether a source has small images
 DEFAULTS: dict[str, Any] = {
-    "fingerprint": "stat", "quality": 90, "resize": "bicubic", "resolution": 192, "crop_scale": (0.67, 1.0)
+    "fingerprint": "stat", "quality": 90, "resize": "bicubic", "resolution": 192, "crop_scale": (0.67, 1.0),
+    "whole_pixels": "gaps",
 }  # fmt: skip
 IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # these never change in a store
 REMEDY = "put it right with `kamim store verify {} --repair`"

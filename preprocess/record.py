@@ -3,8 +3,9 @@
 A component stores any number of images as rows: named arrays, joined along their first axis.
 
     images      data uint8 [bytes], length int64 [N], size int64 [N, 2] (height, width) as stored, label int64 [N]
-    detectors   positions uint16 [K, 2], an image's frames' one after the other; counts int64 [N, V, groups], see
-                kamim.detectors.detect_packed; frame uint16 [N, V, 2] (height, width), see geometry.canonical_frames
+    detectors   positions uint16 [K, 2] or gaps uint8 [B], see Job.keypoint_array, an image's frames' one after the
+                other; counts int64 [N, V, groups] of their rows; frame uint16 [N, V, 2] (height, width), see
+                geometry.canonical_frames
 """
 
 import functools
@@ -16,7 +17,8 @@ import simplejpeg
 from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
 from kamim.method.colour import to_planes
-from kamim.storage.store import IMAGES, Job
+from kamim.storage import gaps
+from kamim.storage.store import GAPS, IMAGES, Job, KeypointArray
 from preprocess.decode import decode_plain_jpeg
 from preprocess.resize import resize_antialiased, resize_plain
 
@@ -39,9 +41,8 @@ def record(
             rows[component] = image_rows(*stored_image(job, data, rgb), label)
         else:
             sizes = frame_sizes(job, component, rgb)
-            per_frame = [keypoints(job, component, resized(size), key) for size in sizes]
-            positions, counts = zip(*per_frame, strict=True)
-            rows[component] = keypoint_rows(np.concatenate(positions), np.stack(counts), np.array(sizes))
+            stored = [stored_keypoints(job, component, resized(size), key) for size in sizes]
+            rows[component] = keypoint_rows(job, component, stored, np.array(sizes))
     return rows
 
 
@@ -53,24 +54,38 @@ def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
     }  # fmt: skip
 
 
-def keypoint_rows(positions: np.ndarray, counts: np.ndarray, frames: np.ndarray) -> Rows:
-    """Returns one image's keypoints as rows of a detector's component: [K, 2], [V, groups], [V, 2]."""
-    return {"positions": positions, "counts": counts[None].astype(np.int64), "frame": frames[None].astype(np.uint16)}
+def keypoint_rows(
+    job: Job, name: str, per_frame: Sequence[tuple[np.ndarray, np.ndarray]], frames: np.ndarray
+) -> Rows:  # fmt: skip
+    """Returns one image's keypoints as rows of a detector's component.
+
+    per_frame: see stored_keypoints. frames: int [V, 2], their (height, width).
+    """
+    rows, counts = zip(*per_frame, strict=True)
+    return {
+        _array(job, name).name: np.concatenate(rows), "counts": np.stack(counts)[None].astype(np.int64),
+        "frame": frames[None].astype(np.uint16),
+    }  # fmt: skip
 
 
-def join(component: str, parts: Sequence[Rows]) -> Rows:
+def _array(job: Job, name: str) -> KeypointArray:
+    return job.keypoint_array(detector(name).rules)
+
+
+def join(job: Job, component: str, parts: Sequence[Rows]) -> Rows:
     """Joins the rows of images, in order."""
-    parts = parts or [_no_rows(component)]
+    parts = parts or [_no_rows(job, component)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _no_rows(component: str) -> Rows:
+def _no_rows(job: Job, component: str) -> Rows:
     """Returns rows of zero images, with the usual types and shapes."""
     if component == IMAGES:
         one = image_rows(np.empty(0, np.uint8), (0, 0), 0)
     else:
-        frames, groups = detector(component).frames, len(detector(component).rules.groups)
-        one = keypoint_rows(np.empty((0, 2), np.uint16), np.zeros((frames, groups)), np.zeros((frames, 2)))
+        array, frames = _array(job, component), detector(component).frames
+        none = np.empty((0, *array.row_shape), array.dtype), np.zeros(len(detector(component).rules.groups))
+        one = keypoint_rows(job, component, [none] * frames, np.zeros((frames, 2)))
     return {name: rows[:0] for name, rows in one.items()}
 
 
@@ -116,6 +131,19 @@ def frame_sizes(job: Job, name: str, rgb: np.ndarray) -> tuple[tuple[int, int], 
     return geometry.canonical_frames(*rgb.shape[:2], job.resolution, job.crop_scale, detector(name).frames)
 
 
-def keypoints(job: Job, name: str, frame: np.ndarray, key: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Returns the packed keypoints of a canonical frame, see kamim.detectors.detect_packed."""
-    return detect_packed(name, frame, 1 / job.crop_scale[0], key)
+def stored_keypoints(job: Job, name: str, frame: np.ndarray, key: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Detects the keypoints of a canonical frame (uint8 [H, W, 3]) and returns them as stored, see as_stored."""
+    return as_stored(job, name, *detect_packed(name, frame, 1 / job.crop_scale[0], key), frame.shape[:2])
+
+
+def as_stored(
+    job: Job, name: str, positions: np.ndarray, counts: np.ndarray, size: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the keypoints of a frame of size (height, width) as rows of a store's array, and counts of its rows.
+
+    positions, counts: see kamim.detectors.detect_packed.
+    """
+    if _array(job, name) != GAPS:
+        return positions, counts
+    code = gaps.encode(positions, *size)
+    return code, np.array([len(code)])

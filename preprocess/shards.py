@@ -58,7 +58,7 @@ def run_shard(task: ShardTask) -> dict[str, str]:
         for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders), item.key).items():
             parts[component].append(rows)
     return {
-        component: write_shard(folder, task.number, encode(join(component, parts[component]), rejects))
+        component: write_shard(folder, task.number, encode(join(task.job, component, parts[component]), rejects))
         for component, folder in task.folders.items()
     }
 

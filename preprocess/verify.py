@@ -111,8 +111,12 @@ def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: in
         yield from _of_jpeg(images, index)
     for name, of_detector in keypoints.items():
         for number, frame in enumerate(of_detector.frame[index]):
-            positions, _ = of_detector.image(index, number)
-            if (positions > frame[::-1].astype(np.int64) * POSITION_UNIT).any():
+            try:
+                positions, _ = of_detector.image(index, number)
+                outside = (positions > frame[::-1].astype(np.int64) * POSITION_UNIT).any()
+            except IndexError:
+                outside = True
+            if outside:
                 yield Problem(name, f"image {index} has a keypoint outside frame {number}")
 
 

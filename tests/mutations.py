@@ -58,7 +58,7 @@ def field(key: str, value: Any) -> Change:
     return edited(edit)
 
 
-def element(name: str, index: Any, value: int) -> Change:
+def element(name: str, index: Any, value: Any) -> Change:
     """Replaces elements of a zarr array."""
 
     def change(path: Path) -> None:

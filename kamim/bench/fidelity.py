@@ -18,7 +18,9 @@ from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
 from kamim.method import keypoints as kp
 from kamim.method.weighting import keypoint_weights
+from kamim.storage.store import Job
 from preprocess.plan import make_job
+from preprocess.record import as_stored
 from preprocess.resize import resize_plain
 from preprocess.sources import Source
 
@@ -62,7 +64,7 @@ def fidelity(
         data, pixels = originals.read(source, source.items[index])
         image = StoredImage(job, data, pixels, int(index), crops)
         stored.append(image)
-        frames = {name: _CachedKeypoints(pixels, name, setting) for name in detectors}
+        frames = {name: _CachedKeypoints(job, pixels, name, setting) for name in detectors}
         for name in detectors:
             held[name].append(frames[name].bytes)
         for crop in range(crops):
@@ -87,16 +89,17 @@ def fidelity(
 
 
 class _CachedKeypoints:
-    """A detector's keypoints on the canonical frames of an image, in the form of a store."""
+    """A detector's keypoints on the canonical frames of an image. bytes: those that a store needs for them."""
 
-    def __init__(self, pixels: np.ndarray, name: str, setting: FidelityCase):
+    def __init__(self, job: Job, pixels: np.ndarray, name: str, setting: FidelityCase):
         self.size = np.array([pixels.shape[:2]])
         count = setting.frames or detector(name).frames
         sizes = geometry.canonical_frames(*pixels.shape[:2], setting.resolution, setting.crop_scale, count)
         self.frames = np.array(sizes)
         headroom = 1 / setting.crop_scale[0]
         self._packed = [detect_packed(name, resize_plain(pixels, size), headroom) for size in sizes]
-        self.bytes = sum(positions.nbytes for positions, _ in self._packed)
+        stored = (as_stored(job, name, *packed, size) for packed, size in zip(self._packed, sizes, strict=True))
+        self.bytes = sum(rows.nbytes for rows, _ in stored)
         self._rules = detector(name).rules.arrays()
 
     def remapped(self, view: np.ndarray, side: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from kamim.storage.store import Job
 from kamim.training import machine
 from preprocess.decode import Undecodable, decode, decode_plain_jpeg
 from preprocess.plan import make_job
-from preprocess.record import encoded, frame_sizes, keypoints, stored_pixels
+from preprocess.record import encoded, frame_sizes, stored_keypoints, stored_pixels
 from preprocess.resize import resize_plain
 from preprocess.shards import ShardTask, run_shard
 from preprocess.sources import Item, Read, Source
@@ -105,7 +105,7 @@ def _steps(job: Job, source: Source, items: Sequence[Item], detectors: Sequence[
         timed("encode", encoded, job, stored)
         for name in detectors:
             for size in sizes[name]:
-                timed(name, keypoints, job, name, frames[size])
+                timed(name, stored_keypoints, job, name, frames[size])
         timed("fast_found", detector("fast").detect, frames[sizes["fast"][0]])
         timed("fast_found_by_opencv", opencv.fast, frames[sizes["fast"][0]])
     return spent

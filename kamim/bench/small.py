@@ -12,7 +12,7 @@ from kamim.bench.rounds import Run
 from kamim.bench.startup import Bare, repeat
 from kamim.detectors import detector
 from kamim.storage import mmap_array
-from kamim.storage.store import IMAGES, Keypoints, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage.store import GAPS, IMAGES, Keypoints, ZarrImages, write_keypoints, write_zarr_images
 from pipelines.counts import CachedCounts, Crops
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
@@ -42,16 +42,16 @@ def write_small(source: Source, folder: Path) -> SmallStore:
         small = cv2.resize(read(source, item)[1], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         rows = record(job, small, small, item.label, (IMAGES, "fast"))
         images.append((rows[IMAGES]["data"], SIDE, SIDE, item.label, False))
-        keypoints.append((rows["fast"]["positions"], rows["fast"]["counts"][0], rows["fast"]["frame"][0]))
-        count += len(rows["fast"]["positions"])
+        keypoints.append((rows["fast"][GAPS.name], rows["fast"]["counts"][0], rows["fast"]["frame"][0]))
+        count += len(rows["fast"][GAPS.name])
     again = np.arange(SAMPLES) % len(images)
     write_zarr_images(folder / "images.zarr", images, sum(len(image[0]) for image in images), "jpeg")
     mmap_array.create_group(folder / "keypoints.zarr")
-    write_keypoints(folder / "keypoints.zarr", "fast", keypoints, count)
+    write_keypoints(folder / "keypoints.zarr", "fast", GAPS, keypoints, count)
     repeat(folder, again)
     return SmallStore(
         Bare(folder, ZarrImages(folder / "images.zarr")),
-        Keypoints(folder / "keypoints.zarr", "fast", detector("fast").rules),
+        Keypoints(folder / "keypoints.zarr", "fast", detector("fast").rules, GAPS),
     )
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from kamim.detectors import detector
-from kamim.storage import mmap_array
+from kamim.storage import gaps, mmap_array
 from kamim.storage.store import (
+    GAPS,
     ImageReader,
     Keypoints,
     Store,
@@ -71,12 +72,11 @@ def write_images(path: str, folder: str, images: int) -> int:
     store, out = Store(path), Path(folder)
     keypoints = store.keypoints("fast")
     data, (height, width) = store.images.data(0), store.images.sizes[0].tolist()
-    every = range(keypoints.frame.shape[1])
-    positions, counts = zip(*(keypoints.image(0, frame) for frame in every), strict=True)
+    codes = [gaps.encode(keypoints.image(0, i)[0], *size) for i, size in enumerate(keypoints.frame[0].tolist())]
     write_zarr_images(out / "images.zarr", [(data, height, width, 0, False)], len(data), "jpeg")
     mmap_array.create_group(out / "keypoints.zarr")
-    one = (np.concatenate(positions), np.stack(counts).astype(np.int64), keypoints.frame[0])
-    write_keypoints(out / "keypoints.zarr", "fast", [one], len(one[0]))
+    one = (np.concatenate(codes), np.array([[len(code)] for code in codes]), keypoints.frame[0])
+    write_keypoints(out / "keypoints.zarr", "fast", GAPS, [one], len(one[0]))
     repeat(out, np.zeros(images, np.int64))
     return images
 
@@ -96,7 +96,7 @@ def repeat(folder: Path, samples: np.ndarray) -> None:
 def open_seconds(folder: str) -> float:
     """Returns the seconds it takes to open and check all images and keypoints of write_images."""
     start = time.perf_counter()
-    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)
+    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules, GAPS)
     for faults in (image_faults(ZarrImages(Path(folder, "images.zarr")), 1), keypoint_faults(keypoints)):
         assert not any(wrong.any() for wrong in faults.values())
     return time.perf_counter() - start
@@ -106,7 +106,7 @@ def resident_mb(folder: str) -> float:
     """Returns the memory in MB of a loader of the images of write_images, without mapped files."""
     before = _anonymous_mb()
     images = ZarrImages(Path(folder, "images.zarr"))
-    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules)
+    keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules, GAPS)
     plan = Plan(len(images.labels), BATCH, BATCH, seed=0)
     counter = CachedCounts(keypoints, "ring", PATCH_SIZE)
     for _ in Loader(Bare(Path(folder), images), plan, RESOLUTION, crop=Crop(), counter=counter).steps(0, 20):

@@ -6,7 +6,7 @@ The whole contract of a registered object (docs/detectors.md):
     detect(array, key)                  likewise; key: str, the image's path within its source, "" if it has none
     border: float = 0                   px at the image's border in which it reports nothing
     grey: bool = False                  array is uint8 [H, W] (kamim.detectors.contract.grey), not RGB [H, W, 3]
-    snap: bool = False                  it reports whole pixels
+    snap: bool = False                  it reports whole pixels of the array
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -90,4 +90,6 @@ class PlugIn:
                 f"{self._description}: gave xy {list(xy.shape)} and response {list(response.shape)}; "
                 "needs finite xy [K, 2] and response [K]"
             )
+        if self.rules.snap and not ((xy == np.rint(xy)) & (xy >= 0) & (xy < array.shape[1::-1])).all():
+            raise KamimError(f"{self._description}: has snap, but gave xy that are not whole pixels of the array")
         return DetectedKeypoints(xy, np.zeros(len(xy), np.int64), response)

@@ -72,6 +72,11 @@ class Rules:
         if not 1 <= len(self.groups) <= MOST_GROUPS:
             raise KamimError(f"groups: are {len(self.groups)}, must be 1 to {MOST_GROUPS}")
 
+    @property
+    def in_reading_order(self) -> bool:
+        """Whether a frame's keypoints are distinct whole pixels sorted by row and column: one group, without a cap."""
+        return self.snap and len(self.groups) == 1 and not self.groups[0].cap
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """Returns (borders float64 [G], caps int64 [G], snap), the arguments of `remap`."""
         return (

@@ -7,8 +7,9 @@
     keypoints.zarr/
         <detector>/frame              uint16 [N, V, 2] (height, width) of an image's canonical frames
         <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of their frame, paged
-        <detector>/start              int64 [N, V] first row of a frame's positions
-        <detector>/counts             uint32 [N, V, G] positions in each of the detector's groups, in order
+        <detector>/gaps               uint8 [B], in place of positions, see kamim/storage/gaps.py, paged
+        <detector>/start              int64 [N, V] first row of a frame's positions or gaps
+        <detector>/counts             uint32 [N, V, G] rows of each of the detector's groups, in order
     rejects.csv                       source files that could not be read, with the reason
 
     images.zarr/
@@ -28,6 +29,7 @@ offsets, sizes, frames and label of every image by image_faults and keypoint_fau
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -35,7 +37,7 @@ import uuid
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import pydantic
@@ -45,10 +47,10 @@ from kamim import KamimError
 from kamim.method.colour import planes_bytes
 from kamim.method.geometry import MAX_FRAME_SIDE
 from kamim.method.keypoints import Rules
-from kamim.storage import beton, mmap_array
+from kamim.storage import beton, gaps, mmap_array
 
-SCHEMA_VERSION = 4
-READABLE = (3, 4)  # version 3 has no `resize` and no originals; otherwise it is the same
+SCHEMA_VERSION = 5
+READABLE = (3, 4, 5)  # versions below 5 have no gaps, version 3 has no `resize` and no originals
 MANIFEST, BACKUP = "manifest.json", "manifest.backup"
 STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component of the images; the others are named after detectors
@@ -57,16 +59,34 @@ KEYPOINT_PAGE_ROWS = 1 << 20
 LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger images
 MANIFEST_BYTES = 1 << 30  # largest manifest that is read
 IMAGE_ARRAYS = ("data", "start", "length", "size", "label")
-KEYPOINT_ARRAYS = ("frame", "positions", "start", "counts")
+KEYPOINT_ARRAYS = ("frame", "positions", "gaps", "start", "counts")
 
 Backend = Literal["ffcv", "zarr"]
 # original: the source's own JPEG bytes, neither resized nor re-encoded; yuv420: see kamim.method.colour
 Encoding = Literal["jpeg", "raw", "yuv420", "original"]
 FORMATS = ("jpeg", "raw", "yuv420")  # of an image's bytes; those of `original` are JPEGs
 Resize = Literal["bilinear", "bicubic"]  # interpolation of stored images: without and with antialiasing
+WholePixels = Literal["positions", "gaps"]  # the array of keypoints in reading order; others always have positions
 Fingerprint = Literal["stat", "content"]  # an item's hash covers key, label, size and time, or key, label and bytes
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class KeypointArray(NamedTuple):
+    """The paged array of a detector's keypoints."""
+
+    name: str
+    dtype: type[np.generic]
+    row_shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.row_shape)
+
+
+POSITIONS = KeypointArray("positions", np.uint16, (2,))
+GAPS = KeypointArray("gaps", np.uint8, ())
 
 
 class Job(pydantic.BaseModel):
@@ -83,6 +103,7 @@ class Job(pydantic.BaseModel):
     encoding: Encoding
     quality: Annotated[int, Field(ge=1, le=100)]
     resize: Resize = "bilinear"  # the default is that of schema version 3, which does not record it
+    whole_pixels: WholePixels = "positions"  # the default is that of schema versions 3 and 4
     resolution: Annotated[int, Field(ge=16, le=1024)]
     crop_scale: tuple[Share, Share]
     shard_size: PositiveInt
@@ -111,10 +132,15 @@ class Job(pydantic.BaseModel):
         """The number of shards of every component."""
         return -(-self.items // self.shard_size)
 
+    def keypoint_array(self, rules: Rules) -> KeypointArray:
+        """Returns the array that holds the keypoints of a detector with these rules."""
+        return GAPS if self.whole_pixels == "gaps" and rules.in_reading_order else POSITIONS
+
     def recipe(self, component: str) -> dict[str, Any]:
         """Returns the parameters that the component's bytes depend on."""
-        names = {"resolution", "crop_scale"}
+        names = {"resolution", "crop_scale", "whole_pixels"}
         if component == IMAGES:
+            names -= {"whole_pixels"}
             of_images = {"images", "encoding"}
             names = of_images if self.encoding == "original" else names | of_images | {"resize"}
             names |= {"quality"} if self.encoding == "jpeg" else set()
@@ -308,11 +334,13 @@ def write_zarr_images(
 class Keypoints:
     """Read-only keypoints of one detector, of N images on V frames in G groups.
 
-    frame: uint16 [N, V, 2] (height, width). Raises KamimError, naming the file and the fault, if they are damaged.
+    frame: uint16 [N, V, 2] (height, width). array: POSITIONS or GAPS, whose rows hold them, see Job.keypoint_array.
+    Raises KamimError, naming the file and the fault, if they are damaged.
     """
 
-    def __init__(self, path: Path, detector: str, rules: Rules):
+    def __init__(self, path: Path, detector: str, rules: Rules, array: KeypointArray):
         self.rules = rules
+        self.array = array
         folder = path / detector
         mmap_array.check_group(path, {})
         mmap_array.check_group(folder, {})
@@ -323,25 +351,36 @@ class Keypoints:
         self._total = np.zeros(shape, np.int64)
         for group in range(len(rules.groups)):  # several times as fast as a sum over a short last axis
             self._total += self._counts[..., group]
-        self._positions = mmap_array.ArrayReader(folder / "positions", np.uint16, (2,))
+        self._rows = mmap_array.ArrayReader(folder / array.name, array.dtype, array.row_shape)
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the keypoints of one frame of an image: (positions uint16 [K, 2] as stored, counts uint32 [G])."""
+        """Returns the keypoints of one frame of an image: (positions uint16 [K, 2], counts int [G]).
+
+        Raises IndexError if the store is damaged and gaps lead out of the frame.
+        """
+        rows, counts = self.rows(index, frame)
+        if self.array == POSITIONS:
+            return rows, counts
+        positions = gaps.decode(rows, *self.frame[index, frame].tolist())
+        return positions, np.array([len(positions)])
+
+    def rows(self, index: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the keypoints of one frame of an image as stored: rows of the array, and their counts uint32 [G]."""
         start, total = self._start[index, frame], self._total[index, frame]
-        return self._positions.rows(int(start), int(total)), self._counts[index, frame]
+        return self._rows.rows(int(start), int(total)), self._counts[index, frame]
 
     def addresses(self, indices: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (addresses uint64 [n], counts uint32 [n, G]) for images `indices` (int [n]) on `frames` (int [n]).
 
-        An address points to the positions that `image` returns, and is valid as long as this object exists. Raises
-        IndexError if the store is damaged and positions lie outside its files.
+        An address points to the rows that `rows` returns, and is valid as long as this object exists. Raises
+        IndexError if the store is damaged and rows lie outside its files.
         """
         totals = self._total[indices, frames]
-        return self._positions.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
+        return self._rows.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
 
     def in_range(self) -> np.ndarray:
-        """Returns whether each image's positions lie within the files: bool [N]."""
-        return np.asarray(self._positions.holds(self._start, self._total).all(axis=1))
+        """Returns whether each image's rows lie within the files: bool [N]."""
+        return np.asarray(self._rows.holds(self._start, self._total).all(axis=1))
 
 
 def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
@@ -354,20 +393,21 @@ def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
 
 
 def write_keypoints(
-    path: Path, detector: str, images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], total_rows: int
-) -> None:
-    """Writes keypoints.zarr/<detector> from (positions, counts, frames) of every image.
+    path: Path, detector: str, array: KeypointArray,
+    images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], total_rows: int,
+) -> None:  # fmt: skip
+    """Writes keypoints.zarr/<detector> from (rows, counts, frames) of every image.
 
-    positions: uint16 [K, 2], one frame after the other; counts: int64 [V, G]; frames: uint16 [V, 2].
+    rows: of the array, one frame after the other; counts: int64 [V, G], of rows; frames: uint16 [V, 2].
     """
     group = mmap_array.create_group(path / detector)
     writer = mmap_array.ArrayWriter(
-        group, "positions", (2,), np.uint16, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
+        group, array.name, array.row_shape, array.dtype, mmap_array.page_rows(total_rows, KEYPOINT_PAGE_ROWS)
     )
     starts, all_counts, all_frames = [], [], []
-    for positions, counts, frames in images:
+    for rows, counts, frames in images:
         ends = np.cumsum(counts.sum(axis=1))
-        starts.append([writer.append(part) for part in np.split(positions, ends[:-1])])
+        starts.append([writer.append(part) for part in np.split(rows, ends[:-1])])
         all_counts.append(counts)
         all_frames.append(frames)
     writer.close()
@@ -441,7 +481,8 @@ class Store:
     def open_keypoints(self, detector: str) -> Keypoints:
         """Opens keypoints without checking single images. Raises KamimError if the component is damaged as a whole."""
         path = self._file(detector)
-        reader = Keypoints(path.parent, detector, self.manifest.rules[detector])
+        rules = self.manifest.rules[detector]
+        reader = Keypoints(path.parent, detector, rules, self.manifest.job.keypoint_array(rules))
         self._check_count(path, len(reader.frame))
         return reader
 
@@ -488,7 +529,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         raise KamimError(f"{file}: not a manifest: {error}") from error
     if version not in READABLE:
         raise KamimError(
-            f"{path}: store of schema version {version!r:.40}, this kamim reads {' and '.join(map(str, READABLE))}; "
+            f"{path}: store of schema version {version!r:.40}, this kamim reads {READABLE[0]} to {READABLE[-1]}; "
             "preprocess it again, or use the kamim that wrote it"
         )
     try:

@@ -197,6 +197,8 @@ def fail(self, rgb):
     raise ArithmeticError("two\\nlines")
 
 failing = type("D", (), {"detect": fail})()
+half = type("D", (), {"detect": lambda self, rgb: ([[1, 2], [3.5, 2]], [1, 1]), "snap": True})()
+beyond = type("D", (), {"detect": lambda self, rgb: ([[1, 2], [3, 9]], [1, 1]), "snap": True})()
 kind = type("D", (), {"detect": lambda self, rgb: None})
 number = 3
 """
@@ -216,6 +218,8 @@ number = 3
         ("broken:scalar", "response []"),
         ("broken:wide", "cannot be used: ValueError: could not convert"),
         ("broken:failing", "failed: ArithmeticError: two lines"),
+        ("broken:half", "has snap, but gave xy that are not whole pixels of the array"),
+        ("broken:beyond", "has snap, but gave xy that are not whole pixels of the array"),
     ],
 )
 def test_a_broken_one_is_told_in_a_line_with_its_distribution(site: Path, value: str, said: str) -> None:

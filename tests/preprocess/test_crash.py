@@ -69,7 +69,7 @@ def mend(source: Path, backend: str, out: Path) -> None:
 def harm(out: Path) -> None:
     """Flips a bit of the images and one of the positions of keypoints."""
     images = next(file for file in (out / "images.beton", out / "images.zarr/data/c/0") if file.exists())
-    for file in (images, out / "keypoints.zarr/fast/positions/c/0/0"):
+    for file in (images, out / "keypoints.zarr/fast/gaps/c/0"):
         content = bytearray(file.read_bytes())
         content[np.flatnonzero(np.frombuffer(content, np.uint8))[-100]] ^= 1
         file.write_bytes(content)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kamim.method import geometry
+from kamim.storage import gaps
 from kamim.storage.store import Job
 from preprocess.decode import decode
 from preprocess.record import join, record
@@ -73,9 +74,10 @@ def test_a_record_is_whole_whatever_the_image(
         assert frames.tolist() == list(
             map(list, geometry.canonical_frames(height, width, 32, (0.67, 1.0), len(frames)))
         )
-        ends = np.cumsum(counts.sum(axis=1))
-        assert ends[-1] == len(rows["positions"])
-        for frame, positions in zip(frames, np.split(rows["positions"], ends[:-1]), strict=True):
+        ends, stored = np.cumsum(counts.sum(axis=1)), rows["gaps" if name == "fast" else "positions"]
+        assert ends[-1] == len(stored)
+        for frame, part in zip(frames, np.split(stored, ends[:-1]), strict=True):
+            positions = gaps.decode(part, *frame.tolist()) if name == "fast" else part
             assert (positions <= 16 * frame[::-1].astype(int)).all()
     again = record(job, rgb, rgb.copy(), 3, ("sift", "images"))  # in any company, in any order
     for component, rows in again.items():
@@ -88,7 +90,7 @@ def test_rows_of_no_image_have_the_types_of_any(jobs: dict[str, Job]) -> None:
     image = np.zeros((50, 60, 3), np.uint8)
     one = record(job, image, image, 1, job.components)
     for component in job.components:
-        none, two = join(component, []), join(component, [one[component]] * 2)
+        none, two = join(job, component, []), join(job, component, [one[component]] * 2)
         for name, array in one[component].items():
             assert len(none[name]) == 0
             assert none[name].dtype == array.dtype

@@ -44,7 +44,8 @@ from preprocess.decode import MAX_PIXELS
 
 STEPS = ("load", "preview", "verify", "repair")
 FAST, IMAGES, BETON = "keypoints.zarr/fast", "images.zarr", "images.beton"
-START, COUNTS, FRAME, POSITIONS = (f"{FAST}/{name}" for name in ("start", "counts", "frame", "positions"))
+START, COUNTS, FRAME, GAPS = (f"{FAST}/{name}" for name in ("start", "counts", "frame", "gaps"))
+POSITIONS = "keypoints.zarr/sift/positions"
 GROUP, OUTSIDE, NOT_OURS = "rules.fast.groups.0", "lies outside its file", "is no file of such a store"
 SAMPLE, SAMPLES = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize, "each of the 12 samples once"
 MODE, WIDTH, POINTER = (SAMPLE + beton.IMAGE.fields[name][1] for name in ("mode", "width", "data_ptr"))  # type: ignore[index]
@@ -79,6 +80,13 @@ def image_of_another(path: Path) -> None:
         element(f"{IMAGES}/{name}", 0, zarr.open_array(path / IMAGES / name, mode="r")[1])(path)
 
 
+def keypoint_moved(path: Path) -> None:
+    """A keypoint of the first image moves by one pixel, and those after it stay."""
+    code = np.asarray(zarr.open_array(path / GAPS, mode="r")[:100]).astype(int)
+    at = next(k for k in range(10, 90) if 0 < code[k] < 255 and code[k + 1] < 254)
+    element(GAPS, slice(at, at + 2), code[at : at + 2] + np.array([-1, 1]))(path)
+
+
 def codec(name: str, **configuration: Any) -> list[dict[str, Any]]:
     return [{"name": name, "configuration": configuration}]
 
@@ -97,6 +105,9 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
     "cap-of-10^30": (field(f"{GROUP}.cap", 10**30), rf"{GROUP}: cap = 10{{30}}: must be 0 \(no cap\) to 2147483647"),
     "cap-below-zero": (field(f"{GROUP}.cap", -1), rf"{GROUP}: cap = -1: must be"),
     "four-groups": (field("rules.fast.groups", [{"border": 3.0}] * 4), r"counts/zarr\.json: .*\[12, 2, 4\]"),
+    "no-whole-pixels": (field("rules.fast.snap", False), r"positions/zarr\.json: is missing"),
+    "positions-for-gaps": (field("job.whole_pixels", "positions"), r"positions/zarr\.json: is missing"),
+    "unknown-array": (field("job.whole_pixels", "../x"), "job.whole_pixels: Input should be 'positions' or 'gaps'"),
     "no-groups": (field("rules.fast.groups", []), "rules.fast: groups: are 0, must be 1 to 256"),
     "groups-of-10^5": (field("rules.fast.groups", [{"border": 3.0}] * 10**5), "groups: are 100000, must be 1 to 256"),
     "count-of-1000": (field("count", 1000), "count: is 1000; with 0 rejects of 12 items, and 12 in shards"),
@@ -137,16 +148,22 @@ IN_KEYPOINTS: dict[str, tuple[Change, str]] = {
     "frames-of-11": (array(FRAME, "uint16", np.full((11, 2, 2), 64)), rf"{START}/zarr.json: .*\[11, 2\]"),
     "shape-of-10^15": (metadata(FRAME, shape=[10**15, 2, 2]), f"{FRAME}/zarr.json: 'chunk_grid' is"),
     "shape-of-text": (metadata(FRAME, shape=["12", 2, 2]), f"{FRAME}/zarr.json: gives no shape of 3 axes"),
-    "positions-of-bytes": (metadata(POSITIONS, data_type="uint8"), f"{POSITIONS}/zarr.json: 'data_type' is"),
-    "page-cut": (resized(f"{POSITIONS}/c/0/0", -4), "positions/c/0/0: has 8188 bytes, must have 8192"),
-    "page-longer": (resized(f"{POSITIONS}/c/0/0", 4096), "positions/c/0/0: has 12288 bytes, must have 8192"),
+    "gaps-of-words": (metadata(GAPS, data_type="uint16"), f"{GAPS}/zarr.json: 'data_type' is"),
+    "page-cut": (resized(f"{GAPS}/c/0", -4), "gaps/c/0: has 2044 bytes, must have 2048"),
+    "page-longer": (resized(f"{GAPS}/c/0", 4096), "gaps/c/0: has 6144 bytes, must have 2048"),
     "chunk-cut": (resized(f"{START}/c/0/0", -8), "start/c/0/0: has 184 bytes, must have 192"),
     "chunk-longer": (resized(f"{COUNTS}/c/0/0/0", 8), "counts/c/0/0/0: has 104 bytes, must have 96"),
     "chunk-gone": (lambda path: (path / f"{COUNTS}/c/0/0/0").unlink(), "counts/c/0/0/0: (is )?missing"),
     "consolidated": (metadata("keypoints.zarr", consolidated_metadata={}), "zarr.json: 'consolidated_metadata' is"),
-    "link": (linked(f"{POSITIONS}/c/0/0"), "positions/c/0/0: (is )?a link or a special file"),
+    "link": (linked(f"{GAPS}/c/0"), "gaps/c/0: (is )?a link or a special file"),
     "linked-folder": (linked("keypoints.zarr"), "keypoints.zarr: (is a link or a special file|not in the manifest)"),
     "pipe": (piped(f"{COUNTS}/c/0/0/0"), "counts/c/0/0/0: (is )?a link or a special file"),
+}  # fmt: skip
+
+IN_POSITIONS: dict[str, tuple[Change, str]] = {
+    "positions-of-bytes": (metadata(POSITIONS, data_type="uint8"), f"{POSITIONS}/zarr.json: 'data_type' is"),
+    "page-cut": (resized(f"{POSITIONS}/c/0/0", -4), "positions/c/0/0: has 8188 bytes, must have 8192"),
+    "page-longer": (resized(f"{POSITIONS}/c/0/0", 4096), "positions/c/0/0: has 12288 bytes, must have 8192"),
 }  # fmt: skip
 
 IN_IMAGES: dict[str, tuple[Change, str]] = {
@@ -205,14 +222,30 @@ IN_BETON: dict[str, tuple[Change, str]] = {
 
 # Sound stores that are not what preprocessing made: `verify --deep` alone can tell.
 SOUND: dict[str, tuple[Change, str]] = {
-    "keypoint-moved": (element(POSITIONS, (3, 0), 16 * 30), "fast: shard 1 does not hold what the store was made of"),
+    "keypoint-moved": (keypoint_moved, "fast: shard 1 does not hold what the store was made of"),
     "keypoint-dropped": (element(COUNTS, (7, 0, 0), 1), "fast: shard 2 does not hold what the store was made of"),
     "frame-of-another-size": (element(FRAME, (2, 0), 4000), "fast: shard 1 does not hold what the store was made of"),
     "label-of-another": (element(f"{IMAGES}/label", 11, 0), "images: shard 3 does not hold what the store was made of"),
     "image-of-another": (image_of_another, "images: shard 1 does not hold what the store was made of"),
 }  # fmt: skip
 
-KINDS = {"manifest": IN_MANIFEST, "keypoints": IN_KEYPOINTS, "images": IN_IMAGES, "sound": SOUND, "beton": IN_BETON}
+# Stores that only reading a sample can tell from sound ones.
+UNSOUND: dict[str, tuple[Change, str]] = {
+    "gaps-of-255": (
+        element(GAPS, slice(None), 255),
+        r"sample \d+: .* outside their frame|image 0 has a keypoint outside",
+    ),
+    "gap-too-wide": (
+        element(GAPS, slice(9, 99), 254),
+        r"sample \d+: .* outside their frame|image 0 has a keypoint outside",
+    ),
+}
+
+KINDS = {
+    "manifest": IN_MANIFEST, "keypoints": IN_KEYPOINTS, "positions": IN_POSITIONS, "images": IN_IMAGES, "sound": SOUND,
+    "unsound": UNSOUND, "beton": IN_BETON,
+}  # fmt: skip
+STORES = {"beton": "ffcv", "positions": "sift"}  # the store that cases of a kind change; of other kinds, "zarr"
 CASES = {
     f"{kind}-{name}": case
     for kind, cases in KINDS.items()
@@ -223,9 +256,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def stores(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Twelve images in three shards, and their FAST keypoints, by backend."""
+    """Twelve images in three shards, and their FAST keypoints, by backend; "sift": with those of SIFT, zarr."""
     out = tmp_path_factory.mktemp("whole")
-    return {backend: make_store(folder, out / backend, backend) for backend in BACKENDS}
+    made = {backend: make_store(folder, out / backend, backend) for backend in BACKENDS}
+    return made | {"sift": make_store(folder, out / "sift", detectors=("sift",))}
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +269,7 @@ def ends(
     """Returns the outcome of every step on every case, and on the undamaged stores."""
     root = tmp_path_factory.mktemp("cases") / "stores"
     for name, (change, _) in CASES.items():
-        change(shutil.copytree(stores["ffcv" if name.startswith("beton") else "zarr"], root / name))
+        change(shutil.copytree(stores[STORES.get(name.partition("-")[0], "zarr")], root / name))
     for backend, path in stores.items():
         shutil.copytree(path, root / f"whole-{backend}")
     return outcomes(root, STEPS, stores["zarr"], folder)
@@ -267,7 +301,7 @@ def test_repair_puts_things_right_or_says_why_not(name: str, ends: dict[str, dic
     if end["how"] == "refused":
         assert end["what"].count("\n") == 1
     else:
-        assert "repaired" in end["what"] or name.startswith("sound")
+        assert "repaired" in end["what"] or name.startswith(("sound", "unsound"))
 
 
 def test_nothing_is_executed(ends: dict[str, dict[str, Outcome]]) -> None:
@@ -301,11 +335,11 @@ def test_a_manifest_names_no_file_outside_its_store(
 
 def test_links_are_not_taken_over(stores: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     out = shutil.copytree(stores["zarr"], tmp_path / "stores/out")
-    linked(f"{POSITIONS}/c/0/0")(out)
+    linked(f"{GAPS}/c/0")(out)
     command = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(out), "--detectors", "orb"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
-    assert "positions/c/0/0: is a link or a special file" in result.stderr
+    assert "gaps/c/0: is a link or a special file" in result.stderr
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -1,6 +1,5 @@
-"""Stores of the originals' own bytes, raw stores of small images, and stores of the schema before both."""
+"""Stores of the originals' own bytes, and raw stores of small images."""
 
-import json
 from pathlib import Path
 
 import cv2
@@ -13,13 +12,11 @@ from skimage import data
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.storage import store as stores
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain, Weighting
 from kamim.training.data import check_area, online_differs
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
-from preprocess.build import build
 from preprocess.decode import decode
 from preprocess.plan import make_job
 from preprocess.sources import list_source
@@ -111,45 +108,6 @@ def test_a_store_keeps_its_encoding_where_none_is_asked_for(folder: Path, tmp_pa
     kept = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out")
     asked = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out", encoding="auto")
     assert (kept.encoding, asked.encoding) == ("original", "jpeg")
-
-
-def downgraded(path: Path) -> Path:
-    """The store as written by schema version 3: images are resized without antialiasing, which is not recorded."""
-    fields = json.loads((path / stores.MANIFEST).read_bytes())
-    fields["schema_version"] = 3
-    del fields["job"]["resize"]
-    stores.seal(path, json.dumps(fields).encode())
-    return path
-
-
-def test_a_store_of_schema_3_is_read_and_extended_as_it_is(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setitem(__import__("preprocess.plan").plan.DEFAULTS, "resize", "bilinear")
-        old = downgraded(make_store(folder, tmp_path / "out"))
-    opened = Store(old)
-    assert opened.manifest.job.resize == "bilinear"
-    images = [opened.images.data(i).tobytes() for i in range(len(opened))]
-    assert problems(old, deep=True) == []
-    listed = list_source("imagefolder", folder, "train")
-    with monkeypatch.context() as patch:
-        patch.setattr("preprocess.plan.SHARD_SIZE", 5)
-        job = make_job("imagefolder", "train", listed, detectors=("sift",), out=old)
-    build(job, listed, old, workers=1, strict=True, progress=lambda done, total: None)
-    extended = Store(old)
-    assert extended.manifest.schema_version == stores.SCHEMA_VERSION
-    assert extended.manifest.job.resize == "bilinear"
-    assert extended.detectors == ("fast", "sift")
-    assert [extended.images.data(i).tobytes() for i in range(len(extended))] == images
-
-
-def test_another_schema_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    path = downgraded(make_store(folder, tmp_path / "out"))
-    fields = json.loads((path / stores.MANIFEST).read_bytes()) | {"schema_version": 2}
-    stores.seal(path, json.dumps(fields).encode())
-    with pytest.raises(ValueError, match="schema version 2, this kamim reads 3 and 4"):
-        Store(path)
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "raw", "original"])

@@ -131,8 +131,9 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
     images = [
         (positions, np.array([[69_000], [1_000]]), frames), (positions[:3], np.array([[0], [3]]), frames)
     ]  # fmt: skip
-    store.write_keypoints(tmp_path / "keypoints.zarr", "fast", images, sum(len(xy) for xy, *_ in images))
-    keypoints = store.Keypoints(tmp_path / "keypoints.zarr", "fast", DETECTORS["fast"].rules)
+    total, folder = sum(len(xy) for xy, *_ in images), tmp_path / "keypoints.zarr"
+    store.write_keypoints(folder, "fast", store.POSITIONS, images, total)
+    keypoints = store.Keypoints(folder, "fast", DETECTORS["fast"].rules, store.POSITIONS)
     for index, (expected, *_) in enumerate(images):
         found = [keypoints.image(index, frame)[0] for frame in (0, 1)]
         np.testing.assert_array_equal(np.concatenate(found), expected)
@@ -386,7 +387,7 @@ def test_what_is_not_a_store_is_said_in_one_line(copy: Path, tmp_path: Path) -> 
 
     original = (copy / "manifest.json").read_text()
     manifest_edit(copy, lambda fields: fields.update(schema_version=99))
-    assert "schema version 99, this kamim reads 3 and 4; preprocess it again" in said()
+    assert "schema version 99, this kamim reads 3 to 5; preprocess it again" in said()
     manifest_edit(copy, lambda fields: fields.pop("schema_version"))
     assert "not a manifest" in said()
     (copy / "manifest.json").write_text(original.replace('"count": 12', '"count": "many"'))

@@ -238,11 +238,11 @@ def test_a_store_that_was_never_right_is_not_called_repaired(path: Path, copy: P
 
 
 def test_a_link_in_the_place_of_a_file_is_repaired(path: Path, copy: Path, source: Path, tmp_path: Path) -> None:
-    page = copy / "keypoints.zarr/fast/positions/c/0/0"
+    page = copy / "keypoints.zarr/fast/gaps/c/0"
     page.rename(tmp_path / "elsewhere")
     page.symlink_to(tmp_path / "elsewhere")
     assert [(problem.where, problem.what) for problem in problems(copy)] == [
-        ("keypoints.zarr/fast/positions/c/0/0", "a link or a special file")
+        ("keypoints.zarr/fast/gaps/c/0", "a link or a special file")
     ]
     mend(copy, source)
     assert tree(copy) == tree(path)

@@ -53,21 +53,17 @@ def decode_into(code, height, width, positions):
     """
     if len(code) > len(positions):
         return -1
-    numbers = positions.reshape(positions.size).view(np.uint32)
+    words = positions.reshape(positions.size).view(np.uint32)
     kept, pixel = np.uint64(0), np.uint64(0)  # an unsigned index needs no check for negative values
     for i in range(len(code)):
-        pixel += np.uint64(code[i])
-        numbers[kept] = np.uint32(pixel)
-        ends = np.uint64(code[i] != LONG)
-        kept, pixel = kept + ends, pixel + ends
+        gap, ends = np.uint64(code[i]), np.uint64(code[i] != LONG)
+        words[kept] = np.uint32(pixel + gap)
+        kept, pixel = kept + ends, pixel + gap + ends
     if pixel > np.uint64(height) * np.uint64(width):
         return -1
-    rows_per_pixel = 1.0 / max(np.float64(width), 1.0)
-    for k in range(
-        np.int64(kept)
-    ):  # with a half added, no quotient is so close to a whole number that rounding matters
-        number = np.int32(numbers[k])
-        y = np.int32((number + 0.5) * rows_per_pixel)
-        x = number - y * np.int32(width)
-        numbers[k] = np.uint32((x * POSITION_UNIT) | (y * POSITION_UNIT << 16))
-    return np.int64(kept)
+    found, rows_per_pixel = words[: np.int64(kept)], 1.0 / max(np.float64(width), 1.0)
+    skipped = np.uint32(1 << 16) - np.uint32(width)  # x + 65536 y is the pixel's number and y times this
+    for k in range(len(found)):  # the half keeps quotients farther from whole numbers than the rounding moves them
+        y = np.uint32(np.int32((np.int32(found[k]) + 0.5) * rows_per_pixel))
+        found[k] = (found[k] + y * skipped) * np.uint32(POSITION_UNIT)
+    return len(found)

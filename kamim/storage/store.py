@@ -7,7 +7,7 @@
     keypoints.zarr/
         <detector>/frame              uint16 [N, V, 2] (height, width) of an image's canonical frames
         <detector>/positions          uint16 [K, 2] (x, y), pixel centres in 1/16 px of their frame, paged
-        <detector>/gaps               uint8 [B], in place of positions, see kamim/storage/gaps.py, paged
+        <detector>/gaps               uint8 [B], in place of positions on whole pixels, see kamim/storage/gaps.py, paged
         <detector>/start              int64 [N, V] first row of a frame's positions or gaps
         <detector>/counts             uint32 [N, V, G] rows of each of the detector's groups, in order
     rejects.csv                       source files that could not be read, with the reason
@@ -138,9 +138,10 @@ class Job(pydantic.BaseModel):
 
     def recipe(self, component: str) -> dict[str, Any]:
         """Returns the parameters that the component's bytes depend on."""
-        names = {"resolution", "crop_scale", "whole_pixels"}
-        if component == IMAGES:
-            names -= {"whole_pixels"}
+        names = {"resolution", "crop_scale"}
+        if component != IMAGES:
+            names |= {"whole_pixels"}
+        else:
             of_images = {"images", "encoding"}
             names = of_images if self.encoding == "original" else names | of_images | {"resize"}
             names |= {"quality"} if self.encoding == "jpeg" else set()

@@ -73,6 +73,10 @@ def test_commands_that_train_nothing_import_no_torch(
     ("report {none}", "{none}: no such file or folder"),
     ("report eval {source} {none}", "{none}: no such file or folder"),
     ("replay {none}", "{none}: no such file or folder"),
+    ("replay {source}", "{source}: not a run of `kamim pretrain`"),
+    ("replay {run}", "{run}: all recorded losses are finite; give the --step N to replay, 0 to 1"),
+    ("replay {run} --step 2", "--step 2: the run has steps 0 to 1"),
+    ("replay {run} --step 1 --source {out}", "--source {out}: no such folder"),
     ("import {none} --out {out}", "{none}: no such file or folder"),
     ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
     ("export {none} --out {out}", "{none}: no such file or folder"),
@@ -83,7 +87,11 @@ def test_commands_that_train_nothing_import_no_torch(
 def test_a_mistake_is_told_before_torch_is_imported(
     command: str, line: str, stores: dict[str, Path], class_folder: Path, tmp_path: Path
 ) -> None:
-    paths = {"store": stores["zarr"], "source": class_folder, "out": tmp_path / "out", "none": tmp_path / "none"}
+    paths = {"store": stores["zarr"], "source": class_folder} | {n: tmp_path / n for n in ("out", "none", "run")}
+    paths["run"].mkdir()
+    (paths["run"] / "config.yaml").write_text(
+        f"out: x\ndata: {{store: '{stores['zarr']}'}}\noptim: {{batch_size: 12, epochs: 1, warmup_epochs: 0}}\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "modules"), *command.format(**paths).split()],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,

@@ -34,6 +34,7 @@ from kamim import KamimError
 from kamim.storage.escape import one_line, printable
 
 if TYPE_CHECKING:
+    from kamim.evaluation.config import Evaluation
     from kamim.evaluation.position import Position
     from kamim.training.config import Pretrain
     from kamim.training.settings import Section
@@ -313,13 +314,30 @@ def check_run(config: "Pretrain") -> None:
     check_keypoints(config, store)
 
 
+def check_stores(config: "Evaluation", modes: Sequence[str]) -> None:
+    """Checks an evaluation's stores, without torch. Raises KamimError if one is missing, or if their classes differ."""
+    from kamim.evaluation.config import UNCLASSIFIED
+    from kamim.storage.store import Store
+    from pipelines.labels import check_labels
+
+    train, val = (None if path is None else Store(path) for path in (config.train, config.val))
+    if not set(modes) <= set(UNCLASSIFIED):
+        check_labels(train, val)
+
+
 def check_checkpoints(specs: Sequence[str]) -> None:
-    """Raises KamimError for the first [NAME=][random:|pixels:]PATH whose path does not exist; timm:MODEL has none."""
+    """Raises KamimError for the first [NAME=][random:|pixels:]PATH that does not exist or is a file of another kind.
+
+    timm:MODEL has no path.
+    """
+    from kamim.models.file_kind import check_weights
+
     for spec in specs:
         source = spec.partition("=")[2] if "=" in spec else spec
         path = Path(source.removeprefix("random:").removeprefix("pixels:"))
         if source and not source.startswith("timm:") and not path.exists():
             raise KamimError(f"checkpoint = {spec}: no such file or folder")
+        check_weights(path)
 
 
 def check_folder(option: str, file: Path | None) -> None:

@@ -20,6 +20,7 @@ ModeName = Literal[
     "shape-bias",
 ]  # fmt: skip
 MODES: tuple[ModeName, ...] = get_args(ModeName)
+UNCLASSIFIED = ("reconstruct", "segment", "shape-bias")  # modes that predict no label of the validation store
 
 
 class ClassifierOptim(Optim):

@@ -60,8 +60,12 @@ def test_commands_that_train_nothing_import_no_torch(
     ("eval --mode lineprobe", "--mode lineprobe: must be one of linprobe,"),
     ("eval --val {store}", "--checkpoint: is missing"),
     ("eval --checkpoint x=random:{none} --val {store}", "--checkpoint x=random:{none}: no such file or folder"),
+    ("eval --checkpoint {image} --train {store} --val {store}", "{image}: is a JPEG image; weights are .safetensors"),
+    ("import {image} --out {out}", "{image}: is a JPEG image; weights are .safetensors files, or state dicts that"),
     ("eval --checkpoint {source} --train {none} --val {store}", "{none}: not a kamim store"),
     ("eval --checkpoint {source} --val {store} knn.kk=3", "knn.kk: unknown key; allowed are"),
+    ("eval --checkpoint {source} --val {store}", "--train: is missing; this mode needs a store to train on"),
+    ("eval --checkpoint {source} --train {store} --val {marked}", "--val {marked}: its 1 classes are not the 3 of"),
     ("sweep table9", "-c table9: neither a file nor a preset"),
     ("sweep table2 out={out}", "stores/imagenet-train: not a kamim store"),
     ("pretrain -c demo out={out} data.store={none}", "{none}: not a kamim store"),
@@ -70,6 +74,13 @@ def test_commands_that_train_nothing_import_no_torch(
     ("pretrain -c demo out={out} data.store={store} weighting.detector=orb", "{store}: has no 'orb' keypoints, only"),
     ("pretrain -c demo out={store} data.store={store} weighting=null", "out = {store}: is a store"),
     ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
+    ("analyze --checkpoint {source} --store {store} --out {out}", "--checkpoint {source}: must be NAME=CHECKPOINT"),
+    ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee,tea,milk",
+     "--classes coffee,tea,milk: 'tea' is not one of the 3 of {store} (astronaut, chelsea, coffee)"),
+    ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee",
+     "--classes coffee: must be 3 different ones"),
+    ("analyze --checkpoint x={source} --store {store} --out {out} --images 25", "--images 25: {store} has 24"),
+    ("analyze --checkpoint x={source} --store {store} --out {out} --figures 11", "--figures 11: '11' is none"),
     ("report {none}", "{none}: no such file or folder"),
     ("report eval {source} {none}", "{none}: no such file or folder"),
     ("replay {none}", "{none}: no such file or folder"),
@@ -85,9 +96,14 @@ def test_commands_that_train_nothing_import_no_torch(
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip
 def test_a_mistake_is_told_before_torch_is_imported(
-    command: str, line: str, stores: dict[str, Path], class_folder: Path, tmp_path: Path
+    command: str, line: str, stores: dict[str, Path], marked_store: Path, class_folder: Path, tmp_path: Path
 ) -> None:
-    paths = {"store": stores["zarr"], "source": class_folder} | {n: tmp_path / n for n in ("out", "none", "run")}
+    paths = {
+        "store": stores["zarr"],
+        "marked": marked_store,
+        "source": class_folder,
+        "image": class_folder / "coffee/1.jpg",
+    } | {n: tmp_path / n for n in ("out", "none", "run")}
     paths["run"].mkdir()
     (paths["run"] / "config.yaml").write_text(
         f"out: x\ndata: {{store: '{stores['zarr']}'}}\noptim: {{batch_size: 12, epochs: 1, warmup_epochs: 0}}\n"

@@ -45,5 +45,5 @@ class TimeLeft:
         known, elapsed = {kind: fmean(seconds) for kind, seconds in self._seconds.items()}, self._now() - self._start
         bound = not {position.kind, *position.ahead} <= known.keys()
         whole = known.setdefault(position.kind, elapsed + phase)
-        left = max(whole - elapsed, 0.0) + sum(known.get(kind, 0.0) for kind in position.ahead)
-        return "" if bound and not left else f"{'at least ' * bound}{timedelta(seconds=round(left))} left"
+        left = round(max(whole - elapsed, 0.0) + sum(known.get(kind, 0.0) for kind in position.ahead))
+        return "" if bound and not left else f"{'at least ' * bound}{timedelta(seconds=left)} left"

@@ -80,12 +80,18 @@ def test_a_resumed_task_is_no_measure_of_its_kind() -> None:
 
 def test_phases_of_a_task_are_estimated_one_by_one() -> None:
     now = 0.0
-    left = TimeLeft(lambda: now)
-    left.begin(Position(1, "knn a", "knn"))
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-4  # a call takes some time
+        return now
+
+    left = TimeLeft(clock)
+    assert left.begin(Position(1, "knn a", "knn", ("knn",))) == ""
     for done, total in ((1, 3), (2, 3), (3, 3), (1, 9), (2, 9)):
         now += 2
         text = left.move(done, total)
-    assert text == "at least 0:00:14 left"
+    assert text == "at least 0:00:38 left"  # 14 s of this phase, and 24 s for the second task
 
 
 def test_a_bar_begins_without_numbers() -> None:

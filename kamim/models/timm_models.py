@@ -14,6 +14,7 @@ from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture
 
 MODULES = ("vision_transformer", "swin_transformer", "deit")  # of timm, with the models that are considered
+USUAL = "vit_small_patch16_224 or swin_tiny_patch4_window7_224"
 
 
 def names() -> list[str]:
@@ -43,13 +44,11 @@ def _unknown(name: str) -> str:
     """Returns what is wrong with a name that is not one of `names()`, and names that are possible."""
     known, presets = names(), ", ".join(ARCHITECTURES)
     if timm.is_model(name) and name.partition(".")[0] not in known:
-        return (
-            f"timm's {name} is not one of the ViTs and Swins that can be pretrained; choose {presets}, or a model of "
-            "timm such as vit_small_patch16_224 or swin_tiny_patch4_window7_224"
-        )
+        return f"timm's {name} is not one of the ViTs and Swins that can be pretrained; choose {presets}, or {USUAL}"
     offered = [*ARCHITECTURES, *(other for other in known if not other.startswith("test_"))]
-    nearest = get_close_matches(name[:100], offered, n=4) or ["vit_small_patch16_224", "swin_tiny_patch4_window7_224"]
-    return f"must be one of {presets}, or a ViT or Swin of timm, such as {', '.join(nearest)}"
+    nearest = get_close_matches(name[:100], offered, n=4)
+    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else f", such as {USUAL}"
+    return f"must be one of {presets}, or a ViT or Swin of timm{hint}"
 
 
 def _vit(name: str, model: VisionTransformer) -> Architecture:

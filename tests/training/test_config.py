@@ -47,8 +47,8 @@ def refused(*overrides: str) -> str:
             "model.name = 'resnet50': timm's resnet50 is not one of the ViTs and Swins that can be"
             " pretrained; choose vit_tiny, vit_small, vit_base,",
         ),
-        ("model.name=vit_smal", "or a ViT or Swin of timm, such as vit_small, "),
-        ("model.name=xyz", "or a ViT or Swin of timm, such as vit_small_patch16_224, swin_tiny_patch4_window7_224"),
+        ("model.name=vit_smal", "or a ViT or Swin of timm; the nearest names are vit_small, "),
+        ("model.name=xyz", "or a ViT or Swin of timm, such as vit_small_patch16_224 or swin_tiny_patch4_window7_224"),
         ("data.crop_scale=[1.0,0.5]", "data.crop_scale = [1.0, 0.5]: the first must not be larger than the second"),
         ("optim.warmup_epochs=100", "optim.warmup_epochs = 100: must be less than epochs = 100"),
         ("compute.device=tpu", "compute.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),

@@ -65,7 +65,8 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
         loader = _loader_rate(batches)
         model = _model_rate(config, batches, first, world)
         threads = config.data.workers or machine.describe()["cores"]
-        print_line(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
+        each = "1 thread" if threads == 1 else f"{threads} threads, {loader / threads:,.0f} on each"
+        print_line(f"{'loader':14} {loader:,.0f} images/s on {each}")
         print_line(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
         print_line(f"{'duration':14} {_duration(config, batches, min(loader, model))}")
         if loader >= SPARE * model:

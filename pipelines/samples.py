@@ -72,24 +72,3 @@ def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     by_class = order[np.argsort(labels[order], kind="stable")]
     first = np.cumsum(counts) - counts
     return np.sort(by_class[(first[:, None] + np.arange(n)).ravel()])
-
-
-def check_labels(train: Samples | None, val: Samples) -> Samples:
-    """Returns the training samples. Raises ValueError if there are none, or if their classes differ from val's."""
-    if train is None:
-        raise KamimError("train: is missing; this mode needs a store to train on")
-    for name, samples in (("train", train), ("val", val)):
-        unlabelled = int((samples.labels < 0).sum())
-        if unlabelled or not samples.classes:
-            which = "no labels" if unlabelled == len(samples.numbers) else f"{unlabelled} images without a label"
-            raise KamimError(f"{name} = {samples.store.path}: has {which}; this mode needs the class of every image")
-    ours, theirs = train.classes, val.classes
-    if len(ours) < 2:
-        raise KamimError(f"train = {train.store.path}: has one class; a classifier needs two or more")
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs))
-        raise KamimError(
-            f"val = {val.store.path}: its {len(theirs)} classes are not the {len(ours)} of {train.store.path} ("
-            + (f"for one, {odd[0]!r} is in one of them only)" if odd else "they are in another order)")
-        )
-    return train

@@ -1,7 +1,7 @@
 """Runs an analysis: passes images through every model, computes numbers, draws figures, writes the page."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,15 @@ import kamim
 from kamim.analysis import figures, tables
 from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import WEIGHT_CELL, Curves, Samples, collect_curves, collect_samples
-from kamim.analysis.request import Chosen, Request, Source, choose, plan, probed
+from kamim.analysis.plan import plan, probed
+from kamim.analysis.request import Chosen, Request, choose
 from kamim.method.masking import block_masks, expand_mask
 from kamim.reporting import page
-from pipelines.batch import denormalise, normalise
+from kamim.storage.store import Store
+from pipelines.batch import Batch, denormalise, normalise
+from pipelines.counts import OnlineCounts
+from pipelines.loader import Loader
+from pipelines.plan import Plan
 
 CAPTIONS = {
     "2": "Figure 2. Original, masked, and each checkpoint's reconstruction of the masked patches.",
@@ -55,8 +60,19 @@ class Collected:
     samples: dict[str, Samples]
 
 
+def batches(store: Store, indices: np.ndarray, resolution: int, size: int, cell: int | None) -> Iterable[Batch]:
+    """Loads whole images `indices`, resized, in batches of at most `size`.
+
+    cell: the cell size of FAST ring counts, None without. Keypoints are detected on the pixels that the model sees.
+    """
+    size = min(size, len(indices))
+    in_order = Plan(len(indices), size, size, seed=0, shuffle=False, drop_last=False, listed=np.asarray(indices))
+    counter = None if cell is None else OnlineCounts("fast", "ring", cell)
+    return Loader(store, in_order, resolution, counter=counter).steps(0, in_order.steps_per_epoch)
+
+
 def collect(
-    planned: Mapping[str, list[AnalysedModel]], chosen: Chosen, source: Source, request: Request, progress: Progress
+    planned: Mapping[str, list[AnalysedModel]], chosen: Chosen, store: Store, request: Request, progress: Progress
 ) -> Collected:
     """Runs each model over the images its figures need."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,14 +88,14 @@ def collect(
 
     for model in {m.name: m for m in (*over_depth, *in_full)}.values():
         model.encoder.to(device).eval()
-        take = partial(source.batches, resolution=model.resolution, size=BATCH)
+        take = partial(batches, store, resolution=model.resolution, size=BATCH)
         if model in over_depth:
             weighed = model in planned.get("weights", [])
-            batches = take(chosen.curves, cell=WEIGHT_CELL if weighed else None)
-            collected.curves[model.name] = collect_curves(model, batches, device, more)
+            loaded = take(chosen.curves, cell=WEIGHT_CELL if weighed else None)
+            collected.curves[model.name] = collect_curves(model, loaded, device, more)
         if model in in_full:
-            batches = take(chosen.samples, cell=None)
-            samples = collect_samples(model, batches, request.layer, request.head, request.queries, device, more)
+            loaded = take(chosen.samples, cell=None)
+            samples = collect_samples(model, loaded, request.layer, request.head, request.queries, device, more)
             collected.samples[model.name] = samples
         model.encoder.cpu()
     return collected
@@ -138,16 +154,16 @@ def draw(drawn: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float
     return {figure: pictures[figure](table) for figure, table in drawn.items()}
 
 
-def images(source: Source, indices: np.ndarray, resolution: int) -> torch.Tensor:
+def images(store: Store, indices: np.ndarray, resolution: int) -> torch.Tensor:
     """Returns whole images, resized: uint8 [n, R, R, 3]."""
-    return torch.cat([batch.images.clone() for batch in source.batches(indices, resolution, BATCH, None)])
+    return torch.cat([batch.images.clone() for batch in batches(store, indices, resolution, BATCH, None)])
 
 
-def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, seed: int) -> dict[str, Figure]:
+def reconstruct(models: list[AnalysedModel], chosen: Chosen, store: Store, seed: int) -> dict[str, Figure]:
     """Draws figure 2: {file name: picture}, one for each resolution among the checkpoints."""
     pictures, indices = {}, chosen.curves[:MASK_IMAGES]
     for side in sorted({m.resolution for m in models}):
-        shown = images(source, indices, side)
+        shown = images(store, indices, side)
         patches = math.lcm(*(m.patch for m in models if m.resolution == side))
         block = MASK_BLOCK if side % MASK_BLOCK == MASK_BLOCK % patches == 0 else patches
         mask = torch.from_numpy(block_masks(seed, 0, indices, side // block, MASK_RATIO))
@@ -158,7 +174,7 @@ def reconstruct(models: list[AnalysedModel], chosen: Chosen, source: Source, see
                 reconstructions.append((name, denormalise(model.eval()(normalise(shown), mask)).numpy()))
         hidden = expand_mask(mask, side).numpy()
         pictures[f"figure-02-{side}px"] = figures.reconstructions(
-            shown.numpy(), hidden, reconstructions, f"{source.name}: {MASK_RATIO:.0%} masked in blocks of {block} px"
+            shown.numpy(), hidden, reconstructions, f"{store.path}: {MASK_RATIO:.0%} masked in blocks of {block} px"
         )
     return pictures
 
@@ -177,24 +193,24 @@ def summary(closeness: Tables, notes: list[str]) -> list[str]:
     return lines + notes
 
 
-def analyse(models: list[AnalysedModel], source: Source, request: Request, out: Path, progress: Progress) -> list[str]:
+def analyse(models: list[AnalysedModel], store: Store, request: Request, out: Path, progress: Progress) -> list[str]:
     """Writes OUT/figure-*.png and .pdf, analysis.json and index.html; returns the lines to print.
 
     Raises KamimError for a request that these models or this store cannot fulfil.
     """
-    chosen = choose(request, source)
+    chosen = choose(request, store)
     planned, notes = plan(request, models, chosen)
-    collected = collect(planned, chosen, source, request, progress)
+    collected = collect(planned, chosen, store, request, progress)
     drawn, closeness = numbers(planned, collected, chosen, request)
-    shown = images(source, chosen.samples[first_of_classes(chosen)], models[0].resolution).numpy()
-    pictures = reconstruct(planned["2"], chosen, source, request.seed) if "2" in planned else {}
+    shown = images(store, chosen.samples[first_of_classes(chosen)], models[0].resolution).numpy()
+    pictures = reconstruct(planned["2"], chosen, store, request.seed) if "2" in planned else {}
     pictures |= {file_stem(figure): picture for figure, picture in draw(drawn, shown, request.queries).items()}
     lines = summary(closeness, notes)
     out.mkdir(parents=True, exist_ok=True)
     for stem, picture in pictures.items():
         page.save_figure(picture, out / stem)
     about = {
-        "kamim": kamim.__version__, "store": source.name, "seed": request.seed, "classes": chosen.titles,
+        "kamim": kamim.__version__, "store": str(store.path), "seed": request.seed, "classes": chosen.titles,
         "images": chosen.curves, "token_images": chosen.samples, "layer": request.layer, "head": request.head,
         "queries": request.queries, "mask_ratio": MASK_RATIO, "notes": notes,
     }  # fmt: skip
@@ -207,7 +223,7 @@ def analyse(models: list[AnalysedModel], source: Source, request: Request, out: 
         page.picture((out / f"{stem}.png").read_bytes(), stem, caption)
         for figure, caption in CAPTIONS.items() for stem in pictures if stem.startswith(file_stem(figure))
     ]  # fmt: skip
-    parts = [page.paragraph(_about(models, source, chosen)), page.bullets(lines), *captioned]
+    parts = [page.paragraph(_about(models, store, chosen)), page.bullets(lines), *captioned]
     page.save_page("kamim analysis", parts, out / "index.html")
     return lines
 
@@ -217,8 +233,8 @@ def file_stem(figure: str) -> str:
     return f"figure-{int(figure):02d}" if figure.isdigit() else f"figure-{figure}"
 
 
-def _about(models: list[AnalysedModel], source: Source, chosen: Chosen) -> str:
+def _about(models: list[AnalysedModel], store: Store, chosen: Chosen) -> str:
     named = "; ".join(
         f"{m.name}: {m.about['checkpoint']} ({m.about['architecture']}, {m.resolution} px)" for m in models
     )
-    return f"{named}. Curves over {len(chosen.curves)} images of {source.name}; tokens of {len(chosen.samples)}."
+    return f"{named}. Curves over {len(chosen.curves)} images of {store.path}; tokens of {len(chosen.samples)}."

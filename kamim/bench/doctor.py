@@ -1,5 +1,6 @@
-"""`kamim doctor`: checks a store, benchmarks the loader and the model on this machine, and names the bottleneck."""
+"""`kamim doctor`: checks the machine and a store, benchmarks loader and model, and names the bottleneck."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from kamim.storage.store import Store
 from kamim.training import distributed, machine
 from kamim.training.config import Pretrain
-from kamim.training.data import online_differs, training_loader
+from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
 from kamim.training.pretrain import build_trainer
 from kamim.training.trainer import should_compile
@@ -27,15 +28,19 @@ SPARE = 1.1  # a loader this many times as fast as the model keeps it busy
 Print = Callable[[str], None]
 
 
-def examine(store: Path, config: Pretrain | None, print_line: Print) -> bool:
-    """Prints the machine and the store line by line and, with a configuration, rates and the bottleneck.
+def examine(store: Path | None, config: Pretrain | None, print_line: Print) -> bool:
+    """Prints the machine and the store, if given, line by line and, with a configuration, rates and the bottleneck.
 
     Returns False if the loader is the bottleneck. Raises KamimError if there is no store, it is damaged, or the
     configuration does not fit it.
     """
-    for name, value in machine.describe().items():
+    for name, value in machine.describe((*machine.LIBRARIES, "ffcv")).items():
         text = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
         print_line(f"{name:14} {text}")
+    print_line(f"{'free':14} {shutil.disk_usage(Path()).free / 1e9:,.1f} GB of disk here")
+    if store is None:
+        print_line(f"{'store':14} none given; --store STORE checks one, and -c PRESET benchmarks its training")
+        return True
     opened = Store(store)
     manifest = opened.manifest
     job = manifest.job
@@ -54,13 +59,14 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
     """Measures loader and model, and prints which is the bottleneck and what helps."""
     with distributed.joined(config.compute.device) as world:
         batches = training_loader(config, opened, world)
-        if line := online_differs(config, opened):
+        for line in cautions(config, opened):
             print_line(f"{'note':14} {line}")
         first = next(iter(batches.steps(0, 1)))
         loader = _loader_rate(batches)
         model = _model_rate(config, batches, first, world)
         threads = config.data.workers or machine.describe()["cores"]
-        print_line(f"{'loader':14} {loader:,.0f} images/s on {threads} threads, {loader / threads:,.0f} on each")
+        each = "1 thread" if threads == 1 else f"{threads} threads, {loader / threads:,.0f} on each"
+        print_line(f"{'loader':14} {loader:,.0f} images/s on {each}")
         print_line(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")
         print_line(f"{'duration':14} {_duration(config, batches, min(loader, model))}")
         if loader >= SPARE * model:

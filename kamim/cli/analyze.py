@@ -46,15 +46,20 @@ def analyze(
     check_checkpoints(checkpoint)
     check_store(store)
 
-    from kamim.analysis.analyze import run_analysis
-    from kamim.analysis.request import Request, parse_figures, parse_query, read_probes
+    from kamim.analysis.request import Request, check_names, choose, parse_figures, parse_query, read_probes
     from kamim.storage.store import Store
 
     chosen = {"queries": tuple(parse_query(text) for text in query)} if query else {}
+    probes = tuple(result for file in probe or () for result in read_probes(file))
     request = Request(
-        figures=parse_figures(figures), images=images, classes=tuple(filter(None, classes.split(","))), layer=layer,
-        head=head, seed=seed, probes=tuple(result for file in probe or () for result in read_probes(file)), **chosen,
+        figures=parse_figures(figures), images=images, classes=tuple(filter(None, map(str.strip, classes.split(",")))),
+        layer=layer, head=head, seed=seed, probes=probes, **chosen,
     )  # fmt: skip
+    check_names(checkpoint)
+    choose(request, Store(store))
+
+    from kamim.analysis.analyze import run_analysis
+
     with bar(f"analyze {store.name}") as update:
         lines = run_analysis(checkpoint, Store(store), request, out, update)
     for line in lines:

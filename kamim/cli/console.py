@@ -31,9 +31,11 @@ from typer.models import OptionInfo
 
 import kamim
 from kamim import KamimError
+from kamim.cli.time_left import TimeLeft
 from kamim.storage.escape import one_line, printable
 
 if TYPE_CHECKING:
+    from kamim.evaluation.config import Evaluation
     from kamim.evaluation.position import Position
     from kamim.training.config import Pretrain
     from kamim.training.settings import Section
@@ -172,13 +174,12 @@ class _Position(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """The time left: by the recent rate of steps, or by the time of this command's tasks so far."""
+    """The time left: by the recent rate of steps, or over all tasks of many (kamim/cli/time_left.py)."""
 
     def render(self, task: Task) -> Text:
-        seconds = task.time_remaining
         if task.fields["position"]:
-            done = task.completed - task.fields["skipped"]
-            seconds = task.elapsed * task.remaining / done if done and task.elapsed and task.remaining else None
+            return Text(task.fields["left"])
+        seconds = task.time_remaining
         return Text("" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
 
 
@@ -198,7 +199,7 @@ def bar(title: str, images: int = 0) -> Iterator["Update"]:
 
 def add_bar(progress: Progress, title: str, images: int) -> TaskID:
     """Adds the bar that an Update moves."""
-    return progress.add_task(printable(title), total=None, note="", position="", skipped=0, images=images)
+    return progress.add_task(printable(title), total=None, note="", position="", left="", images=images)
 
 
 @contextmanager
@@ -217,6 +218,7 @@ class Update:
 
     def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task, self._tenths = progress, task, 0
+        self._time_left = TimeLeft(progress.get_time)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Moves it to `done` of `total`; after the end of a task, or backwards, it starts the next task."""
@@ -224,24 +226,23 @@ class Update:
         if shown.finished or done < shown.completed:  # rich never resumes a finished task, and averages over both
             self._progress.reset(self._task)
             self._tenths = 0
-        self._move(done, total, "", note)
+        self._move(done, total, note)
 
     def of_task(self, position: "Position") -> Callable[[int, int, Mapping[str, float]], None]:
-        """Begins a task of many and returns a function that moves the bar over all tasks, weighted equally."""
+        """Begins a task of many and returns a function that moves the bar over all tasks, each of the same length."""
 
         def move(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            note = metrics_line(metrics, f"step {done} of {total}")
-            self._move(position.number - 1 + done / total, position.count, str(position), note)
+            note, left = metrics_line(metrics, f"step {done} of {total}"), self._time_left.move(done, total)
+            self._move(position.number - 1 + done / total, position.count, note, str(position), left)
 
-        shown = self._progress.tasks[self._task]
-        if shown.total is None:  # the first; earlier ones were done by an earlier command
-            self._progress.update(self._task, skipped=position.number - 1)
         self._tenths = -1
-        self._move(position.number - 1, position.count, str(position), "")
+        self._move(position.number - 1, position.count, "", str(position), self._time_left.begin(position))
         return move
 
-    def _move(self, done: float, total: int, position: str, note: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, position=position, note=printable(note))
+    def _move(self, done: float, total: int, note: str, position: str = "", left: str = "") -> None:
+        self._progress.update(
+            self._task, completed=done, total=total, position=position, left=left, note=printable(note)
+        )
         if self._progress.disable and done * 10 // total > self._tenths:
             say(self._line())
         self._tenths = int(done * 10 // total)
@@ -313,13 +314,30 @@ def check_run(config: "Pretrain") -> None:
     check_keypoints(config, store)
 
 
+def check_stores(config: "Evaluation", modes: Sequence[str]) -> None:
+    """Checks an evaluation's stores, without torch. Raises KamimError if one is missing, or if their classes differ."""
+    from kamim.evaluation.config import UNCLASSIFIED
+    from kamim.storage.store import Store
+    from pipelines.labels import check_labels
+
+    train, val = (None if path is None else Store(path) for path in (config.train, config.val))
+    if not set(modes) <= set(UNCLASSIFIED):
+        check_labels(train, val)
+
+
 def check_checkpoints(specs: Sequence[str]) -> None:
-    """Raises KamimError for the first [NAME=][random:|pixels:]PATH whose path does not exist; timm:MODEL has none."""
+    """Raises KamimError for the first [NAME=][random:|pixels:]PATH that does not exist or is a file of another kind.
+
+    timm:MODEL has no path.
+    """
+    from kamim.models.file_kind import check_weights
+
     for spec in specs:
         source = spec.partition("=")[2] if "=" in spec else spec
         path = Path(source.removeprefix("random:").removeprefix("pixels:"))
         if source and not source.startswith("timm:") and not path.exists():
             raise KamimError(f"checkpoint = {spec}: no such file or folder")
+        check_weights(path)
 
 
 def check_folder(option: str, file: Path | None) -> None:

@@ -11,22 +11,28 @@ from kamim.cli.console import ConfigFile, Overrides, app, check_store, out_conso
 @app.command()
 @says_errors
 def doctor(
-    store: Annotated[Path, typer.Option(help="A store made by `kamim preprocess`.")],
+    store: Annotated[
+        Path | None, typer.Option(help="A store made by `kamim preprocess`. Default: the configuration's data.store.")
+    ] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Checks the machine and a store; with -c or key=value, benchmarks loader and model and names the bottleneck.
+    """Checks the machine and, if given, a store; with -c or key=value, also benchmarks loader and model.
 
-    Exits with code 1 if a check fails or the loader is the bottleneck.
+    It names the bottleneck and how long the run would take. Exits with code 1 if a check fails or the loader is the
+    bottleneck.
 
-    Example: kamim doctor --store stores/imagenet-train -c vit_base_kamim
+    Example: kamim doctor -c vit_base_kamim --store stores/imagenet-train
     """
     from kamim.training.config import Pretrain
     from kamim.training.settings import load
 
+    resolved = None
+    if config is not None or overrides:
+        named = [] if store is None else [f"data.store={store}"]
+        resolved = load(Pretrain, config, ["out=unused", *named, *(overrides or ())])
+        store = resolved.data.store
     check_store(store)
-    given = [f"data.store={store}", "out=unused", *(overrides or ())]
-    resolved = load(Pretrain, config, given) if config is not None or overrides else None
 
     from kamim.bench.doctor import examine
 

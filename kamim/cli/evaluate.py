@@ -13,7 +13,7 @@ from kamim.cli.console import (
     bar,
     check_checkpoints,
     check_folder,
-    check_store,
+    check_stores,
     is_main,
     out_console,
     print_config,
@@ -77,8 +77,7 @@ def evaluate(
         print_config(resolved)
         return
     check_checkpoints(resolved.checkpoint)
-    check_store(resolved.train)
-    check_store(resolved.val)
+    check_stores(resolved, chosen or MODES)
     if resolved.train is not None and resolved.train == resolved.val and mode != "reconstruct":
         say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:

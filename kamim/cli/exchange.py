@@ -10,6 +10,7 @@ import typer
 
 from kamim import KamimError
 from kamim.cli.console import app, check_exists, check_folder, out_console, says_errors, write_json
+from kamim.models.file_kind import check_weights
 
 if TYPE_CHECKING:
     from kamim.training.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ def import_(
 ) -> None:
     """Converts weights of other projects to a checkpoint."""
     check_exists("", file)
+    check_weights(file)
     _check_new(out)
 
     from kamim.models import interop

@@ -88,7 +88,6 @@ def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: P
     for i in range(count):
         bitmap = batch.counts[i].numpy() > 0
         w = keypoint_weights(kp.map_counts(bitmap, patch), patch, weighting.temperature)
-        label = int(batch.labels[i])
-        name = store.manifest.classes[label] if label >= 0 else ""
-        rows.append((f"{batch.indices[i]} {name}", batch.images[i].numpy(), bitmap, w))
+        index = int(batch.indices[i])
+        rows.append((f"{index} {store.class_of(index)}", batch.images[i].numpy(), bitmap, w))
     plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)

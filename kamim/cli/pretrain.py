@@ -1,7 +1,7 @@
 """kamim pretrain, kamim replay."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from kamim.cli.console import (
     terminable,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from kamim.storage.store import Store
 
 WORST = 10  # samples that a replay shows
 
@@ -78,16 +81,27 @@ def replay(
     step: Annotated[
         int | None, typer.Option(help="Step to replay. Default: the newest with a non-finite loss.")
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The folder that the run's store was made from, to name the samples' files.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the losses of all samples here, as JSON.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture of the samples with the largest loss here, .png.")
     ] = None,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
-    """Computes one step of a run again and prints the loss of its samples, largest first."""
+    """Computes one step of a run again and prints the loss of its samples, largest first.
+
+    Example: kamim replay runs/photos --step 100 --source photos
+    """
     check_folder("--out", out)
     check_picture("--plot", plot)
     check_exists("", run)
+
+    from kamim.training.run_folder import step_to_replay
+
+    _, store, _ = step_to_replay(run, step)
+    files = None if source is None else _source_files(store, source)
 
     import numpy as np
 
@@ -98,9 +112,17 @@ def replay(
     title = f"step {replayed.step}, replayed from step {replayed.began}: loss {replayed.loss:.6f}"
     out_console.print(f"{title} over {len(replayed.samples)} samples, by falling loss")
     for sample in replayed.worst[:WORST]:
+        file = "" if files is None else files[sample.index] or "its file has changed since"
+        origin = ", ".join(filter(None, (store.class_of(sample.index), file)))
         largest = "" if sample.weight_max is None else f", largest W {sample.weight_max:.1f}"
-        out_console.print(f"  sample {sample.index}: loss {sample.loss:.6f}{largest}")
-    samples = [{"index": s.index, "loss": s.loss, "weight_max": s.weight_max} for s in replayed.samples]
+        out_console.print(f"  sample {sample.index}{origin and f' ({origin})'}: loss {sample.loss:.6f}{largest}")
+    samples = [
+        {
+            "index": s.index, "class": store.class_of(s.index) or None, "file": files and files[s.index],
+            "loss": s.loss, "weight_max": s.weight_max,
+        }
+        for s in replayed.samples
+    ]  # fmt: skip
     write_json(out, {"step": replayed.step, "loss": replayed.loss, "samples": samples})
     if plot is not None:
         images, masks, reconstructions = (
@@ -108,3 +130,11 @@ def replay(
             for name in ("image", "masked", "reconstruction")
         )
         reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title).savefig(plot, dpi=110)
+
+
+def _source_files(store: "Store", source: Path) -> list[str | None]:
+    from preprocess.source_files import source_files
+    from preprocess.sources import list_source
+
+    job = store.manifest.job
+    return source_files(store, list_source(job.dataset, source, job.split))

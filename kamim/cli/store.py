@@ -79,11 +79,13 @@ def weights(
 def show_store(path: Path) -> None:
     """Prints a summary of a store."""
     from kamim.storage.store import Store
+    from preprocess.sources.base import plural
 
     manifest = Store(path).manifest
     size = sum(_sizes(path).values())
     out_console.print(
-        f"{path}: {manifest.count} images of {len(manifest.classes) or 'no'} classes ({manifest.job.images}, "
+        f"{path}: {manifest.count:,} {plural(manifest.count, 'image')} of {len(manifest.classes) or 'no'} "
+        f"{plural(len(manifest.classes), 'class', 'classes')} ({manifest.job.images}, "
         f"{manifest.job.encoding}), keypoints: {', '.join(manifest.rules) or 'none'}; {size / 1e6:,.1f} MB"
     )
     if manifest.classes:

@@ -13,7 +13,7 @@ from kamim.cli.console import (
     app,
     bar,
     check_run,
-    check_store,
+    check_stores,
     out_console,
     print_config,
     say,
@@ -50,9 +50,7 @@ def sweep(
     share = (1, 1) if shard is None else shard_of(shard)
     for point in points(grid):
         check_run(pretraining(grid, point))
-    evaluated = evaluation(grid, points(grid))
-    check_store(evaluated.train)
-    check_store(evaluated.val)
+    check_stores(evaluation(grid, points(grid)), grid.modes)
     try:
         with terminable(), bar("sweep") as update:
             from kamim.evaluation.grid_table import runs_table

@@ -20,6 +20,7 @@ ModeName = Literal[
     "shape-bias",
 ]  # fmt: skip
 MODES: tuple[ModeName, ...] = get_args(ModeName)
+UNCLASSIFIED = ("reconstruct", "segment", "shape-bias")  # modes that predict no label of the validation store
 
 
 class ClassifierOptim(Optim):
@@ -140,13 +141,13 @@ class Knn(Section):
     k: Annotated[tuple[Count, ...], NotEmpty] = (5, 10, 20, 100)
     """Numbers of neighbours; one accuracy for each."""
     temperature: Positive = 0.07
-    """A vote weighs exp(similarity / temperature)."""
+    """A neighbour's vote weighs exp(similarity / temperature)."""
     block: BlockName = "paper"
-    """As in linprobe."""
+    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
     pooling: Pooling = "mean"
-    """As in linprobe."""
+    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
     norm: Literal["none", "token", "final"] = "none"
-    """As in linprobe."""
+    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -165,11 +166,11 @@ class AttentiveOptim(ClassifierOptim):
     COSINE_AFTER_WARMUP: ClassVar[bool] = True
 
     lr: Positive = 5e-3
-    """Not used: see attentive.blr."""
+    """Not used; attentive.blr gives the learning rate."""
     algorithm: Literal["adamw", "sgd", "lars"] = "lars"
     """sgd and lars have momentum 0.9."""
     weight_decay: NotNegative = 0.0
-    """Of every parameter."""
+    """Weight decay of every parameter."""
     batch_size: Count = 4096
     """Samples of a step, over all ranks; all training samples if there are fewer."""
     micro_batch: Count = 256
@@ -190,13 +191,14 @@ class Attentive(Section):
     """Which probes are trained, each alone and all alike. ep: efficient probing, several queries (Psomas et al., ICLR
     2026). abmilp: one score a token (Beyond [cls], ICCV 2025). mean: a linear probe of the tokens' mean."""
     queries: Count = 32
-    """Of ep; a divisor of the encoder's width."""
+    """Queries of ep: a divisor of the encoder's width."""
     abmilp_depth: Count = 1
     """Layers of abmilp's score, with tanh between them. 1 is the command in its README, 2 the default of its code."""
     block: BlockName = "paper"
-    """As in linprobe. Efficient probing's own results are of the last block."""
+    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last. Efficient
+    probing's own results are of the last block."""
     norm: Literal["none", "token", "final"] = "none"
-    """As in linprobe."""
+    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
     blr: Positive = 0.1
     """Learning rate for 256 samples: the rate is blr x samples of a step / 256."""
     optim: AttentiveOptim = AttentiveOptim()
@@ -210,11 +212,12 @@ class ProbeSweep(Section):
     """Linear probes of every block, pooling, norm and learning rate at once, on features without augmentation."""
 
     poolings: Annotated[tuple[Literal["mean", "cls", "max"], ...], NotEmpty] = ("mean", "cls", "max")
-    """Those that the encoder lacks (a Swin has no class token) are left out."""
+    """How tokens are pooled, a probe for each: mean or max of the patch tokens, cls (the class token). Those that the
+    encoder lacks (a Swin has no class token) are left out."""
     norms: Annotated[tuple[Literal["none", "token"], ...], NotEmpty] = ("none", "token")
-    """As in linprobe."""
+    """The norms of the features, a probe for each: none, and token, a LayerNorm without affine."""
     lrs: Annotated[tuple[Positive, ...], NotEmpty] = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3)
-    """Learning rates."""
+    """Learning rates, a probe for each."""
     optim: SweepOptim = SweepOptim()
 
 
@@ -234,7 +237,7 @@ class SegmentOptim(ClassifierOptim):
 
     lr: Positive = 1e-3
     weight_decay: NotNegative = 1e-3
-    """Of every parameter."""
+    """Weight decay of every parameter."""
     clip_grad: Positive | None = None
     """Largest gradient norm; null does not clip."""
     batch_size: Count = 16
@@ -256,7 +259,8 @@ class Segment(Section):
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     """The value in masks of pixels without a class, which neither train nor count."""
     block: BlockName = "last"
-    """Whose patch tokens are read, as in linprobe. Those of the last block are normed by the encoder's final norm."""
+    """The block whose patch tokens are read, from 1 (a Swin's stage); last, after the encoder's final norm; or paper: a
+    ViT's 8th, a Swin's last."""
     crop_scale: tuple[Fraction, Fraction] = (0.25, 1.0)
     """Smallest and largest share of the image's area that a random resized crop shows."""
     optim: SegmentOptim = SegmentOptim()
@@ -277,11 +281,11 @@ class CachedFeatures(Section):
     """The features that a mode computes once."""
 
     block: BlockName = "paper"
-    """As in linprobe."""
+    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
     pooling: Pooling = "mean"
-    """As in linprobe."""
+    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
     norm: Literal["none", "token", "final"] = "none"
-    """As in linprobe."""
+    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
 
 
 class FewShot(CachedFeatures):
@@ -294,18 +298,18 @@ class FewShot(CachedFeatures):
     k: Count = 20
     """Neighbours that vote, or all labelled images if they are fewer."""
     temperature: Positive = 0.07
-    """As in knn."""
+    """A neighbour's vote weighs exp(similarity / temperature)."""
 
 
 class Corruptions(CachedFeatures):
     """Accuracy on corrupted images, of a logistic regression and of nearest neighbours on clean training images."""
 
     kinds: Annotated[tuple[CorruptionName, ...], NotEmpty] = ("noise", "blur", "contrast", "jpeg")
-    """Those of Hendrycks and Dietterich (2019), at their five strengths."""
+    """Corruptions, those of Hendrycks and Dietterich (2019) at their five strengths."""
     k: Count = 20
     """Neighbours that vote, or all training images if they are fewer."""
     temperature: Positive = 0.07
-    """As in knn."""
+    """A neighbour's vote weighs exp(similarity / temperature)."""
 
 
 class ShapeBias(CachedFeatures):

@@ -18,9 +18,10 @@ from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.settings import Section
 from kamim.training.trainer import Progress
+from pipelines.labels import check_labels
 from pipelines.loader import Augment, Crop, Loader
 from pipelines.plan import Plan
-from pipelines.samples import Samples, check_labels
+from pipelines.samples import Samples
 from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
 Work = Callable[[Path, Progress], Measured]  # called with its folder
@@ -79,7 +80,9 @@ class EvalContext:
 
     def labelled(self) -> Samples:
         """Returns the training samples. Raises KamimError if there are none, or if their classes differ from val's."""
-        return check_labels(self.train, self.val)
+        check_labels(None if self.train is None else self.train.store, self.val.store)
+        assert self.train is not None
+        return self.train
 
     @cached_property
     def majority_top1(self) -> float:

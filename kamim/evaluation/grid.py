@@ -27,11 +27,11 @@ class Axis(Section):
     """What varies: the values of one key of Pretrain, or variants that set several keys each."""
 
     key: str | None = None
-    """A key such as weighting.patch_size; not with variants."""
+    """A key of Pretrain that varies, such as weighting.patch_size; not with variants."""
     name: Annotated[str, Field(pattern="^[A-Za-z]+$")]
-    """In the names of runs: ps and the value 8 make ps8. With variants, the column's header in the table."""
+    """Name of the axis in the names of runs: ps and the value 8 make ps8. With variants, also the column's header."""
     values: tuple[Value, ...] = ()
-    """The key's values; not with variants."""
+    """The values of the key, each a run; not with variants."""
     variants: dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9-]*$")], dict[str, Value]] = Field(
         default_factory=dict
     )
@@ -61,17 +61,17 @@ class Grid(Section):
     PRESETS: ClassVar[str] = "sweeps"
 
     pretrain: dict[str, Any]
-    """Keys of Pretrain, and `preset`, a preset's name or a file, whose values they override."""
+    """The runs' configuration: keys of Pretrain, and `preset`, a preset or a file, whose values they override."""
     axes: Annotated[tuple[Axis, ...], NotEmpty]
-    """What varies."""
+    """What varies: every combination of the axes' values is a run."""
     evaluation: dict[str, Any]
-    """Keys of Evaluation, and `preset`, likewise."""
+    """The evaluation's configuration: keys of Evaluation, and `preset`, whose values they override."""
     modes: Annotated[tuple[ModeName, ...], NotEmpty] = ("linprobe",)
-    """Of `kamim eval`."""
+    """Modes of `kamim eval` that evaluate every run."""
     baselines: tuple[Baseline, ...] = ()
-    """Also evaluated: raw pixels, and the architecture with the random weights of every seed."""
+    """What is evaluated beside the runs: raw pixels, and the architecture with the random weights of every seed."""
     out: Path
-    """The sweep's folder."""
+    """Folder of the sweep, for runs, evaluations and tables."""
 
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "Grid":

@@ -48,8 +48,10 @@ def evaluate(
                 _check_free(folder, task.settings)
             world.barrier()  # all ranks have checked
             results = []
+            kinds = tuple(task.settings.mode for task in tasks)
             for number, (task, folder) in enumerate(zip(tasks, folders, strict=True), 1):
-                position = Position(number, len(tasks), f"{task.settings.mode} {task.settings.name}")
+                name = f"{task.settings.mode} {task.settings.name}"
+                position = Position(number, name, task.settings.mode, kinds[number:])
                 results.append(_run(task, folder, world, progress, position))
             if config.out is not None and world.is_main:
                 _report(config.out, [model.name for model in models])

@@ -15,6 +15,7 @@ from kamim.training import distributed, pretrain
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress
 
+PRETRAIN = "pretrain"  # the kind of a task
 ShowTask = Callable[[Position], Progress]  # returns the function that shows the progress of a task
 
 
@@ -35,26 +36,33 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
             point.name: [row for row in grid.baselines(sweep) if row.checkpoint.endswith(f":{point.checkpoint}")]
             for point in mine
         }
-        count = len(mine) + len(sweep.modes) * (len(mine) + sum(map(len, baselines.values())))
-        number = 1
+        kinds = tuple(
+            kind for point in mine for kind in (PRETRAIN, *sweep.modes * (1 + len(baselines[point.name])))
+        )  # fmt: skip
+        done = 0
         for point in mine:
-            config = grid.pretraining(sweep, point)
-            if not pretrain.pretrain(config, progress(Position(number, count, f"pretrain {point.name}"))).finished:
+            config, position = grid.pretraining(sweep, point), Position(1, f"pretrain {point.name}", PRETRAIN)
+            if not pretrain.pretrain(config, _after(done, kinds, progress)(position)).finished:
                 raise KeyboardInterrupt
-            evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(number, count, progress))
-            number += 1 + len(sweep.modes)
+            evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(done + 1, kinds, progress))
+            done += 1 + len(sweep.modes)
             for baseline in baselines[point.name]:
-                _evaluate_baseline(sweep, baseline, _after(number - 1, count, progress))
-                number += len(sweep.modes)
+                _evaluate_baseline(sweep, baseline, _after(done, kinds, progress))
+                done += len(sweep.modes)
             if world.is_main:
                 grid_table.save(SweepResults(sweep, finished(sweep)))
             world.barrier()
         return SweepResults(sweep, finished(sweep))
 
 
-def _after(done: int, count: int, progress: ShowTask) -> ShowTask:
-    """Shows an evaluation's tasks as those of a sweep of `count` tasks, of which `done` come before."""
-    return lambda position: progress(Position(done + position.number, count, position.name))
+def _after(done: int, kinds: tuple[str, ...], progress: ShowTask) -> ShowTask:
+    """Shows tasks as those of a sweep of tasks of these kinds, of which `done` come before."""
+
+    def show(position: Position) -> Progress:
+        number = done + position.number
+        return progress(Position(number, position.name, position.kind, kinds[number:]))
+
+    return show
 
 
 def finished(sweep: Grid) -> list[Result[Any]]:

@@ -19,9 +19,9 @@ from kamim.evaluation.features import extract
 from kamim.evaluation.results import EvalSettings, SampleSet, ShapeBias
 from kamim.training.trainer import Progress
 from pipelines.dense import DenseLoader
+from pipelines.labels import check_labels
 from pipelines.loader import Loader
 from pipelines.plan import Plan
-from pipelines.samples import check_labels
 from preprocess.cue_conflict import open_cue_conflicts
 
 
@@ -30,7 +30,7 @@ def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     config, options, world, samples = context.config, context.config.shape_bias, context.world, context.train
     if samples is None:
         raise KamimError("train: is missing; this mode needs a store to train on")
-    check_labels(samples, samples)
+    check_labels(samples.store, samples.store)
     readout = evaluated.readout(options)
     members = members_of(options.categories, samples.classes)
     if options.images is None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, architecture
+from kamim.models.file_kind import WEIGHTS, check_weights
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
@@ -191,6 +192,7 @@ def read_file(path: Path) -> State:
     """Returns the tensors of a checkpoint file, by its own names. Raises KamimError if it holds none."""
     if not path.is_file():
         raise KamimError(f"{path}: no such file")
+    check_weights(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -200,7 +202,7 @@ def read_file(path: Path) -> State:
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises whatever a damaged or hostile pickle leads to
-        raise KamimError(f"{path}: not a checkpoint of tensors alone ({_reason(error)})") from error
+        raise KamimError(f"{path}: not a checkpoint of tensors alone ({_reason(error)}); {WEIGHTS}") from error
     for key in ("model_state_dict", "state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

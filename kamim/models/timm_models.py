@@ -14,6 +14,7 @@ from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture
 
 MODULES = ("vision_transformer", "swin_transformer", "deit")  # of timm, with the models that are considered
+USUAL = "vit_small_patch16_224 or swin_tiny_patch4_window7_224"
 
 
 def names() -> list[str]:
@@ -29,19 +30,25 @@ def describe(name: str) -> Architecture:
     its attention pooling is left out. Raises KamimError for a name that timm does not have, with the nearest ones, and
     for a model without the patches, the attention or the square images that kamim needs.
     """
-    if name not in (known := names()):
-        offered = [*ARCHITECTURES, *(other for other in known if not other.startswith("test_"))]
-        nearest = get_close_matches(name[:100], offered, n=4, cutoff=0)
-        raise KamimError(
-            f"must be one of {', '.join(ARCHITECTURES)}, or a ViT or Swin of timm; the nearest names are "
-            f"{', '.join(nearest)}"
-        )
+    if name not in names():
+        raise KamimError(_unknown(name))
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
     if isinstance(model, SwinTransformer):
         return _swin(name, model)
     assert isinstance(model, VisionTransformer), name
     return _vit(name, model)
+
+
+def _unknown(name: str) -> str:
+    """Returns what is wrong with a name that is not one of `names()`, and names that are possible."""
+    known, presets = names(), ", ".join(ARCHITECTURES)
+    if timm.is_model(name) and name.partition(".")[0] not in known:
+        return f"timm's {name} is not one of the ViTs and Swins that can be pretrained; choose {presets}, or {USUAL}"
+    offered = [*ARCHITECTURES, *(other for other in known if not other.startswith("test_"))]
+    nearest = get_close_matches(name[:100], offered, n=4)
+    hint = f"; the nearest names are {', '.join(nearest)}" if nearest else f", such as {USUAL}"
+    return f"must be one of {presets}, or a ViT or Swin of timm{hint}"
 
 
 def _vit(name: str, model: VisionTransformer) -> Architecture:

@@ -441,6 +441,11 @@ class Store:
         self._check(IMAGES, image_faults(reader, len(self.manifest.classes)))
         return reader
 
+    def class_of(self, index: int) -> str:
+        """Returns the name of an image's class, "" for an image without a label."""
+        label = int(self.images.labels[index])
+        return self.manifest.classes[label] if label >= 0 else ""
+
     def check_detector(self, detector: str) -> None:
         """Raises KamimError, with the remedy, if the store has no keypoints of `detector`."""
         if detector not in self.manifest.rules:

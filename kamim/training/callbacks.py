@@ -27,7 +27,8 @@ from kamim.training.metrics import Metrics
 from kamim.training.reconstruction import reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
-from pipelines.samples import Samples, all_samples, check_labels, some_per_class
+from pipelines.labels import check_labels
+from pipelines.samples import Samples, all_samples, some_per_class
 
 NEIGHBOURS = 20
 SHOWN = 8  # samples in a panel
@@ -54,7 +55,7 @@ def open_probe(config: Pretrain) -> Probe | None:
         smallest = int(np.bincount(train.images.labels).min())
         samples = some_per_class(train, min(per_class, smallest), config.seed)
     try:
-        check_labels(samples, all_samples(val))
+        check_labels(train, val)
     except ValueError as error:
         raise KamimError(f"probe: {error}") from None
     return Probe(samples, all_samples(val))

@@ -94,13 +94,13 @@ class Weighting(Section):
     """Eq. 2: the weights W of KAMIM."""
 
     detector: str = "fast"
-    """fast, sift, orb, or a registered detector."""
+    """Detector of the keypoints: fast, sift, orb, or a registered one."""
     footprint: str = "ring"
     """Pixels that a keypoint sets in the map F: ring as in the released code, point as in the paper's text."""
     patch_size: Annotated[int, Field(gt=0, le=128)] = 8
     """w_ps: side of a cell of W in px."""
     temperature: Positive = 0.25
-    """T of Eq. 2."""
+    """T of Eq. 2: the smaller, the more the weights W differ."""
     keypoints: Literal["store", "online"] = "store"
     """Whether keypoints come from the store or are detected on every crop (online). The latter reproduces the released
     code only on a store of originals (`kamim preprocess --images-as original`)."""
@@ -195,11 +195,11 @@ class Compute(Section):
     """Device and precision of the computation."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is cuda if available, otherwise cpu."""
+    """Device of the computation: cuda, cpu, or auto, which is cuda if available, otherwise cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda and fp32 on a CPU; with its
-    bf16 instructions (avx512_bf16, AMX), if it has them, bf16 trains 2 to 3 times as fast. `kamim eval` always
-    validates and reconstructs in fp32."""
+    """Precision of the computation. bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda and
+    fp32 on a CPU; with its bf16 instructions (avx512_bf16, AMX), if it has them, bf16 trains 2 to 3 times as fast.
+    `kamim eval` always validates and reconstructs in fp32."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto is true on cuda only."""
     threads: Count | None = None
@@ -255,7 +255,7 @@ class Pretrain(Section):
     randomly."""
     compute: Compute = Compute()
     out: Path
-    """The run's folder."""
+    """Folder of the run, for its checkpoints, metrics and report."""
     seed: Seed = 0
     """Seed of every random draw."""
     checkpoint_epochs: Count = 5

@@ -16,6 +16,8 @@ from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 from pipelines.samples import Samples
 
+COARSE = 3  # blocks per side below which a mask has too few variants
+
 
 def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
     """Returns the loader of the random crops and keypoint counts that a process of a run trains on.
@@ -72,6 +74,27 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
             f"area and more, too small for {resolution} px of {smallest_crop:g}; "
             f"preprocess with --resolution {resolution}{scale}"
         )
+
+
+def cautions(config: Pretrain, store: Store) -> list[str]:
+    """Returns warnings about a run that is possible, but probably not what is meant."""
+    return [line for line in (online_differs(config, store), coarse_mask(config)) if line]
+
+
+def coarse_mask(config: Pretrain) -> str:
+    """Returns a warning if an image has so few mask blocks that most of its masks are alike, otherwise ""."""
+    resolution, block, patch = config.data.resolution, config.mask.patch_size, config.model.patch_size
+    side = resolution // block
+    if side >= COARSE:
+        return ""
+    finer = max((size for size in range(patch, block, patch) if resolution % size == 0), default=None)
+    remedy = "train at a larger data.resolution"
+    if finer is not None:
+        remedy = f"mask.patch_size={finer} gives {resolution // finer} x {resolution // finer}"
+    return (
+        f"mask.patch_size = {block}: an image of {resolution} px has only {side} x {side} mask blocks (the paper: "
+        f"6 x 6); {remedy}"
+    )
 
 
 def online_differs(config: Pretrain, store: Store) -> str:

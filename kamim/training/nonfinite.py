@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from kamim import KamimError
 from kamim.storage.store import write_whole
 from kamim.training.distributed import World
+from kamim.training.run_folder import NONFINITE
 from pipelines.batch import Batch
 
-FOLDER = "nonfinite"  # within a run's folder
 IN_A_ROW = 20  # after this many consecutive skipped steps the weights themselves have diverged
 
 
@@ -71,7 +71,7 @@ class NonFiniteGuard:
         if not name:
             self._skipped = 0
             return None
-        file = self._run / FOLDER / f"step-{step:08d}.json"
+        file = self._run / NONFINITE / f"step-{step:08d}.json"
         parts = self._world.gather([
             {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
             for recent, epoch, indices, loss in self._recent if recent == step
@@ -92,18 +92,6 @@ class NonFiniteGuard:
         if self._skipped == IN_A_ROW:
             raise Diverged(f"{message}, as were {IN_A_ROW - 1} before it; stopped, see {file.parent}")
         return f"{message}; skipped, see {file}"
-
-
-def recorded(run: Path) -> dict[int, int]:
-    """Returns the recorded steps of a run, ascending, with their numbers of ranks. Raises KamimError if one is bad."""
-    return dict(map(_recorded, sorted((run / FOLDER).glob("step-*.json"))))
-
-
-def _recorded(file: Path) -> tuple[int, int]:
-    try:
-        return int(file.stem.removeprefix("step-")), len(json.loads(file.read_bytes())["ranks"])
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise KamimError(f"{file}: not the record of a step that was not finite; remove it") from error
 
 
 def _strict(value: Any) -> Any:

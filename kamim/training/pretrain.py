@@ -12,7 +12,7 @@ from kamim.storage import lock, log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
 from kamim.training.config import Pretrain
-from kamim.training.data import online_differs, training_loader
+from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
 from kamim.training.nonfinite import NonFiniteGuard
 from kamim.training.reconstruction import Reconstruction, reconstruct
@@ -30,7 +30,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
     """
     with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
-        if world.is_main and (line := online_differs(config, store)):
+        for line in cautions(config, store) if world.is_main else ():
             metrics.log.warning(line)
         with lock.alone(config.out, "out", world):
             run_folder.check_free(config, fresh)

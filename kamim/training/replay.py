@@ -8,16 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim import KamimError
 from kamim.method.objective import masked_l1
 from kamim.storage.store import Store
-from kamim.training import distributed, machine, nonfinite
+from kamim.training import distributed, machine
 from kamim.training.config import Pretrain
 from kamim.training.data import training_loader
 from kamim.training.distributed import World
 from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
-from kamim.training.run_folder import CONFIG
-from kamim.training.settings import load
+from kamim.training.run_folder import nonfinite_steps, step_to_replay
 from kamim.training.trainer import Trainer, by_step
 from pipelines.batch import Batch
 
@@ -26,7 +24,7 @@ from pipelines.batch import Batch
 class Sample:
     """One sample of a step. index: its index in the store; weight_max: its largest W, None for SimMIM.
 
-    image, made: uint8 [R, R, 3], the model's input and its reconstruction; masked: bool [R, R].
+    image, reconstruction: uint8 [R, R, 3], the model's input and its reconstruction; masked: bool [R, R].
     """
 
     index: int
@@ -58,22 +56,12 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
     On a CPU the numbers equal the run's bit by bit if one process computed the steps since the checkpoint. Raises
     KamimError if there is no such run or step.
     """
-    if not (run / CONFIG).is_file():
-        raise KamimError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
-    config = load(Pretrain, run / CONFIG)
-    recorded = nonfinite.recorded(run)
-    if step is None and not recorded:
-        raise KamimError(f"{run}: had no step whose loss was not finite; name another step")
-    step = max(recorded) if step is None else step
+    config, store, step = step_to_replay(run, step)
     with distributed.joined(device) as world:
-        store = Store(config.data.store)
         loader = training_loader(config, store, world)
-        total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
-        if not 0 <= step < total:
-            raise KamimError(f"step = {step}: the run has steps 0 to {total - 1}")
         trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
         began = _bring_to(step, trainer, config)
-        ranks = recorded.get(step) or next(
+        ranks = nonfinite_steps(run).get(step) or next(
             (s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1
         )
         loss, samples = torch.zeros((), device=world.device), []

@@ -1,11 +1,16 @@
 """What a run finds on the disk: its store's keypoints, and its folder, which holds one run of one configuration."""
 
+import json
+from pathlib import Path
+
 from kamim import KamimError
 from kamim.storage.store import MANIFEST, Store, write_whole
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
+from pipelines.plan import Plan
 
 CONFIG = "config.yaml"
+NONFINITE = "nonfinite"  # the folder of a run that holds the records of steps that were not finite
 
 
 def check_keypoints(config: Pretrain, store: Store) -> None:
@@ -44,6 +49,40 @@ def claim(config: Pretrain) -> None:
     """Writes the configuration into config.out."""
     config.out.mkdir(parents=True, exist_ok=True)
     write_whole(config.out / CONFIG, dump(config).encode())
+
+
+def nonfinite_steps(run: Path) -> dict[int, int]:
+    """Returns the recorded steps of a run that were not finite, ascending, with their numbers of ranks.
+
+    Raises KamimError if a record is damaged.
+    """
+    return dict(map(_recorded, sorted((run / NONFINITE).glob("step-*.json"))))
+
+
+def _recorded(file: Path) -> tuple[int, int]:
+    try:
+        return int(file.stem.removeprefix("step-")), len(json.loads(file.read_bytes())["ranks"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise KamimError(f"{file}: not the record of a step that was not finite; remove it") from error
+
+
+def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
+    """Returns a run's configuration, its store, and the step: `step`, or the newest one that was not finite if None.
+
+    Raises KamimError if there is no such run or step.
+    """
+    if not (run / CONFIG).is_file():
+        raise KamimError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
+    config = load(Pretrain, run / CONFIG)
+    store, optim = Store(config.data.store), config.optim
+    plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=config.data.drop_last)
+    total, _, _ = optim.schedule(plan.steps_per_epoch)
+    if step is None and not (recorded := nonfinite_steps(run)):
+        raise KamimError(f"{run}: all recorded losses are finite; give the step=N to replay, 0 to {total - 1}")
+    step = max(recorded) if step is None else step
+    if not 0 <= step < total:
+        raise KamimError(f"step = {step}: the run has steps 0 to {total - 1}")
+    return config, store, step
 
 
 # Keys that a resumed run may change: none of them affects which samples are trained on, or how.

@@ -178,7 +178,7 @@ def dump(config: Section, exclude: Any = None) -> str:
 def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yields (key, default as YAML, meaning) of every key of a section, nested keys joined by dots."""
     for name, field in kind.model_fields.items():
-        key, meaning = f"{prefix}{name}", " ".join((field.description or "").split())
+        key, meaning = f"{prefix}{name}", _meaning(kind, name)
         inner = _section_in(field.annotation)
         if inner is None or field.default is None:
             yield (
@@ -188,6 +188,12 @@ def document(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
             )
         if inner is not None:
             yield from document(inner, f"{key}.")
+
+
+def _meaning(kind: type[Section], name: str) -> str:
+    """Returns the documentation of a field, which a class that only changes its default inherits."""
+    bases = (base for base in kind.__mro__ if issubclass(base, Section) and name in base.model_fields)
+    return next((" ".join(text.split()) for base in bases if (text := base.model_fields[name].description)), "")
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

@@ -293,7 +293,7 @@ def _unfuse_attention(model: nn.Module) -> None:
     slow in bf16 (54 % of a training step of vit_demo at 96 px)."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # of timm's attention modules
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[assignment]
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:

@@ -45,18 +45,21 @@ def list_images(source: Path | None, split: str) -> Source:
             f"source = {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
             "nor class folders of them"
         )
-    return replace(listed_folder(root, classes, items, skipped), remark=_on_nested_folders(items))
+    return replace(listed_folder(root, classes, items, skipped), remark=_on_nested_folders(root, items))
 
 
-def _on_nested_folders(items: list[Item]) -> str:
+def _on_nested_folders(root: Path, items: list[Item]) -> str:
     """Returns a remark on images in folders within a class folder, which some data sets mean as classes; else ""."""
     nested = [PurePosixPath(item.key).parent for item in items if item.key.count("/") > 1]
     if not nested:
         return ""
     folder, (one, lie) = printable(str(nested[0])), (("image", "lies") if len(nested) == 1 else ("images", "lie"))
+    outer = nested[0].parts[0]
+    alone = all(item.label == 0 for item in items)
     return (
         f"{len(nested):,} {one} {lie} in folders within a class folder, such as {folder}; "
-        f"their class is the outer folder, such as {printable(nested[0].parts[0])}"
+        f"their class is the outer folder, such as {printable(outer)}"
+        + (f"; if its folders are the classes, take {printable(str(root / outer))} as the source" if alone else "")
     )
 
 

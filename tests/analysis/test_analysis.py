@@ -26,7 +26,8 @@ from kamim.analysis.collect import (
     query_cell,
     token_block,
 )
-from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures, plan
+from kamim.analysis.plan import plan
+from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures
 from kamim.analysis.run import file_stem
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder

@@ -38,6 +38,23 @@ def test_it_says_what_there_is(stores: dict[str, Path]) -> None:
     assert "bottleneck" not in said
 
 
+def test_it_checks_the_machine_alone() -> None:
+    done = runner.invoke(app, ["doctor"])
+    assert done.exit_code == 0, done.output
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert {"processor", "cores", "gpus", "torch", "ffcv", "libturbojpeg", "free"} < lines.keys()
+    assert lines["store"].startswith("none given; --store STORE")
+
+
+def test_a_configuration_names_the_store(stores: dict[str, Path]) -> None:
+    done = runner.invoke(app, ["doctor", f"data.store={stores['zarr']}", *CONFIG])
+    assert f"{stores['zarr']}: 24 images of 3 classes" in done.stdout
+    assert "bottleneck" in done.stdout
+    missing = runner.invoke(app, ["doctor", *CONFIG])
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("error: data.store: is missing")
+
+
 def test_it_measures_loader_and_model(stores: dict[str, Path]) -> None:
     code, said, _ = asked(stores["zarr"], *CONFIG)
     lines = dict(line.split(maxsplit=1) for line in said.splitlines() if line[:1].strip())

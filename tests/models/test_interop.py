@@ -272,6 +272,7 @@ def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> Non
     found.build_model()
     torch.save({"a": print}, tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "resnet.safetensors")
     save_file({"patch_embed.proj.weight": torch.zeros(77, 3, 16, 16)}, tmp_path / "odd.safetensors")
     lacking = build_encoder("vit_demo", 96).state_dict()
@@ -281,6 +282,7 @@ def test_import_makes_a_checkpoint_and_says_what_is_wrong(tmp_path: Path) -> Non
         "none.pth": "no such file",
         "evil.pth": "not a checkpoint of tensors alone",
         "text.pth": "not a checkpoint of tensors alone",
+        "lfs.safetensors": "is a pointer of Git LFS, whose file was not fetched (git lfs pull); weights are",
         "resnet.safetensors": "no patch embedding among its 1 tensors",
         "odd.safetensors": "a ViT of width 77 with 0 blocks; known are vit_tiny",
         "lacking.safetensors": "encoder.norm.bias is missing",

@@ -106,8 +106,8 @@ def test_a_register_is_not_taken_for_a_class_token() -> None:
     [
         ("model.name=vit_bse", r"model.name = 'vit_bse': must be one of .* nearest names are vit_base, "),
         ("model.name=vit_large_patch16_225", r"the nearest names are vit_large_patch16_224, "),
-        ("model.name=hf-hub:some/model", "or a ViT or Swin of timm; the nearest"),
-        ("model.name=vit_small_r26_s32_224", "or a ViT or Swin of timm; the nearest"),
+        ("model.name=hf-hub:some/model", "or a ViT or Swin of timm, such as vit_small_patch16_224 or swin_tiny"),
+        ("model.name=vit_small_r26_s32_224", "is not one of the ViTs and Swins that can be pretrained; choose"),
         ("model.name=vit_base_patch16_xp_224", "is made of ParallelScalingBlock, not of the plain attention blocks"),
         ("model.name=vit_large_patch14_224", r"data.resolution = 192: must be .* model patch = 14, such as 196"),
         ("model.name=vit_large_patch14_224 data.resolution=224", r"mask.patch_size = 32: .* fit are 14, 28, 56, 112$"),

@@ -22,9 +22,10 @@ from kamim.cli import app
 from kamim.models import architectures, interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.store import checksum
-from kamim.training import checkpoint, metrics, nonfinite
+from kamim.training import checkpoint, metrics
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain as pretrain_run
+from kamim.training.run_folder import NONFINITE
 from kamim.training.settings import load
 from preprocess.sources import list_source
 
@@ -367,8 +368,8 @@ def test_a_page_shows_a_runs_pictures_alone(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b'{"ranks": 3}', b"[" * 10**5, b"\xff"])
 def test_records_that_are_none_are_one_line(content: bytes, run: Path) -> None:
-    (run / nonfinite.FOLDER).mkdir()
-    (run / nonfinite.FOLDER / "step-00000001.json").write_bytes(content)
+    (run / NONFINITE).mkdir()
+    (run / NONFINITE / "step-00000001.json").write_bytes(content)
     assert "step-00000001.json: not the record of a step" in one_line("replay", str(run))
 
 

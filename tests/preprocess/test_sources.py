@@ -57,6 +57,9 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
         "2 images lie in folders within a class folder, such as a/deep; their class is the outer folder, such as a",
     ]
     assert not list_source("imagefolder", tmp_path / "a/deep", "train").remark
+    (tmp_path / "b/1.jpg").unlink()
+    alone = list_source("imagefolder", tmp_path, "train").remark
+    assert alone.endswith(f"such as a; if its folders are the classes, take {tmp_path}/a as the source")
 
 
 @pytest.mark.parametrize(("splits", "split", "chosen"), [

@@ -8,6 +8,7 @@ import yaml
 from kamim.evaluation.config import Evaluation
 from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Pretrain
+from kamim.training.data import coarse_mask
 from kamim.training.settings import dump, load
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,13 @@ def refused(*overrides: str) -> str:
         ("mask.patch_size=24", "mask.patch_size = 24: must be a multiple of model patch = 16"),
         ("mask.ratio=1.5", "mask.ratio = 1.5: input should be less than or equal to 1"),
         ("data.resolution=100", "data.resolution = 100: must be a multiple of model patch = 16"),
-        ("model.name=resnet50", "model.name = 'resnet50': must be one of vit_tiny, vit_small, vit_base,"),
+        (
+            "model.name=resnet50",
+            "model.name = 'resnet50': timm's resnet50 is not one of the ViTs and Swins that can be"
+            " pretrained; choose vit_tiny, vit_small, vit_base,",
+        ),
+        ("model.name=vit_smal", "or a ViT or Swin of timm; the nearest names are vit_small, "),
+        ("model.name=xyz", "or a ViT or Swin of timm, such as vit_small_patch16_224 or swin_tiny_patch4_window7_224"),
         ("data.crop_scale=[1.0,0.5]", "data.crop_scale = [1.0, 0.5]: the first must not be larger than the second"),
         ("optim.warmup_epochs=100", "optim.warmup_epochs = 100: must be less than epochs = 100"),
         ("compute.device=tpu", "compute.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),
@@ -213,3 +220,13 @@ def test_every_yaml_file_is_a_known_kind() -> None:
     for file in CONFIGS.rglob("*.yaml"):
         assert file.parent.name in ("pretrain", "eval", "sweeps")
         assert isinstance(yaml.safe_load(file.read_text()), dict)
+
+
+@pytest.mark.parametrize(("keys", "warning"), [
+    (("data.resolution=64",), "64 px has only 2 x 2 mask blocks (the paper: 6 x 6); mask.patch_size=16 gives 4 x 4"),
+    (("data.resolution=32", "mask.patch_size=16"), "has only 2 x 2 mask blocks (the paper: 6 x 6); train at a larger"),
+    (("data.resolution=64", "mask.patch_size=16"), None), (("data.resolution=96",), None), ((), None),
+])  # fmt: skip
+def test_a_mask_of_a_few_blocks_is_warned_of(keys: tuple[str, ...], warning: str | None) -> None:
+    text = coarse_mask(load(Pretrain, None, ["data.store=s", "out=o", "model.name=vit_demo", *keys]))
+    assert (text == "") if warning is None else (warning in text)

@@ -158,7 +158,7 @@ def test_skipping_ends_where_nothing_else_would_come(
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_replay_computes_the_step_again(
-    policy: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: str, store: Path, class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It starts from the state saved before the step if the run stopped, otherwise from the newest checkpoint."""
     given = config(tmp_path / "run", store, "model.drop_path=0.2", "optim.micro_batch=8", f"on_nonfinite={policy}")
@@ -180,11 +180,17 @@ def test_a_replay_computes_the_step_again(
     (_, second) = record["ranks"][0]
     assert sum(s.loss for s in found.samples[8:]) / 4 == pytest.approx(second["loss"], rel=1e-6)
     result = CliRunner().invoke(
-        app, ["replay", str(given.out), "--out", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
-    )
+        app,
+        ["replay", str(given.out), "--out", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"),
+         *(("--source", str(class_folder)) if policy == "stop" else ())],
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert f"sample {sample}: loss nan" in result.output
-    assert len(json.loads((tmp_path / "r.json").read_text())["samples"]) == 12
+    name = ("astronaut", "chelsea", "coffee")[sample // 8]  # the class folder has 8 images of each
+    file = f"{name}/{sample % 8}.jpg" if policy == "stop" else None
+    assert f"sample {sample} ({name}{f', {file}' if file else ''}): loss nan" in result.output
+    samples = json.loads((tmp_path / "r.json").read_text())["samples"]
+    assert len(samples) == 12
+    assert [(s["class"], s["file"]) for s in samples if s["index"] == sample] == [(name, file)]
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
@@ -212,7 +218,7 @@ def test_any_step_replays(finished: Path) -> None:
 def test_what_cannot_be_replayed(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a run of `kamim pretrain` \(no config.yaml\)"):
         replay(tmp_path, None, "cpu")
-    with pytest.raises(ValueError, match="had no step whose loss was not finite; name another step"):
+    with pytest.raises(ValueError, match="all recorded losses are finite; give the step=N to replay, 0 to 7"):
         replay(finished, None, "cpu")
     with pytest.raises(ValueError, match="step = 8: the run has steps 0 to 7"):
         replay(finished, 8, "cpu")

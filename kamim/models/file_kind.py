@@ -1,0 +1,23 @@
+"""Recognises files that are given as weights but are something else, without torch."""
+
+from pathlib import Path
+
+from kamim import KamimError
+
+WEIGHTS = "weights are .safetensors files, or state dicts that torch.save wrote"
+_KINDS = {
+    b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image", b"GIF8": "a GIF image", b"%PDF": "a PDF document",
+    b"\x1f\x8b": "a gzip archive", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"<": "a web page or XML",
+    b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched (git lfs pull)",
+}  # fmt: skip
+
+
+def check_weights(path: Path) -> None:
+    """Raises KamimError, which says what it is, for a file that begins as no file of weights does."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(64)
+    for magic, kind in _KINDS.items():
+        if start.startswith(magic):
+            raise KamimError(f"{path}: is {kind}; {WEIGHTS}")

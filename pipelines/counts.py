@@ -51,6 +51,10 @@ class Counter(Protocol):
         """Writes the counts of every crop to out (int16 [n, g, g])."""
         ...
 
+    def will_need(self, indices: np.ndarray) -> None:
+        """Announces that samples (int [n]) will be counted soon. See kamim.storage.read_ahead."""
+        ...
+
 
 @kernel
 def _remapped_counts(
@@ -106,6 +110,10 @@ class CachedCounts:
             scratch.bitmap, scratch.dots, out,
         )  # fmt: skip
 
+    def will_need(self, indices: np.ndarray) -> None:
+        """See Counter."""
+        self._keypoints.will_need(indices)
+
 
 class OnlineCounts:
     """Detects keypoints on the crop itself, flips included, as the released code does: slow, but the reference."""
@@ -122,3 +130,6 @@ class OnlineCounts:
         for crop, counts in zip(crops.pixels, out, strict=True):
             found = self._detector.detect(crop)
             counts[:] = kp.map_counts(kp.keypoint_map(found.xy, side, side, self._footprint), self.patch_size)
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """See Counter. Reads nothing besides the pixels."""

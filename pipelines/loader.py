@@ -12,8 +12,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 
 from kamim import KamimError
 from kamim.method import geometry
+from kamim.storage import read_ahead
 from kamim.storage.store import FORMATS, Images
 from pipelines import turbojpeg
 from pipelines.batch import Batch
@@ -35,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 PREFETCH = 3  # micro-batches in flight besides the one in use
+# Samples that the kernel is asked to read before any of them is loaded, at least; so many requests can wait for a disk.
+READ_AHEAD = 1024
 # Samples a thread takes at a time: many, since going from decoding to counting and back empties the processor's caches;
 # few enough for every thread to have two chunks to come.
 CHUNKS = (16, 128)
@@ -129,7 +133,8 @@ class Loader:
         pending: deque[tuple[MicroBatch, _Slot, list[Future[None]]]] = deque()
         chunk = min(max(PREFETCH * self.plan.largest_micro_batch // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="kamim-loader")
-        parts = self.plan.micro_batches(first, stop)
+        reader = ThreadPoolExecutor(1, thread_name_prefix="kamim-reader")
+        parts = self._read_ahead(self.plan.micro_batches(first, stop), reader)
         try:
             while True:
                 while slots and (part := next(parts, None)) is not None:
@@ -144,7 +149,28 @@ class Loader:
                 yield self._batch(part, slot)
                 slots.append(slot)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for threads in (reader, pool):
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self, parts: Iterable[MicroBatch], reader: Executor) -> Iterator[MicroBatch]:
+        """Yields the micro-batches. While a group of them is loaded, `reader` requests the bytes of the next group.
+
+        A group begins once all its bytes are requested: a thread that touches others makes the kernel read 128 KiB or
+        more around them.
+        """
+        requests: list[Future[None]] = []
+        for group, following in pairwise(chain([[]], _groups(parts), [[]])):
+            for request in requests:
+                request.result()
+            wanted = np.sort(np.concatenate([np.empty(0, np.int64), *(part.indices for part in following)]))
+            pieces = (wanted[at : at + READ_AHEAD] for at in range(0, len(wanted), READ_AHEAD))  # can be cancelled
+            requests = [reader.submit(self._will_need, piece) for piece in pieces]
+            yield from group
+
+    def _will_need(self, indices: np.ndarray) -> None:
+        read_ahead.will_need(self._images.addresses(indices), self._images.lengths[indices])
+        if self._counter is not None:
+            self._counter.will_need(indices)
 
     def _slot(self) -> _Slot:
         n, side = self.plan.largest_micro_batch, self._resolution
@@ -264,6 +290,17 @@ class _ThreadScratch(Scratch):
         self.resized = np.empty((3, rows + WOVEN, resolution), np.uint16)
         self.crop = np.empty((resolution, resolution, 3), np.uint8)
         self.turbo = turbojpeg.turbo(self.room)
+
+
+def _groups(parts: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Divides micro-batches into groups of at least READ_AHEAD samples that end where a window of the plan does."""
+    group: list[MicroBatch] = []
+    for part in parts:
+        if group and part.window != group[-1].window and sum(len(before.indices) for before in group) >= READ_AHEAD:
+            yield group
+            group = []
+        group.append(part)
+    yield group
 
 
 def _copied(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

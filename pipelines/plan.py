@@ -3,22 +3,32 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 
 from kamim import KamimError
 from kamim.method import rng
 
+Order = Literal["shuffled", "chunked", "stored"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+CHUNK = 128  # neighbouring samples that a chunked order reads together
+WINDOW = 128  # chunks that it mixes
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch: its samples (int64 [B]), epoch and step. last and share: see Batch."""
+    """One micro-batch: its samples (int64 [B]), epoch and step. last and share: see Batch.
+
+    window: the number of the window that it begins in, counted from epoch 0; see Plan.windows.
+    """
 
     indices: np.ndarray
     epoch: int
     step: int
     last: bool
     share: float
+    window: int
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,16 @@ class Plan:
     So the global order depends on neither the number of ranks nor that of micro-batches, and the position of a
     run is one integer. With drop_last the incomplete step at an epoch's end is dropped, otherwise it is short.
     listed: the samples' numbers in the store, int64 [samples], if they are not simply 0 .. samples - 1.
+
+    order: shuffled is another permutation of all samples in every epoch, stored the store's order; chunked, for stores
+    larger than memory, is a permutation that reads runs of neighbours, see chunked().
     """
 
     samples: int
     batch_size: int
     micro_batch: int
     seed: int
-    shuffle: bool = True
+    order: Order = "shuffled"
     drop_last: bool = True
     rank: int = 0
     world: int = 1
@@ -60,24 +73,50 @@ class Plan:
         """Samples of the largest micro-batch on any rank."""
         return min(self.micro_batch, -(-self.batch_size // self.world))
 
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch: the parts that a chunked order mixes, best read as a whole; else single samples."""
+        return _windows(self.samples) if self.order == "chunked" else self.samples
+
     def step_indices(self, step: int) -> np.ndarray:
         """Returns the samples of a global step, on all ranks: int64 [<= batch_size]."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, self.samples) if self.shuffle else np.arange(self.samples)
-        chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
+        chosen = _order(self.order, self.seed, epoch, self.samples)[
+            within * self.batch_size : (within + 1) * self.batch_size
+        ]
         return chosen if self.listed is None else self.listed[chosen]
 
     def micro_batches(self, first: int, stop: int) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches of the steps first .. stop - 1, in order."""
         for step in range(first, stop):
+            epoch, within = divmod(step, self.steps_per_epoch)
             whole = self.step_indices(step)
-            mine = whole[len(whole) * self.rank // self.world : len(whole) * (self.rank + 1) // self.world]
-            for at in range(0, max(len(mine), 1), self.micro_batch):
-                part = mine[at : at + self.micro_batch]
-                last = at + self.micro_batch >= len(mine)
-                yield MicroBatch(part, step // self.steps_per_epoch, step, last, len(part) / len(whole))
+            start, end = (len(whole) * rank // self.world for rank in (self.rank, self.rank + 1))
+            for at in range(start, max(end, start + 1), self.micro_batch):
+                part = whole[at : min(at + self.micro_batch, end)]
+                window = epoch * self.windows + (within * self.batch_size + at) * self.windows // self.samples
+                yield MicroBatch(part, epoch, step, at + self.micro_batch >= end, len(part) / len(whole), window)
+
+
+def chunked(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """Returns an order that is nearly random and reads runs of neighbours: a permutation of 0 .. samples - 1, int64.
+
+    Chunks of CHUNK neighbours are put into a random order, which is divided into windows of WINDOW chunks or a few
+    more; the samples of each window are shuffled. A store of less than two windows is shuffled as a whole.
+    """
+    chunks = rng.permutation(seed, epoch, -(-samples // CHUNK), rng.CHUNK)
+    runs = (chunks[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+    runs = runs[runs < samples]
+    window = np.arange(samples) * _windows(samples) // samples
+    return runs[np.argsort(window + rng.units(seed, epoch, runs, rng.ORDER, 1)[:, 0], kind="stable")]
+
+
+def _windows(samples: int) -> int:
+    return max(samples // (CHUNK * WINDOW), 1)
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return rng.permutation(seed, epoch, samples)
+def _order(order: Order, seed: int, epoch: int, samples: int) -> np.ndarray:
+    if order == "stored":
+        return np.arange(samples)
+    return (chunked if order == "chunked" else rng.permutation)(seed, epoch, samples)

@@ -10,14 +10,12 @@ import functools
 import sys
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from kamim.method.kernels import kernel
+from kamim.method.simd import call
 from pipelines.planes import Planes
 
 LIBRARY = "libturbojpeg.so.0"  # version 1.4 (2015) or later
@@ -73,20 +71,6 @@ def room_for(sizes: np.ndarray) -> int:
     return int((3 * height * width).max())
 
 
-@intrinsic
-def _call(typing, function, arguments):
-    """Calls the C function at an address (uint64). arguments: a tuple of int32, int64 and uint64, the latter also for
-    pointers. Returns its int."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integer, values = ir.IntType(32), builder.extract_value
-        given = [values(args[1], i) for i in range(len(signature.args[1]))]
-        kind = ir.FunctionType(integer, [value.type for value in given])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
-
-    return types.int32(types.uint64, arguments), code
-
-
 @kernel
 def decode_planes(turbo, address, length, height, width):
     """Decodes the JPEG of `length` bytes at an address -> (whether it succeeded, Planes within turbo.room).
@@ -102,7 +86,7 @@ def decode_planes(turbo, address, length, height, width):
     data = (turbo.functions[0], address, np.uint64(length))
     if turbo.functions[0] == 0 or 3 * stride * rows > len(turbo.room):
         return False, planes
-    if _call(turbo.functions[1], data + fields) != 0 or header[0] != width or header[1] != height:
+    if call(turbo.functions[1], data + fields) != 0 or header[0] != width or header[1] != height:
         return False, planes
     if not (0 <= header[2] < len(_BLOCKS)) or (header[3] != _YCBCR and header[3] != _GREY):
         return False, planes
@@ -111,7 +95,7 @@ def decode_planes(turbo, address, length, height, width):
         turbo.strides[plane] = stride
     pointers, strides = np.uint64(turbo.pointers.ctypes.data), np.uint64(turbo.strides.ctypes.data)
     arguments = (pointers, np.int32(width), strides, np.int32(height), np.int32(0))
-    if _call(turbo.functions[2], data + arguments) != 0:
+    if call(turbo.functions[2], data + arguments) != 0:
         return False, planes
     block_height, block_width = _BLOCKS[header[2]]
     return True, Planes(

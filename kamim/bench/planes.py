@@ -45,7 +45,7 @@ def planes_quality(store: Store, planes: Images, resolution: int) -> dict[str, f
 def _crops(images: Images, resolution: int) -> np.ndarray:
     """A random crop of every image, as the loader makes it: uint8 [N, R, R, 3]."""
     count = len(images.images.labels)
-    plan = Plan(count, count, 128, seed=0, shuffle=False)
+    plan = Plan(count, count, 128, seed=0, order="stored")
     parts = Loader(images, plan, resolution, crop=Crop()).steps(0, 1)
     return np.concatenate([part.images.numpy().copy() for part in parts])
 

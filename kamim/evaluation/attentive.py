@@ -132,7 +132,7 @@ class CachedTokens:
         """Plans one pass over all rows."""
         size = max(min(batch_size, len(self._labels)), world.size)
         return Plan(
-            len(self._labels), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size
+            len(self._labels), size, size, seed=0, order="stored", drop_last=False, rank=world.rank, world=world.size
         )  # fmt: skip
 
     def batches(self, plan: Plan) -> Batches:

@@ -117,7 +117,7 @@ def _foreign(path: Path, file: Path) -> LoadedModel:
 
 
 PRETRAINING: Any = {  # keys of Pretrain that shape a run
-    "data": {"resolution", "crop_scale", "crop_ratio", "flip_v", "flip_h", "drop_last", "on_error"},
+    "data": {"resolution", "crop_scale", "crop_ratio", "flip_v", "flip_h", "drop_last", "order", "on_error"},
     "model": {"drop_path"}, "mask": True,
     "weighting": True, "optim": True, "norm_pix_loss": True, "init_from": True,
 }  # fmt: skip

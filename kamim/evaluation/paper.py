@@ -68,7 +68,7 @@ _PRETRAINING_OPTIM = {
 PRETRAINING = {
     "complete": True, "norm_pix_loss": False, "init_from": None, "mask": {"patch_size": 32, "ratio": 0.6},
     "data": {"resolution": 192, "crop_scale": [0.67, 1.0], "crop_ratio": list(CROP_RATIO), "flip_v": True,
-             "flip_h": True, "on_error": "stop"},
+             "flip_h": True, "order": "shuffled", "on_error": "stop"},
     "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
 }  # fmt: skip
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's

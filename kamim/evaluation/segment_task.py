@@ -99,7 +99,7 @@ def _in_order(
 ) -> DenseLoader:
     """Loads the chosen samples once, as whole images, in steps of `size` on each rank."""
     plan = Plan(
-        len(chosen), max(min(size * world.size, len(chosen)), world.size), size, seed=0, shuffle=False,
+        len(chosen), max(min(size * world.size, len(chosen)), world.size), size, seed=0, order="stored",
         drop_last=False, rank=world.rank, world=world.size, listed=chosen,
     )  # fmt: skip
     return DenseLoader(folder, plan, evaluated.resolution, None, context.config.workers, world.device)

@@ -37,7 +37,7 @@ def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         raise KamimError("shape_bias.images: is missing; give a folder of cue-conflict images, shape_bias.images=DIR")
     images = open_cue_conflicts(options.images, members)
     size = max(min(config.batch_size, len(images)), world.size)
-    plan = Plan(len(images), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size)
+    plan = Plan(len(images), size, size, seed=0, order="stored", drop_last=False, rank=world.rank, world=world.size)
     conflicts = DenseLoader(images, plan, evaluated.resolution, None, config.workers, world.device)
 
     def run(folder: Path, progress: Progress) -> ShapeBias:

@@ -24,6 +24,7 @@ MIX = 6
 BOOTSTRAP = 8
 DROP_PATH = 9
 CORRUPT = 10
+CHUNK = 11
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -66,6 +67,6 @@ def units(seed, epoch, indices, stream, draws):
     return out
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the sample order of an epoch: a permutation of 0 .. n - 1, int64 [n]."""
-    return np.argsort(units(seed, epoch, np.arange(n), ORDER, 1)[:, 0], kind="stable")
+def permutation(seed: int, epoch: int, n: int, stream: int = ORDER) -> np.ndarray:
+    """Returns a permutation of 0 .. n - 1, int64 [n]: of an epoch's samples, unless another stream is given."""
+    return np.argsort(units(seed, epoch, np.arange(n), stream, 1)[:, 0], kind="stable")

@@ -114,3 +114,17 @@ def prefetch(typing, address):
         return context.get_dummy_value()
 
     return types.void(types.uint64), code
+
+
+@intrinsic
+def call(typing, function, arguments):
+    """Calls the C function at an address (uint64). arguments: a tuple of int32, int64 and uint64, the latter also for
+    pointers. Returns its int."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer, values = ir.IntType(32), builder.extract_value
+        given = [values(args[1], i) for i in range(len(signature.args[1]))]
+        kind = ir.FunctionType(integer, [value.type for value in given])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+
+    return types.int32(types.uint64, arguments), code

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import zarr
 
 from kamim import KamimError
+from kamim.storage import read_ahead
 
 PAGES = 64
 METADATA = "zarr.json"
@@ -221,6 +222,12 @@ class ArrayReader:
             raise IndexError("rows lie outside the pages")
         page, at = np.divmod(np.where(count > 0, start, 0), self._page_rows)
         return self._bases[page] + (at * self._row_bytes).astype(np.uint64)
+
+    def will_need(self, start: np.ndarray, count: np.ndarray) -> None:
+        """Announces that the items of `count` rows at rows `start` (int of one shape) will be read soon."""
+        inside = self.holds(start, count)
+        start, count = start[inside], count[inside]
+        read_ahead.will_need(self.addresses(start, count), count * self._row_bytes)
 
     def holds(self, start: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Returns whether each item of `count` rows at row `start` lies within a page: bool of their shape."""

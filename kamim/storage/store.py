@@ -379,6 +379,10 @@ class Keypoints:
         totals = self._total[indices, frames]
         return self._rows.addresses(self._start[indices, frames], totals), self._counts[indices, frames]
 
+    def will_need(self, indices: np.ndarray) -> None:
+        """Announces that the keypoints of images (int [n]), on all frames, will be read soon. See read_ahead."""
+        self._positions.will_need(self._start[indices], self._total[indices])
+
     def in_range(self) -> np.ndarray:
         """Returns whether each image's rows lie within the files: bool [N]."""
         return np.asarray(self._rows.holds(self._start, self._total).all(axis=1))

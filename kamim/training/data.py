@@ -28,8 +28,8 @@ def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
     plan = Plan(
-        len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=data.drop_last, rank=world.rank,
-        world=world.size,
+        len(store), optim.batch_size, optim.micro_batch, config.seed, data.order, drop_last=data.drop_last,
+        rank=world.rank, world=world.size,
     )  # fmt: skip
     return Loader(
         store, plan, data.resolution, crop=_crop(config), counter=counter, workers=data.workers,
@@ -42,7 +42,7 @@ def shown_samples(config: Pretrain, store: Store, count: int, device: torch.devi
     (the map F)."""
     count = min(count, len(store))
     chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
-    plan = Plan(count, count, count, config.seed, shuffle=False, listed=chosen)
+    plan = Plan(count, count, count, config.seed, order="stored", listed=chosen)
     loader = Loader(
         store, plan, config.data.resolution, crop=_crop(config), counter=_counter(config, store, 1), workers=1,
         on_error=config.data.on_error, device=device,
@@ -57,7 +57,7 @@ def whole_images(
     """Returns the loader of evaluation: every sample once, in order, as a whole image of resolution x resolution px."""
     size = max(min(batch_size, len(samples.numbers)), world.size)
     plan = Plan(
-        len(samples.numbers), size, size, seed=0, shuffle=False, drop_last=False, rank=world.rank, world=world.size,
+        len(samples.numbers), size, size, seed=0, order="stored", drop_last=False, rank=world.rank, world=world.size,
         listed=samples.numbers,
     )  # fmt: skip
     return Loader(samples.store, plan, resolution, workers=workers, on_error=on_error, device=world.device)

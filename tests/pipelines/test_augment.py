@@ -22,7 +22,7 @@ from pipelines import augment
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from pipelines.loader import Crop, Loader
 from pipelines.operations import OPS, apply_operation, tables
-from pipelines.plan import Plan
+from pipelines.plan import ORDERS, Order, Plan
 
 SEED, EPOCH = 11, 3
 
@@ -323,7 +323,7 @@ def store(stores: dict[str, Path]) -> Store:
 
 
 def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store) -> None:
-    in_order = Loader(store, Plan(len(store), len(store), len(store), seed=0, shuffle=False), 64)
+    in_order = Loader(store, Plan(len(store), len(store), len(store), seed=0, order="stored"), 64)
     plain = next(iter(in_order.steps(0, 1))).images.numpy().copy()
 
     @cache
@@ -335,14 +335,13 @@ def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store)
     @settings(max_examples=40, deadline=None)
     @given(
         seed=st.integers(0, 3), batch_size=st.integers(1, 24), micro_batch=st.integers(1, 24),
-        workers=st.integers(1, 4), shuffle=st.booleans(), world=st.integers(1, 3), first=st.integers(0, 30),
+        workers=st.integers(1, 4), order=st.sampled_from(ORDERS), world=st.integers(1, 3),
+        first=st.integers(0, 30),
     )  # fmt: skip
-    def check(
-        seed: int, batch_size: int, micro_batch: int, workers: int, shuffle: bool, world: int, first: int
-    ) -> None:
+    def check(seed: int, batch_size: int, micro_batch: int, workers: int, order: Order, world: int, first: int) -> None:
         ranks, seen = min(world, batch_size), 0
         for rank in range(ranks):
-            plan = Plan(len(store), batch_size, micro_batch, seed=seed, shuffle=shuffle, rank=rank, world=ranks)
+            plan = Plan(len(store), batch_size, micro_batch, seed=seed, order=order, rank=rank, world=ranks)
             loader = Loader(store, plan, 64, augment=augment.Augment(64), workers=workers)
             for batch in loader.steps(first, first + 2):
                 for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
@@ -372,7 +371,7 @@ def test_an_error_of_the_augmentation_names_the_sample(store: Store) -> None:
         if index == 5:
             raise ValueError("of the test")
 
-    loader = Loader(store, Plan(len(store), 8, 8, seed=0, shuffle=False), 64, augment=fails)
+    loader = Loader(store, Plan(len(store), 8, 8, seed=0, order="stored"), 64, augment=fails)
     with pytest.raises(RuntimeError, match="sample 5: of the test"):
         list(loader.steps(0, 1))
 

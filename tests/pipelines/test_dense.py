@@ -66,7 +66,7 @@ def test_image_and_mask_are_cropped_alike_and_as_the_slow_twin_crops() -> None:
 
 def test_whole_images_are_not_cropped() -> None:
     scenes = Scenes()
-    (batch,) = DenseLoader(scenes, plan(batch_size=5, micro_batch=5, shuffle=False), SIDE, workers=1).steps(0, 1)
+    (batch,) = DenseLoader(scenes, plan(batch_size=5, micro_batch=5, order="stored"), SIDE, workers=1).steps(0, 1)
     assert batch.indices.tolist() == [0, 1, 2, 3, 4]
     for index in range(5):
         view = np.array([0, 0, *SIZES[index], 0, 0])

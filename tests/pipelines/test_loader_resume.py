@@ -14,8 +14,8 @@ from kamim.storage.store import Store
 from pipelines import turbojpeg
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, Crops, Scratch
-from pipelines.loader import Crop, Loader, SampleError
-from pipelines.plan import Plan
+from pipelines.loader import Crop, Loader, SampleError, _groups
+from pipelines.plan import ORDERS, Order, Plan
 
 SIDE, BATCH, SEED = 64, 9, 3  # of 24 samples: two batches of 9 and one of 6, which is short of 8 ranks
 Seen = list[tuple[int, int, bytes]]  # (sample, epoch, what was made of it), in global order
@@ -118,6 +118,54 @@ def test_leaving_early_leaves_nothing_behind(store: Store) -> None:
     assert (open_files(), threading.active_count()) == before
 
 
+class Watched:
+    """Counts nothing, and records when which samples are announced and counted."""
+
+    patch_size = 8
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
+        self.events += [("counted", index) for index in crops.indices.tolist()]
+        out[:] = 0
+
+    def will_need(self, indices: np.ndarray) -> None:
+        self.events += [("announced", index) for index in indices.tolist()]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("read_ahead", [1, 5, 1000])
+def test_every_sample_is_announced_once_before_it_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, order: Order, read_ahead: int
+) -> None:
+    monkeypatch.setattr("pipelines.loader.READ_AHEAD", read_ahead)
+    requested: list[int] = []
+    monkeypatch.setattr("kamim.storage.read_ahead.will_need", lambda at, lengths: requested.extend(at.tolist()))
+    watched = Watched()
+    plan = Plan(len(store), BATCH, 4, SEED, order, drop_last=False, rank=1, world=2)
+    loaded = [i for batch in Loader(store, plan, SIDE, counter=watched).steps(1, 8) for i in batch.indices.tolist()]
+    for kind in ("announced", "counted"):
+        assert sorted(i for what, i in watched.events if what == kind) == sorted(loaded)
+    pending: list[int] = []
+    for what, index in watched.events:
+        if what == "announced":
+            pending.append(index)
+        else:
+            pending.remove(index)
+    assert sorted(requested) == sorted(store.images.addresses(np.array(loaded)).tolist())
+
+
+def test_groups_of_samples_to_read_together_end_with_their_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.loader.READ_AHEAD", 100)
+    sizes = {
+        order: [sum(len(part.indices) for part in group) for group in _groups(plan.micro_batches(1, 11))]
+        for order, plan in ((order, Plan(40_000, 4000, 40, SEED, order)) for order in ORDERS)
+    }
+    assert sizes["shuffled"] == sizes["stored"] == [120] * (40_000 // 120) + [40_000 % 120]
+    assert sizes["chunked"] == [16_000, 20_000, 4000]  # the rest of the first window, the second, and of epoch 1
+
+
 class Failing:
     """Counts, but not of some samples."""
 
@@ -130,6 +178,9 @@ class Failing:
         if self.bad & set(crops.indices.tolist()):
             raise LookupError("no keypoints")
         out[:] = crops.indices[:, None, None]
+
+    def will_need(self, indices: np.ndarray) -> None:
+        pass
 
 
 def damaged(store: Store, monkeypatch: pytest.MonkeyPatch, cut: dict[int, int]) -> None:

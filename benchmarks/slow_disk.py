@@ -14,6 +14,7 @@ import ctypes
 import errno
 import heapq
 import os
+import signal
 import struct
 import sys
 import threading
@@ -131,9 +132,12 @@ def main() -> None:
     disk = SlowDisk(given.folder.resolve(), connection, given.latency_ms / 1e3, given.mb_per_s * 1e6)
     server = threading.Thread(target=disk.serve, daemon=True)
     server.start()
-    print("mounted", flush=True)
-    sys.stdin.read()
-    libc.umount2(os.fsencode(given.mount_point), 2)  # 2: detach, although files may be open
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        print("mounted", flush=True)
+        sys.stdin.read()
+    finally:
+        libc.umount2(os.fsencode(given.mount_point), 2)  # 2: detach, although files may be open
 
 
 if __name__ == "__main__":

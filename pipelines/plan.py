@@ -12,8 +12,8 @@ from kamim.method import rng
 
 Order = Literal["shuffled", "chunked", "stored"]
 ORDERS: tuple[Order, ...] = get_args(Order)
-CHUNK = 128  # neighbouring samples that a chunked order reads together
-WINDOW = 128  # chunks that it mixes
+CHUNK = 64  # neighbouring samples that a chunked order reads together
+WINDOW = 256  # chunks that it mixes
 
 
 @dataclass(frozen=True)

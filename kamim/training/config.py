@@ -68,8 +68,8 @@ class Data(Section):
     """Whether an epoch leaves out the samples that do not fill a step. With false it ends with a short step, as in
     the released code."""
     order: Literal["shuffled", "chunked"] = "shuffled"
-    """Order of an epoch's samples. chunked is for stores larger than memory: chunks of 128 neighbouring samples are
-    shuffled, then the samples of every 128 chunks, so that the store is read in long runs."""
+    """Order of an epoch's samples. chunked is for stores larger than memory: chunks of 64 neighbouring samples are
+    shuffled, then the samples of every 256 chunks, so that the store is read in long runs."""
     workers: Count | None = None
     """Number of loader threads; null is one per core."""
     on_error: Literal["stop", "skip"] = "stop"

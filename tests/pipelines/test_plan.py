@@ -73,7 +73,7 @@ SAMPLES = 5 * CHUNK * WINDOW + 3 * CHUNK + 17  # five windows, and a short chunk
 def test_draws_stay_what_they_are() -> None:
     assert epoch_of(Plan(10, 5, 5, seed=0)) == [2, 8, 0, 5, 9, 7, 6, 3, 4, 1]
     np.testing.assert_array_equal(Plan(SAMPLES, 50, 50, seed=7).step_indices(1), rng.permutation(7, 0, SAMPLES)[50:100])
-    assert chunked(0, 0, 50_000)[:6].tolist() == [37986, 15413, 26035, 36232, 43954, 39429]
+    assert chunked(0, 0, 50_000)[:6].tolist() == [15413, 26035, 39610, 35165, 46562, 36232]
 
 
 def test_a_chunked_order_is_a_pure_permutation_that_differs_by_epoch_and_seed() -> None:

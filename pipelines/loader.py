@@ -295,11 +295,13 @@ class _ThreadScratch(Scratch):
 def _groups(parts: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     """Divides micro-batches into groups of at least READ_AHEAD samples that end where a window of the plan does."""
     group: list[MicroBatch] = []
+    samples = 0
     for part in parts:
-        if group and part.window != group[-1].window and sum(len(before.indices) for before in group) >= READ_AHEAD:
+        if samples >= READ_AHEAD and part.window != group[-1].window:
             yield group
-            group = []
+            group, samples = [], 0
         group.append(part)
+        samples += len(part.indices)
     yield group
 
 

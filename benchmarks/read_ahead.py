@@ -2,10 +2,11 @@
 
     python benchmarks/read_ahead.py STORE --json read_ahead.json
 
-STORE has JPEGs in zarr and FAST's keypoints; its samples are repeated to make a store of --samples samples. Each run is
-a process of its own, and the runs of all settings alternate. The disk is benchmarks/slow_disk.py; if it cannot be
-mounted here, the benchmark prints the reason and ends. --memory-mb limits memory, with the page cache and the process
-itself, by a cgroup, if one can be made. Processor time, requests and bytes do not depend on other load on the machine.
+STORE, of schema version 5 or later, has JPEGs and FAST's keypoints; its samples are repeated to make a store of
+--samples samples. Each run is a process of its own, and the runs of all settings alternate. The disk is
+benchmarks/slow_disk.py; if it cannot be mounted here, the benchmark prints the reason and ends. --memory-mb limits
+memory, with the page cache and the process itself, by a cgroup, if one can be made. Processor time, requests and bytes
+do not depend on other load on the machine.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 from kamim.bench.startup import Bare
 from kamim.detectors import detector
 from kamim.storage import mmap_array, read_ahead
-from kamim.storage.store import Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage.store import GAPS, Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import CHUNK, Plan
@@ -44,14 +45,15 @@ def repeat(store: Store, samples: int, folder: Path) -> None:
     """Writes images.zarr and keypoints.zarr with the store's samples over and over, each with bytes of its own."""
     images, keypoints = store.images, store.keypoints("fast")
     chosen = (np.arange(samples) % len(store)).tolist()
-    rows = ((images.data(i), *images.sizes[i].tolist(), 0, False) for i in chosen)
-    write_zarr_images(folder / "images.zarr", rows, int(images.lengths[chosen].sum()), "jpeg")
+    data = ((images.data(i), *images.sizes[i].tolist(), 0, False) for i in chosen)
+    write_zarr_images(folder / "images.zarr", data, int(images.lengths[chosen].sum()), "jpeg")
     mmap_array.create_group(folder / "keypoints.zarr")
     frames = range(keypoints.frame.shape[1])
-    parts = [[keypoints.image(i, frame) for frame in frames] for i in range(len(store))]
-    every = [(np.concatenate([p for p, _ in of]), np.stack([c for _, c in of]).astype(np.int64)) for of in parts]
+    parts = [[keypoints.rows(i, frame) for frame in frames] for i in range(len(store))]
+    every = [(np.concatenate([r for r, _ in of]), np.stack([c for _, c in of]).astype(np.int64)) for of in parts]
     total = sum(len(every[i][0]) for i in chosen)
-    write_keypoints(folder / "keypoints.zarr", "fast", ((*every[i], keypoints.frame[i]) for i in chosen), total)
+    rows = ((*every[i], keypoints.frame[i]) for i in chosen)
+    write_keypoints(folder / "keypoints.zarr", "fast", keypoints.array, rows, total)
 
 
 def load(folder: Path, order: str, announced: bool, seconds: float) -> dict[str, float]:
@@ -59,7 +61,7 @@ def load(folder: Path, order: str, announced: bool, seconds: float) -> dict[str,
     if not announced:
         read_ahead.madvise = lambda: 0
     images = ZarrImages(folder / "images.zarr")
-    keypoints = Keypoints(folder / "keypoints.zarr", "fast", detector("fast").rules)
+    keypoints = Keypoints(folder / "keypoints.zarr", "fast", detector("fast").rules, GAPS)
     counter = CachedCounts(keypoints, "ring", 8)
 
     def loader(samples: int) -> Loader:

@@ -381,7 +381,7 @@ class Keypoints:
 
     def will_need(self, indices: np.ndarray) -> None:
         """Announces that the keypoints of images (int [n]), on all frames, will be read soon. See read_ahead."""
-        self._positions.will_need(self._start[indices], self._total[indices])
+        self._rows.will_need(self._start[indices], self._total[indices])
 
     def in_range(self) -> np.ndarray:
         """Returns whether each image's rows lie within the files: bool [N]."""

@@ -201,7 +201,7 @@ class Compute(Section):
     """Device of the computation: cuda, cpu, or auto, which is cuda if available, otherwise cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the computation. bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda and
-    fp32 on a CPU; with its bf16 instructions (avx512_bf16, AMX), if it has them, bf16 trains 2 to 3 times as fast.
+    fp32 on a CPU. On a CPU with bf16 instructions (avx512_bf16, AMX), bf16 trains about 3 times as fast as fp32.
     `kamim eval` always validates and reconstructs in fp32."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto is true on cuda only."""

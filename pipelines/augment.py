@@ -1,7 +1,7 @@
 """The augmentation of the evaluation's training: TrivialAugment (Wide), random erasing, then MixUp or CutMix.
 
 Source: the paper's evaluation recipe. Every part follows torchvision v2's definition, pixel for pixel. The loader's
-threads augment single images, while an image is in a core's cache; batches are mixed on their device. Every random
+threads augment a chunk of images in one compiled call; batches are mixed on their device. Every random
 decision is drawn from kamim.method.rng, so the augmentation of a sample does not depend on its batch.
 """
 
@@ -22,23 +22,28 @@ _COUNT = len(OPS)
 
 
 class Augment:
-    """Applies TrivialAugmentWide and random erasing to images of resolution x resolution px, in any thread."""
+    """Applies TrivialAugmentWide and random erasing to images of resolution x resolution px, in any thread.
+
+    One compiled call changes any number of images, without the GIL.
+    """
 
     def __init__(self, resolution: int):
         self._tables = tables(resolution, resolution)
 
-    def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int) -> None:
-        """Changes sample `index`'s image, uint8 [R, R, 3], in place."""
-        _augment(image, seed, epoch, index, self._tables)
+    def __call__(self, images: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> None:
+        """Changes the images of samples `indices` (int64 [n]), uint8 [n, R, R, 3], in place."""
+        _augment(images, seed, epoch, indices, self._tables)
 
 
 @kernel
-def _augment(image, seed, epoch, index, tables):
-    op, setting = draw_operation(seed, epoch, index)
-    apply_operation(image, op, setting, tables)
-    if rng.unit(seed, epoch, index, rng.ERASE, 0) < ERASE_P:
-        top, left, h, w = erasing_box(image.shape[0], image.shape[1], ERASE_SCALE, ERASE_RATIO, seed, epoch, index)
-        image[top : top + h, left : left + w] = 0
+def _augment(images, seed, epoch, indices, tables):
+    for i in range(len(images)):
+        image, index = images[i], indices[i]
+        op, setting = draw_operation(seed, epoch, index)
+        apply_operation(image, op, setting, tables)
+        if rng.unit(seed, epoch, index, rng.ERASE, 0) < ERASE_P:
+            top, left, h, w = erasing_box(image.shape[0], image.shape[1], ERASE_SCALE, ERASE_RATIO, seed, epoch, index)
+            image[top : top + h, left : left + w] = 0
 
 
 @kernel

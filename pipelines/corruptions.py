@@ -34,9 +34,10 @@ class Corruption:
     kind: str
     strength: int
 
-    def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int) -> None:
-        """Changes sample `index`'s image, uint8 [H, W, 3], in place."""
-        image[:] = KINDS[self.kind](image, self.strength - 1, (seed, index))
+    def __call__(self, images: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> None:
+        """Changes the images of samples `indices` (int64 [n]), uint8 [n, H, W, 3], in place."""
+        for image, index in zip(images, indices.tolist(), strict=True):
+            image[:] = KINDS[self.kind](image, self.strength - 1, (seed, index))
 
 
 def _noise(image: np.ndarray, level: int, draw: tuple[int, int]) -> np.ndarray:

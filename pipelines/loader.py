@@ -63,7 +63,8 @@ class Crop:
 
 
 OnError = Literal["stop", "skip"]
-Augment = Callable[[np.ndarray, int, int, int], None]  # (image, uint8 [R, R, 3]; seed, epoch, index), in place
+# Changes images in place: (uint8 [n, R, R, 3]; seed, epoch; their samples, int64 [n]).
+Augment = Callable[[np.ndarray, int, int, np.ndarray], None]
 
 
 @dataclass
@@ -77,9 +78,10 @@ class Loader:
     """Batches of resolution x resolution crops.
 
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: the source of the keypoint
-    counts, or None for no counts. augment: changes each image after it is cropped, in the worker threads.
-    device: where batches are delivered; copies to a GPU overlap with the use of the batch before. on_error: whether a
-    sample that cannot be loaded stops the iteration, or is left out of its batch, counted and logged.
+    counts, or None for no counts. augment: changes images after they are cropped, in the worker threads; its errors
+    are raised unchanged. device: where batches are delivered; copies to a GPU overlap with the use of the batch before.
+    on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its batch, counted and
+    logged.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
@@ -212,15 +214,13 @@ class Loader:
         crops = Crops(
             indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
         )
-        alone = self._crop_chunk(crops, scratch)
-        for i, index in enumerate(indices.tolist()):
+        for i in np.flatnonzero(self._crop_chunk(crops, scratch)).tolist():
             try:
-                if alone[i]:
-                    self._crop_alone(crops.only(i), scratch)
-                if self._augment is not None:
-                    self._augment(crops.pixels[i], self.plan.seed, part.epoch, index)
+                self._crop_alone(crops.only(i), scratch)
             except Exception as error:  # noqa: BLE001 - any error is attributed to the sample
-                self._failed(slot, rows.start + i, index, error)
+                self._failed(slot, rows.start + i, int(indices[i]), error)
+        if self._augment is not None:
+            self._augment(crops.pixels, self.plan.seed, part.epoch, indices)
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 

@@ -110,8 +110,7 @@ def test_accuracy_on_corrupted_images(stores: dict[str, Path], pretrained: Path,
     context = _context(config, World(0, 1, CPU), [])
     (batch,) = context.in_order(context.val, 64).steps(0, 1)
     images = batch.images.numpy().copy()
-    for image, index in zip(images, batch.indices.tolist(), strict=True):
-        Corruption("noise", 4)(image, 0, 0, index)
+    Corruption("noise", 4)(images, 0, 0, batch.indices)
     seen = np.fromfile(tmp_path / "out/pixels run/corruptions/noise-4/1-mean-none", np.int16).reshape(24, -1)
     expected = Pixels()(normalise(torch.from_numpy(images)))[:, 0].bfloat16()
     torch.testing.assert_close(torch.from_numpy(seen).view(torch.bfloat16), expected)

@@ -20,7 +20,7 @@ from kamim.method import rng
 from kamim.storage.store import Store
 from pipelines import augment
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from pipelines.loader import Crop, Loader
+from pipelines.loader import Crop, Loader, OnError
 from pipelines.operations import OPS, apply_operation, tables
 from pipelines.plan import ORDERS, Order, Plan
 
@@ -138,7 +138,7 @@ def test_images_equal_torchvisions_given_the_same_draws(monkeypatch: pytest.Monk
     trivial, erase, ours = v2.TrivialAugmentWide(), v2.RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)), rows(images)
     transform, boxes = augment.Augment(size), 0
     for image, row, index, (op, magnitude, sign), u in zip(images, ours, indices, draws, erasing, strict=True):
-        transform(row, SEED, EPOCH, index)
+        transform(row[None], SEED, EPOCH, np.array([index]))
         numbers = iter([op, magnitude])
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randint", lambda n, size, numbers=numbers: torch.tensor(int(next(numbers) * n)))
@@ -240,7 +240,7 @@ def test_half_of_the_images_have_a_box_of_zeros() -> None:
     transform, erased = augment.Augment(32), 0
     for index in range(3000):
         made, plain = image.copy(), image.copy()
-        transform(made, SEED, EPOCH, index)
+        transform(made[None], SEED, EPOCH, np.array([index]))
         apply_operation(plain, *augment.draw_operation(SEED, EPOCH, index), tables(32, 32))
         differs = (made != plain).any(2)
         assert not made[differs].any()
@@ -329,7 +329,7 @@ def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store)
     @cache
     def alone(seed: int, epoch: int, index: int) -> np.ndarray:
         image = plain[index].copy()
-        augment.Augment(64)(image, seed, epoch, index)
+        augment.Augment(64)(image[None], seed, epoch, np.array([index]))
         return image
 
     @settings(max_examples=40, deadline=None)
@@ -361,27 +361,28 @@ def test_crops_are_augmented_too(store: Store) -> None:
         for given in (None, augment.Augment(64))
     )
     for images, indices in zip(plain, (plan.step_indices(step) for step in range(3)), strict=True):
-        for image, index in zip(images, indices, strict=True):
-            augment.Augment(64)(image, SEED, 0, index)
+        augment.Augment(64)(images, SEED, 0, indices)
     assert np.array_equal(plain, augmented)
 
 
-def test_an_error_of_the_augmentation_names_the_sample(store: Store) -> None:
-    def fails(image: np.ndarray, seed: int, epoch: int, index: int) -> None:
-        if index == 5:
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_an_error_of_the_augmentation_is_raised_unchanged(store: Store, on_error: OnError) -> None:
+    """It is no fault of a sample, so nothing is left out because of it."""
+
+    def fails(images: np.ndarray, seed: int, epoch: int, indices: np.ndarray) -> None:
+        if 5 in indices:
             raise ValueError("of the test")
 
-    loader = Loader(store, Plan(len(store), 8, 8, seed=0, order="stored"), 64, augment=fails)
-    with pytest.raises(RuntimeError, match="sample 5: of the test"):
-        list(loader.steps(0, 1))
+    plan = Plan(len(store), 8, 8, seed=0, order="stored")
+    with pytest.raises(ValueError, match=r"^of the test$"):
+        list(Loader(store, plan, 64, augment=fails, on_error=on_error).steps(0, 1))
 
 
 def test_no_global_generator_is_touched() -> None:
     tables.cache_clear()  # the tables are made within the test
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
     images, transform = rows(batch_of(40, 40)), augment.Augment(40)
-    for index, image in enumerate(images):
-        transform(image, SEED, EPOCH, index)
+    transform(images, SEED, EPOCH, np.arange(40))
     for step in range(4):
         augment.mixed_batch(
             Batch(torch.from_numpy(images), None, torch.zeros(40).long(), np.arange(40), EPOCH, step, True, 1.0), 10, 0

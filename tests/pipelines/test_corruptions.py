@@ -17,7 +17,7 @@ def corrupt(
     kind: str, strength: int, image: np.ndarray = PHOTO, seed: int = 0, epoch: int = 0, index: int = 3
 ) -> np.ndarray:
     out = image.copy()
-    Corruption(kind, strength)(out, seed, epoch, index)
+    Corruption(kind, strength)(out[None], seed, epoch, np.array([index]))
     return out
 
 

@@ -8,7 +8,7 @@ neighbouring pixels, for which there is no vector instruction, moves two pixels 
 import numpy as np
 
 from kamim import KamimError
-from kamim.method.kernels import kernel
+from kamim.method.kernels import bare_kernel, kernel
 from kamim.method.simd import high16, load8, store8
 
 _PIXEL = np.uint64(24)  # bits
@@ -19,13 +19,13 @@ _HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two truncated products
 _SLACK = 8  # bytes that are read or written past the end of a row
 
 
-@kernel
+@bare_kernel
 def _source(o, scale, length):
     """Returns the position of output sample o among `length` source samples: half-pixel centres, antialias=False."""
     return min(max((o + 0.5) * scale - 0.5, 0.0), length - 1.0)
 
 
-@kernel
+@bare_kernel
 def _columns(width, flip, offset, weight):
     """Writes the byte offset of each output column's first pixel, and the second's weight in 256ths, three times."""
     columns = len(weight) // 3
@@ -38,7 +38,7 @@ def _columns(width, flip, offset, weight):
     offset[columns:] = offset[columns - 1]
 
 
-@kernel
+@bare_kernel
 def _resize_row(row, offset, weight, near, far, out):
     """Resizes a row of the crop (uint8 [3 W], _SLACK readable behind it) to out, uint16 [3 R], in 256ths of grey.
 
@@ -53,7 +53,7 @@ def _resize_row(row, offset, weight, near, far, out):
         out[i] = np.uint16(value << _BYTE) + (np.uint16(far[i]) - value) * weight[i]  # exact modulo 2**16
 
 
-@kernel
+@bare_kernel
 def _blend_rows(upper, lower, weight, out):
     """Blends uint16 [3 R] in 256ths of a grey level to out, uint8 [3 R]; weight: the lower row's, in 65536ths."""
     rest = np.uint16(0xFFFF - weight)
@@ -80,29 +80,42 @@ def crop_resize(pixels, view, out):
     pixels: uint8 [H, W, 3]. out: uint8 [R, R, 3]. Both contiguous. Equal to cropping, torchvision's resize with
     antialias=False, then the flips, to within one grey level. Raises ValueError for a crop that the image lacks.
     """
-    top, left, height, width, flip_v, flip_h = view
+    _, _, _, width, _, flip_h = view
     if not lies_within(view, pixels.shape[0], pixels.shape[1]):
         raise KamimError("the crop lies outside the image")
     side, row_bytes = out.shape[0], 3 * out.shape[1]
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
     _columns(width, flip_h, offset, weight)
-    flat, results = pixels.reshape(pixels.size), out.reshape(side, row_bytes)
-    last = np.empty(3 * width + _SLACK, np.uint8)  # for rows without _SLACK behind them
     near, far = np.empty(row_bytes + _SLACK, np.uint8), np.empty(row_bytes + _SLACK, np.uint8)
-    resized = np.empty((2, row_bytes), np.uint16)  # of source row n, in place n % 2
-    held = np.full(2, -1)
+    last = np.empty(3 * width + _SLACK, np.uint8)
+    resized = np.empty((2, row_bytes), np.uint16)
+    _resize(
+        pixels.reshape(pixels.size), 3 * pixels.shape[1], view, offset, weight, near, far, last, resized,
+        out.reshape(side, row_bytes),
+    )  # fmt: skip
+
+
+@bare_kernel
+def _resize(flat, pitch, view, offset, weight, near, far, last, resized, results):
+    """Resizes the crop of an image, uint8 [n], with rows `pitch` bytes apart, to results, uint8 [R, 3 R].
+
+    last: room for a row without _SLACK behind it. resized: room for source row n, in place n % 2.
+    """
+    top, left, height, width, flip_v, _ = view
+    side, done = len(results), top  # the source rows before it are resized, or not needed
     for o in range(side):
         source = _source(o, height / side, height)
         upper = top + int(source)
         lower = min(upper + 1, top + height - 1)
-        for n in (upper, lower):
-            if held[n % 2] != n:
-                held[n % 2] = n
-                start = 3 * (n * pixels.shape[1] + left)
-                row = flat[start : start + 3 * width]
-                if start + len(last) > len(flat):
-                    last[: 3 * width] = row
-                    row = last
-                _resize_row(row, offset, weight, near, far, resized[n % 2])
+        done = max(done, upper)
+        while done <= lower:
+            start = done * pitch + 3 * left
+            row = flat[start : start + 3 * width]
+            if start + len(last) > len(flat):
+                for i in range(3 * width):
+                    last[i] = row[i]
+                row = last
+            _resize_row(row, offset, weight, near, far, resized[done % 2])
+            done += 1
         share = np.uint16(min((source - int(source)) * 65536, 65535.0))
         _blend_rows(resized[upper % 2], resized[lower % 2], share, results[side - 1 - o if flip_v else o])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from kamim.method.kernels import kernel
+from kamim.method.kernels import bare_kernel, kernel
 from kamim.method.simd import high16, less16, load8, pointer8, store8
 
 WOVEN = 4  # rows that are resized at a time
@@ -19,7 +19,7 @@ _WORD = np.uint64(32)  # bits: half of a loaded word, one value of each of the w
 _NEAR = np.uint64(0xFFFFFFFF)
 _FAR = np.uint64(0xFFFFFFFF00000000)
 _BYTE = np.uint16(8)  # bits
-_NEUTRAL = np.uint16(128 << 8)  # Cb and Cr of greys
+_NEUTRAL = np.uint16((128 << 8) + 1)  # Cb and Cr of greys, which _mean makes 128
 
 # JFIF's R = Y + 1.402 (Cr - 128), G = Y - 0.344136 (Cb - 128) - 0.714136 (Cr - 128), B = Y + 1.772 (Cb - 128), for
 # values in 256ths, with results in 64ths: factors as 65536ths of a 64th, and their products with 128.
@@ -67,14 +67,16 @@ def crop_planes(planes, view, resized, out):
     instead of twice.
     """
     top, left, height, width, flip_v, flip_h = view
-    data, side, grey = planes.data, out.shape[0], planes.block_width == 0
+    data, side = planes.data, out.shape[0]
     room = WOVEN * (max(side, width) + 2)
     woven, near, far = np.empty(room, np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
     rows, columns = _axis(top, height, 1, side), _axis(left, width, 1, side)
     offset, weight = _columns(columns, flip_h, side)
     _resize_columns(data, planes.stride, rows, columns, offset, weight, woven, near, far, resized[0])
-    chroma_rows = rows
-    if not grey:
+    if planes.block_width == 0:  # grey: one row of Cb and Cr, for every row of the result
+        chroma_rows = _axis(0, 1, 1, side)
+        resized[1:, 0] = _NEUTRAL
+    else:
         chroma_rows = _axis(top, height, planes.block_height, side)
         columns = _axis(left, width, planes.block_width, side)
         offset, weight = _columns(columns, flip_h, side)
@@ -83,19 +85,10 @@ def crop_planes(planes, view, resized, out):
             _resize_columns(
                 chroma, planes.chroma_stride, chroma_rows, columns, offset, weight, woven, near, far, resized[plane]
             )
-    y, cb, cr = np.empty(side, np.uint16), np.full(side, _NEUTRAL), np.full(side, _NEUTRAL)
-    red, green, blue = np.empty(side, np.uint8), np.empty(side, np.uint8), np.empty(side, np.uint8)
-    results = out.reshape(side, 3 * side)
-    for o in range(side):
-        _blend_rows(resized[0], rows, o, y)
-        if not grey:
-            _blend_rows(resized[1], chroma_rows, o, cb)
-            _blend_rows(resized[2], chroma_rows, o, cr)
-        _to_rgb(y, cb, cr, red, green, blue)
-        _interleave(red, green, blue, results[side - 1 - o if flip_v else o])
+    _blend_rows(resized, rows, chroma_rows, flip_v, out.reshape(side, 3 * side))
 
 
-@kernel
+@bare_kernel
 def _axis(start, length, block, side):
     """Returns how `side` results map to the samples of a plane, each of which covers `block` pixels of an axis.
 
@@ -106,7 +99,7 @@ def _axis(start, length, block, side):
     return first, (start + length - 1) // block - first + 1, length / block / side, (start % block) / block
 
 
-@kernel
+@bare_kernel
 def _source(o, axis):
     """Returns the position of result o among an axis' samples, from the first one's centre: half-pixel centres."""
     _, samples, scale, lead = axis
@@ -126,7 +119,7 @@ def _columns(axis, flip, side):
     return offset, weight
 
 
-@kernel
+@bare_kernel
 def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, far, out):
     """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + WOVEN - 1, R], in 256ths of grey."""
     top, count, _, _ = rows
@@ -141,14 +134,14 @@ def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, f
         _blend_columns(near, far, weight, out[n], out[n + 1], out[n + 2], out[n + 3])
 
 
-@kernel
+@bare_kernel
 def _weave(a, b, c, d, woven):
     """Interleaves four rows uint8 [W] in woven, uint8 [>= 4 W]: their first values, their second ones, and so on."""
     for i in range(len(a)):
         woven[4 * i], woven[4 * i + 1], woven[4 * i + 2], woven[4 * i + 3] = a[i], b[i], c[i], d[i]
 
 
-@kernel
+@bare_kernel
 def _neighbours(woven, offset, near, far):
     """Writes four values of each column's first sample to near and four of its second to far, uint8 [4 R] each."""
     for k in range(len(offset) // 2):
@@ -157,13 +150,13 @@ def _neighbours(woven, offset, near, far):
         store8(far, 8 * k, (a >> _WORD) | (b & _FAR))
 
 
-@kernel
+@bare_kernel
 def _between(near, far, weight):
     """Interpolates in 256ths, exact modulo 2**16."""
     return np.uint16(np.uint16(near) << _BYTE) + (np.uint16(far) - np.uint16(near)) * weight
 
 
-@kernel
+@bare_kernel
 def _blend_columns(near, far, weight, a, b, c, d):
     """Blends the output of _neighbours into four rows of the result, uint16 [R]."""
     for i in range(len(weight)):
@@ -173,38 +166,50 @@ def _blend_columns(near, far, weight, a, b, c, d):
         d[i] = _between(near[4 * i + 3], far[4 * i + 3], weight[i])
 
 
-@kernel
-def _blend_rows(resized, rows, o, out):
-    """Computes row o of the result, uint16 [R], from the two rows of `resized` around it."""
+@bare_kernel
+def _blend_rows(resized, rows, chroma_rows, flip_v, results):
+    """Blends two rows of each plane into each row of the result, uint8 [R, 3 R], as RGB."""
+    side, luma, cb, cr = len(results), resized[0], resized[1], resized[2]
+    for o in range(side):
+        upper, lower, weight = _row_pair(rows, o)
+        c_upper, c_lower, c_weight = _row_pair(chroma_rows, o)
+        _to_rgb(
+            luma[upper], luma[lower], weight, cb[c_upper], cb[c_lower], cr[c_upper], cr[c_lower], c_weight,
+            results[side - 1 - o if flip_v else o],
+        )  # fmt: skip
+
+
+@bare_kernel
+def _row_pair(rows, o):
+    """Returns the two rows around row o of the result, and the second one's weight in 65536ths."""
     source = _source(o, rows)
     first = int(source)
-    upper, lower = resized[first], resized[min(first + 1, rows[1] - 1)]
-    weight = np.uint16(min((source - first) * 65536, 65535.0))
-    rest = np.uint16(0xFFFF - weight)
-    for i in range(len(out)):
-        out[i] = high16(upper[i], rest) + high16(lower[i], weight)
+    return first, min(first + 1, rows[1] - 1), np.uint16(min((source - first) * 65536, 65535.0))
 
 
-@kernel
-def _to_rgb(luma, cb, cr, red, green, blue):
-    """Converts uint16 [R] in 256ths to uint8 [R]. Sums are unsigned, below 2**16; 128's part is subtracted last."""
+@bare_kernel
+def _mean(upper, lower, weight):
+    """Returns the weighted mean of two uint16, truncated; the weights add up to 65535 of 65536."""
+    return np.uint16(high16(upper, np.uint16(0xFFFF - weight)) + high16(lower, weight))
+
+
+@bare_kernel
+def _to_rgb(luma, luma_below, weight, cb, cb_below, cr, cr_below, chroma_weight, out):
+    """Blends rows, uint16 [R] in 256ths, and converts them to out, uint8 [3 R].
+
+    Sums are unsigned, below 2**16; 128's part is subtracted last.
+    """
     for i in range(len(luma)):
-        y = np.uint16((luma[i] >> _TO_64TH) + _HALF)
-        less = np.uint16(high16(cb[i], _GREEN_CB) + high16(cr[i], _GREEN_CR))
-        red[i] = _byte(less16(np.uint16(y + high16(cr[i], _RED_CR)), _RED_OFFSET))
-        green[i] = _byte(less16(np.uint16(y + _GREEN_OFFSET), less))
-        blue[i] = _byte(less16(np.uint16(y + high16(cb[i], _BLUE_CB)), _BLUE_OFFSET))
+        y = np.uint16((_mean(luma[i], luma_below[i], weight) >> _TO_64TH) + _HALF)
+        blue, red = _mean(cb[i], cb_below[i], chroma_weight), _mean(cr[i], cr_below[i], chroma_weight)
+        less = np.uint16(high16(blue, _GREEN_CB) + high16(red, _GREEN_CR))
+        out[3 * i] = _byte(less16(np.uint16(y + high16(red, _RED_CR)), _RED_OFFSET))
+        out[3 * i + 1] = _byte(less16(np.uint16(y + _GREEN_OFFSET), less))
+        out[3 * i + 2] = _byte(less16(np.uint16(y + high16(blue, _BLUE_CB)), _BLUE_OFFSET))
 
 
-@kernel
+@bare_kernel
 def _byte(value):
     """Converts 64ths of a grey level, uint16, to uint8, at most 255."""
     whole = np.uint16(value >> _FROM_64TH)
     return np.uint8(whole if whole < np.uint16(255) else np.uint16(255))
-
-
-@kernel
-def _interleave(red, green, blue, out):
-    """Interleaves three rows uint8 [R] as [3 R]."""
-    for i in range(len(red)):
-        out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]

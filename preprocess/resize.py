@@ -8,7 +8,7 @@ resized without it, and FAST in particular finds fewer keypoints on smoother pix
 import cv2
 import numpy as np
 
-from kamim.method.kernels import kernel
+from kamim.method.kernels import bare_kernel, kernel
 
 REACH = 2  # source pixels on either side that the bicubic kernel reaches, at scale 1
 
@@ -61,7 +61,7 @@ def _taps(length, out_length):
     return first, count, weights
 
 
-@kernel
+@bare_kernel
 def _weighted_sum(rows, first, count, weights, out):
     """Writes the sum of weights[k] * rows[first + k], k < count, to out, float32 [n]."""
     out[:] = 0

@@ -17,15 +17,29 @@ from typing import Any
 from numba import config, njit
 
 ROOT = Path(__file__).parents[2]
+_MARKS = (b"\n@kernel", b"\n@bare_kernel", b"\n@intrinsic")  # of files with kernels
 log = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function with numba for the types it is called with, once per machine. It runs without the GIL."""
+    return _compiled(function, counts_references=True)
+
+
+def bare_kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel that counts no references to arrays, and can therefore neither allocate nor return any.
+
+    Otherwise numba counts, by atomic operations, the references to every view of an array, such as a row in a loop.
+    That takes as long as a short loop over the row.
+    """
+    return _compiled(function, counts_references=False)
+
+
+def _compiled(function: Callable[..., Any], counts_references: bool) -> Any:
     configured, folder = config.CACHE_DIR, _cache_folder()
     config.CACHE_DIR = str(folder or "")
     try:
-        compiled = njit(cache=folder is not None, nogil=True)(function)
+        compiled = njit(cache=folder is not None, nogil=True, _nrt=counts_references)(function)
     finally:
         config.CACHE_DIR = configured
     if folder is not None:
@@ -70,6 +84,6 @@ def _fingerprint() -> str:
     for file in sorted(
         file for package in ("kamim", "pipelines", "preprocess") for file in (ROOT / package).rglob("*.py")
     ):
-        if b"\n@kernel" in (source := file.read_bytes()) or b"\n@intrinsic" in source:
+        if any(mark in (source := file.read_bytes()) for mark in _MARKS):
             digest.update(source)
     return digest.hexdigest()[:16]

@@ -18,7 +18,7 @@ import numpy as np
 
 from kamim import KamimError
 from kamim.method.geometry import POSITION_UNIT, axis_map
-from kamim.method.kernels import kernel
+from kamim.method.kernels import bare_kernel, kernel
 from kamim.method.simd import load8, store8
 
 FOOTPRINTS = ("ring", "point")
@@ -166,7 +166,7 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     return int(kept)
 
 
-@kernel
+@bare_kernel
 def _place(positions, ax, bx, ay, by, low, high, snap, points, inside):
     """Maps the positions of one group for `remap`, dropped ones included, and marks which lie inside.
 
@@ -193,7 +193,7 @@ def _border_class(i, side):
     return BORDER
 
 
-@kernel
+@bare_kernel
 def _draw(points, height, width, table, bitmap):
     """Draws footprints as `raster` does, without clearing. LLVM would not inline the loop body as a function."""
     drawn, pitch = bitmap.reshape(bitmap.size).view(np.uint8), 8 * bitmap.shape[1]
@@ -212,7 +212,7 @@ def _draw(points, height, width, table, bitmap):
             at += pitch
 
 
-@kernel
+@bare_kernel
 def raster(points, count, height, width, table, bitmap):
     """Draws the footprints of points[:count] (int32 [.., 2] (x, y), centres in 1/16 px of the crop) into bitmap.
 
@@ -265,7 +265,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
         _add_moved(wide, runs[i, 2], flat[runs[i, 1] * words :])
 
 
-@kernel
+@bare_kernel
 def _add_moved(source, by, to):
     """ORs source (uint64 [n]), moved right by 0 <= `by` < WORD pixels, into `to`. Bits past the last word are lost."""
     if by == 0:

@@ -9,7 +9,7 @@ per byte, and all of its keypoints lie on the frame if the last one does.
 import numpy as np
 
 from kamim.method.geometry import POSITION_UNIT
-from kamim.method.kernels import kernel
+from kamim.method.kernels import bare_kernel, kernel
 
 LONG = 255
 
@@ -45,7 +45,7 @@ def decode(code: np.ndarray, height: int, width: int) -> np.ndarray:
     return positions[:kept]
 
 
-@kernel
+@bare_kernel
 def decode_into(code, height, width, positions):
     """Computes `decode` in positions (uint16 [>= B, 2]). Returns K, or -1 if there is no room or a pixel lies outside.
 

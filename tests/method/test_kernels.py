@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import full_disk
+from numba.core.errors import NumbaError
 
 from kamim.method import kernels
 
@@ -78,3 +80,25 @@ def test_where_the_disk_is_full_loops_are_compiled_all_the_same(
     with full_disk(10):
         assert kernels.kernel(_triple)(14) == 42
     assert "compiled loops cannot be kept, so that the next start takes longer: File too large" in caplog.text
+
+
+def _sum_of_rows(matrix: np.ndarray) -> float:
+    total = 0.0
+    for y in range(len(matrix)):
+        row = matrix[y]
+        for x in range(len(row)):
+            total += row[x]
+    return total
+
+
+def _first_of_copy(values: np.ndarray) -> float:
+    copy = np.empty_like(values)
+    copy[0] = values[0]
+    return float(copy[0])
+
+
+def test_a_bare_kernel_takes_views_and_cannot_allocate() -> None:
+    matrix = np.arange(12.0).reshape(3, 4)
+    assert kernels.bare_kernel(_sum_of_rows)(matrix) == 66
+    with pytest.raises(NumbaError, match="No implementation of function"):
+        kernels.bare_kernel(_first_of_copy)(matrix[0])

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,17 +44,13 @@ class Peer:
     open: Callable[[list[Path], Path, int, int], Epoch]
 
 
-def _slipstream(
-    files: list[Path], folder: Path, batch: int, workers: int, image_format: str = "jpeg"
-) -> Epoch:  # fmt: skip
-    """Its cache of JPEGs, or of YUV 4:2:0 planes; its fused decode and crop, in numba's threads."""
+def _slipstream(files: list[Path], folder: Path, batch: int, workers: int) -> Epoch:
+    """Its cache of JPEGs; its fused decode and crop (bilinear or wider: stb_image_resize2), in numba's threads."""
     from slipstream import DecodeRandomResizedCrop, SlipstreamLoader
 
     crop = DecodeRandomResizedCrop(RESOLUTION, scale=SCALE, ratio=RATIO, num_threads=workers)
-    loader = SlipstreamLoader(
-        _SlipstreamSource(files, folder), batch, shuffle=True, drop_last=False, pipelines={"image": [crop]},
-        image_format=image_format, verbose=False,
-    )  # fmt: skip
+    source = _SlipstreamSource(files, folder)
+    loader = SlipstreamLoader(source, batch, drop_last=False, pipelines={"image": [crop]}, verbose=False)
     return lambda: (made["image"] for made in loader)
 
 
@@ -64,7 +60,7 @@ class _SlipstreamSource:
 
     files: list[Path]
     cache_path: Path
-    field_types = {"image": "ImageBytes"}
+    field_types: ClassVar = {"image": "ImageBytes"}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,8 +83,9 @@ def _litdata(files: list[Path], folder: Path, batch: int, workers: int) -> Epoch
     litdata.optimize(Image.open, names, chunks, chunk_bytes="64MB", num_workers=1, verbose=False)
     crop = v2.RandomResizedCrop(RESOLUTION, SCALE, RATIO, antialias=False)
     dataset = litdata.StreamingDataset(chunks, shuffle=True, transform=crop)
+    size = even_batch(len(files), batch, workers)
     loader = litdata.StreamingDataLoader(
-        dataset, even_batch(len(files), batch, workers), shuffle=True, num_workers=workers, persistent_workers=True
+        dataset, batch_size=size, shuffle=True, num_workers=workers, persistent_workers=True
     )
     return lambda: loader
 
@@ -198,7 +195,6 @@ def _renumbered(loader: Any, images: Callable[[Any], Any] = lambda made: made) -
 
 PEERS = {
     "slipstream": Peer("slipstream", _slipstream),
-    "slipstream_yuv420": Peer("slipstream", partial(_slipstream, image_format="yuv420")),
     "litdata": Peer("litdata", _litdata),
     "mosaicml_streaming": Peer("streaming", _mosaicml),
     "spdl": Peer("spdl", _spdl),

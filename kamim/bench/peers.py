@@ -1,4 +1,4 @@
-"""Loaders of other projects, for `kamim bench loader`: the same JPEGs in their own format, read and cropped their own way.
+"""Loaders of other projects, for `kamim bench loader`: the same JPEGs, in their own format, with their own methods.
 
 A peer takes part if its package is installed. Each one runs in a process of its own, since they start threads and
 worker processes, set numba's number of threads, or keep shared memory. docs/benchmarks.md lists versions, decoders and

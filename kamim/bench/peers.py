@@ -45,7 +45,7 @@ class Peer:
 
 
 def _slipstream(files: list[Path], folder: Path, batch: int, workers: int) -> Epoch:
-    """Its cache of JPEGs; its fused decode and crop (bilinear or wider: stb_image_resize2), in numba's threads."""
+    """Its cache of JPEGs; its fused decode and crop, which resizes with stb_image_resize2, in numba's threads."""
     from slipstream import DecodeRandomResizedCrop, SlipstreamLoader
 
     crop = DecodeRandomResizedCrop(RESOLUTION, scale=SCALE, ratio=RATIO, num_threads=workers)

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kamim.bench import startup
+from kamim.bench import peers, startup
 from kamim.bench.originals import accepted, check_jpeg, read
 from kamim.bench.planes import planes_quality, write_planes
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
@@ -228,12 +229,15 @@ def bench(
     runs |= {name: ours(store, found, batch, workers, EPOCHS) for name, found in with_and_without.items()}
     finer = {name: ours(store, found, batch, workers, FINER_EPOCHS) for name, found in with_and_without.items()}
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=spawn) as process:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
         if importlib.util.find_spec("ffcv"):
             short, raw = write_short_side(source, Path(folder, "short")), write_raw(store, Path(folder, "raw"))
             runs["short_side"] = ours(short, None, batch, workers, EPOCHS)
             runs["short_side_stock_ffcv"] = stock_ffcv(process, short.path, batch, workers)
             runs["raw"] = ours(raw, first, batch, workers, EPOCHS)
+        runs |= stack.enter_context(peers.peer_runs(store, Path(folder, "peers"), batch, workers))
         planes, small = write_planes(store, Path(folder, "planes")), write_small(source, Path(folder, "small"))
         runs["yuv420"] = ours(planes, first, batch, workers, EPOCHS)
         small_runs = {f"small_{n}": ours(small.images, small.keypoints, SMALL_BATCH, n, 1, SIDE) for n in (1, 2)}
@@ -253,6 +257,7 @@ def bench(
         "yuv420_over_jpeg": ("yuv420", best),
         "ratio_to_stock_ffcv_same_file": ("short_side", "short_side_stock_ffcv"),
     }  # fmt: skip
+    pairs |= {f"ratio_to_{name}": ("simmim", name) for name in peers.PEERS}
     medians = {name: statistics.median(made) for name, made in rates.items()}
     ratios = {name: paired(rates[a], rates[b]) for name, (a, b) in pairs.items() if {a, b} <= rates.keys()}
     ratios |= {f"{name}_over_simmim": paired(finer_rates[name], finer_rates["simmim"]) for name in keypoints}

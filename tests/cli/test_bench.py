@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import HAS_FFCV, make_store, plan_job
+from test_peers import fake
 from torchvision.transforms.v2 import functional as F
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, pixels, preprocess, small, startup, train
+from kamim.bench import evaluate, fidelity, loader, peers, pixels, preprocess, small, startup, train
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store, ZarrImages
@@ -103,6 +104,8 @@ def test_bench_loader_reports_rates_and_ratios(
     monkeypatch.setattr(loader, "FINER", 1)
     monkeypatch.setattr(small, "SAMPLES", 300)
     monkeypatch.setattr(startup, "measure", lambda store: {"first_batch_seconds": 1.0})
+    given_peers = {"fake": peers.Peer("json", fake), "absent": peers.Peer("no_such_package", fake)}
+    monkeypatch.setattr(peers, "PEERS", given_peers)
     given = ["bench", "loader", "--source", str(class_folder), "--store", str(stores["zarr"])]
     result = CliRunner().invoke(app, [*given, "--rounds", "1", "--json", str(tmp_path / "r.json")])
     assert result.exit_code == 0, result.output
@@ -111,8 +114,10 @@ def test_bench_loader_reports_rates_and_ratios(
     assert made["batch"] == 24  # all there are
     with_ffcv = {"short_side", "short_side_stock_ffcv", "raw"} if HAS_FFCV else set()
     of_kamim = {"simmim", "fast", "sift", "yuv420", "small_1", "small_2"}
-    assert set(rates) == {"reference", "jpeg_decode", "torchvision_jpeg"} | of_kamim | with_ffcv
+    assert set(rates) == {"reference", "jpeg_decode", "torchvision_jpeg", "fake"} | of_kamim | with_ffcv
     assert ratios["two_threads_over_one"] == pytest.approx(rates["small_2"] / rates["small_1"])
+    assert ratios["ratio_to_fake"] == pytest.approx(rates["simmim"] / rates["fake"])
+    assert "ratio_to_absent" not in ratios
     assert ratios["yuv420_over_jpeg"] == pytest.approx(rates["yuv420"] / rates["fast"])
     assert np.isfinite(made["python_us_per_image"])
     assert min(made["pixels"]["jpeg_psnr"], made["pixels"]["yuv420_psnr"]) > 35

@@ -8,7 +8,6 @@ interpolation.
 import importlib.util
 import multiprocessing
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,7 @@ class Peer:
 
     package: the import name whose presence means that the peer is installed. open: called with (JPEG files, an empty
     folder for the peer's format, batch size, number of threads or worker processes), returns an epoch's batches,
-    uint8 [n, 192, 192, 3] or [n, 3, 192, 192]; turboloader_tar's are float32.
+    uint8 [n, 192, 192, 3] or [n, 3, 192, 192].
     """
 
     package: str
@@ -106,7 +105,9 @@ def _mosaicml(files: list[Path], folder: Path, batch: int, workers: int) -> Epoc
 
     size = even_batch(len(files), batch, workers)
     dataset = Crops(local=str(folder / "mds"), shuffle=True, batch_size=size)
-    loader = StreamingDataLoader(dataset, batch_size=size, num_workers=workers, persistent_workers=True)
+    loader = StreamingDataLoader(
+        dataset, batch_size=size, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
+    )
     return lambda: loader
 
 
@@ -147,7 +148,13 @@ def _turboloader(files: list[Path], folder: Path, batch: int, workers: int) -> E
     loader = turboloader.MapDataLoader(
         _TurboCrops(files), batch, shuffle=True, num_workers=workers, collate_fn=torch.stack
     )
-    return _renumbered(loader)
+    numbers = iter(range(1 << 30))
+
+    def epoch() -> Iterator[torch.Tensor]:
+        loader.set_epoch(next(numbers))  # on which its order depends
+        yield from loader
+
+    return epoch
 
 
 class _TurboCrops:
@@ -168,38 +175,12 @@ class _TurboCrops:
         return crop
 
 
-def _turboloader_tar(files: list[Path], folder: Path, batch: int, workers: int) -> Epoch:
-    """A TAR; its fused decode and crop, whose scale is 0.08 to 1, whose output is float32 and which uses all cores."""
-    import turboloader
-
-    with tarfile.open(folder / "images.tar", "w") as tar:
-        for file in files:
-            tar.add(file, file.name)
-    loader = turboloader.DataLoader(
-        str(folder / "images.tar"), batch, image_size=RESOLUTION, output_format="numpy", shuffle=True,
-        train_aug=True, hflip_prob=0.0,
-    )  # fmt: skip
-    return _renumbered(loader, lambda made: made[0])
-
-
-def _renumbered(loader: Any, images: Callable[[Any], Any] = lambda made: made) -> Epoch:
-    """Returns the epochs of a TurboLoader, whose order depends on a number that its user sets."""
-    numbers = iter(range(1 << 30))
-
-    def epoch() -> Iterator[Any]:
-        loader.set_epoch(next(numbers))
-        return map(images, loader)
-
-    return epoch
-
-
 PEERS = {
     "slipstream": Peer("slipstream", _slipstream),
     "litdata": Peer("litdata", _litdata),
     "mosaicml_streaming": Peer("streaming", _mosaicml),
     "spdl": Peer("spdl", _spdl),
     "turboloader": Peer("turboloader", _turboloader),
-    "turboloader_tar": Peer("turboloader", _turboloader_tar),
 }
 
 

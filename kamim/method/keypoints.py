@@ -233,7 +233,7 @@ def runs(table: np.ndarray) -> np.ndarray:
     return np.array(sorted(zip(end - start, row, start, strict=True)), np.int64)
 
 
-@kernel
+@bare_kernel
 def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     """Draws as `raster` does, for points on whole pixels; several times as fast if there are many.
 
@@ -259,7 +259,8 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
     for i in range(len(runs)):
         while length < runs[i, 0]:
             step = min(length, runs[i, 0] - length)
-            wider[:] = wide
+            for word in range(len(wide)):
+                wider[word] = wide[word]
             _add_moved(wide, step, wider)
             wide, wider, length = wider, wide, length + step
         _add_moved(wide, runs[i, 2], flat[runs[i, 1] * words :])

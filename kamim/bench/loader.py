@@ -41,7 +41,7 @@ from pipelines.plan import Plan
 from preprocess.sources import Item, Source
 
 RESOLUTION, PATCH_SIZE, TEMPERATURE = 192, 8, 0.25
-EPOCHS, STOCK_EPOCHS = 8, 2  # in a measured pass, so that starting it does not weigh in; of the reference, 1
+EPOCHS, STOCK_EPOCHS = 32, 2  # in a measured pass, so that starting it does not weigh in; of the reference, 1
 # What keypoints cost is a few per cent, less than two passes of the same differ by on a shared machine: so there are
 # shorter ones, and more.
 FINER, FINER_EPOCHS = 6, 4

@@ -25,7 +25,7 @@ from kamim.bench.rounds import Run, even_batch
 from kamim.storage.store import Store
 
 RESOLUTION, SCALE, RATIO = 192, (0.67, 1.0), (3 / 4, 4 / 3)
-EPOCHS = 8  # in a measured pass, as for kamim's loader
+EPOCHS = 8  # in a measured pass; processes and threads are kept between passes
 
 Epoch = Callable[[], Iterable[np.ndarray | torch.Tensor]]  # the batches of one epoch in a new random order
 

@@ -54,7 +54,7 @@ def test_installed_peers_take_part_and_missing_ones_do_not(
 ) -> None:
     given = {"fake": peers.Peer("json", fake), "missing": peers.Peer("no_such_package", broken)}
     monkeypatch.setattr(peers, "PEERS", given | {"broken": peers.Peer("json", broken)})
-    store = Store(stores["zarr"])
+    store, before = Store(stores["zarr"]), set(multiprocessing.active_children())
     with peers.peer_runs(store, tmp_path / "peers", 8, 2) as runs:
         assert list(runs) == ["fake", "broken"]
         assert runs["fake"]() == runs["fake"]() == peers.EPOCHS * len(store)
@@ -62,7 +62,7 @@ def test_installed_peers_take_part_and_missing_ones_do_not(
             runs["broken"]()
     written = [file.read_bytes() for file in sorted((tmp_path / "peers" / "files").iterdir())]
     assert written == [store.images.data(index).tobytes() for index in range(len(store))]
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

@@ -206,7 +206,7 @@ def write_files(store: Store, folder: Path) -> list[Path]:
     folder.mkdir(parents=True)
     files = [folder / f"{index:08}.jpg" for index in range(len(store))]
     for index, file in enumerate(files):
-        file.write_bytes(store.images.data(index))
+        file.write_bytes(store.images.data(index).tobytes())
     return files
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kamim import KamimError
 from kamim.bench import originals
+from kamim.bench.crops import PATCH_SIZE, RESOLUTION, SCALE, TEMPERATURE
 from kamim.bench.pixels import INTERVAL, RESAMPLES, SEED, StoredImage, compare_pixels
 from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
@@ -32,10 +33,10 @@ class FidelityCase:
     frames: the number of canonical frames per image, or None for the detector's own number.
     """
 
-    resolution: int = 192
-    crop_scale: tuple[float, float] = (0.67, 1.0)
-    patch_size: int = 8
-    temperature: float = 0.25
+    resolution: int = RESOLUTION
+    crop_scale: tuple[float, float] = SCALE
+    patch_size: int = PATCH_SIZE
+    temperature: float = TEMPERATURE
     frames: int | None = None
 
 

@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from kamim.bench.crops import RATIO, RESOLUTION, SCALE
 from kamim.bench.rounds import Run, even_batch
-from kamim.method import geometry
 from kamim.storage.store import Store
 
-RESOLUTION, SCALE, RATIO = 192, (0.67, 1.0), geometry.CROP_RATIO
 EPOCHS = 8  # in a measured pass; processes and threads are kept between passes
 
 Epoch = Callable[[], Iterable[np.ndarray | torch.Tensor]]  # the batches of one epoch in a new random order

@@ -24,6 +24,7 @@ import numpy as np
 import simplejpeg
 
 from kamim import KamimError
+from kamim.bench.crops import RESOLUTION, SCALE
 from kamim.detectors import detector, opencv
 from kamim.storage.store import Job
 from kamim.training import machine
@@ -54,7 +55,7 @@ def bench(
     shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]
     job = make_job(
         "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
-        resolution=192, crop_scale=(0.67, 1.0),
+        resolution=RESOLUTION, crop_scale=SCALE,
     )  # fmt: skip
     measured: list[Seconds] = []
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 Run = Callable[[], int]  # one measured pass; returns its number of images
 
@@ -25,6 +26,22 @@ def interleaved(
                 rates[name].append(images / (time.perf_counter() - start))
             progress(turn * len(runs) + number + 1, total)
     return rates
+
+
+def in_turn(
+    groups: Sequence[tuple[Mapping[str, Run], int]], progress: Callable[[int, int], None]
+) -> list[dict[str, list[float]]]:  # fmt: skip
+    """Returns `interleaved` of each group of (runs, rounds), one group after the other."""
+    passes = [len(runs) * (rounds + 1) for runs, rounds in groups]
+    rates = []
+    for number, (runs, rounds) in enumerate(groups):
+        before = sum(passes[:number])
+        rates.append(interleaved(runs, rounds, partial(_shifted, progress, before, sum(passes))))
+    return rates
+
+
+def _shifted(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def even_batch(images: int, most: int, workers: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kamim.bench.crops import PATCH_SIZE
 from kamim.bench.originals import read
 from kamim.bench.rounds import Run
 from kamim.bench.startup import Bare, repeat
@@ -20,7 +21,7 @@ from preprocess.plan import make_job
 from preprocess.record import record
 from preprocess.sources import Source
 
-SIDE, PATCH_SIZE = 32, 8  # px
+SIDE = 32  # px
 SAMPLES = 10_000
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim.bench.crops import PATCH_SIZE, RESOLUTION
 from kamim.detectors import detector
 from kamim.storage import gaps, mmap_array
 from kamim.storage.store import (
@@ -26,7 +27,7 @@ from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 
-RESOLUTION, BATCH, PATCH_SIZE = 192, 256, 8
+BATCH = 256
 MILLION = 1_000_000
 
 

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kamim import KamimError
-from kamim.bench.loader import PATCH_SIZE, RESOLUTION, ReferenceDataset, one_thread
+from kamim.bench.baselines import ReferenceDataset, one_thread
+from kamim.bench.crops import PATCH_SIZE, RESOLUTION
 from kamim.bench.rounds import Run, interleaved
 from kamim.method.masking import masked_count
 from kamim.method.objective import masked_l1

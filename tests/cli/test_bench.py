@@ -17,7 +17,7 @@ from test_peers import fake
 from torchvision.transforms.v2 import functional as F
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, fidelity, loader, peers, pixels, preprocess, small, startup, train
+from kamim.bench import baselines, evaluate, fidelity, loader, peers, pixels, preprocess, small, startup, train
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store, ZarrImages
@@ -89,7 +89,7 @@ def test_a_box_is_moved_by_one_pixel_within_the_image(box: tuple[int, ...], move
 
 
 def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) -> None:
-    dataset = loader.ReferenceDataset(list_source("imagefolder", class_folder, "train"))
+    dataset = baselines.ReferenceDataset(list_source("imagefolder", class_folder, "train"))
     crop, weights = dataset[3]
     assert crop.shape == (3, 192, 192)
     assert weights.shape == (24, 24)
@@ -100,7 +100,7 @@ def test_the_reference_loader_weighs_as_the_released_code(class_folder: Path) ->
 def test_bench_loader_reports_rates_and_ratios(
     class_folder: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "EPOCHS", 2)
+    monkeypatch.setattr(baselines, "EPOCHS", 2)
     monkeypatch.setattr(loader, "FINER", 1)
     monkeypatch.setattr(small, "SAMPLES", 300)
     monkeypatch.setattr(startup, "measure", lambda store: {"first_batch_seconds": 1.0})
@@ -204,11 +204,11 @@ def test_what_a_loader_costs_at_the_start_is_measured(stores: dict[str, Path], t
 def test_every_run_makes_every_image(class_folder: Path, stores: dict[str, Path]) -> None:
     store, source = Store(stores["zarr"]), list_source("imagefolder", class_folder, "train")
     runs = [
-        loader.reference(source, 8, 1),
-        loader.decode_only(store, 2),
+        baselines.reference(source, 8, 1),
+        baselines.decode_only(store, 2),
         loader.ours(store, store.keypoints("fast"), 8, 2, epochs=3),
     ]
-    assert [run() for run in runs] == [24, loader.EPOCHS * 24, 3 * 24]
+    assert [run() for run in runs] == [24, baselines.EPOCHS * 24, 3 * 24]
 
 
 class InProcess:

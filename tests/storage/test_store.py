@@ -292,7 +292,7 @@ def test_our_types_are_ffcvs() -> None:
 
 
 def read_by_stock_ffcv(file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all pixels and labels of a file, in order. Runs in a separate process (see bench.loader.stock_ffcv)."""
+    """Returns all pixels and labels of a file, in order. Run it in a process of its own (see baselines.stock_ffcv)."""
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 

@@ -81,25 +81,25 @@ def mixup_or_cutmix(
     images: Tensor, labels: Tensor, num_classes: int, seed: int, epoch: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """Applies MixUp or CutMix, at even odds for the whole batch, to each sample and the one before it (the first and
-    the last); alpha = 1, so the share of the sample itself is uniform in [0, 1). torchvision v2's definitions, MixUp to
-    within rounding.
+    the last); alpha = 1, so lam, the weight of the sample itself, is uniform in [0, 1). torchvision v2's definitions,
+    MixUp to within rounding.
 
     images: float [B, C, H, W]. labels: int64 [B], 0 .. num_classes - 1. Returns new images and the soft
     targets, float32 [B, num_classes].
     """
-    choice, share, x, y = (rng.unit(seed, epoch, step, rng.MIX, k) for k in range(4))
+    choice, lam, x, y = (rng.unit(seed, epoch, step, rng.MIX, k) for k in range(4))
     targets = one_hot(labels, num_classes).float()
     if choice < 0.5:
-        mixed = images.roll(1, 0).lerp_(images, share)
+        mixed = images.roll(1, 0).lerp_(images, lam)
     else:
         height, width = images.shape[-2:]
-        r, centre_x, centre_y = 0.5 * math.sqrt(1.0 - share), int(x * width), int(y * height)
+        r, centre_x, centre_y = 0.5 * math.sqrt(1.0 - lam), int(x * width), int(y * height)
         left, right = max(centre_x - int(r * width), 0), min(centre_x + int(r * width), width)
         top, bottom = max(centre_y - int(r * height), 0), min(centre_y + int(r * height), height)
         mixed = images.clone()
         mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right].roll(1, 0)
-        share = 1.0 - (right - left) * (bottom - top) / (width * height)
-    return mixed, targets.roll(1, 0).mul_(1.0 - share).add_(targets * share)
+        lam = 1.0 - (right - left) * (bottom - top) / (width * height)
+    return mixed, targets.roll(1, 0).mul_(1.0 - lam).add_(targets * lam)
 
 
 def mixed_batch(batch: Batch, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ class Batch:
     a class for every pixel, -1 without one.
     indices: int64 [B] on the CPU, the samples' numbers in the store; with `epoch` and the seed they name
     every random draw made for the batch. step: the optimiser step since the start of the run; last: whether
-    this micro-batch ends it on this rank; share: B over the step's samples on all ranks, so that a step's
-    loss is the sum of share * mean over its micro-batches.
+    this micro-batch ends it on this rank; share: its planned samples over those of the step on all ranks,
+    so that a step's loss is the sum of share * mean over its micro-batches. If a loader leaves out a damaged
+    sample, the others of its micro-batch weigh more.
 
     A loader may reuse the memory of a batch once the next one has been requested; `clone` keeps it.
     """

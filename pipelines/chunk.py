@@ -29,7 +29,7 @@ def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop,
     pipelines.turbojpeg; resized, see crop_planes; crop, uint8 [R, R, 3]. Everything that an address is computed from is
     checked here.
     """
-    made, results = crop.reshape(crop.size), out.reshape(len(out), crop.size)
+    crop_bytes, results = crop.reshape(crop.size), out.reshape(len(out), crop.size)
     for i in range(len(out)):
         if i + 1 < len(out) and addresses[i + 1] != 0:
             for offset in range(0, lengths[i + 1], _LINE):
@@ -40,7 +40,7 @@ def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop,
             and _crop(encoding, addresses[i], lengths[i], height, width, views[i], turbo, resized, crop)
         )
         if not failed[i]:
-            _stream(made, results[i])
+            _stream(crop_bytes, results[i])
 
 
 @kernel

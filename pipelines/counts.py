@@ -70,10 +70,10 @@ def _remapped_counts(
         if total > len(points):
             raise IndexError("more keypoints than there is room for")
         if coded:
-            found = decode_into(carray(pointer8(addresses[i]), total), frames[i, 0], frames[i, 1], decoded)
-            if found < 0:
+            decoded_count = decode_into(carray(pointer8(addresses[i]), total), frames[i, 0], frames[i, 1], decoded)
+            if decoded_count < 0:
                 raise IndexError("keypoints lie outside their frame")
-            positions = decoded[:found]  # at most counts[i], a number of bytes, to which remap clips
+            positions = decoded[:decoded_count]  # at most counts[i], a number of bytes, to which remap clips
         else:
             positions = carray(pointer16(addresses[i]), (total, 2))
         kept = kp.remap(
@@ -128,8 +128,8 @@ class OnlineCounts:
         """See Counter."""
         side = crops.pixels.shape[1]
         for crop, counts in zip(crops.pixels, out, strict=True):
-            found = self._detector.detect(crop)
-            counts[:] = kp.map_counts(kp.keypoint_map(found.xy, side, side, self._footprint), self.patch_size)
+            keypoints = self._detector.detect(crop)
+            counts[:] = kp.map_counts(kp.keypoint_map(keypoints.xy, side, side, self._footprint), self.patch_size)
 
     def will_need(self, indices: np.ndarray) -> None:
         """See Counter. Reads nothing besides the pixels."""

@@ -78,7 +78,8 @@ def crop_resize(pixels, view, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
     pixels: uint8 [H, W, 3]. out: uint8 [R, R, 3]. Both contiguous. Equal to cropping, torchvision's resize with
-    antialias=False, then the flips, to within one grey level. Raises ValueError for a crop that the image lacks.
+    antialias=False, then the flips, to within one grey level. Raises KamimError if the crop does not lie within the
+    image.
     """
     _, _, _, width, _, flip_h = view
     if not lies_within(view, pixels.shape[0], pixels.shape[1]):
@@ -117,5 +118,5 @@ def _resize(flat, pitch, view, offset, weight, near, far, last, resized, results
                 row = last
             _resize_row(row, offset, weight, near, far, resized[done % 2])
             done += 1
-        share = np.uint16(min((source - int(source)) * 65536, 65535.0))
-        _blend_rows(resized[upper % 2], resized[lower % 2], share, results[side - 1 - o if flip_v else o])
+        weight_below = np.uint16(min((source - int(source)) * 65536, 65535.0))
+        _blend_rows(resized[upper % 2], resized[lower % 2], weight_below, results[side - 1 - o if flip_v else o])

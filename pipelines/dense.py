@@ -3,7 +3,6 @@
 A crop is a pure function of (seed, epoch, index), the same one that pipelines.loader would take of such an image.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from kamim import KamimError
 from kamim.method import geometry
 from pipelines.batch import Batch, upload
 from pipelines.crop import crop_resize
-from pipelines.loader import CPU, Crop, SampleError
+from pipelines.loader import CPU, Crop, SampleError, default_workers
 from pipelines.plan import Plan
 
 T = TypeVar("T")
@@ -43,7 +42,7 @@ class DenseLoader:
     """Batches of resolution x resolution crops whose labels are int64 [B, R, R], -1 for pixels without a class.
 
     Images are resized bilinearly, masks by nearest neighbour. crop: random crops and flips, or None for whole images.
-    workers: threads; None is one per core.
+    workers: threads; None is one per core, divided among the processes of a machine.
     """
 
     source: DenseSource
@@ -60,7 +59,7 @@ class DenseLoader:
         """
         parts, side = self.plan.micro_batches, self.resolution
         places = ((part.epoch, index) for part in parts(first, stop) for index in part.indices.tolist())
-        workers = self.workers or len(os.sched_getaffinity(0))
+        workers = self.workers or default_workers()
         with closing(_in_order(self._load, places, AHEAD * self.plan.largest_micro_batch, workers)) as samples:
             for part in parts(first, stop):
                 images = np.empty((len(part.indices), side, side, 3), np.uint8)

@@ -44,6 +44,11 @@ READ_AHEAD = 1024
 CHUNKS = (16, 128)
 
 
+def default_workers() -> int:
+    """Returns the number of loader threads: the cores, divided among the processes that torchrun started here."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 class SampleError(KamimError, RuntimeError):
     """A sample of the store cannot be loaded; the message names the store and the sample."""
 
@@ -80,7 +85,7 @@ class Loader:
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: the source of the keypoint
     counts, or None for no counts. augment: changes images after they are cropped, in the worker threads; its errors
     are raised unchanged. device: where batches are delivered; copies to a GPU overlap with the use of the batch before.
-    on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its batch, counted and
+    on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its micro-batch and
     logged.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
@@ -100,14 +105,13 @@ class Loader:
     ):  # fmt: skip
         self.plan = plan
         self.step = 0
-        self.skipped = 0
         self._store = store
         self._images = store.images
         self._resolution = resolution
         self._crop = crop
         self._counter = counter
         self._augment = augment
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or default_workers()
         self._device = device
         self._on_error = on_error
         self._largest = turbojpeg.room_for(self._images.sizes), int(self._images.sizes[:, 0].max())
@@ -200,7 +204,6 @@ class Loader:
             if not good:
                 raise error
             _LOG.warning("%s; left out", error)
-        self.skipped += len(slot.bad)
         slot.bad = {}
         for tensor in (slot.images, slot.counts):
             if tensor is not None:
@@ -240,7 +243,7 @@ class Loader:
             raise KamimError(f"{len(data)} bytes are not {width}x{height} px in the encoding {encoding}")
         image = simplejpeg.decode_jpeg(data, buffer=scratch.room)
         if image.shape != (height, width, 3):
-            raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store says {width}x{height}")
+            raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store lists {width}x{height} px")
         crop_resize(image, crops.views[0], crops.pixels[0])
 
     def _count(self, counter: Counter, crops: Crops, scratch: Scratch, slot: _Slot, start: int) -> None:

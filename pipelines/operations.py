@@ -30,13 +30,13 @@ class Tables(NamedTuple):
     """Lookup tables of the operations for images of H x W px, by setting (see magnitudes).
 
     moves: int32 [5, 62, H * W], of each operation that moves pixels: 1 + the input pixel of each output pixel, 0 for
-    outside. maps: uint8 [14, 62, 256], of Brightness, Posterize and Solarize: the new value of a value. shares: float32
-    [62, 2], of Color, Contrast and Sharpness: 1 + the magnitude, the image's own share; 1 - that, the other image's.
+    outside. maps: uint8 [14, 62, 256], of Brightness, Posterize and Solarize: the new value of a value. factors:
+    float32 [62, 2], of Color, Contrast and Sharpness: 1 + the magnitude, the image's own; 1 - that, the other image's.
     """
 
     moves: np.ndarray
     maps: np.ndarray
-    shares: np.ndarray
+    factors: np.ndarray
 
 
 @lru_cache(maxsize=2)
@@ -48,8 +48,8 @@ def tables(height: int, width: int) -> Tables:
     for op in _MAPS:
         maps[OPS.index(op)] = [_of_torchvision(op, m, values).flatten().numpy() for m in magnitudes(op)]
     own = 1 + np.array(magnitudes("Color"))
-    shares = np.stack([own, 1 - own], 1).astype(np.float32)
-    return Tables(torch.stack([torch.stack(rows) for rows in moves]).numpy(), maps, shares)
+    factors = np.stack([own, 1 - own], 1).astype(np.float32)
+    return Tables(torch.stack([torch.stack(rows) for rows in moves]).numpy(), maps, factors)
 
 
 def magnitudes(op: str) -> list[float]:
@@ -61,10 +61,10 @@ def magnitudes(op: str) -> list[float]:
 
 
 def _of_torchvision(op: str, magnitude: float, image: Tensor) -> Tensor:
-    made: Tensor = _LIBRARY._apply_image_or_video_transform(
+    moved: Tensor = _LIBRARY._apply_image_or_video_transform(
         image, op, magnitude, _LIBRARY.interpolation, _LIBRARY._fill
     )
-    return made
+    return moved
 
 
 @kernel
@@ -75,11 +75,11 @@ def apply_operation(image, op, setting, tables):
     if op <= _ROTATE:
         _move(image, tables.moves[op - 1, setting])
     elif op == _COLOR:
-        _color(image, tables.shares[setting])
+        _color(image, tables.factors[setting])
     elif op == _CONTRAST:
-        _contrast(image, tables.shares[setting])
+        _contrast(image, tables.factors[setting])
     elif op == _SHARPNESS:
-        _sharpness(image, tables.shares[setting])
+        _sharpness(image, tables.factors[setting])
     elif op == _AUTOCONTRAST:
         _autocontrast(image)
     elif op == _EQUALIZE:
@@ -133,9 +133,9 @@ def _grey(red, green, blue):
 
 
 @kernel
-def _color(image, shares):
+def _color(image, factors):
     """Blends the image with its grey version."""
-    own, other = shares
+    own, other = factors
     x = image.reshape(-1)
     for i in range(x.size // 3):
         red, green, blue = np.float32(x[3 * i]), np.float32(x[3 * i + 1]), np.float32(x[3 * i + 2])
@@ -146,9 +146,9 @@ def _color(image, shares):
 
 
 @kernel
-def _contrast(image, shares):
+def _contrast(image, factors):
     """Blends the image with its mean grey, whose sum is exact; torchvision's is, too, up to 65793 pixels."""
-    own, other = shares
+    own, other = factors
     x, total = image.reshape(-1), np.int64(0)
     for i in range(x.size // 3):
         total += np.int32(_grey(np.float32(x[3 * i]), np.float32(x[3 * i + 1]), np.float32(x[3 * i + 2])))
@@ -160,20 +160,20 @@ def _contrast(image, shares):
 
 
 @kernel
-def _sharpness(image, shares):
+def _sharpness(image, factors):
     """Blends the image with its 3 x 3 smoothed version, whose edge pixels are unchanged."""
-    height, length, other = image.shape[0], 3 * image.shape[1], shares[1]
+    height, length, other = image.shape[0], 3 * image.shape[1], factors[1]
     rows, out = image.copy().reshape(height, length), image.reshape(height, length)
     column = np.empty(length, np.int32)
     for y in range(1, height - 1):
-        upper, middle, lower, made = rows[y - 1], rows[y], rows[y + 1], out[y]
+        upper, middle, lower, result = rows[y - 1], rows[y], rows[y + 1], out[y]
         for i in range(length):
             column[i] = np.int32(upper[i]) + np.int32(middle[i]) + np.int32(lower[i])
         for i in range(length - 6):
             x = np.float32(middle[i + 3])
             # Weights 1 1 1, 1 5 1, 1 1 1 over 13, rounded; a 13th is never half.
             box = column[i] + column[i + 3] + column[i + 6] + 4 * np.int32(middle[i + 3])
-            made[i + 3] = _byte(_fma(np.float32(np.uint32(box + 6) // np.uint32(13)) - x, other, x))
+            result[i + 3] = _byte(_fma(np.float32(np.uint32(box + 6) // np.uint32(13)) - x, other, x))
 
 
 @kernel

@@ -48,27 +48,28 @@ def all_samples(store: Store) -> Samples:
 def some_per_class(store: Store, n: int, seed: int) -> Samples:
     """Selects n samples of every class if all samples have a label, else all samples.
 
-    Raises KamimError if a class has fewer than n samples.
+    Raises KamimError if a class has fewer than n samples, but some.
     """
     labels = store.images.labels
     if (labels < 0).any():
         return all_samples(store)
     counts = np.bincount(labels)
     for label, count in enumerate(counts.tolist()):
-        if count < n:
+        if 0 < count < n:
             name = store.manifest.classes[label]
-            raise KamimError(f"per_class = {n}: class {name!r} has {count} samples; choose at most {counts.min()}")
+            raise KamimError(
+                f"per_class = {n}: class {name!r} has {count} samples; choose at most {counts[counts > 0].min()}"
+            )
     return Samples(store, n_per_class(labels, n, seed))
 
 
 def n_per_class(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Returns indices of n samples of every class 0 .. max(labels), ascending: int64 [classes * n]. A pure function.
+    """Returns the indices of n samples of every class, or of all if a class has fewer: int64, ascending.
 
-    Every class must have n samples.
+    labels: int64 [N], at least 0. A pure function.
     """
     counts = np.bincount(labels)
-    assert counts.min() >= n
     order = rng.permutation(seed, 0, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    first = np.cumsum(counts) - counts
-    return np.sort(by_class[(first[:, None] + np.arange(n)).ravel()])
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(by_class[rank_in_class < n])

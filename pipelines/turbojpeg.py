@@ -46,22 +46,22 @@ def library() -> ctypes.CDLL | None:
     """Loads TurboJPEG, or returns None if it is not installed."""
     for name in (LIBRARY, str(Path(sys.prefix, "lib", LIBRARY)), "libturbojpeg.0.dylib"):
         try:
-            found = ctypes.CDLL(name)
+            loaded = ctypes.CDLL(name)
         except OSError:
             continue
-        found.tjInitDecompress.restype = ctypes.c_void_p
-        found.tjDestroy.argtypes = (ctypes.c_void_p,)
-        return found
+        loaded.tjInitDecompress.restype = ctypes.c_void_p
+        loaded.tjDestroy.argtypes = (ctypes.c_void_p,)
+        return loaded
     return None
 
 
 def turbo(room: np.ndarray) -> Turbo:
     """Returns the input of decode_planes, for one thread at a time. Its decompressor lives as long as `functions`."""
-    functions, found = np.zeros(3, np.uint64), library()
-    if found is not None and (handle := found.tjInitDecompress()):
-        calls = (found.tjDecompressHeader3, found.tjDecompressToYUVPlanes)
+    functions, loaded = np.zeros(3, np.uint64), library()
+    if loaded is not None and (handle := loaded.tjInitDecompress()):
+        calls = (loaded.tjDecompressHeader3, loaded.tjDecompressToYUVPlanes)
         functions[:] = handle, *(ctypes.cast(call, ctypes.c_void_p).value for call in calls)
-        weakref.finalize(functions, found.tjDestroy, handle)
+        weakref.finalize(functions, loaded.tjDestroy, handle)
     return Turbo(functions, np.empty(4, np.int32), np.empty(3, np.uint64), np.empty(3, np.int32), room)
 
 

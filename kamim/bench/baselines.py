@@ -44,8 +44,8 @@ class ReferenceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor
         image = Image.open(Path(self._source.location, item.key)).convert("RGB")
         crop = self._transform(F.pil_to_tensor(image))
         pixels = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
-        found = cv2.FastFeatureDetector_create().detect(pixels, None)  # type: ignore[attr-defined]
-        canvas = cv2.drawKeypoints(np.zeros_like(pixels), found, None, color=(255, 255, 255))  # type: ignore[call-overload]
+        keypoints = cv2.FastFeatureDetector_create().detect(pixels, None)  # type: ignore[attr-defined]
+        canvas = cv2.drawKeypoints(np.zeros_like(pixels), keypoints, None, color=(255, 255, 255))  # type: ignore[call-overload]
         bitmap = torch.from_numpy(canvas[..., 0] > 0).float()[None]
         counts = torch.nn.functional.avg_pool2d(bitmap, PATCH_SIZE)[0] * PATCH_SIZE**2
         return crop, counts_to_weights(counts, PATCH_SIZE, TEMPERATURE)
@@ -68,13 +68,13 @@ class StoredDataset(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def one_thread(_: int) -> None:
-    """For the worker processes of a DataLoader."""
+    """Sets OpenCV and torch to one thread, in a worker process of a DataLoader."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
 
 def reference(source: Source, batch: int, workers: int) -> Run:
-    """The released code's way, from the original files, one worker process per core."""
+    """Returns a pass of the released code's method on the original files, with one worker process per core."""
     loader = torch.utils.data.DataLoader(
         ReferenceDataset(source), even_batch(len(source.items), batch, workers), shuffle=True, num_workers=workers,
         persistent_workers=True, worker_init_fn=one_thread,
@@ -83,7 +83,7 @@ def reference(source: Source, batch: int, workers: int) -> Run:
 
 
 def torchvision_jpeg(store: Store, batch: int, workers: int) -> Run:
-    """torchvision's decode_jpeg and RandomResizedCrop in a DataLoader, one worker process per core, no keypoints."""
+    """Returns a pass of decode_jpeg and RandomResizedCrop in a DataLoader with one process per core; no keypoints."""
     loader = torch.utils.data.DataLoader(
         StoredDataset(store), even_batch(len(store), batch, workers), shuffle=True, num_workers=workers,
         persistent_workers=True, worker_init_fn=one_thread,
@@ -92,7 +92,7 @@ def torchvision_jpeg(store: Store, batch: int, workers: int) -> Run:
 
 
 def decode_only(store: Store, workers: int) -> Run:
-    """Decoding the store's own JPEGs with as many threads, and nothing else."""
+    """Returns passes that decode the store's own JPEGs in as many threads, and do nothing else."""
 
     def part(first: int) -> int:
         indices = range(first, len(store), workers)
@@ -109,7 +109,7 @@ def decode_only(store: Store, workers: int) -> Run:
 
 
 def stock_ffcv(process: ProcessPoolExecutor, file: Path, batch: int, workers: int) -> Run:
-    """ffcv's own loader on a file of images, without keypoints, in a process of its own.
+    """Returns passes of ffcv's own loader on a file of images, without keypoints, in a process of its own.
 
     Its OSCacheManager.state_type (ffcv 1.0.2) makes numba's type of uint8 arrays read-only for the whole process,
     after which no kernel that writes to one compiles.

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from kamim import KamimError
+from kamim.bench.baselines import one_thread
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
 from kamim.evaluation.attentive import CachedTokens, build_head, fitted
@@ -68,17 +69,13 @@ def _original(source: Source, index: int) -> Tensor:
     return pil_to_tensor(Image.open(Path(source.location, source.items[index].key)).convert("RGB"))
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
 def torchvision_rate(
     decode: Decode, count: int, resolution: int, batch: int, workers: int, augmented: bool
 ) -> Callable[[], int]:
     """Returns a pass of a DataLoader with one worker process per core."""
     loader = torch.utils.data.DataLoader(
         TorchvisionDataset(decode, count, resolution, augmented), even_batch(count, batch, workers),
-        num_workers=workers, persistent_workers=True, worker_init_fn=_one_thread,
+        num_workers=workers, persistent_workers=True, worker_init_fn=one_thread,
     )  # fmt: skip
     return lambda: sum(len(images) for images in loader)
 
@@ -173,10 +170,10 @@ def bench(
     return {
         "images_per_second": rate,
         "ratios": {
-            "loader_over_torchvision": rate["loader"] / rate["torchvision_resized"],
-            "augmented_over_torchvision": rate["augmented"] / rate["torchvision"],
-            "augmented_over_torchvision_stored": rate["augmented"] / rate["torchvision_stored"],
-            "block_over_whole_pass": rate["forward"] / rate["forward_to_block"],
+            "loader_over_torchvision": paired(rates["loader"], rates["torchvision_resized"]),
+            "augmented_over_torchvision": paired(rates["augmented"], rates["torchvision"]),
+            "augmented_over_torchvision_stored": paired(rates["augmented"], rates["torchvision_stored"]),
+            "block_over_whole_pass": paired(rates["forward"], rates["forward_to_block"]),
             "probe_over_sweep": probe_hours / sweep_hours,
             "ep_over_mean_time": paired(rates["mean"], rates["ep"]),
             "abmilp_over_mean_time": paired(rates["mean"], rates["abmilp"]),

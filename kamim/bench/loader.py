@@ -44,7 +44,7 @@ SMALL_BATCH = 256
 def bench(
     store: Store, source: Source, batch: int, rounds: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Rates (images per second, medians) and ratios. batch: the store's images at most.
+    """Returns rates (images per second, medians) and ratios. batch: the store's images at most.
 
     small_images_per_thread: of 32 px images, in a second of the processor, on one thread. python_us_per_image: the
     processor's time for one of them, less that of the compiled loops alone. decoder: planes, or pixels without
@@ -53,28 +53,27 @@ def bench(
     Raises KamimError for a store without JPEGs or without FAST's keypoints.
     """
     check_jpeg(store)
-    store.keypoints("fast")  # which startup.measure needs
+    fast = store.keypoints("fast")
     source, batch = accepted(source, store), min(batch, len(store))
     cv2.setNumThreads(1)  # OpenCV's threads do not survive the DataLoader's fork
     workers = len(os.sched_getaffinity(0))
-    keypoints = {name: store.keypoints(name) for name in store.detectors}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         planes, small = write_planes(store, folder / "planes"), write_small(source, folder / "small")
-        with_and_without = {"simmim": None, **keypoints}
+        of_methods = {"simmim": None, **{name: store.keypoints(name) for name in store.detectors}}
         runs = {
             **baseline_runs(stack, store, source, folder, batch, workers),
-            **{name: ours(store, found, batch, workers, baselines.EPOCHS) for name, found in with_and_without.items()},
-            "yuv420": ours(planes, next(iter(keypoints.values())), batch, workers, baselines.EPOCHS),
+            **{name: ours(store, used, batch, workers, baselines.EPOCHS) for name, used in of_methods.items()},
+            "yuv420": ours(planes, fast, batch, workers, baselines.EPOCHS),
         }
-        finer = {name: ours(store, found, batch, workers, FINER_EPOCHS) for name, found in with_and_without.items()}
+        finer = {name: ours(store, used, batch, workers, FINER_EPOCHS) for name, used in of_methods.items()}
         small_runs = {f"small_{n}": ours(small.images, small.keypoints, SMALL_BATCH, n, 1, SIDE) for n in (1, 2)}
         groups = ((runs, rounds), (small_runs, FINER * rounds), (finer, FINER * rounds))
         rates, small_rates, finer_rates = in_turn(groups, progress)
         timed = (small_runs["small_1"], kernels_only(small))
         processor = np.array([[processor_us(run) for run in timed] for _ in range(FINER * rounds)])
         quality = planes_quality(store, planes, RESOLUTION)
-    medians = {name: statistics.median(made) for name, made in (rates | small_rates).items()}
+    medians = {name: statistics.median(of_rounds) for name, of_rounds in (rates | small_rates).items()}
     return {
         "small_images_per_thread": float(1e6 / np.median(processor[:, 0])),
         "python_us_per_image": float(np.median(processor[:, 0] - processor[:, 1])),
@@ -97,10 +96,9 @@ def baseline_runs(
         spawn = multiprocessing.get_context("spawn")
         process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
         short, raw = write_short_side(source, folder / "short"), write_raw(store, folder / "raw")
-        keypoints = store.keypoints(next(iter(store.detectors)))
         runs["short_side"] = ours(short, None, batch, workers, baselines.EPOCHS)
         runs["short_side_stock_ffcv"] = baselines.stock_ffcv(process, short.path, batch, workers)
-        runs["raw"] = ours(raw, keypoints, batch, workers, baselines.EPOCHS)
+        runs["raw"] = ours(raw, store.keypoints("fast"), batch, workers, baselines.EPOCHS)
     return runs | stack.enter_context(peers.peer_runs(store, folder / "peers", batch, workers))
 
 
@@ -108,19 +106,17 @@ def ratios(
     rates: Mapping[str, Sequence[float]], small: Mapping[str, Sequence[float]], finer: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:  # fmt: skip
     """Returns the ratios of the runs that took part: the median of the rounds' ratios, from rates by round."""
-    detectors = [name for name in finer if name != "simmim"]
-    best = detectors[0]
     pairs = {
-        "ratio_to_reference": (best, "reference"), "ratio_to_jpeg_decode": (best, "jpeg_decode"),
+        "ratio_to_reference": ("fast", "reference"), "ratio_to_jpeg_decode": ("fast", "jpeg_decode"),
         "ratio_to_torchvision_jpeg": ("simmim", "torchvision_jpeg"),
-        "ratio_to_stock_ffcv": (best, "short_side_stock_ffcv"), "raw_over_jpeg": ("raw", best),
-        "yuv420_over_jpeg": ("yuv420", best),
+        "ratio_to_stock_ffcv": ("fast", "short_side_stock_ffcv"), "raw_over_jpeg": ("raw", "fast"),
+        "yuv420_over_jpeg": ("yuv420", "fast"),
         "ratio_to_stock_ffcv_same_file": ("short_side", "short_side_stock_ffcv"),
         **{f"ratio_to_{name}": ("simmim", name) for name in peers.PEERS},
     }  # fmt: skip
     return {
         **{name: paired(rates[a], rates[b]) for name, (a, b) in pairs.items() if {a, b} <= rates.keys()},
-        **{f"{name}_over_simmim": paired(finer[name], finer["simmim"]) for name in detectors},
+        **{f"{name}_over_simmim": paired(finer[name], finer["simmim"]) for name in finer if name != "simmim"},
         "two_threads_over_one": paired(small["small_2"], small["small_1"]),
     }
 
@@ -128,7 +124,7 @@ def ratios(
 def ours(
     store: Images, keypoints: Keypoints | None, batch: int, workers: int, epochs: int, resolution: int = RESOLUTION
 ) -> Run:
-    """kamim's loader; keypoints None: images alone, as SimMIM needs them."""
+    """Returns passes of kamim's loader. keypoints: None for images alone, as SimMIM needs them."""
     counter = None if keypoints is None else CachedCounts(keypoints, "ring", PATCH_SIZE)
     plan = Plan(len(store.images.labels), batch, batch, seed=0, drop_last=False)
     loader = Loader(store, plan, resolution, crop=Crop(), counter=counter, workers=workers)
@@ -136,13 +132,13 @@ def ours(
 
     def run() -> int:
         first = next(passes) * epochs * plan.steps_per_epoch
-        return sum(len(made) for made in loader.steps(first, first + epochs * plan.steps_per_epoch))
+        return sum(len(crops) for crops in loader.steps(first, first + epochs * plan.steps_per_epoch))
 
     return run
 
 
 def write_short_side(source: Source, file: Path) -> Bare:
-    """The source as people make FFCV files: short side SHORT_SIDE px, JPEG of quality 90. Needs the ffcv package."""
+    """Writes the source as FFCV files are usually made: short side SHORT_SIDE px, JPEG of quality 90."""
 
     def images() -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
         for item in source.items:
@@ -157,7 +153,7 @@ def write_short_side(source: Source, file: Path) -> Bare:
 
 
 def write_raw(store: Store, file: Path) -> Bare:
-    """The store's images without JPEG. Needs the ffcv package."""
+    """Writes the store's images without JPEG, as an FFCV file."""
 
     def images() -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
         for index, label in enumerate(store.images.labels):

@@ -36,7 +36,7 @@ class Peer:
 
     package: the import name whose presence means that the peer is installed. open: called with (JPEG files, an empty
     folder for the peer's format, batch size, number of threads or worker processes), returns an epoch's batches,
-    uint8 [n, 192, 192, 3] or [n, 3, 192, 192].
+    uint8 [n, R, R, 3] or [n, 3, R, R] with R = RESOLUTION.
     """
 
     package: str
@@ -50,7 +50,7 @@ def _slipstream(files: list[Path], folder: Path, batch: int, workers: int) -> Ep
     crop = DecodeRandomResizedCrop(RESOLUTION, scale=SCALE, ratio=RATIO, num_threads=workers)
     source = _SlipstreamSource(files, folder)
     loader = SlipstreamLoader(source, batch, drop_last=False, pipelines={"image": [crop]}, verbose=False)
-    return lambda: (made["image"] for made in loader)
+    return lambda: (batch["image"] for batch in loader)
 
 
 @dataclass(frozen=True)

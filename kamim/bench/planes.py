@@ -10,13 +10,14 @@ from kamim.bench.startup import Bare
 from kamim.method import geometry
 from kamim.method.colour import planes_bytes, to_planes
 from kamim.storage.store import Images, Store, ZarrImages, write_zarr_images
+from pipelines.batch import Batch
 from pipelines.crop import crop_resize
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 
 
 def write_planes(store: Store, folder: Path) -> Bare:
-    """The images of a JPEG store in the encoding yuv420."""
+    """Writes the images of a JPEG store in the encoding yuv420."""
 
     def images() -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
         for index, label in enumerate(store.images.labels):
@@ -29,31 +30,33 @@ def write_planes(store: Store, folder: Path) -> Bare:
 
 
 def planes_quality(store: Store, planes: Images, resolution: int) -> dict[str, float]:
-    """Crops of the store's JPEGs as the loader decodes them, and of write_planes' images, against crops of whole RGB.
+    """Compares crops of the store's JPEGs as the loader decodes them, and of write_planes' images, with crops of RGB.
 
-    PSNR in dB, over RGB and all crops, and the mean absolute difference in grey levels.
+    Returns the PSNR in dB, over RGB and all crops, and the mean absolute difference in grey levels.
     """
-    exact = _rgb_crops(store, resolution)
     result = {}
     for name, images in (("jpeg", store), ("yuv420", planes)):
-        difference = _crops(images, resolution).astype(np.float32) - exact
-        result[f"{name}_psnr"] = float(10 * np.log10(255**2 / max(np.square(difference).mean(), 1e-9)))
-        result[f"{name}_mean_difference"] = float(np.abs(difference).mean())
+        squared = absolute = 0.0
+        for batch in _crops(images, resolution):
+            difference = batch.images.numpy().astype(np.float32) - _rgb_crops(store, batch.indices, resolution)
+            squared += float(np.square(difference).sum(dtype=np.float64))
+            absolute += float(np.abs(difference).sum(dtype=np.float64))
+        values = len(store) * resolution**2 * 3
+        result[f"{name}_psnr"] = float(10 * np.log10(255**2 / max(squared / values, 1e-9)))
+        result[f"{name}_mean_difference"] = absolute / values
     return result
 
 
-def _crops(images: Images, resolution: int) -> np.ndarray:
-    """A random crop of every image, as the loader makes it: uint8 [N, R, R, 3]."""
-    count = len(images.images.labels)
-    plan = Plan(count, count, 128, seed=0, order="stored")
-    parts = Loader(images, plan, resolution, crop=Crop()).steps(0, 1)
-    return np.concatenate([part.images.numpy().copy() for part in parts])
+def _crops(images: Images, resolution: int) -> Iterator[Batch]:
+    """Yields a random crop of every image, as the loader makes it."""
+    plan = Plan(len(images.images.labels), len(images.images.labels), 128, seed=0, order="stored")
+    return Loader(images, plan, resolution, crop=Crop()).steps(0, 1)
 
 
-def _rgb_crops(store: Store, resolution: int) -> np.ndarray:
-    """The same crops of whole images, decoded to RGB: uint8 [N, R, R, 3]."""
-    crop, out = Crop(), np.empty((len(store), resolution, resolution, 3), np.uint8)
-    views = geometry.crop_views(store.images.sizes, crop.scale, crop.ratio, 0, 0, np.arange(len(store)))
-    for index, view in enumerate(views):
-        crop_resize(simplejpeg.decode_jpeg(store.images.data(index)), view, out[index])
+def _rgb_crops(store: Store, indices: np.ndarray, resolution: int) -> np.ndarray:
+    """Returns the same crops of whole images, decoded to RGB: uint8 [n, R, R, 3]."""
+    crop, out = Crop(), np.empty((len(indices), resolution, resolution, 3), np.uint8)
+    views = geometry.crop_views(store.images.sizes[indices], crop.scale, crop.ratio, 0, 0, indices)
+    for row, (index, view) in enumerate(zip(indices.tolist(), views, strict=True)):
+        crop_resize(simplejpeg.decode_jpeg(store.images.data(index)), view, out[row])
     return out

@@ -25,6 +25,7 @@ import simplejpeg
 
 from kamim import KamimError
 from kamim.bench.crops import RESOLUTION, SCALE
+from kamim.bench.rounds import paired
 from kamim.detectors import detector, opencv
 from kamim.storage.store import Job
 from kamim.training import machine
@@ -159,14 +160,11 @@ def _report(measured: Sequence[Seconds], images: int) -> dict[str, Any]:
     rounds = {name: [images / seconds[name] for seconds in measured] for name in measured[0]}
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
 
-    def ratio(over: str, under: str) -> float:
-        return statistics.median(a / b for a, b in zip(rounds[over], rounds[under], strict=True))
-
     ratios = {
-        "whole_fast_over_jpeg_decode": ratio("whole_fast", "jpeg_decode"),
-        "fast_over_opencv": ratio("fast_found", "fast_found_by_opencv"),
-        "two_workers_over_one": ratio("workers_2_wall", "workers_1_wall"),
-        "two_workers_over_one_busiest": ratio("workers_2_busiest", "workers_1_busiest"),
+        "whole_fast_over_jpeg_decode": paired(rounds["whole_fast"], rounds["jpeg_decode"]),
+        "fast_over_opencv": paired(rounds["fast_found"], rounds["fast_found_by_opencv"]),
+        "two_workers_over_one": paired(rounds["workers_2_wall"], rounds["workers_1_wall"]),
+        "two_workers_over_one_busiest": paired(rounds["workers_2_busiest"], rounds["workers_1_busiest"]),
     }
     return {
         "images_per_second": medians, "ratios": ratios, "rounds": rounds, "images": images,

@@ -34,7 +34,7 @@ class SmallStore:
 
 
 def write_small(source: Source, folder: Path) -> SmallStore:
-    """SAMPLES samples of SIDE x SIDE px: the source's photographs, JPEG of quality 90, over and over."""
+    """Writes SAMPLES samples of SIDE x SIDE px: the source's photographs, JPEG of quality 90, over and over."""
     job = make_job(
         "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90, resolution=SIDE
     )
@@ -57,7 +57,7 @@ def write_small(source: Source, folder: Path) -> SmallStore:
 
 
 def kernels_only(small: SmallStore) -> Run:
-    """What the loader's compiled loops do for all samples of a SmallStore, in one thread and one call each."""
+    """Returns a pass of the loader's compiled loops over a SmallStore, in one thread and one call each."""
     images, counter = small.images.images, CachedCounts(small.keypoints, "ring", PATCH_SIZE)
     indices = np.arange(len(images.labels))
     loader = Loader(small.images, Plan(len(indices), 1, 1, seed=0), SIDE, crop=Crop(), workers=1)
@@ -74,7 +74,7 @@ def kernels_only(small: SmallStore) -> Run:
 
 
 def processor_us(run: Run) -> float:
-    """Microseconds of the processor, on all threads, for an image of a pass; other processes hardly disturb it."""
+    """Returns the processor's microseconds, of all threads, per image of a pass; other processes hardly disturb it."""
     start = time.process_time()
     images = run()
     return (time.process_time() - start) / images * 1e6

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kamim import KamimError
 from kamim.bench.baselines import ReferenceDataset, one_thread
 from kamim.bench.crops import PATCH_SIZE, RESOLUTION
-from kamim.bench.rounds import Run, interleaved
+from kamim.bench.rounds import Run, interleaved, paired
 from kamim.method.masking import masked_count
 from kamim.method.objective import masked_l1
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
@@ -240,8 +240,8 @@ def bench(
     return {
         "images_per_second": medians,
         "ratios": {
-            "kamim_over_plain": medians["kamim"] / medians["plain"],
-            "kamim_over_simmim": medians["kamim"] / medians["simmim"],
+            "kamim_over_plain": paired(rates["kamim"], rates["plain"]),
+            "kamim_over_simmim": paired(rates["kamim"], rates["simmim"]),
         },
         "flop_utilisation": {of: rate * each / arithmetic for of, rate in medians.items()},
         "data_wait_share": {of: statistics.median(loop.shares[1:]) for of, loop in loops.items()},

@@ -37,6 +37,7 @@ from kamim.storage.escape import one_line, printable
 if TYPE_CHECKING:
     from kamim.evaluation.config import Evaluation
     from kamim.evaluation.position import Position
+    from kamim.storage.store import Store
     from kamim.training.config import Pretrain
     from kamim.training.settings import Section
 
@@ -301,8 +302,9 @@ def check_exists(name: str, path: Path | None) -> None:
         raise KamimError(f"{name} = {path}: no such file or folder".removeprefix(" = "))
 
 
-def check_run(config: "Pretrain") -> None:
-    """Checks a run's inputs, without torch. Raises KamimError for paths and keypoints that are missing."""
+def check_run(config: "Pretrain") -> "Store":
+    """Checks a run's inputs, without torch, and returns its store. Raises KamimError for paths and keypoints that are
+    missing."""
     from kamim.storage.store import Store
     from kamim.training.run_folder import check_keypoints
 
@@ -312,6 +314,7 @@ def check_run(config: "Pretrain") -> None:
         check_store(config.probe.train)
         check_store(config.probe.val)
     check_keypoints(config, store)
+    return store
 
 
 def check_stores(config: "Evaluation", modes: Sequence[str]) -> None:

@@ -55,8 +55,7 @@ def pretrain(
     if show_config:
         print_config(resolved)
         return
-    check_run(resolved)
-    check_free(resolved, resume == "never")
+    check_free(resolved, check_run(resolved), resume == "never")
     method = "simmim" if resolved.weighting is None else "kamim"
     title = f"pretrain {method} {resolved.model.name}"
     try:

@@ -42,8 +42,8 @@ class SweepResults:
 
     def scores(self, group: Sequence[GridPoint], mode: str) -> dict[str, float]:
         """Returns the scores of a setting in a mode, by seed."""
-        found = {point.seed: self.by_point.get((point.name, mode)) for point in group}
-        return {seed: r.measured.score for seed, r in found.items() if r is not None and r.measured.score is not None}
+        results = {point.seed: self.by_point.get((point.name, mode)) for point in group}
+        return {seed: r.measured.score for seed, r in results.items() if r is not None and r.measured.score is not None}
 
 
 def runs_table(sweep: SweepResults) -> Table:

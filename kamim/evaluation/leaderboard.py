@@ -64,8 +64,8 @@ class Row:
     @property
     def settings(self) -> list[EvalSettings]:
         """The settings of all results, those that record the run's seed first."""
-        found = [result.settings for result in self.results.values()]
-        return sorted(found, key=lambda settings: settings.run_seed is None)
+        settings_of_runs = [result.settings for result in self.results.values()]
+        return sorted(settings_of_runs, key=lambda settings: settings.run_seed is None)
 
     @property
     def names(self) -> str:
@@ -75,8 +75,8 @@ class Row:
     @property
     def scores(self) -> dict[str, float]:
         """The scores by the column's title."""
-        found = {title: result.measured.score for title, result in self.results.items()}
-        return {title: score for title, score in found.items() if score is not None}
+        scores = {title: result.measured.score for title, result in self.results.items()}
+        return {title: score for title, score in scores.items() if score is not None}
 
     @property
     def setting(self) -> str | None:

@@ -321,7 +321,7 @@ def cell_counts(bitmap, patch_size, counts):
     if counts.shape[0] * patch_size > bitmap.shape[0] - STAMP_ROWS - 1 or (
         counts.shape[1] * patch_size > WORD * bitmap.shape[1] - 2 * MARGIN
     ):
-        raise KamimError("the cells are more than the bit map")
+        raise KamimError("the cells exceed the bitmap")
     counts[:] = 0
     if patch_size % 8 == 0:
         _counts_of_bytes(bitmap, patch_size, counts)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def masked_count(grid: int, ratio: float) -> int:
     """Returns how many of grid * grid blocks are masked: ceil(ratio * blocks), as in SimMIM."""
-    return math.ceil(ratio * grid * grid)
+    return math.ceil(grid * grid * ratio)
 
 
 @kernel

@@ -20,8 +20,8 @@ def density(counts: np.ndarray, patch_size: int) -> np.ndarray:
 def weights(omega: np.ndarray, temperature: float, normalize: bool = False) -> np.ndarray:
     """Returns W = exp(Omega / T) / min over the image's cells (Eq. 2): float32 [.., g, g], at least 1.
 
-    normalize: divide W by its mean over the image, which the paper does not. Raises KamimError unless
-    temperature > 0.
+    normalize: divide W by its mean over the image, which the paper does not; W may then be below 1. Raises KamimError
+    unless temperature > 0.
     """
     _check(temperature)
     exponent = (omega.astype(np.float32) / np.float32(temperature)).clip(-MAX_EXPONENT, MAX_EXPONENT)

@@ -40,12 +40,12 @@ class Architecture:
 
 
 def _vit(timm_name: str, norm_eps: float | None = 1e-12, **options: Any) -> Architecture:
-    """A ViT with patches of 16 px. norm_eps: that of Hugging Face's ViT, which the released code trains."""
+    """Returns a ViT with patches of 16 px. norm_eps: that of Hugging Face's ViT, which the released code trains."""
     return Architecture(timm_name, patch_size=16, stride=16, multiple=16, options=options, norm_eps=norm_eps)
 
 
 def _swin(timm_name: str) -> Architecture:
-    """A Swin with patches of 4 px and windows of 6 tokens, as the released code has it for 192 px."""
+    """Returns a Swin with patches of 4 px and windows of 6 tokens, as the released code has it for 192 px."""
     return Architecture(timm_name, patch_size=4, stride=32, multiple=192, options={"window_size": 6})
 
 
@@ -69,7 +69,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def architecture(name: str) -> Architecture:
-    """The preset `name`, or timm's ViT or Swin of that name as timm creates it, LayerNorm epsilon included.
+    """Returns the preset `name`, or timm's ViT or Swin of that name as timm creates it, LayerNorm epsilon included.
 
     Only a name that is not a preset's imports timm, which takes seconds. Raises KamimError, with the nearest names, for
     one that is neither, and for a model that cannot be trained as a masked image model here.
@@ -107,6 +107,6 @@ def check_patches(patch_size: int, mask_patch_size: int, weight_patch_size: int 
 
 
 def _divisors(whole: int, unit: int) -> str:
-    """The divisors of `whole` that are multiples of `unit`, the largest 8 below the whole, ascending."""
-    found = {d for small in range(1, math.isqrt(whole) + 1) if whole % small == 0 for d in (small, whole // small)}
-    return ", ".join(map(str, sorted(d for d in found if d % unit == 0)[:-1][-8:])) or str(whole)
+    """Returns the divisors of `whole` that are multiples of `unit`, the largest 8 below the whole, ascending."""
+    divisors = {d for small in range(1, math.isqrt(whole) + 1) if whole % small == 0 for d in (small, whole // small)}
+    return ", ".join(map(str, sorted(d for d in divisors if d % unit == 0)[:-1][-8:])) or str(whole)

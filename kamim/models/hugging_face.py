@@ -45,7 +45,7 @@ _PLAIN_VIT = re.compile(
 
 
 def preprocessor(resolution: int) -> dict[str, Any]:
-    """preprocessor_config.json: what AutoImageProcessor does to an image before the model sees it.
+    """Returns preprocessor_config.json: what AutoImageProcessor does to an image before the model sees it.
 
     As kamim evaluates: the whole image resized to a square of `resolution` px, bilinear, and normalised with ImageNet's
     mean and standard deviation. transformers antialiases where it shrinks an image, kamim does not.
@@ -59,7 +59,7 @@ def preprocessor(resolution: int) -> dict[str, Any]:
 
 
 def to_hugging_face(state: State, name: str, resolution: int, has_head: bool) -> tuple[dict[str, Any], State]:
-    """config.json and weights that Hugging Face's from_pretrained loads.
+    """Returns config.json and weights that Hugging Face's from_pretrained loads.
 
     For ViTForMaskedImageModeling or SwinForMaskedImageModeling, and for ViTModel or SwinModel of an encoder alone.
     Raises KamimError for an encoder that these cannot express, such as one with register tokens.

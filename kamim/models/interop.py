@@ -99,7 +99,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of an encoder whose weights do not tell it. architecture: its name, if it has to be that.
+    """Properties of an encoder that its weights do not determine. architecture: its name, if it has to be that.
 
     norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. None is unknown.
     """
@@ -111,7 +111,7 @@ class Hints:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What tells encoders apart by the shapes of their weights."""
+    """Properties of an encoder that the shapes of its weights determine."""
 
     swin: bool
     width: int
@@ -154,7 +154,7 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
 
 
 def _file_hints(file: Path, state: State) -> Hints:
-    """Hints from config.json beside the file, from the metadata of an exported file, or from names alone."""
+    """Reads hints from config.json beside the file, from the metadata of an exported file, or from names alone."""
     config = file.parent / "config.json"
     if file.name in FOLDER_FILES and config.is_file():
         try:
@@ -182,7 +182,7 @@ def _known(name: str) -> str:
 
 
 def _name_hints(state: State) -> Hints:
-    """Hints from the names of weights: timm's epsilon for its names and SimMIM's, and 12 heads of MoCo v3's ViT-S."""
+    """Derives hints from the names of weights: timm's epsilon for its names and SimMIM's, and 12 heads of MoCo v3's ViT-S."""
     moco_small = any("base_encoder." in name and value.shape[:1] == (384,) for name, value in state.items())
     of_timm = any(_TIMM_NAMES.match(name) or name.endswith(".attn.q_bias") for name in state)
     return Hints(norm_eps=TIMM_EPS if of_timm else HUGGING_FACE_EPS, heads=12 if moco_small else None)
@@ -303,7 +303,7 @@ def _name(constant: object) -> str:
 
 
 def _merge_qkv(state: State) -> State:
-    """Query, key and value of a block as one matrix, as timm has them; SimMIM's keys, without a bias, get one of 0."""
+    """Joins query, key and value of a block to one matrix, as timm has them; SimMIM's keys, without a bias, get one of 0."""
     merged: State = {}
     for name, value in state.items():
         if ".attn.query." in name:
@@ -345,14 +345,14 @@ def _kind(state: State) -> _Kind:
 
 
 def _window(state: State) -> int | None:
-    """Tokens along a side of the windows of a Swin's first block."""
+    """Returns the tokens along a side of the windows of a Swin's first block."""
     table = state.get("encoder.layers.0.blocks.0.attn.relative_position_bias_table")
     return None if table is None or not _is_window(table) else (math.isqrt(table.shape[0]) + 1) // 2
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is compared of an architecture. heads: of a ViT's blocks. window: see _window."""
+    """The properties by which architectures are compared. heads: of a ViT's blocks. window: see _window."""
 
     kind: _Kind
     heads: int | None
@@ -370,7 +370,7 @@ def _facts(name: str, known: Architecture) -> _Facts:
 
 
 def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
-    """The architecture of these weights: of those with their shapes, the one that keeps most of what is known.
+    """Finds the architecture of these weights: of those with their shapes, the one that agrees with most hints.
 
     In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm.
     """
@@ -405,7 +405,7 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
 
 
 def _trained_resolution(name: str, state: State) -> int:
-    """Side of the images in px that the positions are of; of a Swin, that to which its windows fit."""
+    """Returns the side in px of the images that the positions are of; of a Swin, that to which its windows fit."""
     known = architecture(name)
     if POSITIONS in state:
         return _side(state[POSITIONS], _prefix(name)) * known.patch_size
@@ -415,7 +415,7 @@ def _trained_resolution(name: str, state: State) -> int:
 
 
 def _prefix(name: str) -> int:
-    """How many of a ViT's positions are those of class and register tokens."""
+    """Returns the number of a ViT's positions that are those of class and register tokens."""
     with torch.device("meta"):
         model = MaskedImageModel(name, architecture(name).multiple)
     positions = model.encoder.pos_embed
@@ -423,7 +423,7 @@ def _prefix(name: str) -> int:
 
 
 def _side(positions: Tensor, prefix: int) -> int:
-    """Tokens along a side, of a table of positions [1, P + side^2, D]. Raises KamimError for another shape."""
+    """Returns the tokens along a side, of a table of positions [1, P + side^2, D]. Raises KamimError for another shape."""
     count = positions.shape[1] - prefix if positions.ndim == 3 else 0
     side = math.isqrt(max(0, count))
     if count != side**2 or not side:
@@ -432,7 +432,7 @@ def _side(positions: Tensor, prefix: int) -> int:
 
 
 def _fit(state: State, model: MaskedImageModel) -> State:
-    """Tables of positions and of position biases, resized to what the model has for its resolution."""
+    """Resizes tables of positions and of position biases to those of the model at its resolution."""
     fitted: State = {}
     own = model.state_dict()
     for name, value in state.items():
@@ -470,7 +470,7 @@ def _report_windows(state: State, fitted: State, model: MaskedImageModel) -> Non
 
 
 def _is_window(table: Tensor, extra: int = 0) -> bool:
-    """Whether these are biases of a square window, and `extra` others: [(2 w - 1)^2 + extra, heads]."""
+    """Returns whether these are biases of a square window, and `extra` others: [(2 w - 1)^2 + extra, heads]."""
     rows = table.shape[0] - extra if table.ndim == 2 else 0
     side = math.isqrt(max(0, rows))
     return side % 2 == 1 and rows == side**2

@@ -11,13 +11,13 @@ ALPHA_RANKS = (
 
 
 def centred(features: Tensor) -> Tensor:
-    """Features [n, D] less their mean: float64 [n, D]."""
+    """Subtracts the mean from features [n, D]: float64 [n, D]."""
     features = features.double()
     return features - features.mean(dim=0)
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of features [n, D] (Roy and Vetterli 2007).
+    """Returns exp of the entropy of the normalised singular values of features [n, D] (Roy and Vetterli 2007).
 
     Between 1, if all features are multiples of one vector, and min(n, D); 0 for features that are all zero. On features
     that are not centred this is RankMe (Garrido et al. 2023), whose epsilon of 1e-7 is left out.
@@ -30,7 +30,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def uniformity(features: Tensor) -> float:
-    """log mean exp(-2 |a - b|²) over pairs of unit-length features [n, D], n at least 2 (Wang and Isola 2020).
+    """Returns log mean exp(-2 |a - b|²) over pairs of unit-length features [n, D], n at least 2 (Wang and Isola 2020).
 
     0 if all of them point in one direction; the more negative, the more evenly they cover the sphere; about -4 at best.
     """
@@ -40,7 +40,7 @@ def uniformity(features: Tensor) -> float:
 
 
 def spectral_decay(features: Tensor) -> float:
-    """alpha of alpha-ReQ (Agrawal et al. 2022): the i-th eigenvalue of the covariance of features [n, D] ~ i^-alpha.
+    """Returns alpha of alpha-ReQ (Agrawal et al. 2022): the i-th eigenvalue of the covariance of features [n, D] ~ i^-alpha.
 
     A least squares fit of log eigenvalues to log ranks with weights 1 / rank, over ALPHA_RANKS as far as there are
     eigenvalues above rounding; NaN if fewer than two of these ranks have one. The paper finds the best features near 1;
@@ -59,7 +59,7 @@ def spectral_decay(features: Tensor) -> float:
 
 
 def measures(features: Tensor) -> dict[str, float]:
-    """rankme, uniformity and alpha_req of features [n, D], n at least 2; all of them NaN if a feature is not finite."""
+    """Returns rankme, uniformity and alpha_req of features [n, D], n at least 2; all of them NaN if a feature is not finite."""
     if not features.isfinite().all():
         return dict.fromkeys(("rankme", "uniformity", "alpha_req"), float("nan"))
     return {

@@ -16,7 +16,7 @@ from kamim.models.stochastic_depth import replace_drop_paths
 
 
 def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
-    """The encoder `name` for images of side `resolution`, random weights, no classifier.
+    """Builds the encoder `name` for images of side `resolution`, with random weights and without a classifier.
 
     name: a preset or a timm name, see architectures.architecture. drop_path: stochastic depth rate of the last block.
     If it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
@@ -61,7 +61,7 @@ class MaskedImageModel(nn.Module):
                 nn.init.zeros_(convolution.bias)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Reconstruction of every pixel.
+        """Reconstructs every pixel.
 
         images: float [B, 3, R, R], normalised. mask: bool [B, g, g], True for masked blocks; g divides the
         encoder's patch grid. Returns [B, 3, R, R] in normalised units.

@@ -53,14 +53,14 @@ class Readout:
 
 
 def depth(encoder: Encoder) -> int:
-    """How many blocks can be read: a ViT's blocks, a Swin's stages."""
+    """Returns the number of blocks that can be read: a ViT's blocks, a Swin's stages."""
     if isinstance(encoder, Pixels):
         return 1
     return len(encoder.layers if isinstance(encoder, SwinTransformer) else encoder.blocks)
 
 
 def resolve(encoder: Encoder, block: Block) -> int:
-    """The block that is meant: "paper" is a ViT's 8th, or its last if it has fewer, and a Swin's last stage.
+    """Returns the number of a block given by name: "paper" is a ViT's 8th, or its last if it has fewer, and a Swin's last stage.
 
     Raises KamimError for a block that the encoder does not have.
     """
@@ -88,19 +88,19 @@ def check(encoder: Encoder, readout: Readout) -> None:
 
 
 def width(encoder: Encoder, block: int) -> int:
-    """D of the tokens [B, P + N, D] after a block."""
+    """Returns D of the tokens [B, P + N, D] after a block."""
     if isinstance(encoder, SwinTransformer):
         return int(encoder.feature_info[block - 1]["num_chs"])
     return encoder.num_features
 
 
 def prefix(encoder: Encoder) -> int:
-    """The number P of class and register tokens before the patch tokens."""
+    """Returns the number P of class and register tokens before the patch tokens."""
     return encoder.num_prefix_tokens if isinstance(encoder, VisionTransformer) else 0
 
 
 def has_class_token(encoder: Encoder) -> bool:
-    """Whether the first token is a class token; registers may come without one."""
+    """Returns whether the first token is a class token; registers may come without one."""
     return isinstance(encoder, VisionTransformer) and encoder.cls_token is not None
 
 
@@ -126,13 +126,13 @@ def blocks(encoder: Encoder, images: Tensor, last: int) -> Iterator[tuple[int, T
 
 
 def tokens_after(encoder: Encoder, images: Tensor, block: int) -> Tensor:
-    """The output of one block: [B, P + N, D]."""
+    """Returns the output of one block: [B, P + N, D]."""
     *_, (_, tokens) = blocks(encoder, images, block)
     return tokens
 
 
 def token_map(encoder: Encoder, images: Tensor, block: int) -> Tensor:
-    """The patch tokens after a block at their places in the image: [B, D, g, g].
+    """Returns the patch tokens after a block at their places in the image: [B, D, g, g].
 
     Those of the last block are normed by the encoder's final norm. Of Pixels, a token is the pixels of a patch.
     """
@@ -147,7 +147,7 @@ def token_map(encoder: Encoder, images: Tensor, block: int) -> Tensor:
 
 
 def pool(tokens: Tensor, pooling: Pooling | Literal["tokens"], prefix: int) -> Tensor:
-    """[B, P + N, D] -> [B, D], of cls_mean [B, 2 D], of tokens [B, N D]. prefix: P."""
+    """Pools tokens [B, P + N, D] to [B, D]; cls_mean to [B, 2 D], tokens to [B, N D]. prefix: P."""
     if pooling == "tokens":
         return tokens[:, prefix:].flatten(1)
     if pooling == "cls":
@@ -159,7 +159,7 @@ def pool(tokens: Tensor, pooling: Pooling | Literal["tokens"], prefix: int) -> T
 
 
 def fixed(encoder: Encoder, tokens: Tensor, readout: Readout) -> Tensor:
-    """Features [B, D] of a readout (see pool for its widths), as far as its norm learns nothing."""
+    """Returns the features [B, D] of a readout (see pool for its widths), before a norm that is trained."""
     if readout.norm == "token":
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
     elif readout.norm in ("final", "batch"):

@@ -18,13 +18,13 @@ USUAL = "vit_small_patch16_224 or swin_tiny_patch4_window7_224"
 
 
 def names() -> list[str]:
-    """timm's names of models in MODULES, without tags of pretrained weights."""
+    """Returns timm's names of models in MODULES, without tags of pretrained weights."""
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
 @cache
 def describe(name: str) -> Architecture:
-    """The timm model `name`, read from the model itself, which is created without memory for its weights.
+    """Returns the timm model `name`, read from the model itself, which is created without memory for its weights.
 
     A model that pools patch tokens into one is created without that: its final norm is then applied to every token, and
     its attention pooling is left out. Raises KamimError for a name that timm does not have, with the nearest ones, and

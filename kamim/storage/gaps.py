@@ -61,9 +61,9 @@ def decode_into(code, height, width, positions):
         kept, pixel = kept + ends, pixel + gap + ends
     if pixel > np.uint64(height) * np.uint64(width):
         return -1
-    found, rows_per_pixel = words[: np.int64(kept)], 1.0 / max(np.float64(width), 1.0)
+    positions, rows_per_pixel = words[: np.int64(kept)], 1.0 / max(np.float64(width), 1.0)
     skipped = np.uint32(1 << 16) - np.uint32(width)  # x + 65536 y is the pixel's number and y times this
-    for k in range(len(found)):  # the half keeps quotients farther from whole numbers than the rounding moves them
-        y = np.uint32(np.int32((np.int32(found[k]) + 0.5) * rows_per_pixel))
-        found[k] = (found[k] + y * skipped) * np.uint32(POSITION_UNIT)
-    return len(found)
+    for k in range(len(positions)):  # the half keeps quotients farther from whole numbers than the rounding moves them
+        y = np.uint32(np.int32((np.int32(positions[k]) + 0.5) * rows_per_pixel))
+        positions[k] = (positions[k] + y * skipped) * np.uint32(POSITION_UNIT)
+    return len(positions)

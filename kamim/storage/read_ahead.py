@@ -32,7 +32,7 @@ def madvise() -> int:
 def will_need(addresses: np.ndarray, lengths: np.ndarray) -> None:
     """Announces ranges of mapped files: `lengths` (int [n]) bytes at `addresses` (uint64 [n]). Those at 0 are ignored.
 
-    Reading goes on in the background; the call waits only if the system's queue of requests is full. It holds no GIL.
+    The kernel reads in the background; the call waits only if the system's queue of requests is full. It holds no GIL.
     """
     if not (function := madvise()):
         return

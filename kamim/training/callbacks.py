@@ -28,7 +28,7 @@ from kamim.training.reconstruction import reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
 from pipelines.labels import check_labels
-from pipelines.samples import Samples, all_samples, some_per_class
+from pipelines.samples import Samples, all_samples, n_per_class
 
 NEIGHBOURS = 20
 SHOWN = 8  # samples in a panel
@@ -52,8 +52,7 @@ def open_probe(config: Pretrain) -> Probe | None:
         check_area(store, config.data.resolution, smallest_crop=1.0)
     samples, per_class = all_samples(train), config.probe.per_class
     if per_class is not None and (train.images.labels >= 0).all():
-        smallest = int(np.bincount(train.images.labels).min())
-        samples = some_per_class(train, min(per_class, smallest), config.seed)
+        samples = Samples(train, n_per_class(train.images.labels, per_class, config.seed))
     try:
         check_labels(train, val)
     except ValueError as error:
@@ -106,13 +105,13 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
 def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Probe, device: torch.device) -> Callback:
     """Returns a callback that logs knn_top1: the top-1 accuracy (%) on val of a vote of NEIGHBOURS samples of train.
 
-    every: steps between two probes. Features are those of `kamim eval --mode knn`.
+    every: steps between two probes. Features are those of `kamim eval --mode knn`, before it rounds them to bf16.
     """
     alone = World(0, 1, device)  # only the first process computes the probe
     readout = Readout(resolve(model.encoder, "paper"), "mean", "none")
 
     def features(samples: Samples) -> tuple[Tensor, Tensor]:
-        loader = whole_images(samples, config.data.resolution, BATCH, config.data.workers, alone)
+        loader = whole_images(samples, config.data.resolution, BATCH, config.data.workers, alone, config.data.on_error)
         return _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
 
     def run(step: int, metrics: Metrics) -> None:

@@ -16,6 +16,7 @@ from kamim.method.geometry import CROP_RATIO
 from kamim.method.keypoints import FOOTPRINTS
 from kamim.models.architectures import architecture, check_patches
 from kamim.training.settings import (
+    Beta,
     Count,
     Duration,
     Fraction,
@@ -71,9 +72,9 @@ class Data(Section):
     """Order of an epoch's samples. chunked is for stores larger than memory: chunks of 64 neighbouring samples are
     shuffled, then the samples of every 256 chunks, so that the store is read in long runs."""
     workers: Count | None = None
-    """Number of loader threads; null is one per core."""
+    """Number of loader threads of a process; null is one per core, divided among the processes of a machine."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Whether a sample that cannot be loaded stops the run, or is left out of its batch, counted and logged (skip)."""
+    """Whether a sample that cannot be loaded stops the run, or is left out of its micro-batch and logged (skip)."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -129,8 +130,8 @@ class Optim(Section):
     lr: Positive = 8e-4
     """Peak learning rate for batch_size samples per step over all ranks; it is not scaled."""
     weight_decay: NotNegative = 0.05
-    """Weight decay of every parameter."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's weight decay, of every parameter unless a key below or a mode exempts some."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's betas."""
     clip_grad: Positive | None = 1.0
     """Largest gradient norm; null does not clip."""
@@ -202,7 +203,8 @@ class Compute(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the computation. bf16 is autocast; weights and Eq. 1 to 3 stay in fp32. auto is bf16 on cuda and
     fp32 on a CPU. On a CPU with bf16 instructions (avx512_bf16, AMX), bf16 trains about 3 times as fast as fp32.
-    `kamim eval` always validates and reconstructs in fp32."""
+    `kamim eval` validates trained classifiers and reconstructs in fp32; features that it extracts, as for kNN and the
+    probe sweep, have this precision and are kept as bf16."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto is true on cuda only."""
     threads: Count | None = None
@@ -227,7 +229,7 @@ class OnlineProbe(Section):
     every_epochs: Count = 10
     """Epochs between two probes."""
     per_class: Count | None = 100
-    """Training samples per class; null is all."""
+    """Training samples of each class at most; null is all."""
 
 
 class LabelFree(Section):

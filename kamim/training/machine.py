@@ -30,7 +30,7 @@ def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(), "kamim": kamim.__version__, **{name: _version(name) for name in libraries},
-        "libturbojpeg": None if (found := turbojpeg.library()) is None else found._name,
+        "libturbojpeg": None if (library := turbojpeg.library()) is None else library._name,
     }  # fmt: skip
 
 

@@ -147,7 +147,8 @@ class Wandb:
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
         """See Sink."""
-        self._run.log({"panel": self._image(rgb)}, step=step)
+        # The numbers of step - 1 are logged after it, and W&B drops those of a step before the newest.
+        self._run.log({"panel": self._image(rgb)}, step=step - 1)
 
     def flush(self) -> None:
         """Does nothing: Weights & Biases writes its own files."""

@@ -33,7 +33,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
         for line in cautions(config, store) if world.is_main else ():
             metrics.log.warning(line)
         with lock.alone(config.out, "out", world):
-            run_folder.check_free(config, fresh)
+            run_folder.check_free(config, store, fresh)
             trainer = build_trainer(config, loader, world)
             if config.init_from is not None and not checkpoint.saved(config.out):
                 initialise(trainer.model, config)
@@ -41,7 +41,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             world.barrier()  # every rank has read the folder
             total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
             if world.is_main and total not in checkpoint.saved(config.out):
-                run_folder.claim(config)
+                run_folder.claim(config, store)
             world.barrier()
             outcome = _fit(trainer, progress, total)
         if world.is_main:

@@ -58,7 +58,7 @@ def save_report(run: Path) -> Path:
         page.paragraph(_summary(config, lines, starts)),
         page.picture(page.png(curves(lines)), "curves", "By optimiser step. Bands: smallest and largest."),
         *_panels(shown),
-        page.heading("How it was made"),
+        page.heading("Machines and configuration"),
         _starts(starts),
         page.folded("Configuration", page.table(("key", "value"), flat_text(config.model_dump(mode="json")))),
     ]
@@ -189,7 +189,7 @@ def _panels(files: Sequence[Path]) -> list[page.Part]:
     files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, PANELS).round().astype(int))]
     pictures = [page.picture(file.read_bytes(), file.stem, _steps(file)) for file in files]
     older = [page.folded(_steps(file), picture) for file, picture in zip(files[:-1], pictures[:-1], strict=True)]
-    return [page.heading("What it makes of a few samples"), pictures[-1], *older]
+    return [page.heading("Reconstructions"), pictures[-1], *older]
 
 
 def _steps(file: Path) -> str:

@@ -1,15 +1,19 @@
 """What a run finds on the disk: its store's keypoints, and its folder, which holds one run of one configuration."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from kamim import KamimError
-from kamim.storage.store import MANIFEST, Store, write_whole
+from kamim.storage.escape import one_line
+from kamim.storage.store import IMAGES, MANIFEST, Store, write_whole
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
 from pipelines.plan import Plan
 
 CONFIG = "config.yaml"
+TRAINED_ON = "store.json"  # what a run's store held when the run began
 NONFINITE = "nonfinite"  # the folder of a run that holds the records of steps that were not finite
 
 
@@ -22,13 +26,14 @@ def check_keypoints(config: Pretrain, store: Store) -> None:
     if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
         raise KamimError(
             f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
-            f"{list(job.crop_scale)}, the run asks for {data.resolution} and {list(data.crop_scale)}; preprocess "
+            f"{list(job.crop_scale)}, the run uses {data.resolution} and {list(data.crop_scale)}; preprocess "
             "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
         )
 
 
-def check_free(config: Pretrain, fresh: bool) -> None:
-    """Raises KamimError if config.out holds a store, a run of another configuration, or (if `fresh`) any run."""
+def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
+    """Raises KamimError if config.out holds a store, a run of another configuration or of other images, or (if `fresh`)
+    any run."""
     file = config.out / CONFIG
     if (config.out / MANIFEST).is_file():
         raise KamimError(f"out = {config.out}: is a store; choose another out=...")
@@ -43,12 +48,41 @@ def check_free(config: Pretrain, fresh: bool) -> None:
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
         )
+    check_same_images(config.out, store)
 
 
-def claim(config: Pretrain) -> None:
-    """Writes the configuration into config.out."""
+def check_same_images(run: Path, store: Store) -> None:
+    """Raises KamimError if the run's store was rebuilt with other images. A run without a record passes."""
+    file = run / TRAINED_ON
+    if not file.is_file():
+        return
+    try:
+        recorded = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise KamimError(f"{file}: not the record of a run's store; remove it") from error
+    for key, now in _contents(store).items():
+        if recorded.get(key) != now:
+            raise KamimError(
+                f"data.store = {store.path}: was rebuilt since {run} began ({key}: {one_line(recorded.get(key))} then, "
+                f"{now} now); rebuild it as it was, or train in another out=..."
+            )
+
+
+def claim(config: Pretrain, store: Store) -> None:
+    """Writes the configuration, and what the store holds, into config.out."""
     config.out.mkdir(parents=True, exist_ok=True)
     write_whole(config.out / CONFIG, dump(config).encode())
+    write_whole(config.out / TRAINED_ON, (json.dumps(_contents(store), indent=2) + "\n").encode())
+
+
+def _contents(store: Store) -> dict[str, Any]:
+    """Returns what the images of a store are. Detectors may be added to it, and it may be moved."""
+    manifest = store.manifest
+    shards = "".join(manifest.shards[IMAGES]).encode()
+    return {
+        "images": manifest.count, "encoding": manifest.job.encoding, "resolution": manifest.job.resolution,
+        "crop_scale": list(manifest.job.crop_scale), "sha256 of the images": hashlib.sha256(shards).hexdigest(),
+    }  # fmt: skip
 
 
 def nonfinite_steps(run: Path) -> dict[int, int]:
@@ -69,12 +103,13 @@ def _recorded(file: Path) -> tuple[int, int]:
 def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
     """Returns a run's configuration, its store, and the step: `step`, or the newest one that was not finite if None.
 
-    Raises KamimError if there is no such run or step.
+    Raises KamimError if there is no such run or step, or if the store was rebuilt.
     """
     if not (run / CONFIG).is_file():
         raise KamimError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
     config = load(Pretrain, run / CONFIG)
     store, optim = Store(config.data.store), config.optim
+    check_same_images(run, store)
     plan = Plan(len(store), optim.batch_size, optim.micro_batch, config.seed, drop_last=config.data.drop_last)
     total, _, _ = optim.schedule(plan.steps_per_epoch)
     if step is None and not (recorded := nonfinite_steps(run)):
@@ -85,7 +120,8 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
     return config, store, step
 
 
-# Keys that a resumed run may change: none of them affects which samples are trained on, or how.
+# Keys that a resumed run may change. compute and optim.micro_batch change rounding and precision, on_nonfinite what
+# follows a step that is not finite; the others change nothing of what is trained.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
          "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip

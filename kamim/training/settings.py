@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def one_of(value: str, allowed: Sequence[str]) -> str:
@@ -45,7 +46,8 @@ DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?) *(steps|epochs|examples)")
 
 
 def _duration(value: str) -> str:
-    if DURATION.fullmatch(value) is None:
+    match = DURATION.fullmatch(value)
+    if match is None or float(match[1]) >= 1e15:  # which has no rounding error as a float
         raise KamimError("must be a number and its unit, such as 5000 steps, 0.5 epochs or 1e6 examples")
     return value
 

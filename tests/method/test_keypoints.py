@@ -171,7 +171,7 @@ def test_points_outside_are_not_drawn(whole: bool) -> None:
 
 def test_more_cells_than_a_bit_map_has_are_refused() -> None:
     for patch_size, shape in ((8, (9, 8)), (8, (8, 40)), (3, (30, 8)), (8, (400, 8))):
-        with pytest.raises(ValueError, match="the cells are more than the bit map"):
+        with pytest.raises(ValueError, match="the cells exceed the bitmap"):
             kp.cell_counts(kp.raster_scratch(64, 64), patch_size, np.zeros(shape, np.int16))
 
 

@@ -123,6 +123,12 @@ def test_n_per_class(n: int, classes: int, seed: int) -> None:
     np.testing.assert_array_equal(chosen, n_per_class(labels, n, seed))
 
 
+def test_n_per_class_takes_all_of_a_class_that_has_fewer() -> None:
+    labels = np.array([3, 0, 3, 1, 3, 0, 3])
+    chosen = n_per_class(labels, 2, 0)
+    assert np.bincount(labels[chosen]).tolist() == [2, 1, 0, 2]
+
+
 def test_n_per_class_varies_with_the_seed_and_takes_every_sample() -> None:
     labels = np.arange(60) % 3
     drawn = [n_per_class(labels, 4, seed) for seed in range(40)]

@@ -1,6 +1,7 @@
 """From stored bytes to batches: against an obvious twin, on any number of threads, with faults."""
 
 import gc
+import os
 import threading
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kamim.method.keypoints import keypoint_map, map_counts
 from kamim.storage.store import Store
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.crop import crop_resize
-from pipelines.loader import Crop, Loader, SampleError
+from pipelines.loader import Crop, Loader, SampleError, default_workers
 from pipelines.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("decoder")
@@ -28,6 +29,15 @@ pytestmark = pytest.mark.usefixtures("decoder")
 @pytest.fixture(scope="module")
 def store(stores: dict[str, Path]) -> Store:
     return Store(stores["zarr"])
+
+
+def test_processes_of_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert default_workers() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert default_workers() == max(cores // 2, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores + 1))
+    assert default_workers() == 1
 
 
 def load(store: Store, *, counter: Counter | None = None, crop: Crop | None = Crop(), **options: int) -> list[dict]:  # noqa: B008

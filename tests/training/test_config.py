@@ -54,6 +54,8 @@ def refused(*overrides: str) -> str:
         ("compute.device=tpu", "compute.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),
         ("optim.lr=.inf", "optim.lr = inf: input should be a finite number"),
         ("optim.betas=[0.9]", "optim.betas: has too few values"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas.1 = 1.0: input should be less than 1"),
+        ("optim.duration=1e400 steps", "optim.duration = '1e400 steps': must be a number and its unit"),
         ("seed=1e30", "seed = 1e+30: "),
         ("optim.duration=100", "optim.duration = 100: input should be a valid string"),
         ("optim.warmup=5 minutes", "optim.warmup = '5 minutes': must be a number and its unit, such as 5000 steps,"),

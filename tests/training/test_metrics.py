@@ -170,9 +170,13 @@ class FakeWandb(types.ModuleType):
 
     def init(self, **given: Any) -> "FakeWandb":
         self.begun.append(given)
+        self.newest = 0
         return self
 
     def log(self, said: dict[str, Any], step: int) -> None:
+        """Takes no step before the newest one, which the package drops."""
+        assert step >= self.newest
+        self.newest = step
         self.logged.append((step, said))
 
     def finish(self) -> None:
@@ -187,13 +191,14 @@ def test_wandb_is_told_where_asked(stores: dict[str, Path], tmp_path: Path, monk
         if done == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    given = config(tmp_path / "run", stores["zarr"], "log.wandb=points")
+    given = config(tmp_path / "run", stores["zarr"], "log.wandb=points", "panel_epochs=1")
     pretrain(given, stop)
     pretrain(given, quiet)
     assert [begun["project"] for begun in fake.begun] == ["points", "points"]
     assert fake.begun[0]["id"] == fake.begun[1]["id"]
     assert fake.begun[0]["config"]["model"]["name"] == "vit_demo"
     assert [step for step, said in fake.logged if "loss" in said] == list(range(8))
+    assert [step for step, said in fake.logged if "panel" in said] == [1, 3, 5, 7]
     assert [step for step, said in fake.logged if not said] == [-1, -1]
 
 

@@ -120,7 +120,9 @@ def test_a_panel_of_simmim_has_no_weights() -> None:
     assert plots.pixels(full).shape[2] == 3
 
 
-def test_a_panel_leaves_out_what_the_run_does(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels_and_probes_leave_out_what_the_run_does(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crop_chunk = Loader._crop_chunk
 
     def without_first(self: Loader, crops: Crops, scratch: Any) -> np.ndarray:
@@ -131,6 +133,8 @@ def test_a_panel_leaves_out_what_the_run_does(store: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(Loader, "_crop_chunk", without_first)
     monkeypatch.setattr(Loader, "_crop_alone", damaged)
-    pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2"), quiet)
+    probe = f"probe={{train: {store}, val: {store}, every_epochs: 2}}"
+    pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2", probe), quiet)
+    assert metrics.read(tmp_path / "run")[-1]["knn_top1"] > 0
     assert [line["samples"] for line in metrics.read(tmp_path / "run")].count(11) == 2
     assert (tmp_path / "run/panels/step-00000004.png").is_file()

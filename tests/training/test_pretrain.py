@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_store
 from runs import WORLD, config, losses, quiet, weights
 from skimage import data
 
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
-from kamim.training import checkpoint, schedule
+from kamim.training import checkpoint, run_folder, schedule
 from kamim.training.config import Optim, Pretrain
 from kamim.training.data import training_loader
 from kamim.training.pretrain import build_trainer, pretrain
@@ -187,6 +189,24 @@ def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
 def test_another_configuration_in_the_same_place_is_refused(finished: Path, store: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(lr: 0.0008 there, lr: 0.001 r"):
         pretrain(config(finished, store, "optim.lr=1e-3"), quiet)
+
+
+def test_a_run_is_not_resumed_on_a_store_that_was_rebuilt(class_folder: Path, store: Path, tmp_path: Path) -> None:
+    """Neither a moved store nor one with more detectors is another; one of other images of the same shape is."""
+    other = make_store(class_folder, tmp_path / "stores/other", quality=50)
+    moved = tmp_path / "stores/moved"
+    shutil.copytree(store, moved)
+    given = config(tmp_path / "run", moved, "optim.epochs=2")
+    assert pretrain(given, quiet).finished
+    shutil.rmtree(moved)
+    shutil.move(other, moved)
+    with pytest.raises(
+        ValueError, match=r"moved: was rebuilt since .*run began \(sha256 of the images: \w+ then, \w+ now"
+    ):
+        pretrain(given, quiet)
+    (tmp_path / "run" / run_folder.TRAINED_ON).write_text("[1]")
+    with pytest.raises(ValueError, match=r"store.json: not the record of a run's store; remove it"):
+        pretrain(given, quiet)
 
 
 def test_what_does_not_shape_a_run_may_change_when_it_resumes(finished: Path, store: Path) -> None:

@@ -182,7 +182,7 @@ def _known(name: str) -> str:
 
 
 def _name_hints(state: State) -> Hints:
-    """Derives hints from the names of weights: timm's epsilon for its names and SimMIM's, and 12 heads of MoCo v3's ViT-S."""
+    """Derives hints from names of weights: timm's epsilon for its names and SimMIM's, 12 heads for MoCo v3's ViT-S."""
     moco_small = any("base_encoder." in name and value.shape[:1] == (384,) for name, value in state.items())
     of_timm = any(_TIMM_NAMES.match(name) or name.endswith(".attn.q_bias") for name in state)
     return Hints(norm_eps=TIMM_EPS if of_timm else HUGGING_FACE_EPS, heads=12 if moco_small else None)
@@ -303,7 +303,7 @@ def _name(constant: object) -> str:
 
 
 def _merge_qkv(state: State) -> State:
-    """Joins query, key and value of a block to one matrix, as timm has them; SimMIM's keys, without a bias, get one of 0."""
+    """Joins query, key and value to one matrix, as in timm; SimMIM's keys, which have no bias, get one of 0."""
     merged: State = {}
     for name, value in state.items():
         if ".attn.query." in name:
@@ -423,7 +423,7 @@ def _prefix(name: str) -> int:
 
 
 def _side(positions: Tensor, prefix: int) -> int:
-    """Returns the tokens along a side, of a table of positions [1, P + side^2, D]. Raises KamimError for another shape."""
+    """Returns the side of a table of positions [1, P + side^2, D]. Raises KamimError for another shape."""
     count = positions.shape[1] - prefix if positions.ndim == 3 else 0
     side = math.isqrt(max(0, count))
     if count != side**2 or not side:

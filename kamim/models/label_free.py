@@ -40,7 +40,7 @@ def uniformity(features: Tensor) -> float:
 
 
 def spectral_decay(features: Tensor) -> float:
-    """Returns alpha of alpha-ReQ (Agrawal et al. 2022): the i-th eigenvalue of the covariance of features [n, D] ~ i^-alpha.
+    """Returns alpha of alpha-ReQ (Agrawal et al. 2022): eigenvalue i of the covariance of features [n, D] ~ i^-alpha.
 
     A least squares fit of log eigenvalues to log ranks with weights 1 / rank, over ALPHA_RANKS as far as there are
     eigenvalues above rounding; NaN if fewer than two of these ranks have one. The paper finds the best features near 1;
@@ -59,7 +59,7 @@ def spectral_decay(features: Tensor) -> float:
 
 
 def measures(features: Tensor) -> dict[str, float]:
-    """Returns rankme, uniformity and alpha_req of features [n, D], n at least 2; all of them NaN if a feature is not finite."""
+    """Returns rankme, uniformity and alpha_req of features [n, D], n at least 2; all NaN if a feature is not finite."""
     if not features.isfinite().all():
         return dict.fromkeys(("rankme", "uniformity", "alpha_req"), float("nan"))
     return {

@@ -15,7 +15,7 @@ class BiasedAttention(Attention):  # type: ignore[misc]
     shared: tuple[RelativePositionBias, ...] = ()
 
     def bias(self) -> Tensor:
-        """Returns what is added to q k^T / sqrt(d): float [heads, N, N], of a class token and the patch tokens, N in all."""
+        """Returns the bias of q k^T / sqrt(d): float [heads, N, N], of a class token and the patch tokens, N in all."""
         (table,) = self.shared
         bias: Tensor = table()
         return bias

@@ -60,7 +60,7 @@ def depth(encoder: Encoder) -> int:
 
 
 def resolve(encoder: Encoder, block: Block) -> int:
-    """Returns the number of a block given by name: "paper" is a ViT's 8th, or its last if it has fewer, and a Swin's last stage.
+    """Returns the number of a block: "paper" is a ViT's 8th, or its last if it has fewer, and a Swin's last stage.
 
     Raises KamimError for a block that the encoder does not have.
     """

@@ -18,7 +18,7 @@ from kamim.training.distributed import World
 from kamim.training.pretrain import build_trainer
 from kamim.training.trainer import should_compile
 from pipelines.batch import Batch
-from pipelines.loader import Loader
+from pipelines.loader import Loader, default_workers
 
 BATCH = {"cuda": 256, "cpu": 16}  # images per measured step, at most the configuration's
 STEPS = {"cuda": 20, "cpu": 3}
@@ -64,7 +64,7 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
         first = next(iter(batches.steps(0, 1)))
         loader = _loader_rate(batches)
         model = _model_rate(config, batches, first, world)
-        threads = config.data.workers or machine.describe()["cores"]
+        threads = config.data.workers or default_workers()
         each = "1 thread" if threads == 1 else f"{threads} threads, {loader / threads:,.0f} on each"
         print_line(f"{'loader':14} {loader:,.0f} images/s on {each}")
         print_line(f"{'model':14} {model:,.0f} images/s, {config.model.name} on {world.device.type}, one process")

@@ -18,7 +18,7 @@ from kamim.storage import beton, escape, mmap_array, store
 from kamim.storage.store import IMAGES, Manifest, Store
 from preprocess import fingerprint
 from preprocess.plan import BuildPlan
-from preprocess.record import Rows, image_rows, join, keypoint_rows
+from preprocess.record import Rows, image_rows, join, keypoint_rows, no_images, no_keypoints
 from preprocess.shards import Reject, checksum_of, column, encode, rejects_of
 
 Files = Mapping[str, Sequence[Path]]  # every shard's file, in order, by component
@@ -174,11 +174,11 @@ def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
     manifest = opened.manifest
     ends = np.cumsum(manifest.shard_counts)
     rejects = stored_rejects(opened.path, manifest)
-    rows = _image_reader(opened) if component == IMAGES else _keypoint_reader(opened, component)
+    rows, none = _image_reader(opened) if component == IMAGES else _keypoint_reader(opened, component)
 
     def shard(number: int) -> bytes:
         indices = range(ends[number] - manifest.shard_counts[number], ends[number])
-        return encode(join(manifest.job, component, [rows(index) for index in indices]), rejects[number])
+        return encode(join([rows(index) for index in indices], none), rejects[number])
 
     return shard
 
@@ -187,7 +187,8 @@ def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:
 DAMAGE = (ValueError, OSError, LookupError)
 
 
-def _image_reader(opened: Store) -> Callable[[int], Rows]:
+def _image_reader(opened: Store) -> tuple[Callable[[int], Rows], Rows]:
+    """Returns a function that reads an image's rows, and the rows of zero images."""
     images = opened.open_images()
     inside = images.in_range()
 
@@ -196,10 +197,11 @@ def _image_reader(opened: Store) -> Callable[[int], Rows]:
             raise IndexError(f"image {i} lies outside its file")
         return image_rows(images.data(i), images.sizes[i], int(images.labels[i]))
 
-    return read
+    return read, no_images()
 
 
-def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
+def _keypoint_reader(opened: Store, name: str) -> tuple[Callable[[int], Rows], Rows]:
+    """Like _image_reader, by the rules in the manifest: the detector may have changed, or not be installed."""
     keypoints = opened.open_keypoints(name)
     inside = keypoints.in_range()
 
@@ -207,6 +209,6 @@ def _keypoint_reader(opened: Store, name: str) -> Callable[[int], Rows]:
         if not inside[i]:
             raise IndexError(f"the keypoints of image {i} lie outside their file")
         per_frame = [keypoints.rows(i, frame) for frame in range(keypoints.frame.shape[1])]
-        return keypoint_rows(opened.manifest.job, name, per_frame, keypoints.frame[i])
+        return keypoint_rows(keypoints.array, per_frame, keypoints.frame[i])
 
-    return read
+    return read, no_keypoints(keypoints.array, len(keypoints.rules.groups), keypoints.frame.shape[1])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kamim import KamimError
 from kamim.storage import log_file, store
+from kamim.storage.files import checksum
 from kamim.storage.store import Job
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
@@ -147,7 +148,7 @@ def make_shards(
         for task, names in executors.results(executor, ahead, tasks):
             for component, name in names.items():
                 file = folders[component] / name
-                if store.checksum(file) != checksum_of(file):
+                if checksum(file) != checksum_of(file):
                     raise Stopped(f"{file}: was damaged on its way; rerun the command to rebuild it")
                 shard_files[component][task.number] = file
             if (done + len(task.items)) * 10 // total > done * 10 // total:

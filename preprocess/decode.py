@@ -15,12 +15,12 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from kamim import KamimError
+from kamim.storage.store import LARGEST_IMAGE
 
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
-MAX_PIXELS = 178_956_970  # above it, Pillow warns of a decompression bomb
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
-MAX_SCANNED = 200 * MAX_PIXELS  # scans of a JPEG times its pixels, as each scan visits all of them
+MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a JPEG times its pixels, as each scan visits all of them
 
 # Two markers of a JPEG, which its compressed data never contains.
 LOSSLESS, SCAN = b"\xff\xc3", b"\xff\xda"
@@ -127,8 +127,8 @@ def _pillow(data: bytes) -> np.ndarray:
 def _check_size(height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
         raise Undecodable(f"{width}x{height} px; a side has at most {MAX_SIDE} px")
-    if height * width > MAX_PIXELS:
-        raise Undecodable(f"{width}x{height} px is more than the limit of {MAX_PIXELS} px")
+    if height * width > LARGEST_IMAGE:
+        raise Undecodable(f"{width}x{height} px is more than the limit of {LARGEST_IMAGE} px")
 
 
 def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:

@@ -73,7 +73,7 @@ def from_file(file: Path) -> np.ndarray:
     return source_hashes
 
 
-def refuse_change(before: np.ndarray, now: np.ndarray, source: Source, built: Path) -> None:
+def check_unchanged(before: np.ndarray, now: np.ndarray, source: Source, built: Path) -> None:
     """Raises KamimError if the source differs from the one that `built` was built from, naming the first difference."""
     common = min(len(before), len(now))
     differs = np.flatnonzero(before[:common] != now[:common])

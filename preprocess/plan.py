@@ -17,6 +17,7 @@ from kamim import KamimError
 from kamim.detectors import detector, origin
 from kamim.method import geometry
 from kamim.storage import beton, store
+from kamim.storage.files import checksum
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 from preprocess.decode import Undecodable, decode
@@ -84,7 +85,7 @@ def is_small(source: Source, stored_area: float) -> bool:
 
 def _job_at(space: Workspace) -> Job | None:
     """Returns the unfinished job of the workspace, or else that of the finished store."""
-    space.refuse_strangers()
+    space.check_ownership()
     finished = space.finished()
     return space.begun() or (finished.job if finished else None)
 
@@ -168,17 +169,17 @@ def plan_build(
     finished, begun = space.finished(), space.begun()
     before = [existing for existing in (finished.job if finished else None, begun) if existing is not None]
     for existing in before:
-        _refuse_other(existing, job, space.out)
+        _check_same_job(existing, job, space.out)
     if finished is not None:
         store.Store(space.out).check_files()
         for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan relies on them
-            if store.checksum(file) != finished.checksums[file.name]:
+            if checksum(file) != finished.checksums[file.name]:
                 raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
-        fingerprint.refuse_change(fingerprint.from_file(space.out / store.STAMPS), source_hashes, source, space.out)
+        fingerprint.check_unchanged(fingerprint.from_file(space.out / store.STAMPS), source_hashes, source, space.out)
     if (earlier := space.begun_source_hashes()) is not None:
-        fingerprint.refuse_change(earlier, source_hashes, source, space.partial)
+        fingerprint.check_unchanged(earlier, source_hashes, source, space.partial)
     detectors = [*(name for existing in before for name in existing.detectors), *job.detectors]
     job = job.model_copy(update={"detectors": tuple(dict.fromkeys(detectors))})
     keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))
@@ -190,7 +191,7 @@ def _has(existing: Job, component: str, job: Job) -> bool:
     return component in existing.components and existing.recipe(component) == job.recipe(component)
 
 
-def _refuse_other(existing: Job, job: Job, out: Path) -> None:
+def _check_same_job(existing: Job, job: Job, out: Path) -> None:
     differences = [
         f"{name} {getattr(existing, name)!r}, requested {getattr(job, name)!r}"
         for name in IDENTITY

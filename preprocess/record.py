@@ -42,7 +42,7 @@ def record(
         else:
             sizes = frame_sizes(job, component, rgb)
             stored = [stored_keypoints(job, component, resized(size), key) for size in sizes]
-            rows[component] = keypoint_rows(job, component, stored, np.array(sizes))
+            rows[component] = keypoint_rows(_array(job, component), stored, np.array(sizes))
     return rows
 
 
@@ -55,15 +55,15 @@ def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
 
 
 def keypoint_rows(
-    job: Job, name: str, per_frame: Sequence[tuple[np.ndarray, np.ndarray]], frames: np.ndarray
+    array: KeypointArray, per_frame: Sequence[tuple[np.ndarray, np.ndarray]], frames: np.ndarray
 ) -> Rows:  # fmt: skip
     """Returns one image's keypoints as rows of a detector's component.
 
-    per_frame: see stored_keypoints. frames: int [V, 2], their (height, width).
+    array: POSITIONS or GAPS. per_frame: see stored_keypoints. frames: int [V, 2], their (height, width).
     """
     rows, counts = zip(*per_frame, strict=True)
     return {
-        _array(job, name).name: np.concatenate(rows), "counts": np.stack(counts)[None].astype(np.int64),
+        array.name: np.concatenate(rows), "counts": np.stack(counts)[None].astype(np.int64),
         "frame": frames[None].astype(np.uint16),
     }  # fmt: skip
 
@@ -72,21 +72,30 @@ def _array(job: Job, name: str) -> KeypointArray:
     return job.keypoint_array(detector(name).rules)
 
 
-def join(job: Job, component: str, parts: Sequence[Rows]) -> Rows:
-    """Joins the rows of images, in order."""
-    parts = parts or [_no_rows(job, component)]
+def join(parts: Sequence[Rows], none: Rows) -> Rows:
+    """Joins the rows of images, in order; without any, returns `none`."""
+    parts = parts or [none]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _no_rows(job: Job, component: str) -> Rows:
-    """Returns rows of zero images, with the usual types and shapes."""
+def no_rows(job: Job, component: str) -> Rows:
+    """Returns a component's rows of zero images, with the usual types and shapes."""
     if component == IMAGES:
-        one = image_rows(np.empty(0, np.uint8), (0, 0), 0)
-    else:
-        array, frames = _array(job, component), detector(component).frames
-        none = np.empty((0, *array.row_shape), array.dtype), np.zeros(len(detector(component).rules.groups))
-        one = keypoint_rows(job, component, [none] * frames, np.zeros((frames, 2)))
-    return {name: rows[:0] for name, rows in one.items()}
+        return no_images()
+    detects = detector(component)
+    return no_keypoints(_array(job, component), len(detects.rules.groups), detects.frames)
+
+
+def no_images() -> Rows:
+    """Returns the component `images` of zero images."""
+    return {name: rows[:0] for name, rows in image_rows(np.empty(0, np.uint8), (0, 0), 0).items()}
+
+
+def no_keypoints(array: KeypointArray, groups: int, frames: int) -> Rows:
+    """Returns a detector's component of zero images."""
+    none = np.empty((0, *array.row_shape), array.dtype), np.zeros(groups)
+    rows_of_one = keypoint_rows(array, [none] * frames, np.zeros((frames, 2)))
+    return {name: rows[:0] for name, rows in rows_of_one.items()}
 
 
 def stored_image(job: Job, data: bytes | np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -9,6 +9,7 @@ import cv2
 
 from kamim import KamimError
 from kamim.storage import log_file, store
+from kamim.storage.files import checksum
 from kamim.storage.store import Job, Manifest, Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
@@ -63,10 +64,10 @@ def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: 
     """Returns a plan of the finished store's own job for the broken components."""
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     stored = path / store.STAMPS
-    if stored.is_file() and store.checksum(stored) == manifest.source:
+    if stored.is_file() and checksum(stored) == manifest.source:
         before = fingerprint.from_file(stored)
         if len(before) != len(source_hashes):
-            fingerprint.refuse_change(before, source_hashes, source, path)
+            fingerprint.check_unchanged(before, source_hashes, source, path)
         source_hashes = before  # a copied source suffices if it gives the same bytes
     make = tuple(component for component in job.components if component in broken)
     keep = tuple(component for component in job.components if component not in broken)
@@ -122,7 +123,7 @@ def _check(plan: BuildPlan, space: Workspace, shard_files: ShardFiles) -> None:
         shard_files[component][number].unlink()
     if wrong:
         now = fingerprint.source_hashes(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
-        fingerprint.refuse_change(plan.source_hashes, now, plan.source, space.out)
+        fingerprint.check_unchanged(plan.source_hashes, now, plan.source, space.out)
         number, component = wrong[0]
         raise KamimError(
             f"source = {plan.source.location}: shard {number + 1} of {component} comes out different although the "

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from kamim import KamimError
-from kamim.storage import store
 from kamim.storage.escape import one_line
+from kamim.storage.files import checksum, write_whole
 from kamim.storage.store import Job
 from preprocess.decode import Undecodable, decode
-from preprocess.record import Rows, join, record
+from preprocess.record import Rows, join, no_rows, record
 from preprocess.sources import Item, Read, printable
 
 Reject = Sequence[str]  # a file, and the reason why it could not be read
@@ -57,8 +57,9 @@ def run_shard(task: ShardTask) -> dict[str, str]:
             continue
         for component, rows in record(task.job, data, rgb, item.label, tuple(task.folders), item.key).items():
             parts[component].append(rows)
+    joined = {component: join(rows, no_rows(task.job, component)) for component, rows in parts.items()}
     return {
-        component: write_shard(folder, task.number, encode(join(task.job, component, parts[component]), rejects))
+        component: write_shard(folder, task.number, encode(joined[component], rejects))
         for component, folder in task.folders.items()
     }
 
@@ -76,7 +77,7 @@ def encode(rows: Rows, rejects: Sequence[Reject]) -> bytes:
 def write_shard(folder: Path, number: int, content: bytes) -> str:
     """Writes folder/<number>-<sha256>.safetensors; returns its name."""
     name = f"{number:06d}-{hashlib.sha256(content).hexdigest()}.safetensors"
-    store.write_whole(folder / name, content)
+    write_whole(folder / name, content)
     return name
 
 
@@ -90,7 +91,7 @@ def finished(folder: Path, numbers: Collection[int]) -> dict[int, Path]:
     listed = {file: int(file.name.partition("-")[0]) for file in sorted(folder.glob("[0-9]*-*.safetensors"))}
     requested = [file for file, number in listed.items() if number in numbers]
     with ThreadPoolExecutor() as threads:
-        checksums = threads.map(store.checksum, requested)
+        checksums = threads.map(checksum, requested)
     return {
         listed[file]: file for file, digest in zip(requested, checksums, strict=True) if digest == checksum_of(file)
     }

@@ -20,6 +20,7 @@ import pydantic
 
 from kamim import KamimError
 from kamim.storage import lock, store
+from kamim.storage.files import fsync, make_durable, write_whole
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 
@@ -53,11 +54,11 @@ class Workspace:
             raise KamimError(f"out = {self.out}: cannot be created: {error.strerror}") from error
         busy = f"{self.lock}: another process is at work on this store; wait until it is done"
         with lock.held(self.lock, busy, shared):
-            self.refuse_strangers()
+            self.check_ownership()
             self._recover(shared)
             yield
 
-    def refuse_strangers(self) -> None:
+    def check_ownership(self) -> None:
         """Raises KamimError if `out` or its partial state belongs to something else."""
         known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
         if self.partial.exists() and not self.job_file.exists():  # ours if it is the rest of one being removed
@@ -75,7 +76,7 @@ class Workspace:
             return
         if cut_short:
             self.store.rename(self.out)
-            store.fsync(self.out.parent)
+            fsync(self.out.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def finished(self) -> Manifest | None:
@@ -113,8 +114,8 @@ class Workspace:
             )
         if begun != job:
             self.partial.mkdir(exist_ok=True)
-            store.write_whole(self.stamps_file, fingerprint.to_bytes(source_hashes))
-            store.write_whole(self.job_file, job.model_dump_json(indent=2).encode())
+            write_whole(self.stamps_file, fingerprint.to_bytes(source_hashes))
+            write_whole(self.job_file, job.model_dump_json(indent=2).encode())
         if not shared and self.shards.exists():
             for folder in set(self.shards.iterdir()) - set(folders):
                 shutil.rmtree(folder)
@@ -123,11 +124,11 @@ class Workspace:
 
     def publish(self) -> None:
         """Renames the assembled store to the final name, replacing the existing one, and cleans up."""
-        store.make_durable(self.store)
+        make_durable(self.store)
         if self.out.exists():
             self.out.rename(self.replaced)
         self.store.rename(self.out)
-        store.fsync(self.out.parent)
+        fsync(self.out.parent)
         self.clear()
 
     def clear(self) -> None:

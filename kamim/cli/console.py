@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -362,12 +363,28 @@ def check_picture(option: str, file: Path | None) -> None:
 
 
 def write_json(file: Path | None, content: Any) -> None:
-    """Writes JSON to `file`; does nothing if it is None. Raises OSError if it cannot be written."""
-    if file is not None:
-        try:
-            file.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:  # for a full disk, the system names no file
-            raise OSError(error.errno, error.strerror, str(file)) from error
+    """Writes JSON, with null for numbers that are not finite; does nothing if `file` is None.
+
+    Raises OSError if it cannot be written.
+    """
+    from kamim.storage.files import write_whole
+
+    if file is None:
+        return
+    text = (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode()
+    if file.exists() and not file.is_file():  # such as /dev/stdout, which cannot be replaced
+        file.write_bytes(text)
+    else:
+        write_whole(file.resolve(), text)
+
+
+def _finite(content: Any) -> Any:
+    """Returns the content with None for numbers that are not finite."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def shard_of(text: str) -> tuple[int, int]:

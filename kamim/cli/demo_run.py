@@ -1,6 +1,6 @@
 """`kamim demo`: the whole pipeline on the sample photographs, and its results."""
 
-import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kamim.evaluation.config import Evaluation
 from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import evaluate
 from kamim.storage.store import Store
+from kamim.training import metrics
 from kamim.training.config import Pretrain, Weighting
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
@@ -51,15 +52,15 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     evaluation = load(Evaluation, Path("demo"), given={"checkpoint": checkpoints, **stores})
     results = evaluate(evaluation, ["linprobe"], lambda position: _named(update, str(position)))
     accuracies = {result.settings.name: result.measured for result in results}
-    pictures = _pictures(out, stores["val"], runs)
+    files = _pictures(out, stores["val"], runs)
     console.print(_table(runs, accuracies, len(Store(stores["train"]).manifest.classes)))
     console.print(
         "Top-1 in per cent on validation patches cut from another part of each photograph. The two losses are of "
         "different objectives (Eq. 1 and Eq. 3) and do not compare. A minute of training on a few photographs shows "
         "that the machinery works, not which method is better."
     )
-    for picture in pictures:
-        console.print(f"picture: {picture}")
+    for file in files:
+        console.print(f"picture: {file}")
 
 
 def _named(update: Update, name: str) -> Progress:
@@ -97,8 +98,8 @@ def _table(runs: dict[str, Pretrain], accuracies: dict[str, Accuracy], classes: 
     for name, accuracy in accuracies.items():
         cells = ["", "", ""]
         if name in runs:
-            lines = [json.loads(line) for line in (runs[name].out / "metrics.jsonl").read_text().splitlines()]
-            rates = sorted(line["images_per_second"] for line in lines)
-            cells = [f"{lines[0]['loss']:.3f}", f"{lines[-1]['loss']:.3f}", f"{rates[len(rates) // 2]:.0f}"]
+            lines = metrics.read(runs[name].out)
+            rate = statistics.median(line["images_per_second"] for line in lines)
+            cells = [f"{lines[0]['loss']:.3f}", f"{lines[-1]['loss']:.3f}", f"{rate:.0f}"]
         table.add_row(name, f"{accuracy.top1:.2f}", *cells)
     return table

@@ -77,7 +77,7 @@ def export(
 def _staged(out: Path) -> Iterator[Path]:
     """Locks `out` and yields a path to write to, which is renamed to `out` once it is complete."""
     from kamim.storage import lock
-    from kamim.storage.store import publish
+    from kamim.storage.files import publish
 
     partial = out.with_name(f"{out.name}.partial")
     with lock.alone(out, "out"):

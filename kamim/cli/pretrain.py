@@ -104,6 +104,7 @@ def replay(
 
     import numpy as np
 
+    from kamim.reporting.page import save_picture
     from kamim.reporting.plots import reconstruction_sheet
     from kamim.training.replay import replay as replay_step
 
@@ -128,7 +129,7 @@ def replay(
             np.stack([getattr(sample, name) for sample in replayed.worst[:WORST]])
             for name in ("image", "masked", "reconstruction")
         )
-        reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title).savefig(plot, dpi=110)
+        save_picture(reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title), plot)
 
 
 def _source_files(store: "Store", source: Path) -> list[str | None]:

@@ -1,5 +1,6 @@
 """kamim store info, verify, preview; kamim weights."""
 
+import io
 import os
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,7 @@ def weights(
     import numpy as np
 
     from kamim.cli.pictures import image_weights, largest_crop, plot_weights
+    from kamim.storage.files import write_whole
     from preprocess.decode import decode
 
     weighting = weighting_of(detector, footprint, patch_size, temperature)
@@ -72,8 +74,9 @@ def weights(
     if plot is not None:
         plot_weights({image.name: shown}, weighting, plot)
     if out is not None:
-        with out.open("wb") as file:
-            np.save(file, w)
+        content = io.BytesIO()
+        np.save(content, w)
+        write_whole(out, content.getvalue())
 
 
 def show_store(path: Path) -> None:

@@ -9,8 +9,9 @@ from kamim.evaluation.results import Result
 from kamim.reporting import page
 
 GAP = (
-    "All of these read the same frozen features and differ in what they learn: kNN nothing, linear and mean a linear "
-    "layer on pooled tokens, abmilp and ep also which tokens count. mean, abmilp and ep are trained alike. So what a "
+    "All of these read frozen features and differ in what they learn: kNN nothing, linear and mean a linear layer on "
+    "pooled tokens, abmilp and ep also which tokens count. mean, abmilp and ep are trained alike; linear also has "
+    "augmentation and another optimiser. So what a "
     "checkpoint gains from mean to ep is information that its tokens hold and their mean does not show. If ep closes "
     "the gap between two checkpoints, they differ in how their tokens pool; as far as the gap remains under ep, they "
     "differ in their features."

@@ -125,6 +125,17 @@ class Finetune(Section):
     """How many of the newest checkpoints are kept."""
 
 
+class CachedFeatures(Section):
+    """The features that a mode computes once."""
+
+    block: BlockName = "paper"
+    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
+    pooling: Pooling = "mean"
+    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
+    norm: Literal["none", "token", "final"] = "none"
+    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
+
+
 KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
     "linprobe": {},
     # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
@@ -132,7 +143,7 @@ KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
 })  # fmt: skip
 
 
-class Knn(Section):
+class Knn(CachedFeatures):
     """Nearest neighbours by cosine similarity, whose votes are weighted as DINO's."""
 
     protocol: Literal["linprobe", "dino"] = "linprobe"
@@ -142,12 +153,6 @@ class Knn(Section):
     """Numbers of neighbours; one accuracy for each."""
     temperature: Positive = 0.07
     """A neighbour's vote weighs exp(similarity / temperature)."""
-    block: BlockName = "paper"
-    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
-    pooling: Pooling = "mean"
-    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
-    norm: Literal["none", "token", "final"] = "none"
-    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -275,17 +280,6 @@ class Segment(Section):
         if low > high:
             raise KamimError(f"crop_scale = [{low}, {high}]: the first must not be larger than the second")
         return self
-
-
-class CachedFeatures(Section):
-    """The features that a mode computes once."""
-
-    block: BlockName = "paper"
-    """The block whose output is read, from 1 (a Swin's stage); last; or paper: a ViT's 8th, a Swin's last."""
-    pooling: Pooling = "mean"
-    """How tokens are pooled: mean or max of the patch tokens, cls (the class token), or cls_mean (both)."""
-    norm: Literal["none", "token", "final"] = "none"
-    """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
 
 
 class FewShot(CachedFeatures):

@@ -14,6 +14,7 @@ from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
+from kamim.storage.files import checksum
 from kamim.training import checkpoint
 from kamim.training.config import Mask, Pretrain
 from pipelines.plan import Plan
@@ -112,7 +113,7 @@ def _foreign(path: Path, file: Path) -> LoadedModel:
     weights = interop.load(path)
     model = MaskedImageModel(weights.architecture, weights.resolution)
     model.load_state_dict(weights.state, strict=weights.has_head)
-    origin = Origin(str(path), weights.architecture, weights=store.checksum(file))
+    origin = Origin(str(path), weights.architecture, weights=checksum(file))
     return LoadedModel(model, weights.has_head, Mask(), origin)
 
 

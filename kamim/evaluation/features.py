@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kamim.models.readout import Encoder, Readout, blocks, fixed
-from kamim.storage.store import write_whole
+from kamim.storage.files import write_whole
 from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress, autocast

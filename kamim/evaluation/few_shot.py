@@ -12,6 +12,7 @@ from kamim.evaluation.cached import CachedClassifiers
 from kamim.evaluation.config import FewShot
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.intervals import estimate
 from kamim.evaluation.results import FewShotAccuracy, ShotAccuracy
 from kamim.training.trainer import Progress
 from pipelines.samples import n_per_class
@@ -39,8 +40,8 @@ def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             linear, neighbours = zip(*accuracies, strict=True)
             shots.append(
                 ShotAccuracy(
-                    per_class, len(subsets[0]), statistics.mean(linear), statistics.pstdev(linear),
-                    statistics.mean(neighbours), statistics.pstdev(neighbours),
+                    per_class, len(subsets[0]), statistics.mean(linear), estimate(linear).deviation or 0.0,
+                    statistics.mean(neighbours), estimate(neighbours).deviation or 0.0,
                 )
             )  # fmt: skip
         return FewShotAccuracy(tuple(shots))
@@ -51,9 +52,10 @@ def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 def _drawn(labels: Tensor, options: FewShot, seed: int) -> list[tuple[int | None, Sequence[Tensor]]]:
     """Returns, for each per_class, the places of the labelled samples, int64 [n]: of every draw, or of all once.
 
-    Numbers for which a class has too few samples are left out. Raises KamimError if none is left.
+    Numbers for which a class has samples, but too few, are left out. Raises KamimError if none is left.
     """
-    smallest = int(labels.bincount().min())
+    counts = labels.bincount()
+    smallest = int(counts[counts > 0].min())
     possible = [n for n in options.per_class if n is None or n <= smallest]
     if not possible:
         raise KamimError(f"few_shot.per_class = {list(options.per_class)}: the smallest class has {smallest} images")

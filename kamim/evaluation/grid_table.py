@@ -11,7 +11,7 @@ from kamim.evaluation.results import Result, headline, majority_lines
 from kamim.evaluation.sections import PAPER_HEADER, quote
 from kamim.reporting import page
 from kamim.reporting.table import Table, of_columns
-from kamim.storage.store import write_whole
+from kamim.storage.files import write_whole
 from kamim.training import metrics, report
 from kamim.training.report import Lines
 
@@ -65,8 +65,8 @@ def settings_table(sweep: SweepResults) -> Table:
     groups = sweep.settings()
     columns = [("setting", list(groups)), ("seeds", [str(len(group)) for group in groups.values()])]
     for mode in sweep.grid.modes:
-        of_mode = [list(sweep.scores(group, mode).values()) for group in groups.values()]
-        columns.append((MODES[mode].column, [str(estimate(scores)) if scores else "" for scores in of_mode]))
+        of_mode = [(list(sweep.scores(group, mode).values()), len(group)) for group in groups.values()]
+        columns.append((MODES[mode].column, [estimate(scores).of(runs) if scores else "" for scores, runs in of_mode]))
     return of_columns(columns)
 
 
@@ -82,16 +82,18 @@ def differences_table(sweep: SweepResults) -> Table:
         for _, group in others:
             scores = sweep.scores(group, mode)
             pairs = [(scores[seed], base[seed]) for seed in scores if seed in base]
-            cells.append(_difference(paired_difference(*zip(*pairs, strict=True))) if pairs else "")
+            cells.append(_difference(paired_difference(*zip(*pairs, strict=True)), len(group)) if pairs else "")
         columns.append((MODES[mode].column, cells))
     return of_columns(columns)
 
 
-def _difference(difference: Estimate) -> str:
+def _difference(difference: Estimate, runs: int) -> str:
+    """Formats a difference with its interval, which depends much on the number of pairs, given if it is not `runs`."""
+    pairs = "" if difference.runs == runs else f" ({difference.runs} of {runs} runs)"
     if difference.half_width is None:
-        return f"{difference.mean:+.2f}"
+        return f"{difference.mean:+.2f}{pairs}"
     low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-    return f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]{pairs}"
 
 
 def save(sweep: SweepResults) -> None:

@@ -44,6 +44,10 @@ class Estimate:
         """Returns mean ± standard deviation, as tables print it."""
         return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
 
+    def of(self, runs: int) -> str:
+        """Returns mean ± standard deviation, with the number of runs if only some of `runs` have a value."""
+        return str(self) if self.runs == runs else f"{self} ({self.runs} of {runs} runs)"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Returns the mean of one value or more, with Student's t interval."""

@@ -88,7 +88,7 @@ class Row:
         if first.run_seed is None:
             return None
         trained = first.weights is not None
-        run = (first.architecture, first.resolution, first.step, trained, first.pretraining, self.data)
+        run = (first.architecture, first.resolution, first.step, trained, first.pretraining, first.seed, self.data)
         return json.dumps(run, sort_keys=True)
 
 
@@ -176,7 +176,3 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
 def joined(texts: Iterable[str], separator: str) -> str:
     """Joins the distinct texts that are not empty, in their order."""
     return separator.join(text for text in dict.fromkeys(texts) if text)
-
-
-def _text(value: float | None, form: str = "") -> str:
-    return "" if value is None else f"{value:{form}}"

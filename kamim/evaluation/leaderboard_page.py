@@ -13,8 +13,8 @@ from kamim.evaluation.results import headline, score_text
 from kamim.reporting import page
 from kamim.reporting.table import Table, of_columns
 from kamim.storage import escape
+from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
-from kamim.storage.store import write_whole
 
 SHORT = 8  # hexadecimal digits of a checksum, except in CSV files
 ABOUT = (
@@ -51,7 +51,8 @@ def seeds_table(board: Leaderboard, groups: Groups) -> Table:
     """Returns a row for each setting of several runs: mean and standard deviation of each column."""
     columns = _settings_columns(groups)
     for title in board.titles.values():
-        columns.append((title, [_shown(_estimate(group, title), len(group)) for group in groups]))
+        estimates = [(_estimate(group, title), len(group)) for group in groups]
+        columns.append((title, ["" if of_runs is None else of_runs.of(runs) for of_runs, runs in estimates]))
     return of_columns(columns)
 
 
@@ -154,13 +155,6 @@ def _samples_columns(rows: Sequence[Row], digits: int | None) -> Columns:
 def _estimate(group: Sequence[Row], title: str) -> Estimate | None:
     scores = [row.scores[title] for row in group if title in row.scores]
     return estimate(scores) if scores else None
-
-
-def _shown(of_runs: Estimate | None, runs: int) -> str:
-    """Formats an estimate as tables print it, with the number of runs if some of them have no score."""
-    if of_runs is None:
-        return ""
-    return str(of_runs) if of_runs.runs == runs else f"{of_runs} ({of_runs.runs} of {runs} runs)"
 
 
 def _text(value: float | None, form: str = "") -> str:

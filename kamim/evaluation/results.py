@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from kamim import KamimError
 from kamim.evaluation.intervals import with_wilson
+
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class SampleSet:
 
     store: str
     dataset: str
-    images: int
+    images: PositiveInt
     fingerprint: str
 
 
@@ -111,11 +113,11 @@ class Result(Generic[M_co]):
     def from_json(cls, content: Any, measured: type[M_co]) -> "Result[M_co]":
         """Reads a result of a mode that measures `measured`, and ignores unknown keys.
 
-        Raises KamimError if keys are missing or of another type.
+        Raises KamimError if keys are missing, of another type, or accuracies outside 0 to 100.
         """
         try:
             settings = TypeAdapter(EvalSettings).validate_python(content)
-            majority = TypeAdapter(float | None).validate_python(content.get("majority_top1"))
+            majority = TypeAdapter(Percent | None).validate_python(content.get("majority_top1"))
             return Result(settings, TypeAdapter(measured).validate_python(content), majority)
         except ValidationError as error:
             first = error.errors()[0]
@@ -150,8 +152,8 @@ class Accuracy:
     """Shares of the validation samples, in per cent, whose class is the first, or among the first 5, of the scores."""
 
     score_is_accuracy: ClassVar[bool] = True
-    top1: float
-    top5: float
+    top1: Percent
+    top5: Percent
 
     @property
     def score(self) -> float:
@@ -205,8 +207,8 @@ class SweepRow:
     pooling: str
     norm: str
     lr: float
-    top1: float
-    top5: float
+    top1: Percent
+    top5: Percent
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,8 @@ class Segmentation:
 class ShotAccuracy:
     """top1 in per cent with a number of labelled images of each class, None for all; images: how many those are.
 
-    linear and knn are means over several draws of the images, and the spreads their standard deviations.
+    linear and knn are means over several draws of the images, and the spreads their sample standard deviations, 0 of a
+    single draw.
     """
 
     per_class: int | None

@@ -17,8 +17,9 @@ from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
 from kamim.storage import lock
+from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
-from kamim.storage.store import Store, write_whole
+from kamim.storage.store import Store
 from kamim.training import distributed, machine
 from kamim.training.data import check_area
 from kamim.training.distributed import World

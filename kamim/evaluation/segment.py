@@ -19,8 +19,8 @@ from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Losses, autocast, should_compile
 from pipelines.batch import Batch, normalise
+from preprocess.masks import UNLABELLED
 
-UNLABELLED = -1  # in labels
 STRIP_VALUES = 1 << 24  # logits that are upsampled at once
 
 

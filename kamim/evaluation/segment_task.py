@@ -18,7 +18,7 @@ from kamim.evaluation.results import EvalSettings, SampleSet, Segmentation
 from kamim.evaluation.sections import PICTURE
 from kamim.evaluation.segment import FrozenTokens, PixelCrossEntropy, SegmentationHead
 from kamim.models.readout import resolve, token_map
-from kamim.storage.store import write_whole
+from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress, Run, Trainer, parallel

@@ -32,7 +32,7 @@ from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, has_class_token, resolve, width
-from kamim.storage.store import write_whole
+from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep, Kind
 from kamim.training.config import Compute
 from kamim.training.data import whole_images
@@ -175,8 +175,7 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 def knn_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     """Classifies by the nearest neighbours among the training samples."""
     options, samples = context.config.knn, context.labelled()
-    readout = Readout(resolve(evaluated.encoder, options.block), options.pooling, options.norm)
-    check(evaluated.encoder, readout)
+    readout = evaluated.readout(options)
     _check_size("knn.k", max(options.k), samples)
 
     def run(folder: Path, progress: Progress) -> KnnAccuracy:
@@ -244,8 +243,8 @@ def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         if world.is_main:
             batch = _spread(context, evaluated.resolution, options.shown)
             reconstruction = reconstructed(batch)
-            masks, made = reconstruction.masked_pixels.cpu(), reconstruction.pixels(None).cpu()
-            write_whole(folder / SHOWN, _npz(originals=batch.images.cpu(), masks=masks, made=made))
+            masks, pixels = reconstruction.masked_pixels.cpu(), reconstruction.pixels(None).cpu()
+            write_whole(folder / SHOWN, _npz(originals=batch.images.cpu(), masks=masks, made=pixels))
         return measured
 
     return task(

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from kamim.storage.escape import printable
-from kamim.storage.store import write_whole
+from kamim.storage.files import write_whole
 
 Part: TypeAlias = Markup
 
@@ -39,33 +39,33 @@ def _render(macro: str, *arguments: Any) -> Part:
 
 
 def paragraph(text: str) -> Part:
-    """A paragraph."""
+    """Returns a paragraph."""
     return _render("paragraph", text)
 
 
 def heading(text: str) -> Part:
-    """The heading of a section."""
+    """Returns the heading of a section."""
     return _render("heading", text)
 
 
 def bullets(lines: Sequence[str]) -> Part:
-    """A list."""
+    """Returns a list."""
     return _render("bullets", lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
-    """Rows of text below a header, without columns that are empty in every row. It scrolls if it is too wide."""
+    """Returns a table of text, without columns that are empty in every row. It scrolls if it is too wide."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return _render("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def picture(png: bytes, name: str, caption: str) -> Part:
-    """A PNG, embedded in the page."""
+    """Returns a PNG, embedded in the page."""
     return _render("picture", base64.b64encode(png).decode(), name, caption)
 
 
 def folded(summary: str, inner: Part) -> Part:
-    """Another part, which the reader unfolds."""
+    """Returns another part, which the reader unfolds."""
     return _render("folded", summary, inner)
 
 
@@ -74,11 +74,16 @@ def save_page(title: str, parts: Sequence[Part], file: Path) -> None:
     write_whole(file, _render("page", title, parts).encode())
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes."""
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """Returns the figure as PNG; the same figure gives the same bytes."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+    figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()
+
+
+def save_picture(figure: Figure, file: Path) -> None:
+    """Writes a PNG for the screen."""
+    write_whole(file, png(figure, dpi=110))
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
@@ -90,7 +95,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON takes it: arrays become lists, floats keep 8 digits, NaN becomes null."""
+    """Returns the value as JSON takes it: arrays become lists, floats keep 8 digits, NaN becomes null."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -16,6 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from kamim.reporting.page import save_picture
 from kamim.storage.escape import literal
 
 matplotlib.use("Agg")
@@ -120,7 +121,7 @@ def weights_sheet(
     ticks = weight_ticks(largest)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
     bar.minorticks_off()
-    figure.savefig(file, dpi=110)
+    save_picture(figure, file)
 
 
 def reconstruction_sheet(

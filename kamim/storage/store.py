@@ -33,7 +33,6 @@ import math
 import os
 import re
 import stat
-import uuid
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +47,7 @@ from kamim.method.colour import planes_bytes
 from kamim.method.geometry import MAX_FRAME_SIDE
 from kamim.method.keypoints import Rules
 from kamim.storage import beton, gaps, mmap_array
+from kamim.storage.files import checksum, write_whole
 
 SCHEMA_VERSION = 5
 READABLE = (3, 4, 5)  # versions below 5 have no gaps, version 3 has no `resize` and no originals
@@ -56,7 +56,7 @@ STAMPS, REJECTS = "stamps.npy", "rejects.csv"
 IMAGES = "images"  # the component of the images; the others are named after detectors
 IMAGE_PAGE_BYTES = 1 << 24  # smallest page size; larger stores have larger pages
 KEYPOINT_PAGE_ROWS = 1 << 20
-LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger images
+LARGEST_IMAGE = 178_956_970  # px; preprocessing decodes no larger images, of which Pillow warns as decompression bombs
 MANIFEST_BYTES = 1 << 30  # largest manifest that is read
 IMAGE_ARRAYS = ("data", "start", "length", "size", "label")
 KEYPOINT_ARRAYS = ("frame", "positions", "gaps", "start", "counts")
@@ -581,12 +581,6 @@ def sealed_file(file: Path) -> bytes:
     return file.read_bytes() if plain else b""
 
 
-def checksum(path: Path) -> str:
-    """Returns the sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checksums(path: Path, besides: Collection[str] = ()) -> dict[str, str]:
     """Returns the sha256 of every file below `path` by relative path, except the manifest, its backup and `besides`."""
     return {name: checksum(path / name) for name in sorted(entries(path)[0] - {MANIFEST, BACKUP, *besides})}
@@ -602,39 +596,3 @@ def entries(path: Path) -> tuple[set[str], set[str]]:
             if not stat.S_ISDIR(mode):
                 (files if stat.S_ISREG(mode) else others).add(entry.relative_to(path).as_posix())
     return files, others
-
-
-def fsync(path: Path) -> None:
-    """Flushes a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file atomically and durably, replacing an existing one. Raises OSError if it cannot be written."""
-    staged = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # other hosts may write the same file
-    try:
-        staged.write_bytes(content)
-        fsync(staged)
-        staged.replace(file)
-    except OSError as error:  # for a full disk, the system names no file
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    finally:
-        staged.unlink(missing_ok=True)
-    fsync(file.parent)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flushes everything below `partial` to disk, then renames it to `final`, so that `final` is always complete."""
-    make_durable(partial)
-    partial.rename(final)
-    fsync(final.parent)
-
-
-def make_durable(path: Path) -> None:
-    """Flushes a directory and everything below it to disk."""
-    for entry in (*path.rglob("*"), path):
-        fsync(entry)

@@ -31,7 +31,7 @@ from kamim import KamimError
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.escape import one_line
-from kamim.storage.store import checksum, fsync, make_durable
+from kamim.storage.files import checksum, fsync, make_durable
 from kamim.training.config import Pretrain, patches_that_fit
 from kamim.training.settings import load
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
+from kamim.storage.files import write_whole
 from kamim.storage.log_file import write_line
-from kamim.storage.store import write_whole
 from kamim.training.config import Log
 from kamim.training.nonfinite import Diverged
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
-from kamim.storage.store import IMAGES, MANIFEST, Store, write_whole
+from kamim.storage.files import write_whole
+from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
 from pipelines.plan import Plan

@@ -97,7 +97,7 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
     """
     seen: set[str] = set()
     items: list[Item | None] = []
-    for parent, folders, files in os.walk(root / name, followlinks=True, onerror=_refuse):
+    for parent, folders, files in os.walk(root / name, followlinks=True, onerror=_raise):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -110,7 +110,7 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
     return [item for item in items if item]
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 

@@ -82,6 +82,8 @@ class Tar:
 
     def entries(self, within: Entry | None = None) -> Iterator[Entry]:
         """Yields the members of the tar, or of a tar within it, in order. Raises KamimError for a damaged one."""
+        if within is not None and within.at < 0:
+            raise KamimError(f"{self.name}: {printable(within.name)}: a link or a sparse file, not a tar")
         start, stop = (0, self._size) if within is None else (within.at, within.at + within.size)
         return entries(partial(_read_at, self.file), start, stop, self.name)
 
@@ -123,8 +125,8 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
     """
 
     def block(at: int) -> bytes:
-        data = read(BLOCK, at)
-        if len(data) < BLOCK or at + BLOCK > stop:
+        data = read(BLOCK, at) if at + BLOCK <= stop else b""  # the system takes no offset of 2^63 or more
+        if len(data) < BLOCK:
             raise KamimError(f"{where}: ends at byte {at} without an end mark, so it is truncated; get it again")
         return data
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import full_disk, make_store
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from kamim.analysis import analyze as analysis
@@ -21,8 +23,9 @@ from kamim.evaluation import run as evaluation
 from kamim.evaluation.features import reserve
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
-from kamim.storage import lock, store
-from kamim.storage.store import Store, write_whole
+from kamim.storage import lock
+from kamim.storage.files import write_whole
+from kamim.storage.store import Store
 from kamim.training import checkpoint, pretrain, report
 
 runner = CliRunner()
@@ -99,7 +102,7 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "fsync", full)
+        patch.setattr("kamim.storage.files.fsync", full)
         with pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'"):
             write_whole(tmp_path / "a.txt", b"a")
         with pytest.raises(OSError, match=r"No space left on device: '.*/a\.json'"):
@@ -116,8 +119,17 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
             assert name in one_line(*arguments)
         with pytest.raises(OSError, match=r"File too large: '.*/a\.json'"):
             console.write_json(tmp_path / "a.json", "x" * 5000)
-    assert not [file for file in tmp_path.iterdir() if file.name not in ("an", "a.json")]
+        with pytest.raises(OSError, match=r"File too large: '.*/w\.png'"):
+            page.save_picture(Figure(), tmp_path / "w.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["an"]
     assert not any((tmp_path / "an").iterdir())
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    console.write_json(tmp_path / "a.json", {"a": [1.5, math.nan, (-math.inf, "NaN")]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None, [None, "NaN"]]}
+    console.write_json(Path("/dev/null"), {})
+    assert not Path("/dev/null").is_file()
 
 
 def test_preprocessing_on_a_full_disk_can_go_on(folder: Path, tmp_path: Path) -> None:

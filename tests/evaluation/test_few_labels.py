@@ -11,8 +11,8 @@ from runs import quiet
 from sklearn.linear_model import LogisticRegression
 
 from kamim import KamimError
-from kamim.evaluation import logistic
-from kamim.evaluation.config import Evaluation
+from kamim.evaluation import few_shot, logistic
+from kamim.evaluation.config import Evaluation, FewShot
 from kamim.evaluation.run import _context, evaluate
 from kamim.models.readout import Pixels
 from kamim.training.distributed import World
@@ -90,7 +90,7 @@ def test_accuracy_by_labels(stores: dict[str, Path], pretrained: Path, tmp_path:
         rows = torch.from_numpy(n_per_class(labels.numpy(), 3, 2 + draw))
         expected.append(logistic.fit(features[rows], labels[rows], 3, CPU).accuracy(features, labels))
     assert three["linear"] == pytest.approx(np.mean(expected))
-    assert three["linear_spread"] == pytest.approx(np.std(expected))
+    assert three["linear_spread"] == pytest.approx(np.std(expected, ddof=1))
     page = (tmp_path / "out/index.html").read_text()
     assert "labels of a class" in page and page.count("data:image/png") == 1
     assert run(config, "few-shot") == result
@@ -115,6 +115,12 @@ def test_accuracy_on_corrupted_images(stores: dict[str, Path], pretrained: Path,
     expected = Pixels()(normalise(torch.from_numpy(images)))[:, 0].bfloat16()
     torch.testing.assert_close(torch.from_numpy(seen).view(torch.bfloat16), expected)
     assert run(config, "corruptions") == result
+
+
+def test_classes_without_images_do_not_count() -> None:
+    labels = torch.tensor([1, 3, 1, 3, 3])
+    ((per_class, (rows,)),) = few_shot._drawn(labels, FewShot(per_class=(2, 3), draws=1), 0)
+    assert per_class == 2 and labels[rows].bincount().tolist() == [0, 2, 0, 2]
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(

@@ -216,6 +216,17 @@ def test_seeds_are_averaged_and_differences_are_paired(studied: SweepResults) ->
     assert "Differences, with 95 % intervals over seeds" in page
 
 
+def test_a_mean_over_some_of_the_seeds_says_so(studied: SweepResults) -> None:
+    """seed1_simmim has been reconstructed, but not classified."""
+    some = SweepResults(studied.grid, [r for at, r in studied.by_point.items() if at != ("seed1_simmim", "knn")])
+    rows = {row[0]: row for row in settings_table(some).rows}
+    score = studied.by_point["seed0_simmim", "knn"].measured.score
+    assert rows["simmim"][1:3] == ("2", f"{score:.2f} (1 of 2 runs)")
+    assert "runs" not in rows["point"][2]
+    ((_, difference, other),) = differences_table(some).rows
+    assert difference.endswith(" (1 of 2 runs)") and "runs" not in other
+
+
 def test_a_leaderboard_finds_the_seeds_of_a_sweep(studied: SweepResults) -> None:
     """The means of the sweep's own table, of the settings with two seeds; what a setting is, results record."""
     results, skipped = leaderboard.find([studied.grid.out])

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from kamim.cli import app
 from kamim.models import architectures, interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
-from kamim.storage.store import checksum
+from kamim.storage.files import checksum
 from kamim.training import checkpoint, metrics
 from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain as pretrain_run

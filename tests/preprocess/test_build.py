@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.storage import store
+from kamim.storage.files import checksum
 from kamim.storage.store import Job, Store
 from preprocess import build as building
 from preprocess import executors
@@ -50,7 +51,7 @@ def run(job: Job, source: Source, out: Path, *, workers: int = 1, strict: bool =
 def content(out: Path) -> dict[str, str]:
     """Checksums of a whole store, its manifest among them."""
     files = (store.MANIFEST, store.BACKUP)
-    return {**store.checksums(out), **{name: store.checksum(out / name) for name in files}}
+    return {**store.checksums(out), **{name: checksum(out / name) for name in files}}
 
 
 def partial(out: Path) -> Path:
@@ -352,9 +353,10 @@ def test_nothing_has_the_final_name_after_a_failure(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("write_whole", "write_keypoints", "checksums", "seal", "make_durable"):
+    stored = (f"kamim.storage.store.{name}" for name in ("write_keypoints", "checksums", "seal"))
+    for place in ("preprocess.shards.write_whole", *stored, "preprocess.workspace.make_durable"):
         with monkeypatch.context() as patch:
-            patch.setattr(store, place, full)
+            patch.setattr(place, full)
             with pytest.raises(Stopped, match="disk is full; free some space and rerun the command to resume"):
                 run(job, source, tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from preprocess.decode import MAX_PIXELS, Undecodable, decode
+from kamim.storage.store import LARGEST_IMAGE
+from preprocess.decode import Undecodable, decode
 
 PHOTO = Image.fromarray(data.astronaut()[60:141, 180:277])
 
@@ -272,7 +273,7 @@ def test_a_decompression_bomb_is_refused_before_any_pixel_is_made(file: bytes, m
     monkeypatch.setattr(simplejpeg, "decode_jpeg", never)
     for decoder in ("load", "convert", "__array_interface__"):
         monkeypatch.setattr(Image.Image, decoder, never)
-    assert "pixels" in (reason := refusal(file)) or str(MAX_PIXELS) in reason
+    assert "pixels" in (reason := refusal(file)) or str(LARGEST_IMAGE) in reason
 
 
 @pytest.mark.parametrize("name", ["jpeg", "progressive jpeg", "grey jpeg"])

@@ -17,7 +17,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kamim.cli import RESUMABLE, app
-from kamim.storage import store
 from kamim.storage.store import Store
 from preprocess import build as building
 from preprocess import estimate, executors
@@ -528,7 +527,7 @@ def test_the_estimate_is_about_what_comes_of_it(folder: Path, tmp_path: Path, mo
     needed = building.disk_needed
     monkeypatch.setattr(building, "disk_needed", lambda *given: seen.append(needed(*given)[0]) or (seen[-1], {}))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "make_durable", lambda path: 1 / 0)
+        patch.setattr("preprocess.workspace.make_durable", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(folder, tmp_path / "out")
     shards = sum(file.stat().st_size for file in (tmp_path / "out.partial/shards").rglob("*.safetensors"))

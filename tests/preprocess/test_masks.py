@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from kamim import KamimError
-from preprocess.decode import MAX_PIXELS, Undecodable, decode_mask
+from kamim.storage.store import LARGEST_IMAGE
+from preprocess.decode import Undecodable, decode_mask
 from preprocess.masks import MaskFolder, open_mask_folder
 
 CASES = int(os.environ.get("KAMIM_FUZZ_CASES", "300"))
@@ -117,8 +118,8 @@ def test_small_palettes_are_not_scaled(bits: int) -> None:
         (header(4, 4, bits=16, body=bytes(9 * 4)), "16 bits of colour type 0"),
         (png(np.zeros((40, 40)))[:-30], "Truncated File Read"),
         (header(4, 4, body=b"\0"), "image file is truncated"),
-        (header(14_000, 14_000), f"limit of {MAX_PIXELS} p"),
-        (header(60_000, 60_000), f"limit of {MAX_PIXELS} p"),
+        (header(14_000, 14_000), f"limit of {LARGEST_IMAGE} p"),
+        (header(60_000, 60_000), f"limit of {LARGEST_IMAGE} p"),
         (header(70_000, 1), "a side has at most"),
         (header(0, 4), "cannot identify image file"),
     ],

@@ -14,7 +14,7 @@ from kamim.method import geometry
 from kamim.storage import gaps
 from kamim.storage.store import Job
 from preprocess.decode import decode
-from preprocess.record import join, record
+from preprocess.record import join, no_rows, record
 
 MODES = {
     "JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "WEBP": ("RGB", "RGBA"),
@@ -90,7 +90,8 @@ def test_rows_of_no_image_have_the_types_of_any(jobs: dict[str, Job]) -> None:
     image = np.zeros((50, 60, 3), np.uint8)
     one = record(job, image, image, 1, job.components)
     for component in job.components:
-        none, two = join(job, component, []), join(job, component, [one[component]] * 2)
+        empty = no_rows(job, component)
+        none, two = join([], empty), join([one[component]] * 2, empty)
         for name, array in one[component].items():
             assert len(none[name]) == 0
             assert none[name].dtype == array.dtype

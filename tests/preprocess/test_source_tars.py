@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kamim import KamimError
 from preprocess.sources import Member, tars
 from preprocess.sources.tars import Entry, Tar, entries, read_member
 
@@ -105,6 +106,22 @@ def test_a_declared_size_leads_nowhere(size: bytes) -> None:
     data = bytearray(packed({"a.jpg": b"12345"}))
     data[124:136] = size.ljust(12, b"\0")
     assert "truncated" in (reason := refusal(checked(data))) or "not a number" in reason
+
+
+@pytest.mark.parametrize("kind", [b"g", b"K"])
+def test_a_skipped_header_leads_nowhere(kind: bytes, tmp_path: Path) -> None:
+    """A size of 2^80 leads to an offset that the system does not take."""
+    data = bytearray(packed({"a.jpg": b"12345"}))
+    data[156:157], data[124:136] = kind, b"\x80" + (1 << 80).to_bytes(11, "big")
+    (tmp_path / "x.tar").write_bytes(checked(data))
+    with pytest.raises(KamimError, match="truncated"):
+        list(Tar(tmp_path / "x.tar").entries())
+
+
+def test_a_link_is_no_tar_within_a_tar(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(packed({"a.jpg": b"12345"}))
+    with pytest.raises(KamimError, match=r"n01440764.tar: a link or a sparse file, not a tar"):
+        list(Tar(tmp_path / "x.tar").entries(Entry("n01440764.tar", -1, 0)))
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])

@@ -40,7 +40,6 @@ from kamim.cli import app
 from kamim.storage import beton, store
 from kamim.storage.store import Encoding, Store
 from preprocess.assemble import _take_over
-from preprocess.decode import MAX_PIXELS
 
 STEPS = ("load", "preview", "verify", "repair")
 FAST, IMAGES, BETON = "keypoints.zarr/fast", "images.zarr", "images.beton"
@@ -306,10 +305,6 @@ def test_repair_puts_things_right_or_says_why_not(name: str, ends: dict[str, dic
 
 def test_nothing_is_executed(ends: dict[str, dict[str, Outcome]]) -> None:
     assert not EXECUTED.exists()
-
-
-def test_a_size_that_originals_have_is_one_that_stores_have() -> None:
-    assert store.LARGEST_IMAGE == MAX_PIXELS
 
 
 # Nothing is written elsewhere

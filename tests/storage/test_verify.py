@@ -80,6 +80,17 @@ def test_a_store_can_be_taken_apart_into_the_shards_it_was_made_of(path: Path, s
             assert names[component] == f"{number:06d}-{opened.manifest.shards[component][number]}.safetensors"
 
 
+def test_verifying_takes_the_rules_of_the_manifest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered detector may be missing, or have other rules by now."""
+
+    def missing(name: str) -> None:
+        raise AssertionError(name)
+
+    for module in ("preprocess.record", "preprocess.assemble"):
+        monkeypatch.setattr(f"{module}.detector", missing)
+    assert problems(path, deep=True) == []
+
+
 def test_a_flipped_bit_in_any_file_is_found_and_repaired(path: Path, copy: Path, source: Path) -> None:
     whole = tree(path)
     assert len(whole) > 12

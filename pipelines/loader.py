@@ -85,8 +85,8 @@ class Loader:
     crop: random crops and flips, or None for the whole image resized (evaluation). counter: the source of the keypoint
     counts, or None for no counts. augment: changes images after they are cropped, in the worker threads; its errors
     are raised unchanged. device: where batches are delivered; copies to a GPU overlap with the use of the batch before.
-    on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its micro-batch and
-    logged.
+    on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its micro-batch, logged,
+    and counted in `skipped`.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
@@ -105,6 +105,7 @@ class Loader:
     ):  # fmt: skip
         self.plan = plan
         self.step = 0
+        self.skipped = 0
         self._store = store
         self._images = store.images
         self._resolution = resolution
@@ -204,6 +205,7 @@ class Loader:
             if not good:
                 raise error
             _LOG.warning("%s; left out", error)
+        self.skipped += len(slot.bad)
         slot.bad = {}
         for tensor in (slot.images, slot.counts):
             if tensor is not None:

@@ -119,8 +119,8 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
             assert name in one_line(*arguments)
         with pytest.raises(OSError, match=r"File too large: '.*/a\.json'"):
             console.write_json(tmp_path / "a.json", "x" * 5000)
-        with pytest.raises(OSError, match=r"File too large: '.*/w\.png'"):
-            page.save_picture(Figure(), tmp_path / "w.png")
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: '.*/w\.png'"):
+        page.save_picture(Figure(), tmp_path / "w.png")
     assert [file.name for file in tmp_path.iterdir()] == ["an"]
     assert not any((tmp_path / "an").iterdir())
 

@@ -162,7 +162,7 @@ def test_damaged_results_are_named_and_counted(tmp_path: Path) -> None:
     board(tmp_path, result("a", 1, 20.0), result("a", 1, 20.0), result("b", 2, 30.0))
     damaged = {
         "cut": '{"mode": "knn"', "mode": '{"mode": "telepathy"}', "list": "[]", "deep": "[" * 100_000, "bytes": b"\xff",
-        "above": json.dumps(result("c", 3, 100.5)), "below": json.dumps(result("c", 3, -0.5)),
+        "over": json.dumps(result("c", 3, 100.5)), "under": json.dumps(result("c", 3, -0.5)),
         "none": json.dumps(result("c", 3, 50.0, val__images=0)),
         "nan": json.dumps(result("c", 3, float("nan"))), "keys": '{"mode": "knn", "name": "x"}',
         "empty": json.dumps({**result("d", 4, 0.0, "knn"), "k": {}}),

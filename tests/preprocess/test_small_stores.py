@@ -11,7 +11,7 @@ from conftest import make_store
 from PIL import Image
 from typer.testing import CliRunner
 
-from kamim.bench import evaluate, loader, small, startup
+from kamim.bench import baselines, evaluate, loader, small, startup
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
@@ -100,7 +100,7 @@ def test_bench_loader_measures_stores_smaller_than_a_batch(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ffcv's own loader, which drops a short batch, is measured in test_bench.py."""
-    monkeypatch.setattr(loader, "EPOCHS", 1)
+    monkeypatch.setattr(baselines, "EPOCHS", 1)
     monkeypatch.setattr(loader, "FINER", 1)
     monkeypatch.setattr(small, "SAMPLES", 300)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)

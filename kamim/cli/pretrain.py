@@ -27,6 +27,7 @@ from kamim.cli.console import (
 
 if TYPE_CHECKING:
     from kamim.storage.store import Store
+    from kamim.training.replay import Replayed
 
 WORST = 10  # samples that a replay shows
 
@@ -102,20 +103,12 @@ def replay(
     _, store, _ = step_to_replay(run, step)
     files = None if source is None else _source_files(store, source)
 
-    import numpy as np
-
-    from kamim.reporting.page import save_picture
-    from kamim.reporting.plots import reconstruction_sheet
     from kamim.training.replay import replay as replay_step
 
     replayed = replay_step(run, step, device)
     title = f"step {replayed.step}, replayed from step {replayed.began}: loss {replayed.loss:.6f}"
     out_console.print(f"{title} over {len(replayed.samples)} samples, by falling loss")
-    for sample in replayed.worst[:WORST]:
-        file = "" if files is None else files[sample.index] or "its file has changed since"
-        origin = ", ".join(filter(None, (store.class_of(sample.index), file)))
-        largest = "" if sample.weight_max is None else f", largest W {sample.weight_max:.1f}"
-        out_console.print(f"  sample {sample.index}{origin and f' ({origin})'}: loss {sample.loss:.6f}{largest}")
+    _print_worst(replayed, store, files)
     samples = [
         {
             "index": s.index, "class": store.class_of(s.index) or None, "file": files and files[s.index],
@@ -125,11 +118,28 @@ def replay(
     ]  # fmt: skip
     write_json(out, {"step": replayed.step, "loss": replayed.loss, "samples": samples})
     if plot is not None:
-        images, masks, reconstructions = (
-            np.stack([getattr(sample, name) for sample in replayed.worst[:WORST]])
-            for name in ("image", "masked", "reconstruction")
-        )
-        save_picture(reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title), plot)
+        _draw_worst(replayed, title, plot)
+
+
+def _print_worst(replayed: "Replayed", store: "Store", files: list[str | None] | None) -> None:
+    for sample in replayed.worst[:WORST]:
+        file = "" if files is None else files[sample.index] or "its file has changed since"
+        origin = ", ".join(filter(None, (store.class_of(sample.index), file)))
+        largest = "" if sample.weight_max is None else f", largest W {sample.weight_max:.1f}"
+        out_console.print(f"  sample {sample.index}{origin and f' ({origin})'}: loss {sample.loss:.6f}{largest}")
+
+
+def _draw_worst(replayed: "Replayed", title: str, file: Path) -> None:
+    import numpy as np
+
+    from kamim.reporting.page import save_picture
+    from kamim.reporting.plots import reconstruction_sheet
+
+    images, masks, reconstructions = (
+        np.stack([getattr(sample, name) for sample in replayed.worst[:WORST]])
+        for name in ("image", "masked", "reconstruction")
+    )
+    save_picture(reconstruction_sheet(images, masks, [("reconstructed", reconstructions)], title), file)
 
 
 def _source_files(store: "Store", source: Path) -> list[str | None]:

@@ -18,7 +18,7 @@ from numba import config, njit
 
 ROOT = Path(__file__).parents[2]
 _MARKS = (b"\n@kernel", b"\n@bare_kernel", b"\n@intrinsic")  # of files with kernels
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -58,7 +58,7 @@ def _save_or_warn(save: Callable[..., None], *overload: Any) -> None:
 @functools.cache
 def _warn(line: str) -> None:
     """Logs a warning, once per process."""
-    log.warning(line)
+    _LOG.warning(line)
 
 
 @functools.cache

@@ -48,7 +48,7 @@ PUBLIC = (
     "swin_base_patch4_window12_384", "swin_large_patch4_window12_384",
 )  # fmt: skip
 TIMM_EPS, HUGGING_FACE_EPS = 1e-6, 1e-12  # of a ViT's LayerNorms, by default
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 # Names of transformers (4 and 5), microsoft/SimMIM, MoCo v3 and DINO -> names of timm, below `encoder.`.
 _RENAMES = tuple(
@@ -397,7 +397,7 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
     if lost[0]:
         raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name as model=NAME")
     if lost[3] and hints.architecture is None:
-        log.warning(
+        _LOG.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
             facts.norm_eps, name, hints.norm_eps,
         )  # fmt: skip
@@ -462,7 +462,7 @@ def _report_windows(state: State, fitted: State, model: MaskedImageModel) -> Non
     for name in tables:
         if state[name].shape != fitted[name].shape:
             old, new = ((math.isqrt(len(table)) + 1) // 2 for table in (state[name], fitted[name]))
-            log.warning(
+            _LOG.warning(
                 "tables of position biases are interpolated from windows of %s tokens to %s, those of a %s at %s px",
                 old, new, model.name, model.resolution,
             )  # fmt: skip

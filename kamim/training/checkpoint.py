@@ -41,7 +41,7 @@ MODEL: Literal["model.safetensors"] = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 PARTIAL = ".partial"
 Kind = Literal["pretrain", "linprobe", "attentive", "finetune", "segment"]
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def latest(run: Path, most: int | None = None) -> Checkpoint | None:
             checkpoint = at(run, step)
         except (ValueError, OSError) as error:
             problem = error
-            log.warning("%s; using the checkpoint before it", error)
+            _LOG.warning("%s; using the checkpoint before it", error)
         else:
             return checkpoint
     if problem is not None:

@@ -32,8 +32,8 @@ from kamim.training.nonfinite import Diverged
 Values = Mapping[str, float]
 T = TypeVar("T")
 FILE = "metrics.jsonl"
-LOG = "log.txt"
-log = logging.getLogger(__name__)
+LOG_FILE = "log.txt"
+_LOG = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -201,8 +201,8 @@ def _is_int64(value: object) -> bool:
 def warn(run: Path, line: str) -> None:
     """Logs a warning, and appends it to RUN/log.txt unless the disk is full."""
     line = one_line(line)
-    log.warning("%s", line)
-    write_line(run / LOG, line)
+    _LOG.warning("%s", line)
+    write_line(run / LOG_FILE, line)
 
 
 def check_finite(step: int, values: Values) -> None:
@@ -269,7 +269,7 @@ class Metrics:
             except OSError as error:
                 if isinstance(sink, Files):
                     raise
-                log.warning("%s is left out, the run continues: %s", type(sink).__name__, error)
+                _LOG.warning("%s is left out, the run continues: %s", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
     def _write(self) -> None:

@@ -1,5 +1,7 @@
 """Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, auto
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 
+_LOG = logging.getLogger(__name__)
+
 
 def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last step.
@@ -31,7 +35,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
     with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
         for line in cautions(config, store) if world.is_main else ():
-            metrics.log.warning(line)
+            _LOG.warning(line)
         with lock.alone(config.out, "out", world):
             run_folder.check_free(config, store, fresh)
             trainer = build_trainer(config, loader, world)
@@ -57,10 +61,10 @@ def _fit(trainer: Trainer, progress: Progress, total: int) -> Outcome:
     if not world.is_main or total in saved:
         return trainer.fit(progress)
     line = f"training from step {saved[-1] if saved else 0} of {total} on {world.size} x {world.device.type}"
-    with log_file.logged(out / metrics.LOG, line):
+    with log_file.logged(out / metrics.LOG_FILE, line):
         outcome = trainer.fit(progress)
         log_file.write_line(
-            out / metrics.LOG,
+            out / metrics.LOG_FILE,
             f"step {outcome.step} is done{'' if outcome.finished else ', and a signal stopped the run'}",
         )
     return outcome

@@ -64,8 +64,8 @@ def check_same_images(run: Path, store: Store) -> None:
     for key, now in _contents(store).items():
         if recorded.get(key) != now:
             raise KamimError(
-                f"data.store = {store.path}: was rebuilt since {run} began ({key}: {one_line(recorded.get(key))} then, "
-                f"{now} now); rebuild it as it was, or train in another out=..."
+                f"data.store = {store.path}: was rebuilt since {run} began ({key}: {one_line(recorded.get(key))[:16]} "
+                f"then, {str(now)[:16]} now); rebuild it as it was, or train in another out=..."
             )
 
 

@@ -1,6 +1,5 @@
 """Few labels: accuracy by the number of labelled images per class, on features that are computed once."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,11 +36,11 @@ def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
                 accuracies.append(classifiers.top1(val[readout], context.val.labels))
                 done += 1
                 progress(done, total, {})
-            linear, neighbours = zip(*accuracies, strict=True)
+            linear, neighbours = map(estimate, zip(*accuracies, strict=True))
             shots.append(
                 ShotAccuracy(
-                    per_class, len(subsets[0]), statistics.mean(linear), estimate(linear).deviation or 0.0,
-                    statistics.mean(neighbours), estimate(neighbours).deviation or 0.0,
+                    per_class, len(subsets[0]), linear.mean, linear.deviation or 0.0, neighbours.mean,
+                    neighbours.deviation or 0.0,
                 )
             )  # fmt: skip
         return FewShotAccuracy(tuple(shots))

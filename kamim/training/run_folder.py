@@ -77,12 +77,12 @@ def claim(config: Pretrain, store: Store) -> None:
 
 
 def _contents(store: Store) -> dict[str, Any]:
-    """Returns what the images of a store are. Detectors may be added to it, and it may be moved."""
+    """Returns what identifies the images of a store, whichever detectors it has."""
     manifest = store.manifest
     shards = "".join(manifest.shards[IMAGES]).encode()
     return {
         "images": manifest.count, "encoding": manifest.job.encoding, "resolution": manifest.job.resolution,
-        "crop_scale": list(manifest.job.crop_scale), "sha256 of the images": hashlib.sha256(shards).hexdigest(),
+        "crop_scale": list(manifest.job.crop_scale), "images_sha256": hashlib.sha256(shards).hexdigest(),
     }  # fmt: skip
 
 

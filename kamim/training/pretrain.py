@@ -1,6 +1,7 @@
 """Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -152,10 +153,13 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     path = config.init_from
     assert path is not None
     try:
-        file = interop.weights_file(path)
-        state = checkpoint.read(path).model_state() if file is None else interop.read_file(file)
-        converted = interop.convert(state, config.data.resolution, interop.Hints(config.model.name))
-    except ValueError as error:
+        if interop.weights_file(path) is not None:
+            converted = interop.load(path, config.data.resolution, config.model.name)
+        else:
+            saved = checkpoint.read(path)
+            hints = replace(interop.hints_of(saved.config.model.name), architecture=config.model.name)
+            converted = interop.convert(saved.model_state(), config.data.resolution, hints)
+    except KamimError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(converted.state, strict=converted.has_head)
 

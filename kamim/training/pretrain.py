@@ -35,6 +35,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
     """
     with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
+        run_folder.check_ranks(config, store, world)
         for line in cautions(config, store) if world.is_main else ():
             _LOG.warning(line)
         with lock.alone(config.out, "out", world):

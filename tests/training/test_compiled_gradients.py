@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from runs import WORLD
 from torch import Tensor, nn
 
 from kamim.training.config import Compute
 from kamim.training.trainer import parallel
-from runs import WORLD
 
 
 class Tokens(nn.Module):

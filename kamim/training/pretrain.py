@@ -93,6 +93,8 @@ def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.P
     loader = training_loader(config, store, world)
     config.optim.schedule(loader.plan.steps_per_epoch)
     autocast(config.compute, world.device)
+    if world.is_main:
+        metrics.log_in(config.log)
     return store, loader, callbacks.open_probe(config)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kamim.cli import RESUMABLE
 
-HELPER = """  # runs ranks given as JSON, [[name, arguments of every rank or null, signal], ...], and prints how they end
+HELPER = """  # runs ranks given as JSON, [[name, arguments of every rank or null, signal], ...]; prints how they end
 import json, os, signal, socket, sys, time
 from pathlib import Path
 import torch

@@ -1,6 +1,7 @@
 """The tasks of the evaluation modes: each function checks a checkpoint and a configuration, and returns the task."""
 
 import io
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,10 +43,12 @@ from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.augment import Augment, mixed_batch
 from pipelines.batch import Batch, normalise
 from pipelines.loader import Crop, Loader
+from pipelines.plan import Plan
 from pipelines.samples import Samples
 
 NOT_COMPILED = Compute(compile=False)  # for a head, which takes little time
 FP32 = Compute(precision="fp32")  # for reconstructions, as in the released code's notebook
+_LOG = logging.getLogger(__name__)
 CROP = Crop(scale=(0.08, 1.0), flip_v=False)  # torchvision's defaults, which MAE's and DINOv2's probes use
 
 
@@ -150,6 +153,8 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     if isinstance(evaluated.encoder, Pixels):
         raise KamimError(f"checkpoint = {evaluated.name}: pixels have nothing to fine-tune")
     _check_size("finetune.optim.batch_size", options.optim.batch_size, samples)
+    if context.world.is_main:
+        _check_average(options, samples)
 
     def run(folder: Path, progress: Progress) -> Accuracy:
         torch.manual_seed(config.seed)
@@ -306,6 +311,19 @@ def _check_size(key: str, size: int, samples: Samples) -> None:
     """Raises KamimError if there are fewer training samples than `size`."""
     if size > len(samples.numbers):
         raise KamimError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+
+
+def _check_average(options: Finetune, samples: Samples) -> None:
+    """Warns if the moving average of the weights, over 1 / (1 - ema) steps, reaches back to the first ones."""
+    optim = options.optim
+    plan = Plan(len(samples.numbers), optim.batch_size, optim.micro_batch, seed=0)
+    steps, _, _ = optim.schedule(plan.steps_per_epoch)
+    if options.ema is not None and 1 / (1 - options.ema) > steps:
+        _LOG.warning(
+            "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are part "
+            "of what is measured; set it well below 1 - 1 / steps = %.3g",
+            options.ema, 1 / (1 - options.ema), steps, 1 - 1 / steps,
+        )  # fmt: skip
 
 
 def _identity(images: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ class Optim(Section):
     COSINE_AFTER_WARMUP: ClassVar[bool] = False  # whether the cosine begins after the warm-up, not below it
 
     lr: Positive = 8e-4
-    """Peak learning rate for batch_size samples per step over all ranks; it is not scaled."""
+    """Learning rate for batch_size samples per step over all ranks, not scaled, to which the warm-up rises. The cosine
+    starts from it at step 0, and the warm-up replaces its beginning: the largest rate is that of the last warm-up step,
+    and the cosine follows at a lower one."""
     weight_decay: NotNegative = 0.05
     """AdamW's weight decay, of every parameter unless a key below or a mode exempts some."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -171,6 +171,18 @@ def test_layer_decay_gives_early_blocks_smaller_rates() -> None:
         assert decayed[id(parameter)] == (parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token")))
 
 
+def test_layer_decay_with_shared_position_biases_is_microsoft_simmims() -> None:
+    """By get_vit_layer and no_weight_decay of microsoft/SimMIM and timm's BEiT, whose table is of that form."""
+    model = Classifier(build_encoder("vit_base_relpos", 32), 3)
+    groups = parameter_groups(model, 0.05, 0.5)
+    of = {id(p): g for g in groups for p in g["params"]}  # type: ignore[attr-defined]
+    scales = [of[id(block.attn.qkv.weight)]["lr_scale"] for block in model.encoder.blocks]
+    assert scales == pytest.approx([0.5 ** (12 - i) for i in range(12)])
+    assert of[id(model.encoder.patch_embed.proj.weight)]["lr_scale"] == pytest.approx(0.5**13)
+    table = of[id(model.encoder.rel_pos_bias.relative_position_bias_table)]
+    assert (table["lr_scale"], table["weight_decay"]) == (1, 0)
+
+
 def test_lars_adapts_matrices_alone() -> None:
     torch.manual_seed(0)
     layer, data = nn.Linear(5, 3), torch.randn(4, 7, 5)
@@ -326,6 +338,24 @@ def test_training_is_bf16_and_validation_fp32(
     validation = found[-6 * 3 :]  # 6 blocks, 24 images in batches of 10
     assert not any(validation)
     assert any(found) == (mode != "reconstruct")
+
+
+@pytest.mark.parametrize(("decay", "warns"), [(0.9999, True), (0.96, True), (0.95, False), (None, False)])
+def test_an_average_longer_than_the_training_is_a_warning(
+    decay: float | None, warns: bool, stores: dict[str, Path], pretrained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """24 images in batches of 10 are 2 steps an epoch, 20 in all; an average of decay d spans 1 / (1 - d) steps."""
+    more = f"finetune.ema={'null' if decay is None else decay}"
+    config = evaluation(
+        pretrained,
+        stores["zarr"],
+        more,
+        "finetune.optim.epochs=10",
+        "finetune.optim.warmup_epochs=1",
+        "finetune.optim.batch_size=10",
+    )
+    MODES["finetune"].plan(_context(config, WORLD, []), load_evaluated_model(str(pretrained)))
+    assert ["training has 20, so untrained weights are part" in line for line in caplog.messages] == [True] * warns
 
 
 def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:

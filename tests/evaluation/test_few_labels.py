@@ -66,6 +66,29 @@ def test_logistic_regression_is_that_of_scikit_learn(tile: int, monkeypatch: pyt
     assert found.accuracy(others, truth) == pytest.approx(top1, abs=1.2)
 
 
+def test_logistic_regression_reaches_its_minimum(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of scikit-learn's Newton method, on features whose variances differ as those of a ViT."""
+    features, labels = blobs(1500, 10, 96, 1)
+    features *= 1 / torch.arange(1, 97)
+    units = torch.nn.functional.normalize(features - features.mean(0))
+
+    def loss(weight: torch.Tensor) -> float:
+        squares = logistic.PENALTY / (2 * len(labels)) * weight.square().sum()
+        return float(torch.nn.functional.cross_entropy(units @ weight.T, labels) + squares)
+
+    newton = LogisticRegression(
+        C=1 / logistic.PENALTY, fit_intercept=False, solver="newton-cg", tol=1e-6, max_iter=1000
+    ).fit(units.double().numpy(), labels.numpy())
+    least = loss(torch.from_numpy(newton.coef_).float())
+    assert loss(logistic.fit(features, labels, 10, CPU).weight) == pytest.approx(least, rel=0.01)
+    assert not caplog.messages
+    monkeypatch.setattr(logistic, "ITERATIONS", 30)
+    assert loss(logistic.fit(features, labels, 10, CPU).weight) > 1.1 * least
+    assert caplog.messages == ["the logistic regression on 1500 samples ended after 30 iterations, before its minimum"]
+
+
 def test_one_label_of_each_class_is_enough_to_fit_and_bf16_does() -> None:
     features, labels = blobs(4, 4, 64, 3)
     found = logistic.fit(features.bfloat16(), labels, 4, CPU)

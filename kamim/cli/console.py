@@ -280,12 +280,15 @@ def print_config(config: "Section") -> None:
         out_console.print(line)
 
 
-def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float) -> Any:
+def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float, normalize: bool = False) -> Any:
     """Returns the kamim.training.config.Weighting that the options describe."""
     from kamim.training.config import Weighting
     from kamim.training.settings import load
 
-    keys = {"detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature}
+    keys = {
+        "detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature,
+        "normalize": normalize,
+    }  # fmt: skip
     return load(Weighting, None, given=keys)
 
 

@@ -44,7 +44,8 @@ def image_weights(rgb: np.ndarray, weighting: Weighting) -> ImageWeights:
     detected = opencv.fast(rgb) if weighting.detector == "fast" else detector(weighting.detector).detect(rgb)
     bitmap = kp.opencv_map(detected.xy, height, width, weighting.footprint)
     omega = density(kp.map_counts(bitmap, patch), patch)
-    return ImageWeights(rgb, len(detected.xy), bitmap, omega, weights(omega, weighting.temperature))
+    w = weights(omega, weighting.temperature, weighting.normalize)
+    return ImageWeights(rgb, len(detected.xy), bitmap, omega, w)
 
 
 def largest_crop(rgb: np.ndarray, resolution: int) -> np.ndarray:
@@ -65,7 +66,8 @@ def plot_weights(images: Mapping[str, ImageWeights], weighting: Weighting, file:
 
 
 def _caption(weighting: Weighting) -> str:
-    return f"{weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature}"
+    caption = f"{weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature}"
+    return f"{caption}, normalised" if weighting.normalize else caption
 
 
 def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: Path) -> None:
@@ -87,7 +89,7 @@ def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: P
     rows = []
     for i in range(count):
         bitmap = batch.counts[i].numpy() > 0
-        w = keypoint_weights(kp.map_counts(bitmap, patch), patch, weighting.temperature)
+        w = keypoint_weights(kp.map_counts(bitmap, patch), patch, weighting.temperature, weighting.normalize)
         index = int(batch.indices[i])
         rows.append((f"{index} {store.class_of(index)}", batch.images[i].numpy(), bitmap, w))
     plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)

@@ -33,6 +33,9 @@ def weights(
     footprint: Annotated[str, typer.Option(help="ring (the released code) or point (the paper's text)")] = "ring",
     patch_size: Annotated[int, typer.Option(help="Side w_ps of a weight cell in px.")] = 8,
     temperature: Annotated[float, typer.Option(help="Temperature T of Eq. 2.")] = 0.25,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide W by its mean, as weighting.normalize=true does.")
+    ] = False,
     resolution: Annotated[
         int | None,
         typer.Option(help="Crop and resize the image to this side in px, as in training. Default: the image as it is."),
@@ -50,7 +53,7 @@ def weights(
     from kamim.storage.files import write_whole
     from preprocess.decode import decode
 
-    weighting = weighting_of(detector, footprint, patch_size, temperature)
+    weighting = weighting_of(detector, footprint, patch_size, temperature, normalize)
     if resolution is not None and (resolution < 1 or resolution % patch_size):
         raise KamimError(f"--resolution {resolution}: must be a multiple of --patch-size {patch_size}")
     check_folder("--out", out)
@@ -69,7 +72,7 @@ def weights(
     )
     out_console.print(
         f"W {w.shape[0]}x{w.shape[1]}: mean {w.mean():.3f}, max {w.max():.3f}; it is relative to the smallest density: "
-        f"W = exp((density - {omega.min():.4f}) / {temperature:g})"
+        f"W = exp((density - {omega.min():.4f}) / {temperature:g}){', divided by its mean' if normalize else ''}"
     )
     if plot is not None:
         plot_weights({image.name: shown}, weighting, plot)
@@ -179,6 +182,9 @@ def preview(
     footprint: Annotated[str, typer.Option(help="ring or point")] = "ring",
     patch_size: Annotated[int, typer.Option(help="Side w_ps of a weight cell in px.")] = 8,
     temperature: Annotated[float, typer.Option(help="Temperature T of Eq. 2.")] = 0.25,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide W by its mean, as weighting.normalize=true does.")
+    ] = False,
     images: Annotated[int, typer.Option(min=1, help="Number of crops.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the crops.")] = 0,
 ) -> None:
@@ -187,5 +193,7 @@ def preview(
     from kamim.storage.store import Store
 
     check_picture("--out", out)
-    pictures.preview(Store(path), weighting_of(detector, footprint, patch_size, temperature), images, seed, out)
+    pictures.preview(
+        Store(path), weighting_of(detector, footprint, patch_size, temperature, normalize), images, seed, out
+    )
     out_console.print(f"{out}")

@@ -320,8 +320,8 @@ def _check_average(options: Finetune, samples: Samples) -> None:
     steps, _, _ = optim.schedule(plan.steps_per_epoch)
     if options.ema is not None and 1 / (1 - options.ema) > steps:
         _LOG.warning(
-            "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are part "
-            "of what is measured; set it well below 1 - 1 / steps = %.3g",
+            "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are part"
+            " of what is measured; set it well below 1 - 1 / steps = %.3g",
             options.ema, 1 / (1 - options.ema), steps, 1 - 1 / steps,
         )  # fmt: skip
 

@@ -80,12 +80,13 @@ def _weights(
     return heat
 
 
-def weight_ticks(largest: float) -> list[float]:
-    """Returns values of W to label on a logarithmic axis from 1: 1, 2, 5, 10, ... as long as they do not collide."""
-    decades = [10.0**power for power in range(int(np.log10(largest)) + 1)]
+def weight_ticks(largest: float, smallest: float = 1.0) -> list[float]:
+    """Returns values of W to label on a logarithmic axis: 1, 2, 5, 10, ... as long as they do not collide."""
+    decades = [10.0**power for power in range(int(np.floor(np.log10(smallest))), int(np.log10(largest)) + 1)]
     if len(decades) > 2:
-        return decades[:: -(-len(decades) // 8)]
-    return [step * decade for decade in decades for step in (1, 2, 5) if step * decade <= largest]
+        inside = [decade for decade in decades if decade >= smallest]
+        return inside[:: -(-len(inside) // 8)]
+    return [step * decade for decade in decades for step in (1, 2, 5) if smallest <= step * decade <= largest]
 
 
 def label_log_axis(axes: Axes) -> None:
@@ -103,14 +104,16 @@ def weights_sheet(
 ) -> None:
     """Draws a row per (title, RGB uint8 [H, W, 3], map F bool [H, W], weights W [g, g]): image, keypoints, weights.
 
-    All rows share the colours of W, from 1 to the largest of them, which the axis at the right explains.
+    All rows share the colours of W, from 1 (or less, if W is normalised) to the largest of them, which the axis at the
+    right explains.
     """
     heights = [2.9 * rgb.shape[0] / rgb.shape[1] + 0.25 for _, rgb, _, _ in rows]
     figure = Figure(figsize=(9.6, 0.4 + sum(heights)), layout="constrained")
     figure.suptitle(literal(caption), fontsize=10)
     lines = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     largest = max(2.0, *(float(weights.max()) for _, _, _, weights in rows))
-    scale = LogNorm(1, largest)
+    smallest = min(1.0, *(float(weights.min()) for _, _, _, weights in rows))
+    scale = LogNorm(smallest, largest)
     for line, (title, rgb, bitmap, weights) in zip(lines, rows, strict=True):
         _image(line[0], rgb, title)
         _image(line[1], _with_map(rgb, bitmap), f"map F, density {bitmap.mean():.3f}")
@@ -118,7 +121,7 @@ def weights_sheet(
             line[2], rgb, weights, patch_size, scale, f"W: mean {weights.mean():.4g}, max {weights.max():.4g}"
         )
     bar = figure.colorbar(heat, ax=lines[:, 2], fraction=0.046, pad=0.02, aspect=30)
-    ticks = weight_ticks(largest)
+    ticks = weight_ticks(largest, smallest)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
     bar.minorticks_off()
     save_picture(figure, file)
@@ -177,8 +180,10 @@ def panel_sheet(
     rows = _reconstructions(originals, masks, [("reconstructed", reconstructions)])
     if bitmaps is not None and weights is not None:
         painted = [_with_map(image, bitmap) for image, bitmap in zip(originals, bitmaps, strict=True)]
-        shades = colormaps["viridis"](np.log(weights) / np.log(max(float(weights.max()), 2.0)))[..., :3]
-        rows += [("keypoints", np.stack(painted)), (f"W, 1 to {weights.max():.1f}", (shades * 255).astype(np.uint8))]
+        low, high = min(float(weights.min()), 1.0), max(float(weights.max()), 2.0)
+        shades = colormaps["viridis"](np.log(weights / low) / np.log(high / low))[..., :3]
+        title = f"W, {low:.2g} to {weights.max():.1f}"
+        rows += [("keypoints", np.stack(painted)), (title, (shades * 255).astype(np.uint8))]
     return _sheet(rows, caption)
 
 

@@ -92,7 +92,7 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
         if weighting is not None and batch.counts is not None:
             bitmaps = batch.counts.cpu().numpy() > 0
             counts = np.stack([map_counts(f, weighting.patch_size) for f in bitmaps])
-            weights = keypoint_weights(counts, weighting.patch_size, weighting.temperature)
+            weights = keypoint_weights(counts, weighting.patch_size, weighting.temperature, weighting.normalize)
         figure = plots.panel_sheet(
             batch.images.cpu().numpy(), reconstruction.masked_pixels.cpu().numpy(),
             reconstruction.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",

@@ -34,6 +34,29 @@ def test_the_smallest_density_and_its_effect_are_printed(tmp_path: Path) -> None
         np.testing.assert_allclose(np.load(tmp_path / "w.npy"), np.exp((omega - omega.min()) / 0.25), rtol=1e-5)
 
 
+def test_normalised_weights_have_mean_1_in_every_picture(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the definition of weighting.normalize, with which the loss is computed."""
+    sheets: list[tuple[list[np.ndarray], str]] = []
+
+    def sheet(rows: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], _: int, caption: str, file: Path) -> None:
+        sheets.append(([weights for *_, weights in rows], caption))
+
+    monkeypatch.setattr(plots, "weights_sheet", sheet)
+    Image.fromarray(data.astronaut()[:64, :64]).save(tmp_path / "a.png")
+    run, picture = CliRunner().invoke, str(tmp_path / "w.png")
+    for command in (["weights", str(tmp_path / "a.png"), "--plot", picture], ["store", "preview", str(stores["zarr"])]):
+        more = [] if command[0] == "weights" else ["--out", picture]
+        for normalize in ([], ["--normalize"]):
+            done = run(app, [*command, *more, *normalize])
+            assert done.exit_code == 0, done.output
+            (plain, caption) = sheets.pop()
+            assert caption.endswith(", normalised") == bool(normalize)
+            assert all((w.mean() == pytest.approx(1, abs=1e-5)) == bool(normalize) for w in plain)
+        assert command[0] != "weights" or ", divided by its mean" in done.output
+
+
 @pytest.mark.parametrize(("height", "width", "box"), [
     (200, 240, (0, 0, 200, 240)), (100, 400, (0, 133, 100, 133)), (401, 90, (140, 0, 120, 90)),
 ])  # fmt: skip
@@ -80,6 +103,13 @@ def test_ticks_do_not_collide(largest: float) -> None:
     ticks = plots.weight_ticks(largest)
     assert 1.0 in ticks and max(ticks) <= largest and 2 <= len(ticks) <= 8
     assert np.diff(np.log(ticks)).min() > np.log(largest) / 20
+
+
+@pytest.mark.parametrize("smallest", [0.9, 0.3, 0.04, 1e-3, 1e-12])
+def test_ticks_of_normalised_weights_lie_on_their_axis(smallest: float) -> None:
+    for largest in (2.0, 9.0, 60.0):
+        ticks = plots.weight_ticks(largest, smallest)
+        assert 1.0 in ticks and smallest <= min(ticks) and max(ticks) <= largest and len(ticks) <= 9
 
 
 def test_rows_share_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

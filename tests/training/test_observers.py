@@ -64,6 +64,23 @@ def test_panels_come_every_so_many_epochs(watched: Path) -> None:
     assert 0 < changed.mean() < 0.4
 
 
+def test_panels_show_the_weights_of_the_loss(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[np.ndarray] = []
+    sheet = plots.panel_sheet
+
+    def kept(originals: Any, masks: Any, made: Any, bitmaps: Any, weights: np.ndarray, caption: str) -> Any:
+        shown.append(weights)
+        return sheet(originals, masks, made, bitmaps, weights, caption)
+
+    monkeypatch.setattr(plots, "panel_sheet", kept)
+    short = ("optim.epochs=2", "panel_epochs=2")
+    for normalize in ("false", "true"):
+        pretrain(config(tmp_path / normalize, store, f"weighting.normalize={normalize}", *short), quiet)
+    plain, normalised = shown
+    np.testing.assert_allclose(normalised, plain / plain.mean(axis=(1, 2), keepdims=True), rtol=1e-5)
+    assert (plain >= 1).all() and (normalised < 1).any()
+
+
 def test_a_resumed_run_shows_the_same_panel(watched: Path, store: Path, tmp_path: Path) -> None:
     class Killed(Exception):
         pass

@@ -286,9 +286,12 @@ def weighting_of(detector: str, footprint: str, patch_size: int, temperature: fl
     from kamim.training.settings import load
 
     keys = {
-        "detector": detector, "footprint": footprint, "patch_size": patch_size, "temperature": temperature,
+        "detector": detector,
+        "footprint": footprint,
+        "patch_size": patch_size,
+        "temperature": temperature,
         "normalize": normalize,
-    }  # fmt: skip
+    }
     return load(Weighting, None, given=keys)
 
 

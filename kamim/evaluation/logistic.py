@@ -51,9 +51,13 @@ def fit(features: Tensor, labels: Tensor, classes: int, device: torch.device) ->
     known = normalize(known - centre)
     weight = torch.zeros(classes, features.shape[1], device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight], max_iter=ITERATIONS, max_eval=2 * ITERATIONS, tolerance_grad=1e-6, history_size=10,
+        [weight],
+        max_iter=ITERATIONS,
+        max_eval=2 * ITERATIONS,
+        tolerance_grad=1e-6,
+        history_size=10,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -322,8 +322,11 @@ def _check_average(options: Finetune, samples: Samples) -> None:
         _LOG.warning(
             "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are part"
             " of what is measured; set it well below 1 - 1 / steps = %.3g",
-            options.ema, 1 / (1 - options.ema), steps, 1 - 1 / steps,
-        )  # fmt: skip
+            options.ema,
+            1 / (1 - options.ema),
+            steps,
+            1 - 1 / steps,
+        )
 
 
 def _identity(images: Tensor) -> Tensor:

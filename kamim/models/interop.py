@@ -438,8 +438,9 @@ def _architecture(state: State, resolution: int | None, hints: Hints, assumed: H
     if hints.heads is None and hints.architecture is None and not kind.swin and not kind.shared_bias:
         _LOG.warning(
             "weights do not hold their number of heads; %d are assumed, those of a %s; name the model if it has others",
-            facts.heads, name,
-        )  # fmt: skip
+            facts.heads,
+            name,
+        )
     if lost[3] and (hints.norm_eps or hints.architecture is None):
         _LOG.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",

@@ -116,9 +116,12 @@ def start(device: str) -> World:
         torch.cuda.set_device(own)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=rendezvous.PATIENCE,
-            store=rendezvous.meet(kind), rank=rank, world_size=size,
-        )  # fmt: skip
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout=rendezvous.PATIENCE,
+            store=rendezvous.meet(kind),
+            rank=rank,
+            world_size=size,
+        )
     global _joined
     _joined += 1
     return World(rank, size, own)

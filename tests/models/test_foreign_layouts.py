@@ -20,8 +20,12 @@ from kamim.training.pretrain import initialise
 
 State = dict[str, Tensor]
 VIT_TINY = {
-    "num_hidden_layers": 12, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 64,
-}  # fmt: skip
+    "num_hidden_layers": 12,
+    "hidden_size": 192,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "image_size": 64,
+}
 
 
 def drawn(model: nn.Module) -> nn.Module:

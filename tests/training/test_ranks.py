@@ -63,10 +63,20 @@ print(json.dumps(ended))
 
 def arguments(store: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"data.store={store}", f"out={out}", "data.resolution=64", "data.workers=1", "model.name=vit_demo",
-        "mask.patch_size=16", "optim.batch_size=12", "optim.epochs=500", "optim.warmup_epochs=1", "compute.device=cpu",
-        "panel_epochs=null", "checkpoint_epochs=500", *more,
-    ]  # fmt: skip
+        f"data.store={store}",
+        f"out={out}",
+        "data.resolution=64",
+        "data.workers=1",
+        "model.name=vit_demo",
+        "mask.patch_size=16",
+        "optim.batch_size=12",
+        "optim.epochs=500",
+        "optim.warmup_epochs=1",
+        "compute.device=cpu",
+        "panel_epochs=null",
+        "checkpoint_epochs=500",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +96,13 @@ def ended(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         ["second alone", [None, other], "terminate"],
     ]
     done = subprocess.run(
-        [sys.executable, "-c", HELPER, str(folder), json.dumps(scenarios)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", HELPER, str(folder), json.dumps(scenarios)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from kamim.models.position_bias import BiasedAttention
+from kamim.models.positions import BiasedAttention
 
 OnTokens = Callable[[int, Tensor], None]
 OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]

@@ -71,6 +71,8 @@ PRETRAINING = {
              "flip_h": True, "order": "shuffled", "on_error": "stop"},
     "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
 }  # fmt: skip
+POSITIONS = (None, "learned")
+METHODS = ("simmim", "kamim")
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
 # From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
 KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": "online"}, "images": "original"})
@@ -101,7 +103,7 @@ Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's numb
 def quoted(settings: EvalSettings) -> Quote:
     """Returns the paper's numbers for the same setting; {} if it has none, or if settings lack a compared key."""
     mode, architecture, pretraining = settings.mode, settings.architecture, settings.pretraining or {}
-    if architecture not in TABLE_1 or not _agrees(PRETRAINING, pretraining):
+    if architecture not in TABLE_1 or settings.positions not in POSITIONS or not _agrees(PRETRAINING, pretraining):
         return {}
     modes = evaluation(architecture)
     if mode not in modes or not _agrees(modes[mode], settings.as_json()) or not _whole(settings, pretraining):
@@ -136,6 +138,8 @@ def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
     """Returns the method of a run, or None if it is not in the paper."""
     weighting = pretraining.get("weighting", {})
+    if pretraining.get("method") not in METHODS:
+        return None
     if weighting is None:
         return SIMMIM
     if not _agrees(WEIGHTING, weighting) or not _agrees(KEYPOINTS, pretraining):

@@ -17,13 +17,13 @@ from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
 from kamim.models.knn import knn
 from kamim.models.label_free import measures
-from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
 from kamim.storage.store import Store
 from kamim.training.config import Compute, Pretrain
 from kamim.training.data import check_area, shown_samples, whole_images
 from kamim.training.distributed import World
 from kamim.training.metrics import Metrics
+from kamim.training.model import Model
 from kamim.training.reconstruction import reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
@@ -63,7 +63,7 @@ def open_probe(config: Pretrain) -> Probe | None:
 def build_callbacks(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
     """Returns the callbacks that the configuration of a run enables."""
     model, device, per_epoch = trainer.model, trainer.world.device, trainer.run.steps_per_epoch
-    assert isinstance(model, MaskedImageModel)
+    assert isinstance(model, Model)
     requested = []
     if probe is not None and config.probe is not None:
         requested.append(knn_probe(config, model, config.probe.every_epochs * per_epoch, probe, device))
@@ -75,7 +75,7 @@ def build_callbacks(config: Pretrain, trainer: Trainer, store: Store, probe: Pro
     return requested
 
 
-def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callable[[], Batch]) -> Callback:
+def panel(config: Pretrain, model: Model, every: int, samples: Callable[[], Batch]) -> Callback:
     """Returns a callback that draws samples: masked, reconstructed, and for KAMIM with keypoints and weights.
 
     every: steps between two panels. samples: returns the same samples at each call, on the model's device, with counts
@@ -102,7 +102,7 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
     return Callback(every, run)
 
 
-def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Probe, device: torch.device) -> Callback:
+def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: torch.device) -> Callback:
     """Returns a callback that logs knn_top1: the top-1 accuracy (%) on val of a vote of NEIGHBOURS samples of train.
 
     every: steps between two probes. Features are those of `kamim eval --mode knn`, before it rounds them to bf16.
@@ -129,7 +129,7 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
 
 
 def label_free_metrics(
-    config: Pretrain, model: MaskedImageModel, every: int, store: Store, device: torch.device
+    config: Pretrain, model: Model, every: int, store: Store, device: torch.device
 ) -> Callback:
     """Returns a callback that logs kamim.models.label_free.measures of config.label_free.images images of the store.
 
@@ -152,7 +152,7 @@ def label_free_metrics(
 
 
 def _features(
-    model: MaskedImageModel, readout: Readout, batches: Iterable[Batch], compute: Compute
+    model: Model, readout: Readout, batches: Iterable[Batch], compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """Returns features float32 [N, D] and labels int64 [N]."""
     features, labels = [], []
@@ -165,7 +165,7 @@ def _features(
 
 
 @contextmanager
-def _eval_mode(model: MaskedImageModel) -> Iterator[None]:
+def _eval_mode(model: Model) -> Iterator[None]:
     """Sets eval mode without gradients in the context, and restores the model's mode after it."""
     training = model.training
     model.eval()

@@ -126,7 +126,9 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
     name = saved.config.model.name
     known = architecture(name, saved.config.model.positions)
     if known.positions == "relative":
-        raise KamimError(f"{saved.path}: a {name} of relative positions, which timm's ViT does not have; cannot be exported")
+        raise KamimError(
+            f"{saved.path}: a {name} of relative positions, which timm's ViT does not have; cannot be exported"
+        )
     with _staged(out) as partial:
         save_tensors(interop.to_timm(saved.model_state()), partial, {interop.ARCHITECTURE: name})
     options = "".join(f", {key}={value!r}" for key, value in known.options.items())

@@ -141,9 +141,11 @@ def check_maskable(name: str, positions: Positions | None = None) -> None:
     """Raises KamimError unless an encoder can see the visible patches alone, as MAE's: a ViT of absolute positions."""
     known = architecture(name, positions)
     if not known.is_vit:
-        raise KamimError(f"method = mae: {known.timm_name} is a Swin, which cannot leave out masked patches; choose a ViT")
+        raise KamimError(
+            f"method = mae: {known.timm_name} is a Swin, which cannot leave out masked patches; choose a ViT"
+        )
     if known.positions == "relative":
-        raise KamimError("method = mae: relative positions are of whole images; set model.positions to sincos or learned")
+        raise KamimError("method = mae: cannot have relative positions; set model.positions = sincos or learned")
 
 
 def _divisors(whole: int, unit: int) -> str:

@@ -93,6 +93,6 @@ class MaskedAutoencoder(nn.Module):
         return pixels
 
     def _unpatchify(self, pixels: Tensor, grid: int) -> Tensor:
-        """Returns images [B, 3, R, R] from patches [B, N, p * p * 3] whose channels come last, as in the public code."""
+        """Returns images [B, 3, R, R] from patches [B, N, p * p * 3], whose channels come last, as the public code."""
         patches = pixels.unflatten(2, (self.patch_size, self.patch_size, 3)).unflatten(1, (grid, grid))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

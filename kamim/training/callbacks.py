@@ -128,9 +128,7 @@ def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: 
     return Callback(every, run)
 
 
-def label_free_metrics(
-    config: Pretrain, model: Model, every: int, store: Store, device: torch.device
-) -> Callback:
+def label_free_metrics(config: Pretrain, model: Model, every: int, store: Store, device: torch.device) -> Callback:
     """Returns a callback that logs kamim.models.label_free.measures of config.label_free.images images of the store.
 
     every: steps between two measurements. The images are evenly spaced and whole; features are those of the kNN probe.
@@ -151,9 +149,7 @@ def label_free_metrics(
     return Callback(every, run)
 
 
-def _features(
-    model: Model, readout: Readout, batches: Iterable[Batch], compute: Compute
-) -> tuple[Tensor, Tensor]:
+def _features(model: Model, readout: Readout, batches: Iterable[Batch], compute: Compute) -> tuple[Tensor, Tensor]:
     """Returns features float32 [N, D] and labels int64 [N]."""
     features, labels = [], []
     for batch in batches:

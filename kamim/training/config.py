@@ -39,8 +39,8 @@ class Model(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block. The released code uses none, for Swin and ViT alike."""
     positions: Positions | None = None
-    """Positions of a ViT's patches: learned from N(0, 0.02), as in the released code; sincos, fixed sine-cosine ones, as
-    MAE's; or relative, biases of attention that all blocks share, as microsoft/SimMIM's. null is those of the
+    """Positions of a ViT's patches: learned from N(0, 0.02), as in the released code; sincos, fixed sine-cosine ones,
+    as MAE's; or relative, biases of attention that all blocks share, as microsoft/SimMIM's. null is those of the
     architecture: learned for the paper's ViTs."""
 
     @pydantic.model_validator(mode="after")
@@ -328,8 +328,8 @@ class Pretrain(Section):
         grid = self.data.resolution // self.mask.patch_size
         if masked_count(grid, self.mask.ratio) == grid**2:
             raise KamimError(
-                f"mask.ratio = {self.mask.ratio}: leaves none of {grid} x {grid} blocks visible, of which MAE's encoder "
-                f"needs one; must be at most {1 - 1 / grid**2:.4g}"
+                f"mask.ratio = {self.mask.ratio}: masks all {grid} x {grid} blocks, but MAE's encoder needs a visible "
+                f"one; must be at most {1 - 1 / grid**2:.4g}"
             )
 
     @property

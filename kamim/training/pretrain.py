@@ -41,7 +41,6 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
             run_folder.check_free(config, store, fresh)
             trainer = build_trainer(config, loader, world)
             if config.init_from is not None and not checkpoint.saved(config.out):
-                assert isinstance(trainer.model, Model)
                 initialise(trainer.model, config)
             trainer.callbacks = callbacks.build_callbacks(config, trainer, store, probe)
             world.barrier()  # every rank has read the folder
@@ -147,7 +146,7 @@ class MaskedReconstruction:
         return reconstruction.target(config.normalised_patches), reconstruction, weights
 
 
-def initialise(model: Model, config: Pretrain) -> None:
+def initialise(model: nn.Module, config: Pretrain) -> None:
     """Loads config.init_from, with position embeddings interpolated to the resolution. Missing weights stay random.
 
     Raises KamimError if it cannot be read or is of another architecture.
@@ -163,6 +162,7 @@ def initialise(model: Model, config: Pretrain) -> None:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(converted.state, strict=converted.has_head)
     if config.model.positions == "sincos":
+        assert isinstance(model, Model)
         fix_sincos(model.encoder)  # they stay what they are, whatever positions the weights came with
 
 

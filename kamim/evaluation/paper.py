@@ -71,8 +71,7 @@ PRETRAINING = {
              "flip_h": True, "order": "shuffled", "on_error": "stop"},
     "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
 }  # fmt: skip
-POSITIONS = (None, "learned")
-METHODS = ("simmim", "kamim")
+METHODS, POSITIONS = ("simmim", "kamim"), (None, "learned")  # runs of before name no positions
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
 # From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
 KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": "online"}, "images": "original"})
@@ -103,7 +102,7 @@ Quote = dict[str, tuple[float, str]]  # top1, or psnr and ssim: the paper's numb
 def quoted(settings: EvalSettings) -> Quote:
     """Returns the paper's numbers for the same setting; {} if it has none, or if settings lack a compared key."""
     mode, architecture, pretraining = settings.mode, settings.architecture, settings.pretraining or {}
-    if architecture not in TABLE_1 or settings.positions not in POSITIONS or not _agrees(PRETRAINING, pretraining):
+    if architecture not in TABLE_1 or not _agrees(PRETRAINING, pretraining):
         return {}
     modes = evaluation(architecture)
     if mode not in modes or not _agrees(modes[mode], settings.as_json()) or not _whole(settings, pretraining):
@@ -138,7 +137,7 @@ def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
     """Returns the method of a run, or None if it is not in the paper."""
     weighting = pretraining.get("weighting", {})
-    if pretraining.get("method") not in METHODS:
+    if pretraining.get("method") not in METHODS or pretraining.get("positions") not in POSITIONS:
         return None
     if weighting is None:
         return SIMMIM

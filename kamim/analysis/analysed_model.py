@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from kamim import KamimError
-from kamim.analysis.attention import blocks
+from kamim.models.attention import blocks
 from kamim.models.interop import check_tensor
 from kamim.storage.escape import one_line
 from kamim.training.model import Model

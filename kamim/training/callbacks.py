@@ -15,6 +15,7 @@ from torch import Tensor
 from kamim import KamimError
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
+from kamim.models.attention import selectivity
 from kamim.models.knn import knn
 from kamim.models.label_free import measures
 from kamim.models.readout import Readout, blocks, fixed, resolve
@@ -24,7 +25,7 @@ from kamim.training.data import check_area, shown_samples, whole_images
 from kamim.training.distributed import World
 from kamim.training.metrics import Metrics
 from kamim.training.model import Model
-from kamim.training.reconstruction import reconstruct
+from kamim.training.reconstruction import masked_error, reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
 from pipelines.labels import check_labels
@@ -69,6 +70,8 @@ def build_callbacks(config: Pretrain, trainer: Trainer, store: Store, probe: Pro
         requested.append(knn_probe(config, model, config.probe.every_epochs * per_epoch, probe, device))
     if config.label_free is not None:
         requested.append(label_free_metrics(config, model, config.label_free.every_epochs * per_epoch, store, device))
+    if config.plateau is not None:
+        requested.append(plateau(config, model, config.plateau.every_epochs * per_epoch, store, device))
     if config.panel_epochs is not None:
         samples = partial(shown_samples, config, store, SHOWN, device)
         requested.append(panel(config, model, config.panel_epochs * per_epoch, samples))
@@ -145,6 +148,36 @@ def label_free_metrics(config: Pretrain, model: Model, every: int, store: Store,
         with _eval_mode(model):
             features, _ = _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
             metrics.log(measures(features))
+
+    return Callback(every, run)
+
+
+def plateau(config: Pretrain, model: Model, every: int, store: Store, device: torch.device) -> Callback:
+    """Returns a callback that logs attention_selectivity (px, see kamim.models.attention) and loss_mean_colour.
+
+    every: steps between two measurements. Attention is that to whole images, evenly spaced in the store, in float32.
+    loss_mean_colour is the loss without W of painting SHOWN crops in the mean of each crop's target: a model on the
+    plateau does no better. With norm_pix_loss that mean is 0.
+    """
+    assert config.plateau is not None
+    count = min(config.plateau.images, len(store))
+    samples = Samples(store, np.linspace(0, len(store) - 1, count).astype(np.int64))
+    patch = float(config.model.patch_size)
+
+    def run(step: int, metrics: Metrics) -> None:
+        loader = whole_images(
+            samples, config.data.resolution, count, config.data.workers, World(0, 1, device), config.data.on_error
+        )
+        (batch,) = loader.steps(0, 1)
+        with _eval_mode(model):
+            selective = selectivity(model.encoder, normalise(batch.images), patch)
+            shown = reconstruct(
+                model, shown_samples(config, store, SHOWN, device), config.mask, config.seed, 0, config.compute
+            )
+        target = shown.target(config.normalised_patches)
+        colour = target.mean(dim=(2, 3), keepdim=True).expand_as(target)
+        painted = masked_error(config.method)(target, colour, shown.mask)
+        metrics.log({"attention_selectivity": selective, "loss_mean_colour": float(painted)})
 
     return Callback(every, run)
 

@@ -268,6 +268,15 @@ class LabelFree(Section):
     """Epochs between two measurements."""
 
 
+class Plateau(Section):
+    """Shows when a model has learned more than to paint a colour: a ViT whose attention is still uniform has not."""
+
+    images: Annotated[int, Field(ge=2)] = 64
+    """Images on which attention is measured, from all over data.store; all of them if it has fewer."""
+    every_epochs: Count = 1
+    """Epochs between two measurements."""
+
+
 class Pretrain(Section):
     """Configuration of `kamim pretrain`."""
 
@@ -310,6 +319,9 @@ class Pretrain(Section):
     """A kNN probe of the features during training; null is none."""
     label_free: LabelFree | None = None
     """Measures of the features during training that need no labels; null is none, `{}` is the defaults."""
+    plateau: Plateau | None = None
+    """A measure during training of how selective attention is, and the loss of each crop's mean colour to compare with;
+    null is none, `{}` is the defaults. A ViT only."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
@@ -317,6 +329,8 @@ class Pretrain(Section):
         cell = None if self.weighting is None else self.weighting.patch_size
         check_patches(self.model.patch_size, self.mask.patch_size, cell, r)
         architecture(self.model.name).check_resolution(r)
+        if self.plateau is not None and not architecture(self.model.name).is_vit:
+            raise KamimError(f"plateau: measures the attention of a ViT, {self.model.name} is a Swin; leave it out")
         if self.method == "mae":
             self._check_mae()
         elif self.decoder is not None:

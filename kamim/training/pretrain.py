@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from kamim import KamimError
-from kamim.method.objective import masked_l1, masked_l2
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.positions import fix_sincos
@@ -18,7 +17,7 @@ from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
 from kamim.training.model import Model, build_model
 from kamim.training.nonfinite import NonFiniteGuard
-from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.reconstruction import Reconstruction, masked_error, reconstruct
 from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
 from pipelines.batch import Batch
 from pipelines.loader import Loader
@@ -126,7 +125,7 @@ class MaskedReconstruction:
     def __call__(self, batch: Batch) -> Losses:
         """Returns the loss and, to log, the loss without weights and, if there are any, the mean and largest W."""
         target, reconstruction, weights = self.reconstruct(batch)
-        error = masked_l2 if self._config.method == "mae" else masked_l1
+        error = masked_error(self._config.method)
         loss = error(target, reconstruction.output, reconstruction.mask, weights)
         if weights is None:
             return Losses(loss, {"loss_unweighted": loss})

@@ -158,8 +158,10 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
     def run(folder: Path, progress: Progress) -> Accuracy:
         torch.manual_seed(config.seed)
-        encoder = build_encoder(evaluated.origin.architecture, evaluated.resolution, options.drop_path)
+        origin = evaluated.origin
+        encoder = build_encoder(origin.architecture, evaluated.resolution, options.drop_path, origin.positions)
         encoder.load_state_dict(evaluated.encoder.state_dict())
+        encoder.requires_grad_(True)  # sine-cosine positions too, as MAE's code
         model = finetune.Classifier(encoder, len(samples.classes)).to(context.world.device)
         groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
         ema = finetune.ModelEma(model, options.ema)
@@ -320,8 +322,8 @@ def _check_average(options: Finetune, samples: Samples) -> None:
     steps, _, _ = optim.schedule(plan.steps_per_epoch)
     if options.ema is not None and 1 / (1 - options.ema) > steps:
         _LOG.warning(
-            "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are part"
-            " of what is measured; set it well below 1 - 1 / steps = %.3g",
+            "finetune.ema = %g: averages the weights of about %.0f steps, training has %d, so untrained weights are "
+            "part of what is measured; set it well below 1 - 1 / steps = %.3g",
             options.ema,
             1 / (1 - options.ema),
             steps,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kamim import KamimError
+from kamim.models.architectures import Positions
 from kamim.storage.escape import one_line
 
 # What kamim's encoders compute, and transformers' ViT and Swin by default. Other values keep the shapes of the weights.
@@ -17,12 +18,14 @@ COMPUTED = {"hidden_act": "gelu", "qkv_bias": True}
 class Hints:
     """Properties of an encoder that its weights do not determine. architecture: its name, if it has to be that.
 
-    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. None is unknown.
+    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. positions: of a ViT's patches, for the named
+    architecture. None is unknown.
     """
 
     architecture: str | None = None
     norm_eps: float | None = None
     heads: int | None = None
+    positions: Positions | None = None
 
 
 def read_hints(file: Path) -> Hints:

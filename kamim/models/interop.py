@@ -26,7 +26,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.models.architectures import ARCHITECTURES, Architecture, architecture
+from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
 from kamim.models.file_kind import WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
 from kamim.models.masked_image_model import MaskedImageModel
@@ -94,12 +94,16 @@ _TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.
 
 @dataclass(frozen=True)
 class Foreign:
-    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct."""
+    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct.
+
+    positions: "relative" for an architecture whose own are absolute; None is its own.
+    """
 
     architecture: str
     resolution: int
     state: State
     has_head: bool
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,14 @@ def weights_file(path: Path) -> Path | None:
     return None
 
 
-def load(path: Path, resolution: int | None = None, name: str | None = None) -> Foreign:
+def load(
+    path: Path, resolution: int | None = None, name: str | None = None, positions: Positions | None = None
+) -> Foreign:
     """Loads the weights of a file, or of a Hugging Face folder, of any layout named above.
 
     resolution: side of the images in px; None is as trained. name: the architecture, see architectures.architecture;
-    None finds it. Raises KamimError, naming the file, if it holds none, or those of another architecture.
+    None finds it. positions: as in Hints. Raises KamimError, naming the file, if it holds none, or those of another
+    architecture.
     """
     file = weights_file(path)
     if file is None:
@@ -145,7 +152,7 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
     try:
         hints = _file_hints(file)
         if name is not None:
-            hints = Hints(_known(name), hints.norm_eps, hints.heads)
+            hints = Hints(_known(name), hints.norm_eps, hints.heads, positions)
         return convert(state, resolution, hints)
     except ValueError as error:
         raise KamimError(f"{path}: {error}") from error
@@ -271,21 +278,24 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
-    name = _architecture(renamed, resolution, hints or Hints(), _conventions(state))
+    hints = hints or Hints()
+    positions = hints.positions or ("relative" if SHARED_BIAS in renamed else None)
+    name = _architecture(renamed, resolution, hints, _conventions(state), positions)
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
     resolution = resolution or _trained_resolution(name, renamed)
     architecture(name).check_resolution(resolution, "resolution")
     with torch.device("meta"):
-        model = MaskedImageModel(name, resolution)
+        model = MaskedImageModel(name, resolution, positions=positions)
     fitted = _fit(renamed, model)
     expected = {key for key in model.state_dict() if has_head or key.startswith("encoder.")}
     for key in sorted(expected ^ fitted.keys()):
         difference = "is missing" if key in expected else f"is not part of a {name}"
         raise KamimError(f"{key} {difference}; these weights are of another kind")
     _report_windows(renamed, fitted, model)
-    return Foreign(name, resolution, fitted, has_head)
+    own = architecture(name).positions
+    return Foreign(name, resolution, fitted, has_head, None if positions == own else positions)
 
 
 def _rename(state: State) -> State:
@@ -397,23 +407,37 @@ class _Facts:
 @cache
 def _facts(name: str, known: Architecture) -> _Facts:
     with torch.device("meta"):
-        model = MaskedImageModel(name, known.multiple)
+        model = MaskedImageModel(name, known.multiple, positions=known.positions)
     encoder, state = model.encoder, model.state_dict()
     heads = None if isinstance(encoder, SwinTransformer) else encoder.blocks[0].attn.num_heads
     return _Facts(_kind(state), heads, _window(state), encoder.norm.eps)
 
 
-def _architecture(state: State, resolution: int | None, hints: Hints, assumed: Hints) -> str:
+def _candidate(name: str, positions: Positions | None) -> tuple[Architecture, _Facts] | None:
+    """Returns an architecture with these positions and its facts; None for a Swin, which cannot have relative ones."""
+    known = architecture(name)
+    if positions == "relative" and not known.is_vit:
+        return None
+    known = known.with_positions(positions)
+    return known, _facts(name, known)
+
+
+def _architecture(
+    state: State, resolution: int | None, hints: Hints, assumed: Hints, positions: Positions | None
+) -> str:
     """Finds the architecture of these weights: of those with their shapes, the one that agrees with most hints.
 
     In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm. assumed: what the
-    layout implies if neither the weights nor hints say it.
+    layout implies if neither the weights nor hints say it. positions: those that the architecture is given; None is its
+    own.
     """
     kind, window, heads = _kind(state), _window(state), hints.heads or assumed.heads
     eps = hints.norm_eps or (None if kind.swin else assumed.norm_eps)
     chosen: tuple[tuple[bool, bool, bool, bool], str, _Facts] | None = None
     for name in [hints.architecture] if hints.architecture else [*ARCHITECTURES, *PUBLIC]:
-        facts = _facts(name, known := architecture(name))
+        if (candidate := _candidate(name, positions)) is None:
+            continue
+        known, facts = candidate
         usual = None if kind.swin else kind.width // HEAD_WIDTH
         lost = (
             (heads or usual) not in (None, facts.heads), bool(resolution and resolution % known.multiple),
@@ -424,9 +448,10 @@ def _architecture(state: State, resolution: int | None, hints: Hints, assumed: H
             if not any(lost):
                 break
     if chosen is None and hints.architecture:
-        same = next((name for name in (*ARCHITECTURES, *PUBLIC) if _facts(name, architecture(name)).kind == kind), None)
+        names = (*ARCHITECTURES, *PUBLIC)
+        same = next((name for name in names if (c := _candidate(name, positions)) and c[1].kind == kind), None)
         theirs = f"a {same}'s weights" if same else f"weights of {kind.details()}"
-        requested = _facts(hints.architecture, architecture(hints.architecture)).kind
+        requested = _facts(hints.architecture, architecture(hints.architecture, positions)).kind
         raise KamimError(f"these are {theirs}, the requested model is a {hints.architecture}, {requested.details()}")
     if chosen is None:
         raise KamimError(

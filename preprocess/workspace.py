@@ -98,7 +98,7 @@ class Workspace:
             return None
         try:
             return fingerprint.from_file(self.stamps_file)
-        except ValueError:
+        except KamimError:
             raise KamimError(f"{self.stamps_file}: damaged; remove {self.partial}") from None
 
     def claim(self, job: Job, source_hashes: np.ndarray, folders: Collection[Path], shared: bool) -> None:

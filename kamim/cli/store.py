@@ -63,7 +63,7 @@ def weights(
     try:
         rgb = decode(image.read_bytes())
         shown = image_weights(rgb if resolution is None else largest_crop(rgb, resolution), weighting)
-    except ValueError as error:
+    except KamimError as error:
         raise KamimError(f"{image}: {error}") from error
     omega, w = shown.omega, shown.weights
     out_console.print(

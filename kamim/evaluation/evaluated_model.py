@@ -145,7 +145,7 @@ def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
         return None
     try:
         manifest = store.read_manifest(config.data.store)
-    except ValueError:  # its store is not on this machine
+    except KamimError:  # its store is not on this machine
         dataset, samples, images, complete = None, None, None, None
     else:
         size = min(config.optim.batch_size, manifest.count)  # the store may be another by now

@@ -154,7 +154,7 @@ def load(
         if name is not None:
             hints = Hints(_known(name), hints.norm_eps, hints.heads, positions)
         return convert(state, resolution, hints)
-    except ValueError as error:
+    except KamimError as error:
         raise KamimError(f"{path}: {error}") from error
 
 
@@ -181,7 +181,7 @@ def _known(name: str) -> str:
     """Returns the name. Raises KamimError unless it is that of an architecture."""
     try:
         architecture(name)
-    except ValueError as error:
+    except KamimError as error:
         raise KamimError(f"model = {one_line(name)[:100]}: {error}") from error
     return name
 

@@ -42,7 +42,7 @@ def alone(out: Path, name: str, world: "World | None" = None) -> Iterator[None]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 busy = f"{name} = {out}: another process works there now; wait until it is done, or choose another"
                 stack.enter_context(held(file, busy))
-            except ValueError as error:
+            except KamimError as error:
                 problem = str(error)
             except OSError as error:
                 problem = f"{name} = {out}: {file} cannot be created or locked: {error.strerror}; choose another"

@@ -56,7 +56,7 @@ def open_probe(config: Pretrain) -> Probe | None:
         samples = Samples(train, n_per_class(train.images.labels, per_class, config.seed))
     try:
         check_labels(train, val)
-    except ValueError as error:
+    except KamimError as error:
         raise KamimError(f"probe: {error}") from None
     return Probe(samples, all_samples(val))
 

@@ -228,7 +228,7 @@ def latest(run: Path, most: int | None = None) -> Checkpoint | None:
     for step in reversed([step for step in saved(run) if most is None or step <= most]):
         try:
             checkpoint = at(run, step)
-        except (ValueError, OSError) as error:
+        except (KamimError, OSError) as error:
             problem = error
             _LOG.warning("%s; using the checkpoint before it", error)
         else:
@@ -254,7 +254,7 @@ def read(path: Path) -> Checkpoint:
         first = error.errors()[0]
         message = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
         raise KamimError(f"{file}: not a checkpoint's state: {one_line(message)}") from error
-    except ValueError as error:
+    except KamimError as error:
         raise KamimError(f"{file}: not a checkpoint's state: {one_line(error)}") from error
     for name, expected in state.checksums.items():
         if not (path / name).is_file() or checksum(path / name) != expected:

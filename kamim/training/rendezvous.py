@@ -19,7 +19,7 @@ from kamim import KamimError
 from kamim.storage.escape import one_line
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 # Timeout of the rendezvous and of collectives. Only the first process reads and saves a run; a probe on many images or
 # a slow disk may take longer than NCCL's default of 10 minutes.
@@ -124,7 +124,7 @@ def _announce(error: BaseException) -> None:
 
 def _store(patience: float) -> "Store":
     """Returns the store that rank 0 or torchrun hosts, within `patience` seconds, always the same."""
-    from torch.distributed import DistError, PrefixStore, TCPStore
+    from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     global _opened
     if _opened is not None:

@@ -81,7 +81,7 @@ def check_ranks(config: Pretrain, store: Store, world: "World") -> None:
     if weighting is not None and weighting.keypoints == "store":
         shards = "".join(store.manifest.shards[weighting.detector]).encode()
         content["keypoints_sha256"] = hashlib.sha256(shards).hexdigest()
-    machines = {"data": {"store", "workers"}, "compute": {"threads"}, "probe": True, "log": True}
+    machines: Any = {"data": {"store", "workers"}, "compute": {"threads"}, "probe": True, "log": True}
     world.check_same({"store": content, **config.model_dump(mode="json", exclude=machines)})
 
 

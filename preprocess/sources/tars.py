@@ -63,7 +63,7 @@ def read_member(item: Item) -> bytes:
     try:
         _check(header, item.file)
         listed = _number(header[124:136], item.file) == item.size
-    except ValueError:
+    except KamimError:
         listed = False
     if not listed:
         raise OSError(errno.EBUSY, f"its tar {CHANGED}")

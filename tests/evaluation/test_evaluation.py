@@ -632,3 +632,14 @@ def test_small_images_are_enlarged_to_the_checkpoints_resolution(pretrained: Pat
     assert Store(small).images.sizes.max() == 32
     (result,) = run(evaluation(pretrained, small), "knn")
     assert (result["val"]["images"], result["k"]["1"]["top1"]) == (12, 100)
+
+
+def test_a_bug_in_reading_a_store_is_not_taken_for_a_missing_store(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("kamim.storage.store.read_manifest", broken)
+    with pytest.raises(ValueError, match="^a bug$"):
+        load_evaluated_model(str(pretrained))

@@ -641,5 +641,5 @@ def test_a_bug_in_reading_a_store_is_not_taken_for_a_missing_store(
         raise ValueError("a bug")
 
     monkeypatch.setattr("kamim.storage.store.read_manifest", broken)
-    with pytest.raises(ValueError, match="^a bug$"):
+    with pytest.raises(ValueError, match=r"^a bug$"):
         load_evaluated_model(str(pretrained))

@@ -105,11 +105,11 @@ def _announce(error: BaseException) -> None:
     """Writes why this process ended, and as the host of the store waits until the others have read it."""
     global _met
     _met = True
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
     reason = "was stopped" if stopped else f"failed: {one_line(error)[:500]}"
     try:
         rank, size = rank_and_size()
-        store = _store(LINGER)
+        store = _store(0 if stopped else LINGER)
         if not store.check([FAILED]):
             store.set(FAILED, f"rank {rank} {reason}")
         store.set(f"ended/{rank}", "")

@@ -1,7 +1,7 @@
 """`kamim eval`: every check before any work; then one task after the other, each with its result in its own folder."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,7 @@ def evaluate(
             raise KamimError("out: is missing; several processes need a folder that all of them see")
         models = [load_evaluated_model(spec) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
+        world.check_same({f"{t.settings.mode} {t.settings.name}": _identity(t.settings.as_json()) for t in tasks})
         with _workplace(config.out, [model.name for model in models], world) as root:
             folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
@@ -139,14 +140,19 @@ def _check_free(folder: Path, settings: EvalSettings) -> None:
     How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
     file = folder / "settings.json"
-    requested = dict(flat_text(settings.as_json()))
-    existing = dict(flat_text(json.loads(file.read_text()))) if file.exists() else requested
-    for key in (key for key in {**existing, **requested} if key.partition(".")[0] not in ABOUT):
+    requested = dict(flat_text(_identity(settings.as_json())))
+    existing = dict(flat_text(_identity(json.loads(file.read_text())))) if file.exists() else requested
+    for key in {**existing, **requested}:
         if requested.get(key) != existing.get(key):
             raise KamimError(
                 f"{folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
                 f"{requested.get(key, 'nothing')} requested); remove it, or choose another folder for the results"
             )
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that shape a result."""
+    return {key: value for key, value in settings.items() if key not in ABOUT}
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
@@ -12,6 +12,9 @@ from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
 from pipelines.plan import Plan
+
+if TYPE_CHECKING:
+    from kamim.training.distributed import World
 
 CONFIG = "config.yaml"
 TRAINED_ON = "store.json"  # what a run's store held when the run began
@@ -67,6 +70,19 @@ def check_same_images(run: Path, store: Store) -> None:
                 f"data.store = {store.path}: was rebuilt since {run} began ({key}: {one_line(recorded.get(key))[:16]} "
                 f"then, {str(now)[:16]} now); rebuild it as it was, or train in another out=..."
             )
+
+
+def check_ranks(config: Pretrain, store: Store, world: "World") -> None:
+    """Raises KamimError, on all ranks, if one of them has another configuration or another store's content.
+
+    Paths of stores and numbers of threads may differ between machines.
+    """
+    weighting, content = config.weighting, _contents(store)
+    if weighting is not None and weighting.keypoints == "store":
+        shards = "".join(store.manifest.shards[weighting.detector]).encode()
+        content["keypoints_sha256"] = hashlib.sha256(shards).hexdigest()
+    machines = {"data": {"store", "workers"}, "compute": {"threads"}, "probe": True, "log": True}
+    world.check_same({"store": content, **config.model_dump(mode="json", exclude=machines)})
 
 
 def claim(config: Pretrain, store: Store) -> None:

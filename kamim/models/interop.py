@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
 from kamim.models.file_kind import WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
+from kamim.models.mae_layout import DecoderSize, decoder_names, decoder_size, fit_decoder
+from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
@@ -94,9 +96,10 @@ _TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.
 
 @dataclass(frozen=True)
 class Foreign:
-    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct.
+    """Weights in kamim's names. has_head: with all that it needs to reconstruct.
 
-    positions: "relative" for an architecture whose own are absolute; None is its own.
+    That is SimMIM's mask token and pixel head, or MAE's decoder, whose size is then `decoder`. positions: "relative"
+    for an architecture whose own are absolute; None is its own.
     """
 
     architecture: str
@@ -104,6 +107,18 @@ class Foreign:
     state: State
     has_head: bool
     positions: Positions | None = None
+    decoder: DecoderSize | None = None
+
+    def build_model(self) -> MaskedImageModel | MaskedAutoencoder:
+        """Returns a model of these weights."""
+        if self.decoder is None:
+            model: MaskedImageModel | MaskedAutoencoder = MaskedImageModel(
+                self.architecture, self.resolution, positions=self.positions
+            )
+        else:
+            model = MaskedAutoencoder(self.architecture, self.resolution, **asdict(self.decoder))
+        model.load_state_dict(self.state, strict=self.has_head)
+        return model
 
 
 @dataclass(frozen=True)
@@ -290,8 +305,26 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         difference = "is missing" if key in expected else f"is not part of a {name}"
         raise KamimError(f"{key} {difference}; these weights are of another kind")
     _report_windows(renamed, fitted, model)
-    own = architecture(name).positions
-    return Foreign(name, resolution, fitted, has_head, None if positions == own else positions)
+    if decoder := _decoder(state):
+        size = decoder_size(decoder, (hints or Hints()).decoder_heads)
+        with torch.device("meta"):
+            own = MaskedAutoencoder(name, resolution, **asdict(size)).state_dict()
+        fitted |= fit_decoder(decoder, own, resolution // architecture(name).patch_size)
+        return Foreign(name, resolution, fitted, has_head=True, decoder=size)
+    return Foreign(name, resolution, fitted, has_head, None if positions == architecture(name).positions else positions)
+
+
+def _decoder(state: State) -> State:
+    """Returns the weights of a MAE's decoder under the public code's names; {} if there is none."""
+    names = decoder_names(state)
+    renamed: State = {}
+    for name, public in names.items():
+        check_tensor(name, state[name])
+        inner = re.sub(r"^decoder_blocks\.", "encoder.blocks.", public)  # a block is named as the encoder's
+        for pattern, replacement in _RENAMES:
+            inner = pattern.sub(replacement, inner)
+        renamed[re.sub(r"^encoder\.blocks\.", "decoder_blocks.", inner)] = state[name]
+    return _merge_qkv(renamed)
 
 
 def _rename(state: State) -> State:

@@ -14,7 +14,7 @@ from kamim.models.positions import fix_sincos
 from kamim.storage import lock, log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
-from kamim.training.config import Pretrain
+from kamim.training.config import Decoder, Pretrain
 from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
 from kamim.training.model import Model, build_model
@@ -171,7 +171,18 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
         raise KamimError(
             f"init_from = {path}: its positions are {own or 'absolute'}; set model.positions={own or 'null'}"
         )
-    model.load_state_dict(converted.state, strict=converted.has_head)
+    state, method = converted.state, "simmim" if converted.decoder is None else "mae"
+    whole = converted.has_head and method == config.method
+    if not whole:
+        state = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    if whole and converted.decoder is not None:
+        theirs, ours = converted.decoder, config.decoder or Decoder()
+        if (theirs.width, theirs.depth) != (ours.width, ours.depth):
+            raise KamimError(
+                f"init_from = {path}: its decoder has width {theirs.width} and depth {theirs.depth}; set decoder.width "
+                "and decoder.depth so"
+            )
+    model.load_state_dict(state, strict=whole)
     if config.model.positions == "sincos":
         assert isinstance(model, Model)
         fix_sincos(model.encoder)  # they stay what they are, whatever positions the weights came with

@@ -27,6 +27,7 @@ from kamim.cli import app, console
 from kamim.cli.console import bar
 from kamim.evaluation import figures as evaluation
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
+from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.reporting.table import Table
@@ -208,7 +209,9 @@ def outputs(result: object, folder: Path) -> Iterator[tuple[str, str]]:
 
 def test_commands_show_hostile_names(hostile_store: Path, tmp_path: Path) -> None:
     torch_free = MaskedImageModel("vit_demo", 64)
-    made = checkpoint.save_imported(tmp_path / "c\x1b[31m", "vit_demo", 64, torch_free.state_dict(), True)
+    made = checkpoint.save_imported(
+        tmp_path / "c\x1b[31m", interop.Foreign("vit_demo", 64, torch_free.state_dict(), True)
+    )
     bad = rb"\x1b[31m$\bad$[red]<i>".decode("unicode_escape")
     store, named = str(hostile_store), [f"{bad}={made}", f"_b={made}"]
     out = str(tmp_path / "out")

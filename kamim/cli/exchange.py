@@ -44,10 +44,8 @@ def import_(
     from kamim.training import checkpoint
 
     weights = interop.load(file, resolution, model)
-    checkpoint.save_imported(
-        out, weights.architecture, weights.resolution, weights.state, weights.has_head, weights.positions
-    )
-    head = "with its pixel head" if weights.has_head else "encoder alone"
+    checkpoint.save_imported(out, weights)
+    head = "encoder alone" if not weights.has_head else "with its pixel head" if weights.decoder is None else "a MAE"
     out_console.print(f"{out}: {weights.architecture} at {weights.resolution} px, {head}")
 
 
@@ -55,9 +53,9 @@ def import_(
 @says_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Option(help="timm: the .safetensors file to write; huggingface: the folder.")],
+    out: Annotated[Path, typer.Option(help="timm, mae: the .safetensors file to write; huggingface: the folder.")],
     layout: Annotated[
-        Literal["timm", "huggingface"], typer.Option(help="Library whose parameter names and files are written.")
+        Literal["timm", "huggingface", "mae"], typer.Option(help="Project whose parameter names and files are written.")
     ] = "timm",
 ) -> None:
     """Writes weights for timm's create_model(..., checkpoint_path=OUT), which loads the encoder, or for Hugging Face's
@@ -72,7 +70,8 @@ def export(
 
     from kamim.training.checkpoint import read
 
-    (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
+    write = {"timm": _export_timm, "huggingface": _export_hugging_face, "mae": _export_mae}[layout]
+    write(read(checkpoint), out)
 
 
 @contextmanager
@@ -109,13 +108,29 @@ def _export_hugging_face(saved: "Checkpoint", out: Path) -> None:
     from kamim.training.checkpoint import save_tensors
 
     name, resolution = saved.config.model.name, saved.config.data.resolution
-    config, weights = hugging_face.to_hugging_face(saved.model_state(), name, resolution, saved.has_head)
+    state, has_head = saved.model_state(), saved.has_head and saved.config.method == "simmim"
+    if not has_head:
+        state = {key: value for key, value in state.items() if key.startswith("encoder.")}
+    config, weights = hugging_face.to_hugging_face(state, name, resolution, has_head)
     with _staged(out) as partial:
         partial.mkdir()
         save_tensors(weights, partial / "model.safetensors")
         write_json(partial / "config.json", config)
         write_json(partial / "preprocessor_config.json", hugging_face.preprocessor(resolution))
     out_console.print(f"{out}: transformers.{config['architectures'][0]}.from_pretrained({str(out)!r})")
+
+
+def _export_mae(saved: "Checkpoint", out: Path) -> None:
+    from kamim.models.mae_layout import to_public
+    from kamim.training.checkpoint import save_tensors
+
+    if saved.config.method != "mae" or not saved.has_head:
+        raise KamimError(f"{saved.path}: is no MAE with its decoder; export it with --layout timm or huggingface")
+    with _staged(out) as partial:
+        save_tensors(to_public(saved.model_state()), partial)
+    out_console.print(
+        f"{out}: models_mae.MaskedAutoencoderViT(...).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
+    )
 
 
 def _export_timm(saved: "Checkpoint", out: Path) -> None:

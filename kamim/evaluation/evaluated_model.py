@@ -11,7 +11,6 @@ from kamim import KamimError
 from kamim.evaluation.config import CachedFeatures
 from kamim.models import interop
 from kamim.models.architectures import Positions, architecture
-from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
 from kamim.storage.files import checksum
@@ -121,10 +120,11 @@ def _origin(source: str, config: Pretrain) -> Origin:
 
 def _foreign(path: Path, file: Path) -> LoadedModel:
     weights = interop.load(path)
-    model = MaskedImageModel(weights.architecture, weights.resolution, positions=weights.positions)
-    model.load_state_dict(weights.state, strict=weights.has_head)
     origin = Origin(str(path), weights.architecture, weights.positions, weights=checksum(file))
-    return LoadedModel(model, weights.has_head, Mask(), origin)
+    makes_pixels = (
+        weights.has_head and weights.decoder is None
+    )  # a MAE's are normalised patches, as its authors train it
+    return LoadedModel(weights.build_model(), makes_pixels, Mask(), origin)
 
 
 PRETRAINING: Any = {  # keys of Pretrain that shape a run

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kamim import KamimError
-from kamim.models.architectures import Positions
 from kamim.storage.escape import one_line
 
 # What kamim's encoders compute, and transformers' ViT and Swin by default. Other values keep the shapes of the weights.
@@ -18,14 +17,14 @@ COMPUTED = {"hidden_act": "gelu", "qkv_bias": True}
 class Hints:
     """Properties of an encoder that its weights do not determine. architecture: its name, if it has to be that.
 
-    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. positions: of a ViT's patches, for the named
-    architecture. None is unknown.
+    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. decoder_heads: of MAE's decoder. None is
+    unknown.
     """
 
     architecture: str | None = None
     norm_eps: float | None = None
     heads: int | None = None
-    positions: Positions | None = None
+    decoder_heads: int | None = None
 
 
 def read_hints(file: Path) -> Hints:
@@ -44,14 +43,18 @@ def read_hints(file: Path) -> Hints:
     for key, value in COMPUTED.items():
         if content.get(key, value) != value:
             raise _unlike(file, content, key, f"kamim's encoders have {json.dumps(value)} only")
-    side, eps, heads = (content.get(key) for key in ("image_size", "layer_norm_eps", "num_attention_heads"))
+    side, eps = content.get("image_size"), content.get("layer_norm_eps")
     if isinstance(side, list) and len(set(map(str, side))) > 1:
         raise _unlike(file, content, "image_size", "must be a square")
     if eps is not None and not (type(eps) in (int, float) and math.isfinite(eps) and eps > 0):
         raise _unlike(file, content, "layer_norm_eps", "must be a number above 0, such as 1e-12")
-    if heads is not None and not (type(heads) is int and heads > 0):
-        raise _unlike(file, content, "num_attention_heads", "must be a whole number above 0")
-    return Hints(norm_eps=None if eps is None else float(eps), heads=heads)
+    for key in ("num_attention_heads", "decoder_num_attention_heads"):
+        if key in content and not (type(content[key]) is int and content[key] > 0):
+            raise _unlike(file, content, key, "must be a whole number above 0")
+    return Hints(
+        norm_eps=None if eps is None else float(eps), heads=content.get("num_attention_heads"),
+        decoder_heads=content.get("decoder_num_attention_heads"),
+    )  # fmt: skip
 
 
 def _unlike(file: Path, content: dict[str, Any], key: str, allowed: str) -> KamimError:

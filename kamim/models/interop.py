@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
 from kamim.models.file_kind import WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
+from kamim.models.mae_layout import DecoderSize, decoder_names, decoder_size, fit_decoder
+from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
@@ -94,9 +96,10 @@ _TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.
 
 @dataclass(frozen=True)
 class Foreign:
-    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct.
+    """Weights in kamim's names. has_head: with all that it needs to reconstruct.
 
-    positions: "relative" for an architecture whose own are absolute; None is its own.
+    That is SimMIM's mask token and pixel head, or MAE's decoder, whose size is then `decoder`. positions: "relative"
+    for an architecture whose own are absolute; None is its own.
     """
 
     architecture: str
@@ -104,6 +107,18 @@ class Foreign:
     state: State
     has_head: bool
     positions: Positions | None = None
+    decoder: DecoderSize | None = None
+
+    def build_model(self) -> MaskedImageModel | MaskedAutoencoder:
+        """Returns a model of these weights."""
+        if self.decoder is None:
+            model: MaskedImageModel | MaskedAutoencoder = MaskedImageModel(
+                self.architecture, self.resolution, positions=self.positions
+            )
+        else:
+            model = MaskedAutoencoder(self.architecture, self.resolution, **asdict(self.decoder))
+        model.load_state_dict(self.state, strict=self.has_head)
+        return model
 
 
 @dataclass(frozen=True)
@@ -136,14 +151,11 @@ def weights_file(path: Path) -> Path | None:
     return None
 
 
-def load(
-    path: Path, resolution: int | None = None, name: str | None = None, positions: Positions | None = None
-) -> Foreign:
+def load(path: Path, resolution: int | None = None, name: str | None = None) -> Foreign:
     """Loads the weights of a file, or of a Hugging Face folder, of any layout named above.
 
     resolution: side of the images in px; None is as trained. name: the architecture, see architectures.architecture;
-    None finds it. positions: as in Hints. Raises KamimError, naming the file, if it holds none, or those of another
-    architecture.
+    None finds it. Raises KamimError, naming the file, if it holds none, or those of another architecture.
     """
     file = weights_file(path)
     if file is None:
@@ -152,7 +164,7 @@ def load(
     try:
         hints = _file_hints(file)
         if name is not None:
-            hints = Hints(_known(name), hints.norm_eps, hints.heads, positions)
+            hints = Hints(_known(name), hints.norm_eps, hints.heads)
         return convert(state, resolution, hints)
     except KamimError as error:
         raise KamimError(f"{path}: {error}") from error
@@ -278,14 +290,13 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
-    hints = hints or Hints()
-    positions = hints.positions or ("relative" if SHARED_BIAS in renamed else None)
-    name = _architecture(renamed, resolution, hints, _conventions(state), positions)
+    name = _architecture(renamed, resolution, hints or Hints(), _conventions(state))
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
     resolution = resolution or _trained_resolution(name, renamed)
     architecture(name).check_resolution(resolution, "resolution")
+    positions: Positions | None = "relative" if SHARED_BIAS in renamed else None
     with torch.device("meta"):
         model = MaskedImageModel(name, resolution, positions=positions)
     fitted = _fit(renamed, model)
@@ -294,8 +305,26 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         difference = "is missing" if key in expected else f"is not part of a {name}"
         raise KamimError(f"{key} {difference}; these weights are of another kind")
     _report_windows(renamed, fitted, model)
-    own = architecture(name).positions
-    return Foreign(name, resolution, fitted, has_head, None if positions == own else positions)
+    if decoder := _decoder(state):
+        size = decoder_size(decoder, (hints or Hints()).decoder_heads)
+        with torch.device("meta"):
+            own = MaskedAutoencoder(name, resolution, **asdict(size)).state_dict()
+        fitted |= fit_decoder(decoder, own, resolution // architecture(name).patch_size)
+        return Foreign(name, resolution, fitted, has_head=True, decoder=size)
+    return Foreign(name, resolution, fitted, has_head, None if positions == architecture(name).positions else positions)
+
+
+def _decoder(state: State) -> State:
+    """Returns the weights of a MAE's decoder under the public code's names; {} if there is none."""
+    names = decoder_names(state)
+    renamed: State = {}
+    for name, public in names.items():
+        check_tensor(name, state[name])
+        inner = re.sub(r"^decoder_blocks\.", "encoder.blocks.", public)  # a block is named as the encoder's
+        for pattern, replacement in _RENAMES:
+            inner = pattern.sub(replacement, inner)
+        renamed[re.sub(r"^encoder\.blocks\.", "decoder_blocks.", inner)] = state[name]
+    return _merge_qkv(renamed)
 
 
 def _rename(state: State) -> State:
@@ -413,31 +442,20 @@ def _facts(name: str, known: Architecture) -> _Facts:
     return _Facts(_kind(state), heads, _window(state), encoder.norm.eps)
 
 
-def _candidate(name: str, positions: Positions | None) -> tuple[Architecture, _Facts] | None:
-    """Returns an architecture with these positions and its facts; None for a Swin, which cannot have relative ones."""
-    known = architecture(name)
-    if positions == "relative" and not known.is_vit:
-        return None
-    known = known.with_positions(positions)
-    return known, _facts(name, known)
-
-
-def _architecture(
-    state: State, resolution: int | None, hints: Hints, assumed: Hints, positions: Positions | None
-) -> str:
+def _architecture(state: State, resolution: int | None, hints: Hints, assumed: Hints) -> str:
     """Finds the architecture of these weights: of those with their shapes, the one that agrees with most hints.
 
     In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm. assumed: what the
-    layout implies if neither the weights nor hints say it. positions: those that the architecture is given; None is its
-    own.
+    layout implies if neither the weights nor hints say it.
     """
     kind, window, heads = _kind(state), _window(state), hints.heads or assumed.heads
     eps = hints.norm_eps or (None if kind.swin else assumed.norm_eps)
     chosen: tuple[tuple[bool, bool, bool, bool], str, _Facts] | None = None
     for name in [hints.architecture] if hints.architecture else [*ARCHITECTURES, *PUBLIC]:
-        if (candidate := _candidate(name, positions)) is None:
+        known = architecture(name)
+        if kind.shared_bias and not known.is_vit:
             continue
-        known, facts = candidate
+        facts = _facts(name, known := known.with_positions("relative" if kind.shared_bias else None))
         usual = None if kind.swin else kind.width // HEAD_WIDTH
         lost = (
             (heads or usual) not in (None, facts.heads), bool(resolution and resolution % known.multiple),
@@ -448,10 +466,9 @@ def _architecture(
             if not any(lost):
                 break
     if chosen is None and hints.architecture:
-        names = (*ARCHITECTURES, *PUBLIC)
-        same = next((name for name in names if (c := _candidate(name, positions)) and c[1].kind == kind), None)
+        same = next((name for name in (*ARCHITECTURES, *PUBLIC) if _facts(name, architecture(name)).kind == kind), None)
         theirs = f"a {same}'s weights" if same else f"weights of {kind.details()}"
-        requested = _facts(hints.architecture, architecture(hints.architecture, positions)).kind
+        requested = _facts(hints.architecture, architecture(hints.architecture)).kind
         raise KamimError(f"these are {theirs}, the requested model is a {hints.architecture}, {requested.details()}")
     if chosen is None:
         raise KamimError(
@@ -463,9 +480,8 @@ def _architecture(
     if hints.heads is None and hints.architecture is None and not kind.swin and not kind.shared_bias:
         _LOG.warning(
             "weights do not hold their number of heads; %d are assumed, those of a %s; name the model if it has others",
-            facts.heads,
-            name,
-        )
+            facts.heads, name,
+        )  # fmt: skip
     if lost[3] and (hints.norm_eps or hints.architecture is None):
         _LOG.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 
 import kamim
 from kamim import KamimError
-from kamim.models.architectures import Positions
+from kamim.models.architectures import architecture
+from kamim.models.interop import Foreign
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, fsync, make_durable
@@ -140,21 +141,24 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_imported(
-    out: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool,
-    positions: Positions | None = None,
-) -> Path:  # fmt: skip
+def save_imported(out: Path, weights: Foreign) -> Path:
     """Writes imported weights as a checkpoint at `out`. Raises KamimError if `out` exists."""
-    given = {
-        "data": {"store": "imported", "resolution": resolution}, "out": out,
-        "model": {"name": architecture, "positions": positions},
-        **patches_that_fit(architecture, resolution),
+    given: dict[str, Any] = {
+        "data": {"store": "imported", "resolution": weights.resolution}, "out": out,
+        "model": {"name": weights.architecture, "positions": weights.positions},
+        **patches_that_fit(weights.architecture, weights.resolution),
     }  # fmt: skip
+    if weights.decoder is not None:  # its authors' recipe, which the file does not hold
+        patch = architecture(weights.architecture).patch_size
+        given |= {
+            "method": "mae", "decoder": asdict(weights.decoder), "mask": {"patch_size": patch, "ratio": 0.75},
+            "norm_pix_loss": True, "weighting": None,
+        }  # fmt: skip
     config = load(Pretrain, None, given=given)
     with lock.alone(out, "out"):
         if out.exists():
             raise KamimError(f"out = {out}: exists already; choose another or remove it")
-        return _write(out, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
+        return _write(out, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights.state}, weights.has_head)
 
 
 def _write(

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from kamim import KamimError
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
+from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
 from kamim.storage import lock, log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
-from kamim.training.config import Pretrain
+from kamim.training.config import Decoder, Pretrain
 from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
 from kamim.training.model import Model, build_model
@@ -158,15 +159,30 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     assert path is not None
     try:
         if interop.weights_file(path) is not None:
-            converted = interop.load(path, config.data.resolution, config.model.name, config.model.positions)
+            converted = interop.load(path, config.data.resolution, config.model.name)
         else:
             saved = checkpoint.read(path)
-            known = interop.hints_of(saved.config.model.name)
-            hints = replace(known, architecture=config.model.name, positions=config.model.positions)
+            hints = replace(interop.hints_of(saved.config.model.name), architecture=config.model.name)
             converted = interop.convert(saved.model_state(), config.data.resolution, hints)
     except KamimError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
-    model.load_state_dict(converted.state, strict=converted.has_head)
+    own = architecture(converted.architecture, converted.positions).positions
+    if (own == "relative") != (architecture(config.model.name, config.model.positions).positions == "relative"):
+        raise KamimError(
+            f"init_from = {path}: its positions are {own or 'absolute'}; set model.positions={own or 'null'}"
+        )
+    state, method = converted.state, "simmim" if converted.decoder is None else "mae"
+    whole = converted.has_head and method == config.method
+    if not whole:
+        state = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    if whole and converted.decoder is not None:
+        theirs, ours = converted.decoder, config.decoder or Decoder()
+        if (theirs.width, theirs.depth) != (ours.width, ours.depth):
+            raise KamimError(
+                f"init_from = {path}: its decoder has width {theirs.width} and depth {theirs.depth}; set decoder.width "
+                "and decoder.depth so"
+            )
+    model.load_state_dict(state, strict=whole)
     if config.model.positions == "sincos":
         assert isinstance(model, Model)
         fix_sincos(model.encoder)  # they stay what they are, whatever positions the weights came with

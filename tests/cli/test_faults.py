@@ -21,6 +21,7 @@ from kamim.analysis import analyze as analysis
 from kamim.cli import app, console
 from kamim.evaluation import run as evaluation
 from kamim.evaluation.features import reserve
+from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.storage import lock
@@ -36,7 +37,9 @@ ODD = "o'd\"d\n\x1b[31m$x$"
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint."""
     out = tmp_path_factory.mktemp("checkpoints") / "random"
-    return checkpoint.save_imported(out, "vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+    return checkpoint.save_imported(
+        out, interop.Foreign("vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+    )
 
 
 def one_line(*arguments: str, code: int = 1) -> str:

@@ -38,10 +38,8 @@ def drawn(model: nn.Module) -> nn.Module:
 
 def features(weights: interop.Foreign, images: Tensor) -> Tensor:
     """The normed tokens of kamim's encoder: [B, N, D], of a Swin too."""
-    model = MaskedImageModel(weights.architecture, weights.resolution).eval()
-    model.load_state_dict(weights.state, strict=weights.has_head)
     with torch.no_grad():
-        tokens: Tensor = model.encoder.forward_features(images)
+        tokens: Tensor = weights.build_model().eval().encoder.forward_features(images)
     return tokens.flatten(1, -2)
 
 
@@ -120,7 +118,7 @@ def test_init_from_compares_heads(source: str, tmp_path: Path) -> None:
         transformers.ViTModel(transformers.ViTConfig(**size)).save_pretrained(path)
     elif source == "checkpoint":
         ours = {f"encoder.{name}": value for name, value in state.items()}
-        checkpoint.save_imported(path, "vit_small_moco", 64, ours, False)
+        checkpoint.save_imported(path, interop.Foreign("vit_small_moco", 64, ours, False))
     else:
         path = tmp_path / "weights.safetensors"
         save_file(state, path, {interop.ARCHITECTURE: "vit_small_moco"})
@@ -131,7 +129,9 @@ def test_init_from_compares_heads(source: str, tmp_path: Path) -> None:
 
 def test_init_from_a_checkpoint_of_another_epsilon_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = "vit_tiny_patch16_224"
-    checkpoint.save_imported(tmp_path / "ours", name, 64, MaskedImageModel(name, 64).state_dict(), True)
+    checkpoint.save_imported(
+        tmp_path / "ours", interop.Foreign(name, 64, MaskedImageModel(name, 64).state_dict(), True)
+    )
     requested = config(tmp_path / "run", tmp_path / "store", "model.name=vit_tiny", f"init_from={tmp_path / 'ours'}")
     initialise(MaskedImageModel("vit_tiny", 64), requested)
     (line,) = caplog.messages

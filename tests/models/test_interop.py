@@ -24,6 +24,7 @@ from kamim.cli import app
 from kamim.evaluation.evaluated_model import load_model
 from kamim.models import architectures, interop
 from kamim.models.architectures import ARCHITECTURES
+from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
 from pipelines.batch import normalise
@@ -56,10 +57,8 @@ def hugging_face(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-def loaded(made: interop.Foreign) -> MaskedImageModel:
-    model = MaskedImageModel(made.architecture, made.resolution).eval()
-    model.load_state_dict(made.state, strict=made.has_head)
-    return model
+def loaded(made: interop.Foreign) -> MaskedImageModel | MaskedAutoencoder:
+    return made.build_model().eval()
 
 
 @pytest.mark.parametrize("name", ["vit_demo", "vit_tiny", "vit_small", "vit_base", "swin_tiny", "swin_base"])
@@ -205,7 +204,7 @@ def test_what_is_exported_to_hugging_face_loads_there_and_comes_back(name: str, 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     state = {key: value for key, value in model.state_dict().items() if has_head or key.startswith("encoder.")}
-    checkpoint.save_imported(tmp_path / "ours", name, 192, state, has_head)
+    checkpoint.save_imported(tmp_path / "ours", interop.Foreign(name, 192, state, has_head))
     arguments = ["export", str(tmp_path / "ours"), "--layout", "huggingface", "--out", str(tmp_path / "theirs")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -234,7 +233,9 @@ def test_what_is_exported_to_hugging_face_loads_there_and_comes_back(name: str, 
 def test_weights_are_files_as_others_are(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        checkpoint.save_imported(tmp_path / "ours", "vit_demo", 96, MaskedImageModel("vit_demo", 96).state_dict(), True)
+        checkpoint.save_imported(
+            tmp_path / "ours", interop.Foreign("vit_demo", 96, MaskedImageModel("vit_demo", 96).state_dict(), True)
+        )
         out = tmp_path / "e.safetensors"
         assert CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--out", str(out)]).exit_code == 0
     finally:
@@ -246,7 +247,7 @@ def test_weights_are_files_as_others_are(tmp_path: Path) -> None:
 def test_what_is_exported_loads_into_timm_and_comes_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MaskedImageModel(name, 192)
-    checkpoint.save_imported(tmp_path / "ours", name, 192, model.state_dict(), has_head=True)
+    checkpoint.save_imported(tmp_path / "ours", interop.Foreign(name, 192, model.state_dict(), True))
     result = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "e.safetensors")])
     assert result.exit_code == 0, result.output
     line = result.output.partition(": ")[2]
@@ -381,13 +382,10 @@ def test_maes_layout(with_decoder: bool, tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     state = dict(drawn(vit))
     if with_decoder:
-        state |= {
-            "mask_token": torch.zeros(1, 1, 512), "decoder_embed.weight": torch.zeros(512, 192),
-            "decoder_blocks.0.attn.qkv.weight": torch.zeros(3, 512), "decoder_blocks.0.norm1.weight": torch.zeros(512),
-            "decoder_pos_embed": torch.zeros(1, 197, 512), "decoder_pred.weight": torch.zeros(768, 512),
-        }  # fmt: skip
+        mae = MaskedAutoencoder("vit_tiny_patch16_224", 224, width=64, depth=1, heads=2)
+        state |= {name: value for name, value in mae.state_dict().items() if not name.startswith("encoder.")}
     torch.save({"model": state, "args": argparse.Namespace(mask_ratio=0.75)}, tmp_path / "mae.pth")
-    same_features(vit, interop.load(tmp_path / "mae.pth"), "vit_tiny_patch16_224")
+    same_features(vit, interop.load(tmp_path / "mae.pth"), "vit_tiny_patch16_224", with_decoder)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch8_224"])
@@ -406,9 +404,9 @@ def test_dinos_layout(name: str, whole: bool, tmp_path: Path) -> None:
     same_features(vit, interop.load(tmp_path / "dino.pth"), name)
 
 
-def same_features(theirs: torch.nn.Module, made: interop.Foreign, name: str) -> None:
+def same_features(theirs: torch.nn.Module, made: interop.Foreign, name: str, has_head: bool = False) -> None:
     """Bit for bit those of timm's model, whose epsilon and names theirs are."""
-    assert (made.architecture, made.resolution, made.has_head) == (name, 224, False)
+    assert (made.architecture, made.resolution, made.has_head) == (name, 224, has_head)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         expected = theirs.forward_features(images)
@@ -426,7 +424,7 @@ def test_a_hugging_face_folder_prepares_images_as_kamim(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MaskedImageModel("vit_demo", 96).eval()
     state = {key: value for key, value in drawn(model).items() if key.startswith("encoder.")}
-    checkpoint.save_imported(tmp_path / "ours", "vit_demo", 96, state, False)
+    checkpoint.save_imported(tmp_path / "ours", interop.Foreign("vit_demo", 96, state, False))
     folder = tmp_path / "theirs"
     arguments = ["export", str(tmp_path / "ours"), "--layout", "huggingface", "--out", str(folder)]
     assert CliRunner().invoke(app, arguments).exit_code == 0

@@ -1,13 +1,22 @@
 """MAE: parity with Hugging Face's port of the public code, and what the encoder can see."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from kamim.cli import app
 from kamim.method.objective import masked_l1, masked_l2, normalise_patches
+from kamim.models import interop
+from kamim.models.mae_layout import DecoderSize
 from kamim.models.masked_autoencoder import MaskedAutoencoder
+from kamim.models.masked_image_model import MaskedImageModel
+from kamim.models.positions import sincos_table
+from kamim.training import checkpoint
 
 State = dict[str, Tensor]
 
@@ -106,3 +115,62 @@ def test_weights_multiply_the_squared_error() -> None:
     ) / (3 * int(masked.sum()))  # fmt: skip
     assert float(masked_l2(images, made, mask, weights)) == pytest.approx(expected, rel=1e-5)
     assert float(masked_l2(images, made, mask)) != float(masked_l1(images, made, mask))
+
+
+@pytest.mark.parametrize("layout", ["public", "huggingface"])
+def test_its_layout_goes_in_and_out(layout: str, tmp_path: Path) -> None:
+    """The weights of Hugging Face's class, or of the public names, reconstruct as before after import and export."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    torch.manual_seed(0)
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64,
+        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=256,
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        theirs.decoder.decoder_pos_embed.copy_(sincos_table(64, 4, 1))  # which their constructor leaves at 0
+    if layout == "huggingface":
+        theirs.save_pretrained(tmp_path / "theirs")
+        file = tmp_path / "theirs"
+    else:
+        names = {n.removeprefix("encoder."): v for n, v in renamed(theirs.state_dict()).items()}
+        file = tmp_path / "theirs.pth"
+        torch.save({"model": names}, file)
+    weights = interop.load(file)
+    assert (weights.architecture, weights.has_head) == (
+        "vit_tiny" if layout == "huggingface" else "vit_tiny_patch16_224",
+        True,
+    )
+    assert weights.decoder == DecoderSize(64, 2, 4 if layout == "huggingface" else 2)
+    saved = checkpoint.read(checkpoint.save_imported(tmp_path / "ours", weights))
+    model = saved.build_model().eval()
+    if layout == "huggingface":
+        images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 16)
+        with torch.no_grad():
+            output = theirs(images, noise=noise)
+            ours = model(images, output.mask.bool().unflatten(1, (4, 4)))
+        torch.testing.assert_close(ours, theirs.unpatchify(output.logits), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "e.safetensors"
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--layout", "mae", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    back = interop.convert(load_file(out))
+    assert all(torch.equal(back.state[name], value) for name, value in saved.model_state().items())
+
+
+def test_a_mae_leaves_for_hugging_face_as_its_encoder(tmp_path: Path) -> None:
+    model = small()
+    saved = interop.Foreign("vit_demo_patch8", 64, model.state_dict(), True, "sincos", DecoderSize(64, 2, 4))
+    checkpoint.save_imported(tmp_path / "ours", saved)
+    command = ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "hf"), "--layout", "huggingface"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "ViTModel" in result.output
+    simmim = interop.Foreign("vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+    checkpoint.save_imported(tmp_path / "simmim", simmim)
+    command = ["export", str(tmp_path / "simmim"), "--layout", "mae", "--out", str(tmp_path / "f.safetensors")]
+    assert (
+        "is no MAE with its decoder; export it with --layout timm or huggingface"
+        in CliRunner().invoke(app, command).output
+    )

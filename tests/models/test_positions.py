@@ -102,7 +102,9 @@ def test_checkpoints_keep_positions(positions: str, tmp_path: Path) -> None:
     model.load_state_dict(state, strict=False)
     foreign = interop.convert(model.state_dict())
     assert (foreign.architecture, foreign.resolution) == ("vit_demo", 64)
-    out = checkpoint.save_imported(tmp_path / "ours", "vit_demo", 64, foreign.state, True, foreign.positions)
+    out = checkpoint.save_imported(
+        tmp_path / "ours", interop.Foreign("vit_demo", 64, foreign.state, True, foreign.positions)
+    )
     read = checkpoint.read(out).build_model().eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def test_sincos_positions_leave_as_the_table_they_are() -> None:
 
 def test_relative_positions_are_refused_by_other_layouts(tmp_path: Path) -> None:
     model = MaskedImageModel("vit_demo", 64, positions="relative")
-    checkpoint.save_imported(tmp_path / "ours", "vit_demo", 64, model.state_dict(), True, "relative")
+    checkpoint.save_imported(tmp_path / "ours", interop.Foreign("vit_demo", 64, model.state_dict(), True, "relative"))
     result = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "e.safetensors")])
     assert "of relative positions, which timm's ViT does not have; cannot be exported" in result.output
     result = CliRunner().invoke(

@@ -26,7 +26,7 @@ from kamim.reporting import page
 from kamim.storage import lock
 from kamim.storage.files import write_whole
 from kamim.storage.store import Store
-from kamim.training import checkpoint, pretrain, report
+from kamim.training import checkpoint, pretrain, run_folder
 
 runner = CliRunner()
 ODD = "o'd\"d\n\x1b[31m$x$"
@@ -263,7 +263,7 @@ def test_a_clock_that_goes_backwards_leaves_no_stale_page(
 
     more = ("optim.epochs=1", "optim.warmup_epochs=0", "panel_epochs=null")
     run_pretrain(config(tmp_path / "run", stores["zarr"], *more), quiet)
-    file = tmp_path / "run" / report.FILE
+    file = tmp_path / "run" / run_folder.REPORT
     text = file.read_text()
     file.write_text("of a later time")
     os.utime(file, (2**32, 2**32))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import app, check_exists, check_folder, out_console, says_errors, write_json
-from kamim.models.file_kind import check_weights
+from kamim.cli.console import Strict, app, check_exists, check_folder, out_console, says_errors, write_json
+from kamim.models.file_kind import ARCHITECTURE, check_weights, is_export
 
 if TYPE_CHECKING:
     from kamim.training.checkpoint import Checkpoint
@@ -57,20 +57,26 @@ def export(
     layout: Annotated[
         Literal["timm", "huggingface"], typer.Option(help="Library whose parameter names and files are written.")
     ] = "timm",
+    strict: Strict = False,
 ) -> None:
     """Writes weights for timm's create_model(..., checkpoint_path=OUT), which loads the encoder, or for Hugging Face's
     from_pretrained(OUT), which loads the whole model.
     """
     check_exists("", checkpoint)
-    check_folder("--out", out)
     if layout == "huggingface":
         _check_new(out)
     elif out.suffix != ".safetensors":
         raise KamimError(f"out = {out}: must end in .safetensors")
+    elif out.exists() and not is_export(out):
+        raise KamimError(f"out = {out}: exists already and is no export of kamim; choose another or remove it")
+    check_folder("--out", out)
 
     from kamim.training.checkpoint import read
 
-    (_export_timm if layout == "timm" else _export_hugging_face)(read(checkpoint), out)
+    saved = read(checkpoint, strict)
+    (_export_timm if layout == "timm" else _export_hugging_face)(saved, out)
+    if saved.damaged:
+        out_console.print(f"{out}: step {saved.step} of {checkpoint}, since its newest checkpoint is damaged")
 
 
 @contextmanager
@@ -78,8 +84,9 @@ def _staged(out: Path) -> Iterator[Path]:
     """Locks `out` and yields a path to write to, which is renamed to `out` once it is complete."""
     from kamim.storage import lock
     from kamim.storage.files import publish
+    from kamim.storage.ownership import unfinished
 
-    partial = out.with_name(f"{out.name}.partial")
+    partial = unfinished(out)
     with lock.alone(out, "out"):
         _remove(partial)
         try:
@@ -128,7 +135,7 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
             f"{saved.path}: a {name}, whose shared position bias timm's ViT does not have; cannot be exported"
         )
     with _staged(out) as partial:
-        save_tensors(interop.to_timm(saved.model_state()), partial, {interop.ARCHITECTURE: name})
+        save_tensors(interop.to_timm(saved.model_state()), partial, {ARCHITECTURE: name})
     options = "".join(f", {key}={value!r}" for key, value in known.options.items())
     if known.norm_eps:
         options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={known.norm_eps})"

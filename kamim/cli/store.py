@@ -55,6 +55,8 @@ def weights(
         raise KamimError(f"--resolution {resolution}: must be a multiple of --patch-size {patch_size}")
     check_folder("--out", out)
     check_picture("--plot", plot)
+    if any(file is not None and file.exists() and file.samefile(image) for file in (out, plot) if image.exists()):
+        raise KamimError(f"{image}: would be replaced by what is computed from it; choose another --out or --plot")
     if not image.is_file():
         raise KamimError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
     try:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, architecture
-from kamim.models.file_kind import WEIGHTS, check_weights
+from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
@@ -35,7 +35,6 @@ State = dict[str, Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
 SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
-ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 CONFIG_KEYS = ("layer_norm_eps", "num_attention_heads")  # of a ViT's config.json; a Swin's heads are a list
 # What authors keep beside the weights in a pickle: options, as plain data. CfgNode is microsoft/SimMIM's dict.

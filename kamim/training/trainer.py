@@ -184,8 +184,8 @@ class Trainer:
     def resume(self, at_most: int | None = None, log: bool = False) -> int:
         """Restores the newest undamaged checkpoint (of at most `at_most` steps), if any. Returns the steps done.
 
-        log: whether to note newer, damaged ones in the log of run.out. The first process chooses for all, since they may
-        not see the same files.
+        log: whether the log of run.out is to name newer, damaged ones. The first process chooses for all, since they
+        may not see the same files.
         """
         out, world = self.run.out, self.world
         newest = checkpoint.latest(out, at_most) if world.is_main else None

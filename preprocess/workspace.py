@@ -60,12 +60,13 @@ class Workspace:
 
     def check_ownership(self) -> None:
         """Raises KamimError if `out` or its partial state belongs to something else."""
-        own = (self.stamps_file, self.job_file, self.shards, self.store, self.replaced)
-        refuse_links((self.partial, *own))
-        if self.begun() is None:  # the job is written second and removed last
-            own = (self.stamps_file,)
+        rest = (self.job_file, self.shards, self.store, self.replaced)
+        refuse_links((self.partial, self.stamps_file, *rest))
+        own = {self.stamps_file.name}
+        if self.begun() is not None:  # the job is written after the stamps, and removed after all the rest
+            own |= {path.name for path in rest}
         is_file = self.partial.exists() and not self.partial.is_dir()
-        if is_file or {*content(self.partial)} - {path.name for path in own}:
+        if is_file or {*content(self.partial)} - own:
             raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
         log_file.check_log(self.log)
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():

@@ -16,7 +16,7 @@ from kamim.reporting import page
 from kamim.storage.ownership import check_results, mark_results, refuse_links
 from kamim.training import distributed, pretrain
 from kamim.training.distributed import World
-from kamim.training.run_folder import CONFIG
+from kamim.training.run_folder import is_run
 from kamim.training.trainer import Progress
 
 COMMAND = "sweep"
@@ -84,14 +84,16 @@ def finished(sweep: Grid) -> list[Result[Any]]:
 def _check_out(sweep: Grid, points: Sequence[GridPoint]) -> None:
     """Raises KamimError if the sweep's folder holds files but no sweep, or links in place of its files and folders."""
 
-    def of_earlier_version(out: Path) -> bool:
-        if (out / grid_table.PAGE).exists():
-            return page.title_of(out / grid_table.PAGE).startswith(grid_table.TITLE)
-        return any((out / point.name / CONFIG).is_file() for point in points)
-
-    check_results(sweep.out, COMMAND, of_earlier_version)
+    check_results(sweep.out, COMMAND, lambda _: _of_earlier_version(sweep.out, points))
     names = (grid_table.PAGE, *grid_table.TABLES, grid.EVALUATION, *(point.name for point in points))
     refuse_links(sweep.out / name for name in names)
+
+
+def _of_earlier_version(out: Path, points: Sequence[GridPoint]) -> bool:
+    """Returns whether a folder without a marker holds the page of a sweep or, without a page, one of its runs."""
+    if (out / grid_table.PAGE).exists():
+        return page.title_of(out / grid_table.PAGE).startswith(grid_table.TITLE)
+    return any(map(is_run, (out / point.name for point in points)))
 
 
 def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:

@@ -58,7 +58,7 @@ def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
         raise KamimError(
             f"out = {config.out}: holds a run already; choose another out=..., or --resume auto to continue it"
         )
-    if difference := _difference(_existing(config.out), config):
+    if difference := _difference(configuration(config.out), config):
         raise KamimError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
@@ -83,12 +83,20 @@ def check_same_images(run: Path, store: Store) -> None:
             )
 
 
-def _existing(run: Path) -> Pretrain:
-    """Returns the configuration of a run. Raises KamimError if its file is not a run's."""
+def configuration(run: Path) -> Pretrain:
+    """Returns the configuration of a run. Raises KamimError if its file is missing or not a run's."""
     try:
         return load(Pretrain, run / CONFIG)
     except KamimError as error:
         raise KamimError(f"{run / CONFIG}: not the configuration of a run: {error}; choose another out=...") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder holds the configuration of a run."""
+    try:
+        return bool(configuration(folder))
+    except (KamimError, OSError):
+        return False
 
 
 def claim(config: Pretrain, store: Store) -> None:

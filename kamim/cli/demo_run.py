@@ -14,7 +14,7 @@ from kamim.cli import pictures
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import evaluate
-from kamim.storage.ownership import check_results, mark_results, refuse_links
+from kamim.storage.ownership import check_results, everything, mark_results, refuse_links
 from kamim.storage.store import MANIFEST, Store
 from kamim.training import metrics
 from kamim.training.config import Pretrain, Weighting
@@ -36,7 +36,7 @@ def run_demo(out: Path, console: Console, update: Update) -> None:
     A rerun resumes. Raises KamimError if a training run was interrupted, or if `out` holds files but no demo.
     """
     check_results(out, "demo", lambda out: (out / "stores" / "train" / MANIFEST).is_file())
-    refuse_links(out.rglob("*"))
+    refuse_links(path for path in everything(out) if path != out)
     mark_results(out, "demo")
     stores = {split: out / "stores" / split for split in ("train", "val")}
     preset, store = Path("demo"), f"data.store={stores['train']}"

@@ -1,6 +1,5 @@
 """kamim import and kamim export: weights of other projects to checkpoints, and checkpoints to other libraries."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,29 +83,21 @@ def _staged(out: Path) -> Iterator[Path]:
     """Locks `out` and yields a path to write to, which is renamed to `out` once it is complete."""
     from kamim.storage import lock
     from kamim.storage.files import publish
-    from kamim.storage.ownership import unfinished
+    from kamim.storage.ownership import discard_unfinished, unfinished
 
-    partial = unfinished(out)
     with lock.alone(out, "out"):
-        _remove(partial)
+        discard_unfinished(out)
         try:
-            yield partial
-            publish(partial, out)
+            yield unfinished(out)
+            publish(unfinished(out), out)
         finally:
-            _remove(partial)
+            discard_unfinished(out)
 
 
 def _check_new(out: Path) -> None:
     """Raises KamimError if `out` exists, unless it is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise KamimError(f"out = {out}: exists already; choose another or remove it")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _export_hugging_face(saved: "Checkpoint", out: Path) -> None:

@@ -160,7 +160,7 @@ def _check_free(folder: Path, settings: EvalSettings) -> None:
 
     How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
-    ownership.refuse_links((folder, *folder.rglob("*")))
+    ownership.refuse_links(ownership.everything(folder))
     requested = dict(flat_text(settings.as_json()))
     existing = requested
     if names := ownership.content(folder):

@@ -4,11 +4,11 @@ A store is known by its manifest, a run by its configuration, a checkpoint by it
 MARKER or, if an earlier version wrote it, by its content. Locks and unfinished outputs have names of their own.
 """
 
-import errno
 import os
 import re
+import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kamim import KamimError
@@ -30,6 +30,22 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}{UNFINISHED}")
 
 
+def discard_unfinished(out: Path) -> None:
+    """Removes what a command that was killed left at unfinished(out); of a link, the link."""
+    path = unfinished(out)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def everything(folder: Path) -> Iterator[Path]:
+    """Yields a folder and everything below it, without following links. What disappears meanwhile is left out."""
+    yield folder
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
 def refuse_links(paths: Iterable[Path]) -> None:
     """Raises KamimError for the first path that is a symbolic link, dangling or not."""
     for path in paths:
@@ -42,13 +58,8 @@ def open_own(file: Path, flags: int) -> int:
 
     Raises KamimError if the file is a link or not a regular file, and OSError if it cannot be opened.
     """
-    try:
-        descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        refuse_links([file])
-        raise
+    refuse_links([file])
+    descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise KamimError(f"{file}: is not a regular file; remove it")
@@ -80,7 +91,7 @@ def holds_only(folder: Path, names: Iterable[str]) -> bool:
 
 
 def check_results(folder: Path, command: str, earlier: Callable[[Path], bool]) -> None:
-    """Raises KamimError if a folder holds anything and is not one of results of `command`, such as "eval".
+    """Raises KamimError if a folder holds anything and does not belong to `command`, such as "eval".
 
     earlier: returns whether a folder without MARKER was written by a version that made none.
     """
@@ -91,15 +102,15 @@ def check_results(folder: Path, command: str, earlier: Callable[[Path], bool]) -
     if marker.is_file():
         writer = marker.read_text(errors="replace")[:100].strip()
         if writer != command:
-            raise KamimError(f"out = {folder}: is the folder of a kamim {writer}; choose another for kamim {command}")
+            raise KamimError(f"out = {folder}: belongs to kamim {writer}; choose another folder for kamim {command}")
     elif (names := content(folder)) and not earlier(folder):
         raise KamimError(
-            f"out = {folder}: holds {names[0]} and is no folder of kamim {command}; choose a new or an empty one"
+            f"out = {folder}: holds {names[0]} and was not written by kamim {command}; choose a new or an empty folder"
         )
 
 
 def mark_results(folder: Path, command: str) -> None:
-    """Creates a folder and marks it as one of results of `command`; check_results has passed."""
+    """Creates a folder and marks it as the command's. Call check_results first."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARKER).exists():
         write_whole(folder / MARKER, f"{command}\n".encode())

@@ -32,7 +32,7 @@ from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, fsync, make_durable
-from kamim.storage.ownership import holds_only, refuse_links, unfinished
+from kamim.storage.ownership import discard_unfinished, holds_only, refuse_links, unfinished
 from kamim.training.config import Pretrain, patches_that_fit
 from kamim.training.run_folder import CHECKPOINTS
 from kamim.training.settings import load
@@ -156,6 +156,7 @@ def save_imported(out: Path, architecture: str, resolution: int, weights: dict[s
     with lock.alone(out, "out"):
         if out.exists():
             raise KamimError(f"out = {out}: exists already; choose another or remove it")
+        discard_unfinished(out)
         _write(out, unfinished(out), 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights}, has_head)
     return out
 

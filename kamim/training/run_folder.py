@@ -8,7 +8,7 @@ from typing import Any
 from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
-from kamim.storage.ownership import content, refuse_links
+from kamim.storage.ownership import content, everything, refuse_links
 from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
@@ -40,7 +40,7 @@ def check_links(run: Path) -> None:
     """Raises KamimError if anything that kamim writes in a run's folder is a link. Other files may be links."""
     refuse_links(run / name for name in (CONFIG, TRAINED_ON, METRICS, LOG, STARTS, REPORT, WANDB, WANDB_ID))
     for folder in (CHECKPOINTS, PANELS, TENSORBOARD, NONFINITE):
-        refuse_links((run / folder, *(run / folder).rglob("*")))
+        refuse_links(everything(run / folder))
 
 
 def check_free(config: Pretrain, store: Store, fresh: bool) -> None:

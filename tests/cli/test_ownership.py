@@ -223,7 +223,7 @@ def test_a_folder_belongs_to_one_command(make: Callable[[str], World]) -> None:
     world = finished(make("one"), "eval")
     before = tree(world.out)
     line = runner.invoke(app, world.arguments("analyze")).stderr.splitlines()[-1]
-    assert "is the folder of a kamim eval; choose another for kamim analyze" in line
+    assert "belongs to kamim eval; choose another folder for kamim analyze" in line
     assert world.run("report eval") == world.run("sweep") == world.run("pretrain") == 1
     assert tree(world.out) == before
 

@@ -55,10 +55,10 @@ def weights(
         raise KamimError(f"--resolution {resolution}: must be a multiple of --patch-size {patch_size}")
     check_folder("--out", out)
     check_picture("--plot", plot)
-    if any(file is not None and file.exists() and file.samefile(image) for file in (out, plot) if image.exists()):
-        raise KamimError(f"{image}: would be replaced by what is computed from it; choose another --out or --plot")
     if not image.is_file():
         raise KamimError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
+    if any(file.exists() and file.samefile(image) for file in filter(None, (out, plot))):
+        raise KamimError(f"{image}: would be replaced by what is computed from it; choose another --out or --plot")
     try:
         rgb = decode(image.read_bytes())
         shown = image_weights(rgb if resolution is None else largest_crop(rgb, resolution), weighting)

@@ -134,9 +134,13 @@ def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel])
 
 
 def _run(
-    task: Task, folder: Path, damaged: Sequence[str], world: World, progress: Callable[[Position], Progress],
+    task: Task,
+    folder: Path,
+    damaged: Sequence[str],
+    world: World,
+    progress: Callable[[Position], Progress],
     position: Position,
-) -> Result[Any]:  # fmt: skip
+) -> Result[Any]:
     """Returns a task's result: read from its folder if it exists, else measured and written to it."""
     file = folder / FILE
     if world.is_main:

@@ -162,9 +162,14 @@ def save_imported(out: Path, architecture: str, resolution: int, weights: dict[s
 
 
 def _write(
-    final: Path, partial: Path, step: int, kind: Kind, config: Mapping[str, Any], files: dict[str, dict[str, Tensor]],
+    final: Path,
+    partial: Path,
+    step: int,
+    kind: Kind,
+    config: Mapping[str, Any],
+    files: dict[str, dict[str, Tensor]],
     has_head: bool,
-) -> None:  # fmt: skip
+) -> None:
     if final.exists() and not holds_only(final, FILES):
         raise OSError(f"{final}: holds files that kamim did not write; move it elsewhere")
     _delete(partial)

@@ -21,9 +21,15 @@ runner = CliRunner()
 
 READS = {"doctor", "config list", "config show", "store info"}
 FILES = {  # commands that write files that their options name, and no others
-    "weights", "store preview", "replay", "bench loader", "bench preprocess", "bench fidelity", "bench eval",
+    "weights",
+    "store preview",
+    "replay",
+    "bench loader",
+    "bench preprocess",
+    "bench fidelity",
+    "bench eval",
     "bench train",
-}  # fmt: skip
+}
 
 
 class World:
@@ -36,28 +42,78 @@ class World:
     def arguments(self, command: str) -> list[str]:
         spec, store = f"A={self.imported}", str(self.store)
         trained = (
-            "data.resolution=64", "data.workers=1", "model.name=vit_demo", "optim.batch_size=12", "seed=3",
-            "optim.micro_batch=12", "optim.epochs=2", "optim.warmup_epochs=0", "compute.device=cpu",
-            "checkpoint_epochs=1", "keep_checkpoints=3",
-        )  # fmt: skip
+            "data.resolution=64",
+            "data.workers=1",
+            "model.name=vit_demo",
+            "optim.batch_size=12",
+            "seed=3",
+            "optim.micro_batch=12",
+            "optim.epochs=2",
+            "optim.warmup_epochs=0",
+            "compute.device=cpu",
+            "checkpoint_epochs=1",
+            "keep_checkpoints=3",
+        )
         return {
-            "preprocess": ["preprocess", "imagefolder", "--source", str(self.images), "--resolution", "64",
-                           "--workers", "1", "--out", str(self.out)],
-            "store verify": ["store", "verify", "--repair", "--source", str(self.images), "--workers", "1",
-                             str(self.out)],
+            "preprocess": [
+                "preprocess",
+                "imagefolder",
+                "--source",
+                str(self.images),
+                "--resolution",
+                "64",
+                "--workers",
+                "1",
+                "--out",
+                str(self.out),
+            ],
+            "store verify": [
+                "store",
+                "verify",
+                "--repair",
+                "--source",
+                str(self.images),
+                "--workers",
+                "1",
+                str(self.out),
+            ],
             "pretrain": ["pretrain", f"data.store={store}", f"out={self.out}", *trained],
-            "eval": ["eval", "--mode", "knn", "--checkpoint", spec, "--train", store, "--val", store, "--out",
-                     str(self.out), "knn.k=[3]", "compute.device=cpu"],
+            "eval": [
+                "eval",
+                "--mode",
+                "knn",
+                "--checkpoint",
+                spec,
+                "--train",
+                store,
+                "--val",
+                store,
+                "--out",
+                str(self.out),
+                "knn.k=[3]",
+                "compute.device=cpu",
+            ],
             "sweep": ["sweep", str(self.root / "sweep.yaml")],
-            "analyze": ["analyze", "--figures", "2", "--checkpoint", spec, "--store", store, "--images", "8", "--out",
-                        str(self.out)],
+            "analyze": [
+                "analyze",
+                "--figures",
+                "2",
+                "--checkpoint",
+                spec,
+                "--store",
+                store,
+                "--images",
+                "8",
+                "--out",
+                str(self.out),
+            ],
             "report run": ["report", "run", str(self.out)],
             "report eval": ["report", "eval", str(self.root / "results"), "--out", str(self.out)],
             "export": ["export", str(self.imported), "--out", f"{self.out}.safetensors"],
             "export huggingface": ["export", str(self.imported), "--layout", "huggingface", "--out", str(self.out)],
             "import": ["import", str(self.imported / "model.safetensors"), "--out", str(self.out)],
             "demo": ["demo", "--out", str(self.out)],
-        }[command]  # fmt: skip
+        }[command]
 
     def run(self, command: str) -> int:
         result = runner.invoke(app, self.arguments(command))
@@ -87,13 +143,27 @@ def make(
         (root / "results/A/knn/result.json").write_text(json.dumps(next(r for r in results if r["mode"] == "knn")))
         path = str(made.store)
         optim = {"batch_size": 12, "micro_batch": 12, "epochs": 1, "warmup_epochs": 0}
-        (root / "sweep.yaml").write_text(json.dumps({
-            "pretrain": {"data": {"store": path, "resolution": 64}, "model": {"name": "vit_demo"},
-                         "compute": {"device": "cpu"}, "optim": optim},
-            "axes": [{"key": "weighting.temperature", "name": "t", "values": [0.25]}],
-            "evaluation": {"train": path, "val": path, "compute": {"device": "cpu"}, "linprobe": {"optim": optim}},
-            "modes": ["linprobe"], "out": str(made.out),
-        }))  # fmt: skip
+        (root / "sweep.yaml").write_text(
+            json.dumps(
+                {
+                    "pretrain": {
+                        "data": {"store": path, "resolution": 64},
+                        "model": {"name": "vit_demo"},
+                        "compute": {"device": "cpu"},
+                        "optim": optim,
+                    },
+                    "axes": [{"key": "weighting.temperature", "name": "t", "values": [0.25]}],
+                    "evaluation": {
+                        "train": path,
+                        "val": path,
+                        "compute": {"device": "cpu"},
+                        "linprobe": {"optim": optim},
+                    },
+                    "modes": ["linprobe"],
+                    "out": str(made.out),
+                }
+            )
+        )
         return made
 
     return world
@@ -101,10 +171,15 @@ def make(
 
 NEW = ("preprocess", "pretrain", "eval", "sweep", "analyze", "report eval", "export", "export huggingface", "import")
 AGAIN: dict[str, tuple[str, ...]] = {  # commands that write to a folder that exists, and what a rerun makes anew
-    "preprocess": (), "pretrain": ("checkpoints/step-00000004",), "eval": ("A/knn/result.json",),
+    "preprocess": (),
+    "pretrain": ("checkpoints/step-00000004",),
+    "eval": ("A/knn/result.json",),
     "sweep": ("evaluation/t0.25/linprobe/result.json", "evaluation/t0.25/linprobe/checkpoints/step-00000002"),
-    "analyze": (), "report eval": (), "report run": (), "store verify": ("keypoints.zarr",),
-}  # fmt: skip
+    "analyze": (),
+    "report eval": (),
+    "report run": (),
+    "store verify": ("keypoints.zarr",),
+}
 
 
 def tree(root: Path) -> dict[str, bytes | str]:
@@ -249,8 +324,9 @@ def test_folders_that_are_no_checkpoints_stay(make: Callable[[str], World]) -> N
     assert checkpoint.saved(world.out) == [2, 4]
     after = tree(checkpoints)
     assert {name for name in before if name not in after} == {
-        "step-00000005.partial", "step-00000005.partial/model.safetensors",
-    }  # fmt: skip
+        "step-00000005.partial",
+        "step-00000005.partial/model.safetensors",
+    }
     assert all(after[name] == before[name] for name in before if name in after)
 
 
@@ -301,8 +377,21 @@ def test_an_evaluation_of_an_older_checkpoint_says_so(
 ) -> None:
     run = damaged(make("one"))
     store, out = str(make("two").store), run.with_name("results")
-    arguments = ["eval", "--mode", "knn", "--checkpoint", f"B={run}", "--train", store, "--val", store, "--out",
-                 str(out), "knn.k=[3]", "compute.device=cpu"]  # fmt: skip
+    arguments = [
+        "eval",
+        "--mode",
+        "knn",
+        "--checkpoint",
+        f"B={run}",
+        "--train",
+        store,
+        "--val",
+        store,
+        "--out",
+        str(out),
+        "knn.k=[3]",
+        "compute.device=cpu",
+    ]
     refused = runner.invoke(app, [*arguments, "--strict"])
     assert refused.exit_code == 1 and "model.safetensors: is missing or damaged (--strict)" in refused.stderr
     assert not out.exists()

@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from kamim import KamimError
-from kamim.analysis.attention import blocks
+from kamim.models.attention import blocks
 from kamim.models.interop import check_tensor
-from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
+from kamim.training.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class AnalysedModel:
     name: str
     encoder: VisionTransformer | SwinTransformer
     resolution: int
-    model: MaskedImageModel | None
+    model: Model | None
     about: dict[str, Any]
 
     @property

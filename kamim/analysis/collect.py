@@ -14,8 +14,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from kamim.analysis import measures
 from kamim.analysis.analysed_model import AnalysedModel
-from kamim.analysis.attention import watched
 from kamim.method.weighting import counts_to_weights
+from kamim.models.attention import attention_distance, patch_attention, token_distances, watched
 from pipelines.batch import Batch, normalise
 
 FEATURE_IMAGES = 1024  # for rank, uniformity and CKA, whose cost is quadratic in images
@@ -57,7 +57,7 @@ def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, 
     """Collects everything that is plotted by depth. batches: with counts in cells of WEIGHT_CELL px, or without."""
     kept, weights, distances = Curves(), torch.empty(0), torch.empty(0)
     if model.is_vit:
-        distances = measures.token_distances(model.grid, model.patch).to(device)
+        distances = token_distances(model.grid, model.patch).to(device)
 
     def on_tokens(depth: int, tokens: Tensor) -> None:
         kept.sides[depth] = tokens.shape[1]
@@ -67,8 +67,8 @@ def collect_curves(model: AnalysedModel, batches: Images, device: torch.device, 
             kept.pooled.setdefault(depth, []).append(tokens.mean(dim=(1, 2)).cpu())
 
     def on_attention(depth: int, softmax: Tensor, *_: Tensor) -> None:
-        attention = measures.patch_attention(softmax, model.prefix)
-        kept.distance.setdefault(depth, []).append(measures.attention_distance(attention, distances))
+        attention = patch_attention(softmax, model.prefix)
+        kept.distance.setdefault(depth, []).append(attention_distance(attention, distances))
         kept.nmi.setdefault(depth, []).append(measures.normalised_mutual_information(softmax, model.prefix))
         if len(weights):
             received = attention.mean(dim=(1, 2))
@@ -148,7 +148,7 @@ def collect_samples(
         if depth == block:
             keep("before", given[:, model.prefix :])
             keep("after", output[:, model.prefix :])
-            attention = measures.patch_attention(softmax, model.prefix)
+            attention = patch_attention(softmax, model.prefix)
             chosen = attention.mean(dim=1) if head is None else attention[:, head - 1]
             cells = [query_cell(query, model.grid) for query in queries]
             rows = chosen[:, [row * model.grid + column for row, column in cells]]

@@ -9,39 +9,13 @@ import torch
 from torch import Tensor
 
 from kamim.method import rng
+from kamim.models.attention import patch_attention
 from kamim.models.label_free import centred
 
 NMI_EPSILON = 1e-8  # added to every weight, so that the logarithm of zeros is defined
 FOURIER_EPSILON = 1e-6
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-
-
-def patch_attention(weights: Tensor, prefix: int) -> Tensor:
-    """Returns attention among patch tokens, rows renormalised: [.., N, N] -> float64 [.., N - prefix, N - prefix].
-
-    A query whose whole weight is on prefix tokens counts as uniform attention, as with the released code's 1e-32.
-    """
-    kept = weights[..., prefix:, prefix:].double()
-    total = kept.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, kept / total, 1 / kept.shape[-1])
-
-
-def token_distances(side: int, patch: float) -> Tensor:
-    """Returns Euclidean distances (px) between tokens of a side x side grid of `patch` px: float64 [side², side²]."""
-    at = torch.arange(side, dtype=torch.float64) * patch
-    xy = torch.cartesian_prod(at, at)
-    return torch.linalg.vector_norm(xy[:, None] - xy[None], dim=-1)
-
-
-def uniform_distance(side: int, patch: float) -> float:
-    """Returns the mean distance in px under uniform attention; 99.75 for 12 x 12 tokens of 16 px."""
-    return float(token_distances(side, patch).mean())
-
-
-def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
-    """Returns the mean distance from query to key, weighted by attention: [.., N, N] -> [..], px."""
-    return (attention * distances).sum(dim=-1).mean(dim=-1)
 
 
 def normalised_mutual_information(weights: Tensor, prefix: int) -> Tensor:

@@ -10,6 +10,7 @@ from kamim import KamimError
 from kamim.analysis import embed, measures
 from kamim.analysis.analysed_model import AnalysedModel
 from kamim.analysis.collect import FEATURE_IMAGES, Curves, Samples, per_image
+from kamim.models.attention import uniform_distance
 from kamim.models.label_free import centred, effective_rank, uniformity
 
 Table = dict[str, Any]
@@ -28,7 +29,7 @@ def fourier(curves: Curves) -> Table:
 def attention(model: AnalysedModel, curves: Curves, seed: int) -> tuple[Table, Table, Table]:
     """Computes figures 6 and 7, per depth from 1 with intervals over images, and their closeness to uniform."""
     distance, nmi = per_image(curves.distance), per_image(curves.nmi)  # [N, L, heads]
-    uniform = measures.uniform_distance(model.grid, model.patch)
+    uniform = uniform_distance(model.grid, model.patch)
     resampled = measures.bootstrap_means(np.stack([distance.mean(axis=2), nmi.mean(axis=2)], axis=2), seed)
     tables = [
         _over_heads(values, resampled[..., i]) | {"uniform": level, "grid": f"{model.grid}x{model.grid}"}

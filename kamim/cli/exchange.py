@@ -43,7 +43,9 @@ def import_(
     from kamim.training import checkpoint
 
     weights = interop.load(file, resolution, model)
-    checkpoint.save_imported(out, weights.architecture, weights.resolution, weights.state, weights.has_head)
+    checkpoint.save_imported(
+        out, weights.architecture, weights.resolution, weights.state, weights.has_head, weights.positions
+    )
     head = "with its pixel head" if weights.has_head else "encoder alone"
     out_console.print(f"{out}: {weights.architecture} at {weights.resolution} px, {head}")
 
@@ -120,10 +122,10 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
     from kamim.training.checkpoint import save_tensors
 
     name = saved.config.model.name
-    known = architecture(name)
-    if known.shared_position_bias:
+    known = architecture(name, saved.config.model.positions)
+    if known.positions == "relative":
         raise KamimError(
-            f"{saved.path}: a {name}, whose shared position bias timm's ViT does not have; cannot be exported"
+            f"{saved.path}: a {name} of relative positions, which timm's ViT does not have; cannot be exported"
         )
     with _staged(out) as partial:
         save_tensors(interop.to_timm(saved.model_state()), partial, {ARCHITECTURE: name})

@@ -57,8 +57,7 @@ def pretrain(
         print_config(resolved)
         return
     check_free(resolved, check_run(resolved), resume == "never")
-    method = "simmim" if resolved.weighting is None else "kamim"
-    title = f"pretrain {method} {resolved.model.name}"
+    title = f"pretrain {resolved.title.lower()} {resolved.model.name}"
     try:
         with terminable(), bar(title, images=resolved.optim.batch_size) as update:
             from kamim.training.pretrain import pretrain as train

@@ -10,22 +10,27 @@ import torch
 from kamim import KamimError
 from kamim.evaluation.config import CachedFeatures
 from kamim.models import interop
-from kamim.models.architectures import ARCHITECTURES
+from kamim.models.architectures import Positions, architecture
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
 from kamim.storage.files import checksum
 from kamim.training import checkpoint
 from kamim.training.config import Mask, Pretrain
+from kamim.training.model import Model, build_model
 from pipelines.plan import Plan
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of weights. The fields are those of kamim.evaluation.results.EvalSettings."""
+    """The origin of weights. The fields are those of kamim.evaluation.results.EvalSettings.
+
+    positions: those of the architecture's patches, if they are not its own.
+    """
 
     checkpoint: str
     architecture: str
+    positions: Positions | None = None
     step: int = 0
     weights: str | None = None
     pretraining: Mapping[str, Any] | None = None
@@ -41,7 +46,7 @@ class EvaluatedModel:
 
     name: str
     encoder: Encoder
-    model: MaskedImageModel | None
+    model: Model | None
     resolution: int
     mask: Mask
     origin: Origin
@@ -67,7 +72,7 @@ def load_evaluated_model(spec: str, strict: bool = False) -> EvaluatedModel:
     name = name or f"{kind} {path.resolve().name}".strip()
     if kind == "pixels":
         config = checkpoint.read(path, strict).config
-        stride = ARCHITECTURES[config.model.name].stride
+        stride = architecture(config.model.name).stride
         return EvaluatedModel(name, Pixels(stride), None, config.data.resolution, config.mask, Origin(source, "pixels"))
     loaded = load_model(source, strict)
     return EvaluatedModel(
@@ -79,9 +84,9 @@ def load_evaluated_model(spec: str, strict: bool = False) -> EvaluatedModel:
 def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
     """Builds the model that a run of `config` will give, without its weights: enough for every check."""
     with torch.device("meta"):
-        model = MaskedImageModel(config.model.name, config.data.resolution)
+        model = build_model(config)
     with_head = None if config.norm_pix_loss else model
-    origin = Origin(str(config.out), config.model.name)
+    origin = _origin(str(config.out), config)
     return EvaluatedModel(name, model.encoder, with_head, config.data.resolution, config.mask, origin)
 
 
@@ -92,7 +97,7 @@ class LoadedModel:
     damaged: as in kamim.training.checkpoint.Checkpoint.
     """
 
-    model: MaskedImageModel
+    model: Model
     has_head: bool
     mask: Mask
     origin: Origin
@@ -105,23 +110,28 @@ def load_model(source: str, strict: bool = False) -> LoadedModel:
     if not random and (file := interop.weights_file(path)):
         return _foreign(path, file)
     saved = checkpoint.read(path, strict)
-    origin = Origin(str(saved.path), saved.config.model.name, saved.step)
     if not random:
         makes_pixels = saved.has_head and not saved.config.norm_pix_loss
         seed = None if saved.step == 0 else saved.config.seed  # imported weights are of step 0
-        origin = replace(origin, weights=saved.weights, pretraining=_pretraining(saved), run_seed=seed)
+        origin = replace(
+            _origin(str(saved.path), saved.config), step=saved.step, weights=saved.weights,
+            pretraining=_pretraining(saved), run_seed=seed,
+        )  # fmt: skip
         return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin, saved.damaged)
     torch.manual_seed(saved.config.seed)
-    model = MaskedImageModel(saved.config.model.name, saved.config.data.resolution)
-    origin = Origin(source, saved.config.model.name, run_seed=saved.config.seed)
-    return LoadedModel(model, True, saved.config.mask, origin, saved.damaged)
+    origin = replace(_origin(source, saved.config), run_seed=saved.config.seed)
+    return LoadedModel(build_model(saved.config), True, saved.config.mask, origin, saved.damaged)
+
+
+def _origin(source: str, config: Pretrain) -> Origin:
+    return Origin(source, config.model.name, config.model.positions)
 
 
 def _foreign(path: Path, file: Path) -> LoadedModel:
     weights = interop.load(path)
-    model = MaskedImageModel(weights.architecture, weights.resolution)
+    model = MaskedImageModel(weights.architecture, weights.resolution, positions=weights.positions)
     model.load_state_dict(weights.state, strict=weights.has_head)
-    origin = Origin(str(path), weights.architecture, weights=checksum(file))
+    origin = Origin(str(path), weights.architecture, weights.positions, weights=checksum(file))
     return LoadedModel(model, weights.has_head, Mask(), origin)
 
 
@@ -151,8 +161,10 @@ def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
         steps, _, _ = config.optim.schedule(plan.steps_per_epoch)
         dataset, samples, images = manifest.job.dataset, manifest.count, manifest.job.encoding
         complete = saved.step == steps
+    later = {"positions": config.model.positions, "decoder": config.decoder and config.decoder.model_dump(mode="json")}
     return {
-        "method": "simmim" if config.weighting is None else "kamim", "dataset": dataset, "samples": samples,
+        "method": config.title.lower(), "dataset": dataset, "samples": samples,
         "images": images, "complete": complete, "epochs": config.optim.duration or config.optim.epochs,
         **config.model_dump(mode="json", include=PRETRAINING),
+        **{key: value for key, value in later.items() if value is not None},  # results of before do not have them
     }  # fmt: skip

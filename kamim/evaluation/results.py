@@ -25,7 +25,8 @@ class SampleSet:
 
 
 FILE = "result.json"
-OPTIONAL = ("run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")  # settings that some lack
+# Settings that some results lack.
+OPTIONAL = ("positions", "run_seed", "command", "block", "pooling", "norm", "epochs", "mask_ratio")
 ABOUT = ("pretraining", "run_seed")  # origin of the weights, whose checksum is compared instead
 
 
@@ -46,6 +47,7 @@ class EvalSettings:
     name: str
     checkpoint: str
     architecture: str
+    positions: str | None = None
     step: int
     weights: str | None
     pretraining: Mapping[str, Any] | None = None

@@ -153,8 +153,10 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 
     def run(folder: Path, progress: Progress) -> Accuracy:
         torch.manual_seed(config.seed)
-        encoder = build_encoder(evaluated.origin.architecture, evaluated.resolution, options.drop_path)
+        origin = evaluated.origin
+        encoder = build_encoder(origin.architecture, evaluated.resolution, options.drop_path, origin.positions)
         encoder.load_state_dict(evaluated.encoder.state_dict())
+        encoder.requires_grad_(True)  # sine-cosine positions too, as MAE's code
         model = finetune.Classifier(encoder, len(samples.classes)).to(context.world.device)
         groups = finetune.parameter_groups(model, options.optim.weight_decay, options.layer_decay)
         ema = finetune.ModelEma(model, options.ema)

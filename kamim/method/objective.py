@@ -1,4 +1,4 @@
-"""The training objective, Eq. 1 (SimMIM) and Eq. 3 (KAMIM), computed in float32 for any precision of the model."""
+"""Training objectives, computed in float32 for any precision of the model: Eq. 1 (SimMIM), Eq. 3 (KAMIM), MAE's."""
 
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,22 @@ def masked_l1(images: "Tensor", reconstruction: "Tensor", mask: "Tensor", weight
     weights: [B, c, c], W of Eq. 2. Blocks and cells are repeated to pixels. The sum is divided by the number of
     masked pixels + 1e-5 and by the 3 channels, as in the released code. The result is a float32 scalar.
     """
-    side = images.shape[-1]
+    return _masked_mean((reconstruction.float() - images.float()).abs(), mask, weights)
+
+
+def masked_l2(images: "Tensor", reconstruction: "Tensor", mask: "Tensor", weights: "Tensor | None" = None) -> "Tensor":
+    """Returns the mean over masked pixels of W (x_hat - x)^2, MAE's loss if there are no weights.
+
+    Shapes and the divisor are those of masked_l1. MAE's x are patches of mean 0 and variance 1 (normalise_patches).
+    """
+    return _masked_mean((reconstruction.float() - images.float()).square(), mask, weights)
+
+
+def _masked_mean(error: "Tensor", mask: "Tensor", weights: "Tensor | None") -> "Tensor":
+    side = error.shape[-1]
     masked = expand_mask(mask, side).unsqueeze(1).float()
-    error = (reconstruction.float() - images.float()).abs()
     scale = masked if weights is None else masked * expand_mask(weights, side).unsqueeze(1)
-    return (error * scale).sum() / (masked.sum() + 1e-5) / images.shape[1]
+    return (error * scale).sum() / (masked.sum() + 1e-5) / error.shape[1]
 
 
 def normalise_patches(images: "Tensor", patch_size: int) -> "Tensor":

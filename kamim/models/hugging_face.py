@@ -106,10 +106,10 @@ def _check_plain(name: str, encoder: VisionTransformer | SwinTransformer, state:
     if isinstance(encoder, SwinTransformer):
         plain = len({block.window_size for layer in encoder.layers for block in layer.blocks}) == 1
     else:
-        own = encoder.state_dict()
+        names = {key.removeprefix("encoder.") for key in state if key.startswith("encoder.")}
         plain = (
-            all(_PLAIN_VIT.fullmatch(key) for key in own)
-            and {"cls_token", "pos_embed", "blocks.0.attn.qkv.bias", "patch_embed.proj.bias"} <= own.keys()
+            all(_PLAIN_VIT.fullmatch(name) for name in names)
+            and {"cls_token", "pos_embed", "blocks.0.attn.qkv.bias", "patch_embed.proj.bias"} <= names
             and not encoder.no_embed_class
             and all(type(b) is Block and type(b.attn) is Attention and type(b.mlp) is Mlp for b in encoder.blocks)
             and type(encoder.blocks[0].mlp.act) is nn.GELU

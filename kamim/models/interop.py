@@ -26,7 +26,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.models.architectures import ARCHITECTURES, Architecture, architecture
+from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
 from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
@@ -88,24 +88,30 @@ _TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.
 
 @dataclass(frozen=True)
 class Foreign:
-    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct."""
+    """Weights in kamim's names. has_head: with mask token and pixel head, so that it can reconstruct.
+
+    positions: "relative" for an architecture whose own are absolute; None is its own.
+    """
 
     architecture: str
     resolution: int
     state: State
     has_head: bool
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
 class Hints:
     """Properties of an encoder that its weights do not determine. architecture: its name, if it has to be that.
 
-    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. None is unknown.
+    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. positions: of a ViT's patches, for the named
+    architecture. None is unknown.
     """
 
     architecture: str | None = None
     norm_eps: float | None = None
     heads: int | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -249,21 +255,23 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
-    name = _architecture(renamed, resolution, hints)
+    positions = hints.positions or ("relative" if SHARED_BIAS in renamed else None)
+    name = _architecture(renamed, resolution, hints, positions)
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
     resolution = resolution or _trained_resolution(name, renamed)
     architecture(name).check_resolution(resolution, "resolution")
     with torch.device("meta"):
-        model = MaskedImageModel(name, resolution)
+        model = MaskedImageModel(name, resolution, positions=positions)
     fitted = _fit(renamed, model)
     expected = {key for key in model.state_dict() if has_head or key.startswith("encoder.")}
     for key in sorted(expected ^ fitted.keys()):
         difference = "is missing" if key in expected else f"is not part of a {name}"
         raise KamimError(f"{key} {difference}; these weights are of another kind")
     _report_windows(renamed, fitted, model)
-    return Foreign(name, resolution, fitted, has_head)
+    own = architecture(name).positions
+    return Foreign(name, resolution, fitted, has_head, None if positions == own else positions)
 
 
 def _rename(state: State) -> State:
@@ -362,21 +370,26 @@ class _Facts:
 @cache
 def _facts(name: str, known: Architecture) -> _Facts:
     with torch.device("meta"):
-        model = MaskedImageModel(name, known.multiple)
+        model = MaskedImageModel(name, known.multiple, positions=known.positions)
     encoder, state = model.encoder, model.state_dict()
     heads = None if isinstance(encoder, SwinTransformer) else encoder.blocks[0].attn.num_heads
     return _Facts(_kind(state), heads, _window(state), encoder.norm.eps)
 
 
-def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
+def _architecture(state: State, resolution: int | None, hints: Hints, positions: Positions | None) -> str:
     """Finds the architecture of these weights: of those with their shapes, the one that agrees with most hints.
+
+    positions: those that the architecture is given; None is its own.
 
     In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm.
     """
     kind, window = _kind(state), _window(state)
     chosen: tuple[tuple[bool, bool, bool, bool], str, _Facts] | None = None
     for name in [hints.architecture] if hints.architecture else [*ARCHITECTURES, *PUBLIC]:
-        facts = _facts(name, known := architecture(name))
+        known = architecture(name)
+        if positions == "relative" and not known.is_vit:
+            continue
+        facts = _facts(name, known := known.with_positions(positions))
         lost = (
             hints.heads not in (None, facts.heads), bool(resolution and resolution % known.multiple),
             facts.window != window, not kind.swin and hints.norm_eps not in (None, facts.norm_eps),
@@ -386,7 +399,7 @@ def _architecture(state: State, resolution: int | None, hints: Hints) -> str:
             if not any(lost):
                 break
     if chosen is None and hints.architecture:
-        actual = _architecture(state, None, _name_hints({}))
+        actual = _architecture(state, None, _name_hints({}), positions)
         raise KamimError(f"these are a {actual}'s weights, the requested model is a {hints.architecture}")
     if chosen is None:
         raise KamimError(

@@ -10,29 +10,35 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kamim.method.masking import expand_mask
-from kamim.models.architectures import architecture
-from kamim.models.position_bias import BiasedAttention, share_position_bias
+from kamim.models.architectures import Positions, architecture
+from kamim.models.positions import BiasedAttention, fix_sincos, share_position_bias
 from kamim.models.stochastic_depth import replace_drop_paths
 
 
-def build_encoder(name: str, resolution: int, drop_path: float = 0.0) -> VisionTransformer | SwinTransformer:
+def build_encoder(
+    name: str, resolution: int, drop_path: float = 0.0, positions: Positions | None = None
+) -> VisionTransformer | SwinTransformer:
     """Builds the encoder `name` for images of side `resolution`, with random weights and without a classifier.
 
-    name: a preset or a timm name, see architectures.architecture. drop_path: stochastic depth rate of the last block.
-    If it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
+    name, positions: see architectures.architecture, which says what it raises. drop_path: stochastic depth rate of the
+    last block. If it is not 0, stochastic_depth.draw_paths has to be called before every training batch.
     """
-    known = architecture(name)
+    known = architecture(name, positions)
     options = dict(known.options)
     if known.norm_eps is not None:
         options["norm_layer"] = partial(nn.LayerNorm, eps=known.norm_eps)
-    if known.shared_position_bias:
+    if known.positions is not None:
+        options["pos_embed"] = "none" if known.positions == "relative" else "learn"
+    if known.positions == "relative":
         options["attn_layer"] = BiasedAttention
     encoder = timm.create_model(
         known.timm_name, img_size=resolution, num_classes=0, drop_path_rate=drop_path, **options
     )
     assert isinstance(encoder, VisionTransformer | SwinTransformer)
-    if known.shared_position_bias:
+    if known.positions == "relative":
         share_position_bias(encoder)
+    if known.positions == "sincos":
+        fix_sincos(encoder)
     replace_drop_paths(encoder)
     return encoder
 
@@ -45,11 +51,11 @@ class MaskedImageModel(nn.Module):
     strides that are not the weight's, which DDP would copy at every step.
     """
 
-    def __init__(self, name: str, resolution: int, drop_path: float = 0.0):
+    def __init__(self, name: str, resolution: int, drop_path: float = 0.0, positions: Positions | None = None):
         super().__init__()
         self.name = name
         self.resolution = resolution
-        self.encoder = build_encoder(name, resolution, drop_path)
+        self.encoder = build_encoder(name, resolution, drop_path, positions)
         stride = architecture(name).stride
         embedding = self.encoder.patch_embed.proj
         self.mask_token = nn.Parameter(torch.zeros(embedding.out_channels))

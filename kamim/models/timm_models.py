@@ -66,7 +66,9 @@ def _vit(name: str, model: VisionTransformer) -> Architecture:
     if model.dynamic_img_size:
         options["dynamic_img_size"] = False
     patch = model.patch_embed.patch_size[0]
-    return Architecture(name, patch_size=patch, stride=patch, multiple=patch, options=options)
+    return Architecture(
+        name, patch_size=patch, stride=patch, multiple=patch, options=options, prefix=model.num_prefix_tokens
+    )
 
 
 def _swin(name: str, model: SwinTransformer) -> Architecture:

@@ -15,16 +15,17 @@ from torch import Tensor
 from kamim import KamimError
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
+from kamim.models.attention import selectivity
 from kamim.models.knn import knn
 from kamim.models.label_free import measures
-from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.readout import Readout, blocks, fixed, resolve
 from kamim.storage.store import Store
 from kamim.training.config import Compute, Pretrain
 from kamim.training.data import check_area, shown_samples, whole_images
 from kamim.training.distributed import World
 from kamim.training.metrics import Metrics
-from kamim.training.reconstruction import reconstruct
+from kamim.training.model import Model
+from kamim.training.reconstruction import masked_error, reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
 from pipelines.labels import check_labels
@@ -63,19 +64,21 @@ def open_probe(config: Pretrain) -> Probe | None:
 def build_callbacks(config: Pretrain, trainer: Trainer, store: Store, probe: Probe | None) -> list[Callback]:
     """Returns the callbacks that the configuration of a run enables."""
     model, device, per_epoch = trainer.model, trainer.world.device, trainer.run.steps_per_epoch
-    assert isinstance(model, MaskedImageModel)
+    assert isinstance(model, Model)
     requested = []
     if probe is not None and config.probe is not None:
         requested.append(knn_probe(config, model, config.probe.every_epochs * per_epoch, probe, device))
     if config.label_free is not None:
         requested.append(label_free_metrics(config, model, config.label_free.every_epochs * per_epoch, store, device))
+    if config.plateau is not None:
+        requested.append(plateau(config, model, config.plateau.every_epochs * per_epoch, store, device))
     if config.panel_epochs is not None:
         samples = partial(shown_samples, config, store, SHOWN, device)
         requested.append(panel(config, model, config.panel_epochs * per_epoch, samples))
     return requested
 
 
-def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callable[[], Batch]) -> Callback:
+def panel(config: Pretrain, model: Model, every: int, samples: Callable[[], Batch]) -> Callback:
     """Returns a callback that draws samples: masked, reconstructed, and for KAMIM with keypoints and weights.
 
     every: steps between two panels. samples: returns the same samples at each call, on the model's device, with counts
@@ -102,7 +105,7 @@ def panel(config: Pretrain, model: MaskedImageModel, every: int, samples: Callab
     return Callback(every, run)
 
 
-def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Probe, device: torch.device) -> Callback:
+def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: torch.device) -> Callback:
     """Returns a callback that logs knn_top1: the top-1 accuracy (%) on val of a vote of NEIGHBOURS samples of train.
 
     every: steps between two probes. Features are those of `kamim eval --mode knn`, before it rounds them to bf16.
@@ -128,9 +131,7 @@ def knn_probe(config: Pretrain, model: MaskedImageModel, every: int, probe: Prob
     return Callback(every, run)
 
 
-def label_free_metrics(
-    config: Pretrain, model: MaskedImageModel, every: int, store: Store, device: torch.device
-) -> Callback:
+def label_free_metrics(config: Pretrain, model: Model, every: int, store: Store, device: torch.device) -> Callback:
     """Returns a callback that logs kamim.models.label_free.measures of config.label_free.images images of the store.
 
     every: steps between two measurements. The images are evenly spaced and whole; features are those of the kNN probe.
@@ -151,9 +152,37 @@ def label_free_metrics(
     return Callback(every, run)
 
 
-def _features(
-    model: MaskedImageModel, readout: Readout, batches: Iterable[Batch], compute: Compute
-) -> tuple[Tensor, Tensor]:
+def plateau(config: Pretrain, model: Model, every: int, store: Store, device: torch.device) -> Callback:
+    """Returns a callback that logs attention_selectivity (px, see kamim.models.attention) and loss_mean_colour.
+
+    every: steps between two measurements. Attention is that to whole images, evenly spaced in the store, in float32.
+    loss_mean_colour is the loss without W of painting SHOWN crops in the mean of each crop's target: a model on the
+    plateau does no better. With norm_pix_loss that mean is 0.
+    """
+    assert config.plateau is not None
+    count = min(config.plateau.images, len(store))
+    samples = Samples(store, np.linspace(0, len(store) - 1, count).astype(np.int64))
+    patch = float(config.model.patch_size)
+
+    def run(step: int, metrics: Metrics) -> None:
+        loader = whole_images(
+            samples, config.data.resolution, count, config.data.workers, World(0, 1, device), config.data.on_error
+        )
+        (batch,) = loader.steps(0, 1)
+        with _eval_mode(model):
+            selective = selectivity(model.encoder, normalise(batch.images), patch)
+            shown = reconstruct(
+                model, shown_samples(config, store, SHOWN, device), config.mask, config.seed, 0, config.compute
+            )
+        target = shown.target(config.normalised_patches)
+        colour = target.mean(dim=(2, 3), keepdim=True).expand_as(target)
+        painted = masked_error(config.method)(target, colour, shown.mask)
+        metrics.log({"attention_selectivity": selective, "loss_mean_colour": float(painted)})
+
+    return Callback(every, run)
+
+
+def _features(model: Model, readout: Readout, batches: Iterable[Batch], compute: Compute) -> tuple[Tensor, Tensor]:
     """Returns features float32 [N, D] and labels int64 [N]."""
     features, labels = [], []
     for batch in batches:
@@ -165,7 +194,7 @@ def _features(
 
 
 @contextmanager
-def _eval_mode(model: MaskedImageModel) -> Iterator[None]:
+def _eval_mode(model: Model) -> Iterator[None]:
     """Sets eval mode without gradients in the context, and restores the model's mode after it."""
     training = model.training
     model.eval()

@@ -28,12 +28,13 @@ from torch.optim import Optimizer
 
 import kamim
 from kamim import KamimError
-from kamim.models.masked_image_model import MaskedImageModel
+from kamim.models.architectures import Positions
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, fsync, make_durable
 from kamim.storage.ownership import discard_unfinished, holds_only, refuse_links, unfinished
 from kamim.training.config import Pretrain, patches_that_fit
+from kamim.training.model import Model, build_model
 from kamim.training.run_folder import CHECKPOINTS
 from kamim.training.settings import load
 
@@ -108,14 +109,14 @@ class Checkpoint:
         """Returns the weights by parameter name. Raises KamimError if the file is not safetensors."""
         return _load_tensors(self.path / MODEL)
 
-    def build_model(self) -> MaskedImageModel:
+    def build_model(self) -> Model:
         """Returns the model with its weights, on the CPU. Raises KamimError if the weights do not fit the model."""
-        name, resolution, state = self.config.model.name, self.config.data.resolution, self.model_state()
+        state = self.model_state()
         with torch.device("meta"):  # weights are compared before the model takes any memory
-            own = MaskedImageModel(name, resolution).state_dict()
+            own = build_model(self.config).state_dict()
         expected = {key for key in own if self.has_head or key.startswith("encoder.")}  # an encoder may come alone
         _check_fits(self.path, state, {key: own[key] for key in own if key in expected})
-        model = MaskedImageModel(name, resolution, self.config.model.drop_path)
+        model = build_model(self.config)
         model.load_state_dict(state, strict=self.has_head)
         return model
 
@@ -146,10 +147,14 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
         _delete(leftover)
 
 
-def save_imported(out: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool) -> Path:
+def save_imported(
+    out: Path, architecture: str, resolution: int, weights: dict[str, Tensor], has_head: bool,
+    positions: Positions | None = None,
+) -> Path:  # fmt: skip
     """Writes imported weights as a checkpoint at `out`. Raises KamimError if `out` exists."""
     given = {
-        "data": {"store": "imported", "resolution": resolution}, "model": {"name": architecture}, "out": out,
+        "data": {"store": "imported", "resolution": resolution}, "out": out,
+        "model": {"name": architecture, "positions": positions},
         **patches_that_fit(architecture, resolution),
     }  # fmt: skip
     config = load(Pretrain, None, given=given)

@@ -14,7 +14,8 @@ from kamim import KamimError
 from kamim.detectors import names as detector_names
 from kamim.method.geometry import CROP_RATIO
 from kamim.method.keypoints import FOOTPRINTS
-from kamim.models.architectures import architecture, check_patches
+from kamim.method.masking import masked_count
+from kamim.models.architectures import Positions, architecture, check_maskable, check_patches
 from kamim.training.settings import (
     Beta,
     Count,
@@ -37,6 +38,15 @@ class Model(Section):
     timm, such as vit_large_patch16_224, which is created as timm does, at data.resolution."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block. The released code uses none, for Swin and ViT alike."""
+    positions: Positions | None = None
+    """Positions of a ViT's patches: learned from N(0, 0.02), as in the released code; sincos, fixed sine-cosine ones,
+    as MAE's; or relative, biases of attention that all blocks share, as microsoft/SimMIM's. null is those of the
+    architecture: learned for the paper's ViTs."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_positions(self) -> Self:
+        architecture(self.name, self.positions)
+        return self
 
     @pydantic.field_validator("name")
     @classmethod
@@ -48,6 +58,23 @@ class Model(Section):
     def patch_size(self) -> int:
         """Side of a model patch in px."""
         return architecture(self.name).patch_size
+
+
+class Decoder(Section):
+    """MAE's decoder, a small ViT. The defaults are the public code's."""
+
+    width: Annotated[int, Field(gt=0, multiple_of=4)] = 512
+    """Width of its tokens, a multiple of 4 and of heads."""
+    depth: Count = 8
+    """Number of its blocks."""
+    heads: Count = 16
+    """Heads of its attention."""
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise KamimError(f"width = {self.width}: must be a multiple of heads = {self.heads}")
+        return self
 
 
 class Data(Section):
@@ -241,16 +268,30 @@ class LabelFree(Section):
     """Epochs between two measurements."""
 
 
+class Plateau(Section):
+    """Shows when a model has learned more than to paint a colour: a ViT whose attention is still uniform has not."""
+
+    images: Annotated[int, Field(ge=2)] = 64
+    """Images on which attention is measured, from all over data.store; all of them if it has fewer."""
+    every_epochs: Count = 1
+    """Epochs between two measurements."""
+
+
 class Pretrain(Section):
     """Configuration of `kamim pretrain`."""
 
     PRESETS: ClassVar[str] = "pretrain"
 
     data: Data
+    method: Literal["simmim", "mae"] = "simmim"
+    """simmim: masked patches are replaced by a token, a linear head reconstructs them, the loss is Eq. 1 or Eq. 3.
+    mae: the encoder sees the visible patches only, a decoder reconstructs the others, the loss is the squared error."""
     model: Model = Model()
+    decoder: Decoder | None = None
+    """MAE's decoder; null is that of the public code. SimMIM has none."""
     mask: Mask = Mask()
     weighting: Weighting | None = Weighting()
-    """null is SimMIM (Eq. 1), otherwise KAMIM (Eq. 3)."""
+    """W of KAMIM (Eq. 2), by which the error of every pixel is multiplied. null is SimMIM, or MAE, itself."""
     optim: PretrainOptim = PretrainOptim()
     norm_pix_loss: bool = False
     """Whether the target of every patch is normalised by its own mean and deviation, as in MAE. A patch is the area
@@ -278,6 +319,9 @@ class Pretrain(Section):
     """A kNN probe of the features during training; null is none."""
     label_free: LabelFree | None = None
     """Measures of the features during training that need no labels; null is none, `{}` is the defaults."""
+    plateau: Plateau | None = None
+    """A measure during training of how selective attention is, and the loss of each crop's mean colour to compare with;
+    null is none, `{}` is the defaults. A ViT only."""
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
@@ -285,7 +329,28 @@ class Pretrain(Section):
         cell = None if self.weighting is None else self.weighting.patch_size
         check_patches(self.model.patch_size, self.mask.patch_size, cell, r)
         architecture(self.model.name).check_resolution(r)
+        if self.plateau is not None and not architecture(self.model.name).is_vit:
+            raise KamimError(f"plateau: measures the attention of a ViT, {self.model.name} is a Swin; leave it out")
+        if self.method == "mae":
+            self._check_mae()
+        elif self.decoder is not None:
+            raise KamimError("decoder: SimMIM has none; leave it out, or set method = mae")
         return self
+
+    def _check_mae(self) -> None:
+        check_maskable(self.model.name, self.model.positions)
+        grid = self.data.resolution // self.mask.patch_size
+        if masked_count(grid, self.mask.ratio) == grid**2:
+            raise KamimError(
+                f"mask.ratio = {self.mask.ratio}: masks all {grid} x {grid} blocks, but MAE's encoder needs a visible "
+                f"one; must be at most {1 - 1 / grid**2:.4g}"
+            )
+
+    @property
+    def title(self) -> str:
+        """The name of the method: SimMIM, KAMIM, MAE, or KAMIM-MAE, which is MAE with KAMIM's weights."""
+        base = "SimMIM" if self.method == "simmim" else "MAE"
+        return base if self.weighting is None else "KAMIM" if self.method == "simmim" else "KAMIM-MAE"
 
     @property
     def normalised_patches(self) -> int | None:

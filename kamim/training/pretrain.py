@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from kamim import KamimError
-from kamim.method.objective import masked_l1
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
-from kamim.models.masked_image_model import MaskedImageModel
+from kamim.models.positions import fix_sincos
 from kamim.storage import lock, log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
 from kamim.training.config import Pretrain
 from kamim.training.data import cautions, training_loader
 from kamim.training.distributed import World
+from kamim.training.model import Model, build_model
 from kamim.training.nonfinite import NonFiniteGuard
-from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.reconstruction import Reconstruction, masked_error, reconstruct
 from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
 from pipelines.batch import Batch
 from pipelines.loader import Loader
@@ -100,7 +100,7 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
     if world.device.type == "cpu":
         machine.keep_memory()
     torch.manual_seed(config.seed)
-    model = MaskedImageModel(config.model.name, config.data.resolution, config.model.drop_path).to(world.device)
+    model = build_model(config).to(world.device)
     network = parallel(model, config.compute, world)
     optimizer = build_optimizer(config, model)
     per_epoch = loader.plan.steps_per_epoch
@@ -116,19 +116,20 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
 
 
 class MaskedReconstruction:
-    """The objective of pretraining: Eq. 1 or Eq. 3 of a micro-batch."""
+    """The objective of pretraining: Eq. 1, Eq. 3 or MAE's loss of a micro-batch."""
 
     def __init__(self, config: Pretrain, network: nn.Module):
         self._config = config
         self._network = network
 
     def __call__(self, batch: Batch) -> Losses:
-        """Returns the loss and, to log, Eq. 1 for both methods and the mean and largest W for KAMIM."""
+        """Returns the loss and, to log, the loss without weights and, if there are any, the mean and largest W."""
         target, reconstruction, weights = self.reconstruct(batch)
-        loss = masked_l1(target, reconstruction.output, reconstruction.mask, weights)
+        error = masked_error(self._config.method)
+        loss = error(target, reconstruction.output, reconstruction.mask, weights)
         if weights is None:
             return Losses(loss, {"loss_unweighted": loss})
-        unweighted = masked_l1(target, reconstruction.output.detach(), reconstruction.mask)
+        unweighted = error(target, reconstruction.output.detach(), reconstruction.mask)
         return Losses(
             loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
         )
@@ -154,21 +155,25 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     try:
         file = interop.weights_file(path)
         state = checkpoint.read(path).model_state() if file is None else interop.read_file(file)
-        converted = interop.convert(state, config.data.resolution, interop.Hints(config.model.name))
+        hints = interop.Hints(config.model.name, positions=config.model.positions)
+        converted = interop.convert(state, config.data.resolution, hints)
     except ValueError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
     model.load_state_dict(converted.state, strict=converted.has_head)
+    if config.model.positions == "sincos":
+        assert isinstance(model, Model)
+        fix_sincos(model.encoder)  # they stay what they are, whatever positions the weights came with
 
 
-def build_optimizer(config: Pretrain, model: MaskedImageModel) -> torch.optim.Optimizer:
+def build_optimizer(config: Pretrain, model: Model) -> torch.optim.Optimizer:
     """Returns fused AdamW. If optim.decay_all is false, vectors, positions and tokens have no weight decay."""
     optim = config.optim
-    exempt = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+    exempt = {"mask_token", *(f"encoder.{name}" for name in model.encoder.no_weight_decay())}
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         return optim.decay_all or not (parameter.ndim < 2 or name in exempt or name.endswith("bias_table"))
 
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in named if decays(name, p) == decayed], "weight_decay": decayed * optim.weight_decay}
         for decayed in (True, False)

@@ -1,15 +1,21 @@
 """Masks and reconstructs a batch; training, panels, replays and evaluation share this step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from kamim.method.masking import block_masks, expand_mask
-from kamim.method.objective import denormalise_patches, normalise_patches
+from kamim.method.objective import denormalise_patches, masked_l1, masked_l2, normalise_patches
 from kamim.models.stochastic_depth import draw_paths
 from kamim.training.config import Compute, Mask
 from kamim.training.trainer import autocast
 from pipelines.batch import Batch, denormalise, normalise, upload
+
+
+def masked_error(method: str) -> Callable[..., Tensor]:
+    """Returns the loss of a method, masked_l1 or masked_l2, with their parameters."""
+    return masked_l2 if method == "mae" else masked_l1
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kamim import KamimError
+from kamim.models.attention import uniform_distance
 from kamim.reporting import page
 from kamim.reporting.plots import COLOURS, label_log_axis, panels, styled
 from kamim.storage.escape import literal
@@ -25,17 +26,19 @@ POINTS = 100  # per curve; for more steps, each point is the mean of a group and
 COLUMNS = 3
 Lines = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl
 STYLES = ("-", "--", ":")  # line styles, for more settings in one figure than there are colours
+PLATEAU = 0.02  # share of the uniform distance within which attention is on the plateau; the paper's KAMIM: 0.003
 MOST_PANELS = 12  # largest number of panels, spread evenly over the run
 # title: ({key in metrics.jsonl: label}, scale of the y axis)
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "loss": ({"loss": ""}, "linear"),
-    "loss without weights (Eq. 1)": ({"loss_unweighted": ""}, "linear"),
+    "loss without weights W": ({"loss_unweighted": "model", "loss_mean_colour": "each crop's mean colour"}, "linear"),
     "gradient's norm, before clipping": ({"grad_norm": ""}, "log"),
     "learning rate": ({"lr": ""}, "linear"),
     "weights W": ({"weight_mean": "mean", "weight_max": "largest"}, "log"),
     "images per second": ({"images_per_second": ""}, "linear"),
     "data-wait, share of a step's time": ({"data_wait_share": ""}, "linear"),
     "kNN, top-1 (%)": ({"knn_top1": ""}, "linear"),
+    "distance of attention from uniform (px)": ({"attention_selectivity": ""}, "log"),
     "effective rank (RankMe)": ({"rankme": ""}, "linear"),
     "uniformity": ({"uniformity": ""}, "linear"),
     "alpha-ReQ": ({"alpha_req": ""}, "linear"),
@@ -85,7 +88,7 @@ def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figu
             label_log_axis(axes)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if any(names.values()):
+        if len(names) > 1:
             axes.legend()
     for axes in list(grid.flat)[len(drawn) :]:
         axes.set_axis_off()
@@ -158,11 +161,10 @@ def _curve(axes: Axes, xy: np.ndarray, colour: str, label: str) -> None:
 
 def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Sequence[Mapping[str, Any]]) -> str:
     weighting, last = config.weighting, lines[-1]
-    method = "SimMIM (Eq. 1)"
+    method = config.title
     if weighting is not None:
-        method = (
-            f"KAMIM (Eq. 3; {weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, "
-            f"T {weighting.temperature:g})"
+        method += (
+            f" ({weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature:g})"
         )
     done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
@@ -175,7 +177,22 @@ def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Seq
         f"Last loss {last.get('loss', np.nan):.4f}; "
         + ("" if clipped is None else f"{clipped:.0%} of the steps were clipped at {config.optim.clip_grad:g}; ")
         + f"{rate:,.0f} images per second, the median step's."
+        + _plateau(config, lines)
     )
+
+
+def _plateau(config: Pretrain, lines: Sequence[Mapping[str, float]]) -> str:
+    """Returns a sentence on whether and when attention left the plateau; empty if it was not measured."""
+    measured = [(int(line["step"]), line["attention_selectivity"]) for line in lines if "attention_selectivity" in line]
+    if not measured:
+        return ""
+    patch = config.model.patch_size
+    uniform = uniform_distance(config.data.resolution // patch, patch)
+    last = f"at {measured[-1][1]:.2g} px from the {uniform:.3g} px of uniform attention"
+    left = next((step for step, selective in measured if selective > PLATEAU * uniform), None)
+    if left is None:
+        return f" Attention has not left the plateau (docs/results.md): it is {last}, within {PLATEAU:.0%}."
+    return f" Attention left the plateau by step {left:,}; it is {last} now."
 
 
 def _is_panel(file: Path) -> bool:

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from kamim.analysis import embed, measures, tables
 from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
 from kamim.analysis.analyze import load_analysed_model
-from kamim.analysis.attention import blocks, watched
 from kamim.analysis.collect import (
     Curves,
     attention_block,
@@ -30,6 +29,14 @@ from kamim.analysis.plan import plan
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures
 from kamim.analysis.run import file_stem
 from kamim.cli import app
+from kamim.models.attention import (
+    attention_distance,
+    blocks,
+    patch_attention,
+    token_distances,
+    uniform_distance,
+    watched,
+)
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.reporting import page
 from kamim.training import checkpoint
@@ -58,23 +65,23 @@ def softmax_attention(*shape: int) -> Tensor:
 
 def test_identity_attention_has_no_distance_and_full_information() -> None:
     identity = torch.eye(SIDE**2)
-    distances = measures.token_distances(SIDE, PATCH)
-    assert measures.attention_distance(measures.patch_attention(identity, 0), distances) == 0
+    distances = token_distances(SIDE, PATCH)
+    assert attention_distance(patch_attention(identity, 0), distances) == 0
     assert measures.normalised_mutual_information(identity, 0) == pytest.approx(1, abs=1e-5)
 
 
 def test_uniform_attention_has_the_mean_distance_and_no_information() -> None:
     uniform = torch.full((SIDE**2, SIDE**2), 1 / SIDE**2)
-    distances = measures.token_distances(SIDE, PATCH)
-    found = float(measures.attention_distance(measures.patch_attention(uniform, 0), distances))
-    assert found == pytest.approx(measures.uniform_distance(SIDE, PATCH), rel=1e-6)
+    distances = token_distances(SIDE, PATCH)
+    found = float(attention_distance(patch_attention(uniform, 0), distances))
+    assert found == pytest.approx(uniform_distance(SIDE, PATCH), rel=1e-6)
     assert found == pytest.approx(99.75292158, abs=1e-6)
     assert measures.normalised_mutual_information(uniform, 0) == pytest.approx(0, abs=1e-12)
 
 
 def test_fixed_offset_has_a_known_distance() -> None:
-    attention = measures.patch_attention(offset_attention(SIDE, 0, 1), 0)
-    found = float(measures.attention_distance(attention, measures.token_distances(SIDE, PATCH)))
+    attention = patch_attention(offset_attention(SIDE, 0, 1), 0)
+    found = float(attention_distance(attention, token_distances(SIDE, PATCH)))
     assert found == pytest.approx(PATCH * (11 * 1 + 1 * 11) / 12)  # one column of twelve wraps around
     assert measures.normalised_mutual_information(attention, 0) == pytest.approx(1, abs=1e-5)
 
@@ -87,7 +94,7 @@ def test_all_queries_on_one_half_have_no_information() -> None:
 
 def test_class_token_is_dropped_and_rows_renormalised() -> None:
     attention = softmax_attention(2, 10, 10)
-    kept = measures.patch_attention(attention, 1)
+    kept = patch_attention(attention, 1)
     assert kept.shape == (2, 9, 9)
     torch.testing.assert_close(kept.sum(dim=-1), torch.ones(2, 9, dtype=torch.float64))
     torch.testing.assert_close(kept[0, 0] / kept[0, 0, 0], (attention[0, 1, 1:] / attention[0, 1, 1]).double())
@@ -99,10 +106,10 @@ def test_a_query_with_all_its_weight_on_the_class_token_attends_uniformly(querie
     attention[queries] = torch.eye(10)[0]
     expected = attention[1:, 1:].double() / attention[1:, 1:].double().sum(dim=-1, keepdim=True)
     expected[expected.isnan()] = 1 / 9
-    kept = measures.patch_attention(attention, 1)
+    kept = patch_attention(attention, 1)
     torch.testing.assert_close(kept, expected)
-    distances = measures.token_distances(3, 16)
-    assert measures.attention_distance(kept, distances) == pytest.approx(slow_distance(expected.numpy(), 3, 16))
+    distances = token_distances(3, 16)
+    assert attention_distance(kept, distances) == pytest.approx(slow_distance(expected.numpy(), 3, 16))
     nmi = float(measures.normalised_mutual_information(attention, 1))
     assert nmi == pytest.approx(slow_nmi(expected.numpy()), abs=1e-6)
 
@@ -132,7 +139,7 @@ def slow_nmi(attention: np.ndarray) -> float:
 def test_attention_measures_equal_their_twins() -> None:
     attention = softmax_attention(3, 16, 16) ** 3
     attention = attention / attention.sum(dim=-1, keepdim=True)
-    distances = measures.attention_distance(attention.double(), measures.token_distances(4, 16))
+    distances = attention_distance(attention.double(), token_distances(4, 16))
     nmi = measures.normalised_mutual_information(attention, 0)
     for i in range(3):
         one = attention[i].double().numpy()
@@ -240,9 +247,7 @@ def test_tsne_separates_what_is_separate_and_repeats() -> None:
 def test_measures_equal_the_reference() -> None:
     reference = np.load(REFERENCE)
     attention = torch.from_numpy(reference["attention"])
-    distance = measures.attention_distance(
-        measures.patch_attention(attention, 1), measures.token_distances(SIDE, PATCH)
-    )
+    distance = attention_distance(patch_attention(attention, 1), token_distances(SIDE, PATCH))
     np.testing.assert_allclose(distance, reference["attention_distance_px"], atol=1e-5, rtol=0)
     nmi = measures.normalised_mutual_information(attention, 1)
     np.testing.assert_allclose(nmi, reference["nmi"], atol=1e-5, rtol=0)
@@ -468,7 +473,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
     numbers = json.loads((tmp_path / "one/analysis.json").read_text())
     assert numbers["figures"].keys() == set(FIGURES) - {"2"}
     assert len(numbers["figures"]["6"]["A"]["mean"]) == 6
-    assert numbers["uniform_attention"]["A"]["uniform_distance"] == pytest.approx(measures.uniform_distance(4, 16))
+    assert numbers["uniform_attention"]["A"]["uniform_distance"] == pytest.approx(uniform_distance(4, 16))
     assert numbers["figures"]["probe"] == {"A": {"block": [3, 6], "top1": [40.0, 51.5]}}
     assert np.array(numbers["figures"]["5"]["B"]["maps"]).shape == (3, 1, 4, 4)
     assert {numbers["figures"][figure]["A"]["block"] for figure in ("3", "8", "9", "10")} == {2}

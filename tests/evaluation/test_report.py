@@ -133,7 +133,8 @@ def test_presets_are_quoted(preset: str) -> None:
 OTHER_RUNS = {  # every key that shapes a run, and another value than the paper's
     "data.resolution": "96", "data.crop_scale": "[0.2, 1.0]", "data.crop_ratio": "[1.0, 1.0]", "data.flip_v": "false",
     "data.flip_h": "false", "data.order": "chunked", "data.on_error": "skip",
-    "model.drop_path": "0.1", "mask.patch_size": "16", "mask.ratio": "0.75", "weighting.detector": "akaze",
+    "model.drop_path": "0.1", "model.positions": "sincos", "method": "mae",
+    "mask.patch_size": "16", "mask.ratio": "0.75", "weighting.detector": "akaze",
     "weighting.footprint": "point", "weighting.patch_size": "24", "weighting.temperature": "0.3",
     "weighting.keypoints": "online", "weighting.normalize": "true", "optim.lr": "1e-4", "optim.weight_decay": "0.1",
     "optim.betas": "[0.9, 0.95]", "optim.clip_grad": "5.0", "optim.batch_size": "4096", "optim.epochs": "200",
@@ -141,7 +142,7 @@ OTHER_RUNS = {  # every key that shapes a run, and another value than the paper'
     "optim.duration": "62500 steps", "optim.warmup": "1 epochs", "optim.cosine": "50 epochs",
     "optim.decay_all": "false", "norm_pix_loss": "true", "init_from": "x.pth",
 }  # fmt: skip
-ELSEWHERE = {"data.store", "model.name", "seed", "data.drop_last"}  # compared by other means, or free
+ELSEWHERE = {"data.store", "model.name", "decoder", "seed", "data.drop_last"}  # compared by other means, or free
 
 
 def keys(tree: dict[str, Any]) -> set[str]:

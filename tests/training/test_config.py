@@ -29,7 +29,7 @@ def refused(*overrides: str) -> str:
     [
         ("optim.lrr=1", "optim.lrr: unknown key; allowed are lr, weight_decay, betas,"),
         ("weighting.temp=1", "weighting.temp: unknown key; allowed are detector, footprint, patch_size, temperature,"),
-        ("colour=red", "colour: unknown key; allowed are data, model, mask,"),
+        ("colour=red", "colour: unknown key; allowed are data, method, model, decoder, mask,"),
         ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
         ("optim.epochs=1.5", "optim.epochs = 1.5: input should be a valid integer"),
         ("optim.epochs=0", "optim.epochs = 0: input should be greater than 0"),

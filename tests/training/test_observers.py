@@ -16,6 +16,7 @@ from kamim.models.readout import tokens_after
 from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training import checkpoint, metrics, report
+from kamim.training.config import Pretrain
 from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
 from kamim.training.settings import load
@@ -36,7 +37,8 @@ def watched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "watched"
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2, per_class: 6}}"
     label_free = "label_free={images: 9, every_epochs: 3}"
-    assert pretrain(config(out, store, "panel_epochs=2", probe, label_free), quiet).finished
+    plateau = "plateau={images: 9, every_epochs: 2}"
+    assert pretrain(config(out, store, "panel_epochs=2", probe, label_free, plateau), quiet).finished
     return out
 
 
@@ -138,3 +140,37 @@ def test_panels_and_probes_leave_out_what_the_run_does(
     assert metrics.read(tmp_path / "run")[-1]["knn_top1"] > 0
     assert [line["samples"] for line in metrics.read(tmp_path / "run")].count(11) == 2
     assert (tmp_path / "run/panels/step-00000004.png").is_file()
+
+
+def test_selectivity_is_the_distance_from_uniform_attention(watched: Path, store: Path) -> None:
+    """Against the softmax of q k^T written out for every block, of the last checkpoint's model."""
+    logged = [(line["step"], line["attention_selectivity"]) for line in metrics.read(watched) if "rankme" not in line
+              and "attention_selectivity" in line]  # fmt: skip
+    assert [step for step, _ in logged] == [3]  # and the last step, beside the probe
+    vit = checkpoint.read(watched).build_model().eval().encoder
+    opened = Store(store)
+    chosen = Samples(opened, np.linspace(0, len(opened) - 1, 9).astype(np.int64))
+    (batch,) = whole_images(chosen, 64, 9, 1, WORLD).steps(0, 1)
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).double() * 16
+    between = torch.cdist(places, places)
+    gaps = []
+    with torch.no_grad():
+        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(normalise(batch.images))))
+        for block in vit.blocks:
+            q, k, _ = block.attn.qkv(block.norm1(tokens)).reshape(9, 17, 3, 4, 32).permute(2, 0, 3, 1, 4)
+            weights = ((q @ k.transpose(-2, -1)) / 32**0.5).softmax(-1)[..., 1:, 1:].double()
+            weights = weights / weights.sum(-1, keepdim=True)
+            gaps.append(abs(float((weights * between).sum(-1).mean() - between.mean())))
+            tokens = block(tokens)
+    last = metrics.read(watched)[-1]["attention_selectivity"]
+    assert last == pytest.approx(np.mean(gaps), rel=1e-4)
+
+
+def test_the_report_says_whether_attention_left_the_plateau(watched: Path) -> None:
+    text = report.save_report(watched).read_text()
+    assert "Attention has not left the plateau" in text
+    lines = metrics.read(watched)
+    assert all(0.5 < line["loss_mean_colour"] < 1.5 for line in lines if "loss_mean_colour" in line)
+    moved = [{**line, "attention_selectivity": 0.1 + 5 * (line["step"] > 4)} for line in lines]
+    given = load(Pretrain, watched / "config.yaml")
+    assert "Attention left the plateau by step 5; it is at 5.1 px from the 32.1 px" in report._summary(given, moved, [])

@@ -17,6 +17,7 @@ from conftest import make_store
 from runs import WORLD, config, losses, quiet, weights
 from skimage import data
 
+from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
 from kamim.training import checkpoint, run_folder, schedule
@@ -184,6 +185,30 @@ def test_it_learns(tmp_path: Path, store: Path) -> None:
 def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
     pretrain(config(tmp_path / "run", store, "weighting.keypoints=online", "optim.epochs=2"), quiet)
     assert len(losses(tmp_path / "run")) == 4
+
+
+MAE = (
+    "method=mae", "model.positions=sincos", "decoder.width=32", "decoder.depth=1", "decoder.heads=2",
+    "mask.patch_size=16", "mask.ratio=0.75", "norm_pix_loss=true", "model.drop_path=0.2",
+)  # fmt: skip
+
+
+def test_mae_resumes_exactly_with_weights_and_in_micro_batches(store: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert pretrain(config(tmp_path / "whole", store, *MAE), quiet).finished
+    assert pretrain(config(tmp_path / "run", store, *MAE), stop) == Outcome(0, 3, finished=False)
+    assert pretrain(config(tmp_path / "run", store, *MAE), quiet) == Outcome(3, 8, finished=True)
+    ended, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(ended[name], value) for name, value in whole.items())
+    pretrain(config(tmp_path / "micro", store, *MAE, "optim.micro_batch=5"), quiet)
+    assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+    weighted = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["weight_mean"] > 1 and line["loss"] > line["loss_unweighted"] for line in weighted)
+    plain = checkpoint.read(tmp_path / "whole").build_model().eval()
+    assert isinstance(plain, MaskedAutoencoder)
 
 
 def test_another_configuration_in_the_same_place_is_refused(finished: Path, store: Path) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from kamim.models.position_bias import BiasedAttention
+from kamim.models.positions import BiasedAttention
 
 OnTokens = Callable[[int, Tensor], None]
 OnAttention = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -40,6 +41,33 @@ def attention_weights(module: Attention | WindowAttention, x: Tensor, mask: Tens
         scores = (scores.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)
     weights: Tensor = scores.softmax(dim=-1)
     return weights
+
+
+def patch_attention(weights: Tensor, prefix: int) -> Tensor:
+    """Returns attention among patch tokens, rows renormalised: [.., N, N] -> float64 [.., N - prefix, N - prefix].
+
+    A query whose whole weight is on prefix tokens counts as uniform attention, as with the released code's 1e-32.
+    """
+    kept = weights[..., prefix:, prefix:].double()
+    total = kept.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, kept / total, 1 / kept.shape[-1])
+
+
+def token_distances(side: int, patch: float) -> Tensor:
+    """Returns Euclidean distances (px) between tokens of a side x side grid of `patch` px: float64 [side², side²]."""
+    at = torch.arange(side, dtype=torch.float64) * patch
+    xy = torch.cartesian_prod(at, at)
+    return torch.linalg.vector_norm(xy[:, None] - xy[None], dim=-1)
+
+
+def uniform_distance(side: int, patch: float) -> float:
+    """Returns the mean distance in px under uniform attention; 99.75 for 12 x 12 tokens of 16 px."""
+    return float(token_distances(side, patch).mean())
+
+
+def attention_distance(attention: Tensor, distances: Tensor) -> Tensor:
+    """Returns the mean distance from query to key, weighted by attention: [.., N, N] -> [..], px."""
+    return (attention * distances).sum(dim=-1).mean(dim=-1)
 
 
 def blocks(encoder: VisionTransformer | SwinTransformer) -> list[Any]:
@@ -90,3 +118,20 @@ def _reporter(depth: int, on_attention: OnAttention) -> Callable[..., None]:
         on_attention(depth, attention_weights(module, given[0], named.get("mask")), given[0], output)
 
     return report
+
+
+def selectivity(encoder: VisionTransformer, images: Tensor, patch: float) -> float:
+    """Returns how far attention is from uniform: the mean over blocks of |attention distance - uniform distance|, px.
+
+    images: float [B, 3, R, R], normalised; the distance of a block is the mean over them, heads and queries. patch:
+    side of a patch in px. It is 0 if every token attends to all alike, as on the plateau of docs/results.md.
+    """
+    grid, _ = encoder.patch_embed.grid_size
+    distances, found = token_distances(grid, patch).to(images.device), []
+
+    def on_attention(depth: int, weights: Tensor, *_: Tensor) -> None:
+        found.append(attention_distance(patch_attention(weights, encoder.num_prefix_tokens), distances).mean())
+
+    with watched(encoder, lambda depth, tokens: None, on_attention), torch.no_grad():
+        encoder.forward_features(images)
+    return float((torch.stack(found) - uniform_distance(grid, patch)).abs().mean())

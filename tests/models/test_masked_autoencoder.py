@@ -1,0 +1,108 @@
+"""MAE: parity with Hugging Face's port of the public code, and what the encoder can see."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from kamim.method.objective import masked_l1, masked_l2, normalise_patches
+from kamim.models.masked_autoencoder import MaskedAutoencoder
+
+State = dict[str, Tensor]
+
+
+def small() -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    return MaskedAutoencoder("vit_demo_patch8", 64, positions="sincos", width=64, depth=2, heads=4)
+
+
+def renamed(state: State) -> State:
+    """The names of transformers' ViTMAE -> ours, written apart from kamim.models.interop."""
+    ours: State = {}
+    for name, value in state.items():
+        name = re.sub(r"^vit\.embeddings\.cls_token", "encoder.cls_token", name)
+        name = re.sub(r"^vit\.embeddings\.position_embeddings", "encoder.pos_embed", name)
+        name = re.sub(r"^vit\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj", name)
+        name = re.sub(r"^vit\.layernorm\.", "encoder.norm.", name)
+        name = re.sub(r"^vit\.(encoder\.layer|layers)\.", "encoder.blocks.", name)
+        name = re.sub(r"^decoder\.", "", name).replace("decoder_layers.", "decoder_blocks.")
+        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+        name = re.sub(r"attention\.(?:attention\.)?(?:query|q_proj)\.", "attn.0.", name)
+        name = re.sub(r"attention\.(?:attention\.)?(?:key|k_proj)\.", "attn.1.", name)
+        name = re.sub(r"attention\.(?:attention\.)?(?:value|v_proj)\.", "attn.2.", name)
+        name = re.sub(r"attention\.(output\.dense|o_proj)\.", "attn.proj.", name)
+        name = name.replace("intermediate.dense", "mlp.fc1")
+        name = re.sub(r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2", name)
+        ours[name] = value
+    for name in [name for name in ours if ".attn.0." in name]:
+        parts = [ours.pop(name.replace(".attn.0.", f".attn.{part}.")) for part in range(3)]
+        ours[name.replace(".attn.0.", ".attn.qkv.")] = torch.cat(parts)
+    return ours
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_reconstruction_loss_and_gradients_are_those_of_hugging_faces_port(norm_pix_loss: bool) -> None:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = small()
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, image_size=64, patch_size=8,
+        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=256, mask_ratio=0.75, norm_pix_loss=norm_pix_loss, layer_norm_eps=1e-12,
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.load_state_dict(renamed(theirs.state_dict()))
+    for module in model.decoder_blocks.modules():  # theirs has one epsilon for encoder and decoder
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-12
+    model.decoder_norm.eps = 1e-12
+    images = torch.randn(3, 3, 64, 64)
+    output = theirs(images, noise=torch.rand(3, 64))
+    mask = output.mask.bool().unflatten(1, (8, 8))
+    reconstruction = model(images, mask)
+    torch.testing.assert_close(reconstruction, theirs.unpatchify(output.logits), atol=1e-5, rtol=1e-5)
+    target = normalise_patches(images, 8) if norm_pix_loss else images
+    loss = masked_l2(target, reconstruction, mask)
+    torch.testing.assert_close(loss, output.loss)
+    loss.backward()
+    output.loss.backward()
+    gradients = renamed({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_a_masked_pixel_is_not_seen_and_a_visible_one_is() -> None:
+    model = small().eval()
+    mask = torch.rand(2, 8, 8).flatten(1).argsort(1).unflatten(1, (8, 8)) < 48
+    images = torch.randn(2, 3, 64, 64)
+    pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
+    with torch.no_grad():
+        before = model(images, mask)
+        assert torch.equal(model(images + pixels, mask), before)
+        assert not torch.allclose(model(images + ~pixels, mask), before)
+
+
+def test_blocks_of_several_patches_are_masked_whole() -> None:
+    model = small().eval()
+    coarse = torch.zeros(1, 4, 4, dtype=torch.bool)
+    coarse[0, 0, :3] = True
+    fine = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 3, 64, 64), coarse), model(torch.ones(1, 3, 64, 64), fine))
+
+
+def test_weights_multiply_the_squared_error() -> None:
+    images, made = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    mask, weights = torch.rand(2, 4, 4) < 0.5, torch.rand(2, 8, 8)
+    scale = weights.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    masked = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    expected = sum(
+        float(scale[b, y, x]) * float(made[b, c, y, x] - images[b, c, y, x]) ** 2
+        for b in range(2) for c in range(3) for y in range(16) for x in range(16) if masked[b, y, x]
+    ) / (3 * int(masked.sum()))  # fmt: skip
+    assert float(masked_l2(images, made, mask, weights)) == pytest.approx(expected, rel=1e-5)
+    assert float(masked_l2(images, made, mask)) != float(masked_l1(images, made, mask))

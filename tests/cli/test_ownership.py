@@ -2,6 +2,7 @@
 link."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -277,6 +278,13 @@ def test_a_lock_that_is_a_link_is_not_followed(command: str, make: Callable[[str
     ownership.lock_file(locked).symlink_to(world.root / "outside")
     assert world.run(command) == 1
     assert not (world.root / "outside").exists() and ownership.lock_file(locked).is_symlink()
+
+
+def test_a_log_or_a_lock_that_is_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    log_file.write_line(tmp_path / "log", "a line")  # ends no work
+    with pytest.raises(ValueError, match="log: is not a regular file; remove it"):
+        ownership.open_own(tmp_path / "log", os.O_RDWR)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "eval", "sweep", "analyze", "report eval"])

@@ -20,7 +20,7 @@ import pydantic
 from kamim import KamimError
 from kamim.storage import lock, log_file, store
 from kamim.storage.files import fsync, make_durable, write_whole
-from kamim.storage.ownership import content, lock_file, refuse_links
+from kamim.storage.ownership import lock_file, names_in, refuse_links
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 
@@ -66,7 +66,7 @@ class Workspace:
         if self.begun() is not None:  # the job is written after the stamps, and removed after all the rest
             own |= {path.name for path in rest}
         is_file = self.partial.exists() and not self.partial.is_dir()
-        if is_file or {*content(self.partial)} - own:
+        if is_file or {*names_in(self.partial)} - own:
             raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
         log_file.check_log(self.log)
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():

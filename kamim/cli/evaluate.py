@@ -23,6 +23,7 @@ from kamim.cli.console import (
     terminable,
     write_json,
 )
+from kamim.training.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:
     from kamim.evaluation.results import Result
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 @app.command(name="eval")
 @says_errors
+@ends_all_ranks
 def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value overrides, such as linprobe.optim.lr=1e-3")

@@ -24,6 +24,7 @@ from kamim.cli.console import (
     terminable,
     write_json,
 )
+from kamim.training.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:
     from kamim.storage.store import Store
@@ -34,6 +35,7 @@ WORST = 10  # samples that a replay shows
 
 @app.command()
 @says_errors
+@ends_all_ranks
 def pretrain(
     overrides: Overrides = None,
     config: ConfigFile = None,

@@ -21,10 +21,12 @@ from kamim.cli.console import (
     shard_of,
     terminable,
 )
+from kamim.training.rendezvous import ends_all_ranks
 
 
 @app.command()
 @says_errors
+@ends_all_ranks
 def sweep(
     file: Annotated[Path, typer.Argument(help="Preset or YAML file, such as table2")],
     overrides: Annotated[

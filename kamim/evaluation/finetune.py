@@ -48,13 +48,16 @@ class ModelEma(nn.Module):
 def parameter_groups(model: Classifier, weight_decay: float, layer_decay: float | None) -> list[dict[str, object]]:
     """Returns one group, or groups by depth with lr_scale = layer_decay^i: i is 0 for the head, 1 for the last block.
 
-    With a decay, vectors (biases, norms), positions and tokens have no weight decay, as timm, BEiT and MAE have it.
+    With a decay, vectors (biases, norms), positions and tokens have no weight decay, as timm, BEiT and MAE have it. A
+    table of position biases that all blocks share has i = 0 and no weight decay, as in BEiT and microsoft/SimMIM.
     """
     if layer_decay is None:
         return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    fixed = model.encoder.no_weight_decay()
+    shared = {name for name, _ in model.encoder.named_parameters() if name.startswith("rel_pos_bias.")}
+    fixed = model.encoder.no_weight_decay() | shared
     groups = param_groups_layer_decay(model.encoder, weight_decay, fixed, layer_decay=layer_decay)
-    for group in groups:
-        group["lr_scale"] *= layer_decay
+    if not shared:  # timm's i is 0 for the last block, or for such a table, which it takes for a layer above the blocks
+        for group in groups:
+            group["lr_scale"] *= layer_decay
     head = [([model.head.bias], 0.0), ([model.head.weight], weight_decay)]
     return [*groups, *({"params": parameters, "weight_decay": decay} for parameters, decay in head)]

@@ -1,7 +1,7 @@
 """`kamim eval`: every check before any work; then one task after the other, each with its result in its own folder."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +50,7 @@ def evaluate(
             raise KamimError("out: is missing; several processes need a folder that all of them see")
         models = [load_evaluated_model(spec, strict) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
+        world.check_same({f"{t.settings.mode} {t.settings.name}": _identity(t.settings.as_json()) for t in tasks})
         with _workplace(config.out, [model.name for model in models], world) as root:
             folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
@@ -165,13 +166,13 @@ def _check_free(folder: Path, settings: EvalSettings) -> None:
     How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
     ownership.refuse_links(ownership.everything(folder))
-    requested = dict(flat_text(settings.as_json()))
+    requested = dict(flat_text(_identity(settings.as_json())))
     existing = requested
-    if names := ownership.content(folder):
+    if names := ownership.names_in(folder):
         if (stored := _settings_of(folder)) is None:
             raise KamimError(f"{folder}: holds {names[0]} and no evaluation; choose another folder for the results")
-        existing = dict(flat_text(stored))
-    for key in (key for key in {**existing, **requested} if key.partition(".")[0] not in ABOUT):
+        existing = dict(flat_text(_identity(stored)))
+    for key in {**existing, **requested}:
         if requested.get(key) != existing.get(key):
             raise KamimError(
                 f"{folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
@@ -186,6 +187,11 @@ def _settings_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return stored if isinstance(stored, dict) and stored.get("mode") == folder.name else None
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that shape a result."""
+    return {key: value for key, value in settings.items() if key not in ABOUT}
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

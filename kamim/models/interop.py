@@ -1,11 +1,11 @@
 """Weights of other projects -> kamim's names, and back to timm's.
 
 Layouts that are read: the authors' released checkpoints (Hugging Face ViT and Swin ForMaskedImageModeling, bare or
-under `model_state_dict`; names of transformers 4 and 5), Hugging Face folders, timm state dicts, and the public
-checkpoints of microsoft/SimMIM, MAE, DINO and MoCo v3. Files are safetensors, or pickles read with weights_only.
+under `model_state_dict`; names of transformers 4 and 5), Hugging Face folders of ViT, ViTMAE, DINOv2 and Swin, timm
+state dicts and folders, and the public checkpoints of microsoft/SimMIM, MAE, DINO, DINOv2 and MoCo v3. Files are
+safetensors, or pickles read with weights_only.
 """
 
-import json
 import logging
 import math
 import re
@@ -28,6 +28,7 @@ from torch import Tensor
 from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
 from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
+from kamim.models.foreign_config import Hints, read_hints
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.escape import one_line
 
@@ -36,7 +37,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
 SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
-CONFIG_KEYS = ("layer_norm_eps", "num_attention_heads")  # of a ViT's config.json; a Swin's heads are a list
 # What authors keep beside the weights in a pickle: options, as plain data. CfgNode is microsoft/SimMIM's dict.
 OPTIONS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # Models of timm that public checkpoints are of, beside the presets. Any other is read if it is named.
@@ -47,6 +47,8 @@ PUBLIC = (
     "swin_base_patch4_window12_384", "swin_large_patch4_window12_384",
 )  # fmt: skip
 TIMM_EPS, HUGGING_FACE_EPS = 1e-6, 1e-12  # of a ViT's LayerNorms, by default
+HEAD_WIDTH = 64  # features of an attention head of a ViT, by Vaswani et al. 2017 and nearly all models since
+MOCO_SMALL, MOCO_HEADS = 384, 12  # width and heads of MoCo v3's ViT-S, whose heads have half that width
 _LOG = logging.getLogger(__name__)
 
 # Names of transformers (4 and 5), microsoft/SimMIM, MoCo v3 and DINO -> names of timm, below `encoder.`.
@@ -55,12 +57,12 @@ _RENAMES = tuple(
     for pattern, replacement in (
         (r"^(?:module\.|_orig_mod\.)+", ""),
         (r"^(?:base_encoder|backbone)\.", ""),
-        (r"^(?:vit|swin)\.embeddings\.mask_token$|^encoder\.mask_token$", "mask_token"),
+        (r"^(?:(?:vit|swin|dinov2\w*)\.)?embeddings\.mask_token$|^encoder\.mask_token$", "mask_token"),
         (r"^decoder\.0\.", "head.0."),
-        (r"^(?:vit|swin)\.", "encoder."),
+        (r"^(?:vit|swin|dinov2\w*)\.", "encoder."),
         (r"^encoder\.encoder\.", "encoder."),
         (r"^(embeddings|layernorm)\.", r"encoder.\1."),
-        (r"^encoder\.embeddings\.cls_token", "encoder.cls_token"),
+        (r"^encoder\.embeddings\.(cls_token|register_tokens)", r"encoder.\1"),
         (r"^encoder\.embeddings\.position_embeddings", "encoder.pos_embed"),
         (r"^encoder\.embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
         (r"^encoder\.embeddings\.norm\.", "encoder.patch_embed.norm."),
@@ -74,7 +76,7 @@ _RENAMES = tuple(
         (r"\.attention\.v_proj\.", ".attn.value."),
         (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
         (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
-        (r"\.gamma_([12])$", r".ls\1.gamma"),
+        (r"\.gamma_([12])$|\.layer_scale([12])\.lambda1$", r".ls\1\2.gamma"),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     )
@@ -82,7 +84,10 @@ _RENAMES = tuple(
 # Buffers, and parts of a method that its evaluation leaves out. A MAE's mask token is of its decoder, too.
 _IGNORED = re.compile(
     r"relative_position_index|attn_mask|momentum_encoder|predictor|base_encoder\.head\.|^(?:module\.)?decoder_"
+    r"|^decoder\.(?:decoder_|mask_token$)"  # Hugging Face's MAE
 )
+# Classifiers, projectors and poolings, which no evaluation here uses.
+_HEADS = ("head", "fc_norm", "attn_pool", "pooler", "classifier", "encoder.pooler")
 _TIMM_NAMES = re.compile(r"^(?:module\.|base_encoder\.|backbone\.)*blocks\.\d+\.attn\.qkv\.")
 
 
@@ -101,20 +106,6 @@ class Foreign:
 
 
 @dataclass(frozen=True)
-class Hints:
-    """Properties of an encoder that its weights do not determine. architecture: its name, if it has to be that.
-
-    norm_eps: the epsilon of its LayerNorms. heads: of each block of a ViT. positions: of a ViT's patches, for the named
-    architecture. None is unknown.
-    """
-
-    architecture: str | None = None
-    norm_eps: float | None = None
-    heads: int | None = None
-    positions: Positions | None = None
-
-
-@dataclass(frozen=True)
 class _Kind:
     """Properties of an encoder that the shapes of its weights determine."""
 
@@ -128,6 +119,11 @@ class _Kind:
 
     def __str__(self) -> str:
         return f"a {'Swin' if self.swin else 'ViT'} of width {self.width} with {self.blocks} blocks"
+
+    def details(self) -> str:
+        """Returns __str__ and all other properties."""
+        parts = [f"{self}", f"patches of {self.patch} px", f"{self.registers} registers"]
+        return ", ".join(parts + ["layer scale"] * self.layer_scale + ["shared position biases"] * self.shared_bias)
 
 
 def weights_file(path: Path) -> Path | None:
@@ -150,7 +146,7 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
         raise KamimError(f"{path}: no such file, and no folder with a config.json and {' or '.join(FOLDER_FILES)}")
     state = read_file(file)
     try:
-        hints = _file_hints(file, state)
+        hints = _file_hints(file)
         if name is not None:
             hints = Hints(_known(name), hints.norm_eps, hints.heads)
         return convert(state, resolution, hints)
@@ -158,23 +154,23 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
         raise KamimError(f"{path}: {error}") from error
 
 
-def _file_hints(file: Path, state: State) -> Hints:
-    """Reads hints from config.json beside the file, from the metadata of an exported file, or from names alone."""
+def _file_hints(file: Path) -> Hints:
+    """Reads hints from config.json beside the file, or from the metadata of an exported file."""
     config = file.parent / "config.json"
     if file.name in FOLDER_FILES and config.is_file():
-        try:
-            content = json.loads(config.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise KamimError(f"{config.name} is not JSON: {one_line(error)}") from error
-        eps, heads = (content.get(key) if isinstance(content, dict) else None for key in CONFIG_KEYS)
-        return Hints(
-            norm_eps=eps if isinstance(eps, float) else None, heads=heads if isinstance(heads, int) else None
-        )  # fmt: skip
+        hints = read_hints(config)
+        return hints if hints.architecture is None else hints_of(_known(hints.architecture))
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             if name := (opened.metadata() or {}).get(ARCHITECTURE):
-                return Hints(_known(name))
-    return _name_hints(state)
+                return hints_of(_known(name))
+    return Hints()
+
+
+def hints_of(name: str) -> Hints:
+    """Returns everything that is to be known about an architecture."""
+    facts = _facts(name, architecture(name))
+    return Hints(name, facts.norm_eps, facts.heads)
 
 
 def _known(name: str) -> str:
@@ -186,11 +182,29 @@ def _known(name: str) -> str:
     return name
 
 
-def _name_hints(state: State) -> Hints:
-    """Derives hints from names of weights: timm's epsilon for its names and SimMIM's, 12 heads for MoCo v3's ViT-S."""
-    moco_small = any("base_encoder." in name and value.shape[:1] == (384,) for name, value in state.items())
+def _conventions(state: State) -> Hints:
+    """Returns what the layout of a state dict, under its own names, implies: timm's epsilon for timm's names and
+    SimMIM's, otherwise Hugging Face's; 12 heads for MoCo v3's ViT-S, None for others."""
     of_timm = any(_TIMM_NAMES.match(name) or name.endswith(".attn.q_bias") for name in state)
-    return Hints(norm_eps=TIMM_EPS if of_timm else HUGGING_FACE_EPS, heads=12 if moco_small else None)
+    positions = next((value for name, value in state.items() if name.rpartition(".")[2] == "pos_embed"), None)
+    moco = any("base_encoder." in name for name in state) or (positions is not None and _is_moco(positions))
+    small = any(
+        name.endswith("patch_embed.proj.weight") and value.shape[:1] == (MOCO_SMALL,) for name, value in state.items()
+    )
+    return Hints(norm_eps=TIMM_EPS if of_timm else HUGGING_FACE_EPS, heads=MOCO_HEADS if moco and small else None)
+
+
+def _is_moco(positions: Tensor) -> bool:
+    """Returns whether a table of positions is MoCo v3's, which is not trained: 0 for the class token, then sines and
+    cosines of the row, then of the column (MAE's has the column first). It shows MoCo's weights under other names."""
+    side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
+    if side < 2 or positions.shape != (1, 1 + side**2, MOCO_SMALL):
+        return False
+    angles = torch.arange(side)[:, None] / 10_000 ** (torch.arange(MOCO_SMALL // 4) / (MOCO_SMALL // 4))
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = torch.cat([waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)], dim=1)
+    expected = torch.cat([torch.zeros(1, MOCO_SMALL), table])
+    return torch.allclose(positions[0].float(), expected, atol=0.01)  # also in half precision
 
 
 def read_file(path: Path) -> State:
@@ -249,19 +263,24 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
     a warning. Raises KamimError, naming what differs, for weights of no architecture that is known, or not of the one
     that hints name.
     """
-    hints = hints or _name_hints(state)
-    renamed = _merge_qkv(_rename(state))
+    renamed = _rename(state)
+    if PATCHES not in renamed:
+        raise KamimError(f"no patch embedding among its {len(state)} tensors; {_other_kind(state)}")
+    for key, value in state.items():
+        if not _IGNORED.search(key):
+            check_tensor(key, value)
+    renamed = _merge_qkv(_fold_registers(renamed))
     if "encoder.layers.0.downsample.reduction.weight" in renamed:  # others merge after a stage, timm before the next
         renamed = {re.sub(r"layers\.(\d+)\.downsample", _next_stage, name): value for name, value in renamed.items()}
     if "mask_token" in renamed:
         renamed["mask_token"] = renamed["mask_token"].flatten()
-    positions = hints.positions or ("relative" if SHARED_BIAS in renamed else None)
-    name = _architecture(renamed, resolution, hints, positions)
+    name = _architecture(renamed, resolution, hints or Hints(), _conventions(state))
     has_head = {"mask_token", "head.0.weight", "head.0.bias"} <= renamed.keys()
     if not has_head:
         renamed = {key: value for key, value in renamed.items() if key.startswith("encoder.")}
     resolution = resolution or _trained_resolution(name, renamed)
     architecture(name).check_resolution(resolution, "resolution")
+    positions: Positions | None = "relative" if SHARED_BIAS in renamed else None
     with torch.device("meta"):
         model = MaskedImageModel(name, resolution, positions=positions)
     fitted = _fit(renamed, model)
@@ -281,17 +300,32 @@ def _rename(state: State) -> State:
     for name, value in state.items():
         if _IGNORED.search(name) or (has_decoder and name.removeprefix("module.") == "mask_token"):
             continue
-        check_tensor(name, value)
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
-        if not name.startswith(("encoder.", "head.0.", "mask_token")):
-            if name.startswith("fc_norm."):
-                pooled_norm[name.replace("fc_norm.", "encoder.norm.")] = value
-            if name.startswith(("head", "fc_norm", "attn_pool", "pooler")):
-                continue  # a classifier, a projector or a pooling, which no evaluation here uses
-            name = f"encoder.{name}"
-        renamed[name] = value
+        if name.startswith("fc_norm."):
+            pooled_norm[name.replace("fc_norm.", "encoder.norm.")] = value
+        if name.startswith("head.0.") or not name.startswith(_HEADS):
+            renamed[name if name.startswith(("encoder.", "head.0.", "mask_token")) else f"encoder.{name}"] = value
     return {**pooled_norm, **renamed}  # an encoder that norms its pooled tokens has no other final norm
+
+
+def _other_kind(state: State) -> str:
+    """Returns what weights are that hold no patch embedding."""
+    if normed := next((name for name in state if name.endswith(("running_mean", "num_batches_tracked"))), None):
+        return f"{normed} is of a BatchNorm, so these are a convolutional network's weights, not a ViT's or Swin's"
+    return "these are no ViT's or Swin's weights"
+
+
+def _fold_registers(state: State) -> State:
+    """Returns DINOv2's weights with registers as timm has them: the class token's position added to the token."""
+    if "encoder.register_tokens" not in state:
+        return state
+    state = {**state, "encoder.reg_token": state["encoder.register_tokens"]}
+    del state["encoder.register_tokens"]
+    token, positions = state.get("encoder.cls_token"), state.get(POSITIONS)
+    if token is not None and positions is not None and positions.ndim == token.ndim == 3:
+        state |= {"encoder.cls_token": token + positions[:, :1], POSITIONS: positions[:, 1:]}
+    return state
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -337,8 +371,6 @@ def _next_stage(match: re.Match[str]) -> str:
 
 
 def _kind(state: State) -> _Kind:
-    if PATCHES not in state:
-        raise KamimError(f"no patch embedding among its {len(state)} tensors; these are no ViT's or Swin's weights")
     if state[PATCHES].ndim != 4:
         raise KamimError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
     registers = state.get("encoder.reg_token")
@@ -376,42 +408,50 @@ def _facts(name: str, known: Architecture) -> _Facts:
     return _Facts(_kind(state), heads, _window(state), encoder.norm.eps)
 
 
-def _architecture(state: State, resolution: int | None, hints: Hints, positions: Positions | None) -> str:
+def _architecture(state: State, resolution: int | None, hints: Hints, assumed: Hints) -> str:
     """Finds the architecture of these weights: of those with their shapes, the one that agrees with most hints.
 
-    positions: those that the architecture is given; None is its own.
-
-    In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm.
+    In this order: the number of heads, the resolution, a Swin's window, the epsilon of LayerNorm. assumed: what the
+    layout implies if neither the weights nor hints say it.
     """
-    kind, window = _kind(state), _window(state)
+    kind, window, heads = _kind(state), _window(state), hints.heads or assumed.heads
+    eps = hints.norm_eps or (None if kind.swin else assumed.norm_eps)
     chosen: tuple[tuple[bool, bool, bool, bool], str, _Facts] | None = None
     for name in [hints.architecture] if hints.architecture else [*ARCHITECTURES, *PUBLIC]:
         known = architecture(name)
-        if positions == "relative" and not known.is_vit:
+        if kind.shared_bias and not known.is_vit:
             continue
-        facts = _facts(name, known := known.with_positions(positions))
+        facts = _facts(name, known := known.with_positions("relative" if kind.shared_bias else None))
+        usual = None if kind.swin else kind.width // HEAD_WIDTH
         lost = (
-            hints.heads not in (None, facts.heads), bool(resolution and resolution % known.multiple),
-            facts.window != window, not kind.swin and hints.norm_eps not in (None, facts.norm_eps),
+            (heads or usual) not in (None, facts.heads), bool(resolution and resolution % known.multiple),
+            facts.window != window, eps not in (None, facts.norm_eps),
         )  # fmt: skip
         if facts.kind == kind and (chosen is None or lost < chosen[0]):
             chosen = lost, name, facts
             if not any(lost):
                 break
     if chosen is None and hints.architecture:
-        actual = _architecture(state, None, _name_hints({}), positions)
-        raise KamimError(f"these are a {actual}'s weights, the requested model is a {hints.architecture}")
+        same = next((name for name in (*ARCHITECTURES, *PUBLIC) if _facts(name, architecture(name)).kind == kind), None)
+        theirs = f"a {same}'s weights" if same else f"weights of {kind.details()}"
+        requested = _facts(hints.architecture, architecture(hints.architecture)).kind
+        raise KamimError(f"these are {theirs}, the requested model is a {hints.architecture}, {requested.details()}")
     if chosen is None:
         raise KamimError(
             f"{kind}; known are {', '.join([*ARCHITECTURES, *PUBLIC])}; give the name of others as model=NAME"
         )
     lost, name, facts = chosen
-    if lost[0]:
-        raise KamimError(f"{kind} and {hints.heads} heads, a {name} has {facts.heads}; give its name as model=NAME")
-    if lost[3] and hints.architecture is None:
+    if heads not in (None, facts.heads) and not kind.swin:
+        raise KamimError(f"{kind} and {heads} heads, a {name} has {facts.heads}; give its name as model=NAME")
+    if hints.heads is None and hints.architecture is None and not kind.swin and not kind.shared_bias:
+        _LOG.warning(
+            "weights do not hold their number of heads; %d are assumed, those of a %s; name the model if it has others",
+            facts.heads, name,
+        )  # fmt: skip
+    if lost[3] and (hints.norm_eps or hints.architecture is None):
         _LOG.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
-            facts.norm_eps, name, hints.norm_eps,
+            facts.norm_eps, name, eps,
         )  # fmt: skip
     return name
 

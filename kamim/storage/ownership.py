@@ -77,7 +77,7 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def content(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """Returns the names in a folder in order, except leftovers of commands that were killed; [] if there is none."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(path.name for path in paths if not is_leftover(path.name))
@@ -87,7 +87,7 @@ def holds_only(folder: Path, names: Iterable[str]) -> bool:
     """Returns whether a directory, not a link to one, holds no file but these (or leftovers) and no folder."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return not {*content(folder)} - {*names} and not any(path.is_dir() for path in folder.iterdir())
+    return not {*names_in(folder)} - {*names} and not any(path.is_dir() for path in folder.iterdir())
 
 
 def check_results(folder: Path, command: str, earlier: Callable[[Path], bool]) -> None:
@@ -103,7 +103,7 @@ def check_results(folder: Path, command: str, earlier: Callable[[Path], bool]) -
         writer = marker.read_text(errors="replace")[:100].strip()
         if writer != command:
             raise KamimError(f"out = {folder}: belongs to kamim {writer}; choose another folder for kamim {command}")
-    elif (names := content(folder)) and not earlier(folder):
+    elif (names := names_in(folder)) and not earlier(folder):
         raise KamimError(
             f"out = {folder}: holds {names[0]} and was not written by kamim {command}; choose a new or an empty folder"
         )

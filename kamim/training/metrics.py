@@ -32,6 +32,7 @@ from kamim.training.run_folder import LOG, METRICS, PANELS, TENSORBOARD, WANDB_I
 
 Values = Mapping[str, float]
 T = TypeVar("T")
+LOGIN_TIMEOUT = 30  # seconds
 _LOG = logging.getLogger(__name__)
 
 
@@ -136,9 +137,12 @@ class Wandb:
         if not file.exists():
             write_whole(file, secrets.token_hex(8).encode())
         self._image = wandb.Image
-        self._run = wandb.init(
-            project=project, name=run.name, id=file.read_text(), resume="allow", dir=str(run), config=dict(config)
-        )
+        try:
+            self._run = wandb.init(
+                project=project, name=run.name, id=file.read_text(), resume="allow", dir=str(run), config=dict(config)
+            )
+        except wandb.Error as error:
+            raise KamimError(f"log.wandb = {project}: {one_line(error)}") from error
 
     def numbers(self, step: int, values: Values) -> None:
         """See Sink."""
@@ -161,6 +165,24 @@ def check(log: Log) -> None:
     """Raises KamimError if an enabled logger is not installed."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
         raise KamimError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")
+
+
+def log_in(log: Log) -> None:
+    """Logs in to Weights & Biases if it is enabled, so that a run without a login or network ends before it begins.
+
+    Raises KamimError. With WANDB_MODE=offline or disabled the package asks no server.
+    """
+    if not log.wandb:
+        return
+    import wandb
+
+    try:
+        wandb.login(verify=True, timeout=LOGIN_TIMEOUT)
+    except (wandb.Error, ValueError) as error:  # ValueError: a key of another form
+        raise KamimError(
+            f"log.wandb = {log.wandb}: {one_line(error).rstrip('.')}; WANDB_MODE=offline logs to files, "
+            "log.wandb=false does not log there"
+        ) from error
 
 
 def sinks(run: Path, first: int, log: Log, config: Mapping[str, Any]) -> list[Sink]:

@@ -1,6 +1,7 @@
 """Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from kamim import KamimError
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
+from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
 from kamim.storage import lock, log_file
 from kamim.storage.store import Store
@@ -34,6 +36,7 @@ def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outco
     """
     with distributed.joined(config.compute.device) as world:
         store, loader, probe = _checked(config, world)
+        run_folder.check_ranks(config, store, world)
         for line in cautions(config, store) if world.is_main else ():
             _LOG.warning(line)
         with lock.alone(config.out, "out", world):
@@ -91,6 +94,8 @@ def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.P
     loader = training_loader(config, store, world)
     config.optim.schedule(loader.plan.steps_per_epoch)
     autocast(config.compute, world.device)
+    if world.is_main:
+        metrics.log_in(config.log)
     return store, loader, callbacks.open_probe(config)
 
 
@@ -153,12 +158,19 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     path = config.init_from
     assert path is not None
     try:
-        file = interop.weights_file(path)
-        state = checkpoint.read(path).model_state() if file is None else interop.read_file(file)
-        hints = interop.Hints(config.model.name, positions=config.model.positions)
-        converted = interop.convert(state, config.data.resolution, hints)
-    except ValueError as error:
+        if interop.weights_file(path) is not None:
+            converted = interop.load(path, config.data.resolution, config.model.name)
+        else:
+            saved = checkpoint.read(path)
+            hints = replace(interop.hints_of(saved.config.model.name), architecture=config.model.name)
+            converted = interop.convert(saved.model_state(), config.data.resolution, hints)
+    except KamimError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
+    own = architecture(converted.architecture, converted.positions).positions
+    if (own == "relative") != (architecture(config.model.name, config.model.positions).positions == "relative"):
+        raise KamimError(
+            f"init_from = {path}: its positions are {own or 'absolute'}; set model.positions={own or 'null'}"
+        )
     model.load_state_dict(converted.state, strict=converted.has_head)
     if config.model.positions == "sincos":
         assert isinstance(model, Model)

@@ -3,16 +3,19 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
-from kamim.storage.ownership import content, everything, refuse_links
+from kamim.storage.ownership import everything, names_in, refuse_links
 from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
 from pipelines.plan import Plan
+
+if TYPE_CHECKING:
+    from kamim.training.distributed import World
 
 CONFIG = "config.yaml"
 TRAINED_ON = "store.json"  # what a run's store held when the run began
@@ -51,7 +54,7 @@ def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
         raise KamimError(f"out = {config.out}: is a store; choose another out=...")
     check_links(config.out)
     if not file.is_file():
-        if names := content(config.out):
+        if names := names_in(config.out):
             raise KamimError(f"out = {config.out}: holds {names[0]} and no run; choose another out=...")
         return
     if fresh:
@@ -97,6 +100,19 @@ def is_run(folder: Path) -> bool:
         return bool(configuration(folder))
     except (KamimError, OSError):
         return False
+
+
+def check_ranks(config: Pretrain, store: Store, world: "World") -> None:
+    """Raises KamimError, on all ranks, if one of them has another configuration or another store's content.
+
+    Paths of stores and numbers of threads may differ between machines.
+    """
+    weighting, content = config.weighting, _contents(store)
+    if weighting is not None and weighting.keypoints == "store":
+        shards = "".join(store.manifest.shards[weighting.detector]).encode()
+        content["keypoints_sha256"] = hashlib.sha256(shards).hexdigest()
+    machines = {"data": {"store", "workers"}, "compute": {"threads"}, "probe": True, "log": True}
+    world.check_same({"store": content, **config.model_dump(mode="json", exclude=machines)})
 
 
 def claim(config: Pretrain, store: Store) -> None:

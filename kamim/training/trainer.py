@@ -290,6 +290,11 @@ def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(compute, world.device):
         network.compile()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # Compiled, sums over the one sample of a batch are views: gradients of class token, registers and
+                # positions then share memory, which clipping, DDP and the next micro-batch would change twice.
+                parameter.register_hook(torch.clone)
     return network
 
 

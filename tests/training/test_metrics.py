@@ -15,6 +15,7 @@ import pytest
 import torch
 from runs import WORLD, board, config, quiet
 
+from kamim import KamimError
 from kamim.cli.console import metrics_line
 from kamim.training import machine, metrics
 from kamim.training.config import Log
@@ -167,6 +168,13 @@ class FakeWandb(types.ModuleType):
         self.begun: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.Image = lambda rgb: rgb.shape
+        self.Error = ConnectionError
+        self.reachable = True
+
+    def login(self, verify: bool, timeout: int) -> bool:
+        if not self.reachable:
+            raise self.Error("No API key configured. Use `wandb login` to log in.")
+        return True
 
     def init(self, **given: Any) -> "FakeWandb":
         self.begun.append(given)
@@ -200,6 +208,17 @@ def test_wandb_is_told_where_asked(stores: dict[str, Path], tmp_path: Path, monk
     assert [step for step, said in fake.logged if "loss" in said] == list(range(8))
     assert [step for step, said in fake.logged if "panel" in said] == [1, 3, 5, 7]
     assert [step for step, said in fake.logged if not said] == [-1, -1]
+
+
+def test_wandb_without_a_login_ends_a_run_before_it_begins(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    fake.reachable = False
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(KamimError, match=r"log.wandb = points: No API key configured. .*; WANDB_MODE=offline logs to"):
+        pretrain(config(tmp_path / "run", stores["zarr"], "log.wandb=points"), quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_wandb_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

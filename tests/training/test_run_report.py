@@ -25,7 +25,10 @@ def finished(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     store = stores["zarr"]
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2}}"
     pretrain(
-        config(out, store, "panel_epochs=2", probe, "label_free={images: 12, every_epochs: 2}", "plateau={every_epochs: 2}"), quiet
+        config(
+            out, store, "panel_epochs=2", probe, "label_free={images: 12, every_epochs: 2}", "plateau={every_epochs: 2}"
+        ),
+        quiet,
     )
     return out
 

@@ -231,9 +231,10 @@ def saved(run: Path) -> list[int]:
 
     Raises KamimError if one of them, or their folder, is a link.
     """
-    folders = [path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name)]
+    folders = [path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.match(path.name)]  # unfinished ones, too
     refuse_links((run / CHECKPOINTS, *folders))
-    return sorted(int(path.name[5:]) for path in folders if any((path / name).exists() for name in FILES))
+    whole = (path for path in folders if _NAME.fullmatch(path.name))
+    return sorted(int(path.name[5:]) for path in whole if any((path / name).exists() for name in FILES))
 
 
 def at(run: Path, step: int) -> Checkpoint:

@@ -197,7 +197,8 @@ def _plateau(config: Pretrain, lines: Sequence[Mapping[str, float]]) -> str:
 
 def _is_panel(file: Path) -> bool:
     """Returns whether a file is a PNG panel of a run; a page shows no other file, such as a link to something else."""
-    return file.is_file() and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
+    plain = file.is_file() and not file.is_symlink()
+    return plain and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
 
 
 def _panels(files: Sequence[Path]) -> list[page.Part]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
-from kamim.storage.ownership import everything, names_in, refuse_links
+from kamim.storage.ownership import names_in, refuse_links
 from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
@@ -40,10 +40,9 @@ def check_keypoints(config: Pretrain, store: Store) -> None:
 
 
 def check_links(run: Path) -> None:
-    """Raises KamimError if anything that kamim writes in a run's folder is a link. Other files may be links."""
-    refuse_links(run / name for name in (CONFIG, TRAINED_ON, METRICS, LOG, STARTS, REPORT, WANDB, WANDB_ID))
-    for folder in (CHECKPOINTS, PANELS, TENSORBOARD, NONFINITE):
-        refuse_links(everything(run / folder))
+    """Raises KamimError if a file or folder that kamim writes in a run's folder is a link. Other files may be links."""
+    files = (CONFIG, TRAINED_ON, METRICS, LOG, STARTS, REPORT, WANDB_ID)
+    refuse_links(run / name for name in (*files, WANDB, CHECKPOINTS, PANELS, TENSORBOARD, NONFINITE))
 
 
 def check_free(config: Pretrain, store: Store, fresh: bool) -> None:

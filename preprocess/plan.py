@@ -18,6 +18,7 @@ from kamim.detectors import detector, origin
 from kamim.method import geometry
 from kamim.storage import beton, store
 from kamim.storage.files import checksum
+from kamim.storage.ownership import is_leftover
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 from preprocess.decode import Undecodable, decode
@@ -184,7 +185,17 @@ def plan_build(
     job = job.model_copy(update={"detectors": tuple(dict.fromkeys(detectors))})
     keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))
     make = tuple(c for c in job.components if c not in keep)
+    if finished is not None and make:
+        _check_only(finished, space.out)
     return BuildPlan(job, source, source_hashes, finished, _changes(before, job), keep, make)
+
+
+def _check_only(manifest: Manifest, out: Path) -> None:
+    """Raises KamimError if a store that is about to be replaced holds files that are not its own."""
+    own = {store.MANIFEST, store.BACKUP, *manifest.checksums}
+    for name in sorted(store.entries(out)[0] - own):
+        if not is_leftover(Path(name).name):
+            raise KamimError(f"{out / name}: is not the store's, which is replaced as a whole; move it elsewhere")
 
 
 def _has(existing: Job, component: str, job: Job) -> bool:

@@ -1,5 +1,4 @@
-"""The paths of a job: OUT, the finished store; OUT.partial, its unfinished parts; OUT.lock, held while a process works;
-OUT.log, its log.
+"""The paths of a job: OUT, the finished store; OUT.partial, its unfinished parts; OUT.log, its log; and its lock.
 
     OUT.partial/job.json      the job
     OUT.partial/stamps.npy    its source, see preprocess.fingerprint
@@ -19,8 +18,9 @@ import numpy as np
 import pydantic
 
 from kamim import KamimError
-from kamim.storage import lock, store
+from kamim.storage import lock, log_file, store
 from kamim.storage.files import fsync, make_durable, write_whole
+from kamim.storage.ownership import lock_file, names_in, refuse_links
 from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 
@@ -33,7 +33,7 @@ class Workspace:
         # Other machines have other working directories; a link to a store stays one.
         self.out = out = out.resolve() if out.is_symlink() else out.absolute()
         self.partial = out.with_name(out.name + ".partial")
-        self.lock = out.with_name(out.name + ".lock")
+        self.lock = lock_file(out)
         self.log = out.with_name(out.name + ".log")
         self.job_file = self.partial / "job.json"
         self.stamps_file = self.partial / store.STAMPS
@@ -60,11 +60,15 @@ class Workspace:
 
     def check_ownership(self) -> None:
         """Raises KamimError if `out` or its partial state belongs to something else."""
-        known = {file.name for file in (self.stamps_file, self.shards, self.store, self.replaced)}
-        if self.partial.exists() and not self.job_file.exists():  # ours if it is the rest of one being removed
-            strange = [file for file in self.partial.iterdir() if file.name not in known and file.name[0] != "."]
-            if strange:
-                raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
+        rest = (self.job_file, self.shards, self.store, self.replaced)
+        refuse_links((self.partial, self.stamps_file, *rest))
+        own = {self.stamps_file.name}
+        if self.begun() is not None:  # the job is written after the stamps, and removed after all the rest
+            own |= {path.name for path in rest}
+        is_file = self.partial.exists() and not self.partial.is_dir()
+        if is_file or {*names_in(self.partial)} - own:
+            raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
+        log_file.check_log(self.log)
         if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
             raise KamimError(f"out = {self.out}: exists already and is not a kamim store; choose another out=...")
 
@@ -132,5 +136,6 @@ class Workspace:
         self.clear()
 
     def clear(self) -> None:
-        """Removes the partial state."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Removes the partial state; the job, which shows whose it is, after everything that takes time."""
+        for folder in (self.shards, self.store, self.replaced, self.partial):
+            shutil.rmtree(folder, ignore_errors=True)

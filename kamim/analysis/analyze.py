@@ -6,9 +6,11 @@ from pathlib import Path
 
 from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
 from kamim.analysis.request import Request, check_names
-from kamim.analysis.run import analyse
+from kamim.analysis.run import COMMAND, NUMBERS, PAGE, TITLE, analyse
 from kamim.evaluation.evaluated_model import load_model
+from kamim.reporting import page
 from kamim.storage import lock
+from kamim.storage.ownership import check_results, refuse_links
 from kamim.storage.store import Store
 
 
@@ -30,6 +32,8 @@ def run_analysis(
 ) -> list[str]:
     """Writes figures, numbers and a page to `out`; returns the lines to print."""
     check_names(specs)
+    check_results(out, COMMAND, lambda out: page.title_of(out / PAGE) == TITLE)
+    refuse_links((*(out / name for name in (PAGE, NUMBERS)), *out.glob("figure-*")))
     models = [load_analysed_model(spec, request.seed) for spec in specs]
     with lock.alone(out, "out"):
         return analyse(models, store, request, out, progress)

@@ -19,12 +19,15 @@ from kamim.analysis.plan import plan, probed
 from kamim.analysis.request import Chosen, Request, choose
 from kamim.method.masking import block_masks, expand_mask
 from kamim.reporting import page
+from kamim.storage.ownership import mark_results
 from kamim.storage.store import Store
 from pipelines.batch import Batch, denormalise, normalise
 from pipelines.counts import OnlineCounts
 from pipelines.loader import Loader
 from pipelines.plan import Plan
 
+COMMAND, TITLE = "analyze", "kamim analysis"
+PAGE, NUMBERS = "index.html", "analysis.json"
 CAPTIONS = {
     "2": "Figure 2. Original, masked, and each checkpoint's reconstruction of the masked patches.",
     "3": "Figure 3. t-SNE of a block's output tokens, images of three classes.",
@@ -206,7 +209,7 @@ def analyse(models: list[AnalysedModel], store: Store, request: Request, out: Pa
     pictures = reconstruct(planned["2"], chosen, store, request.seed) if "2" in planned else {}
     pictures |= {file_stem(figure): picture for figure, picture in draw(drawn, shown, request.queries).items()}
     lines = summary(closeness, notes)
-    out.mkdir(parents=True, exist_ok=True)
+    mark_results(out, COMMAND)
     for stem, picture in pictures.items():
         page.save_figure(picture, out / stem)
     about = {
@@ -217,14 +220,14 @@ def analyse(models: list[AnalysedModel], store: Store, request: Request, out: Pa
     checkpoints = {m.name: {**m.about, "resolution": m.resolution} for m in models}
     page.save_numbers(
         {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": drawn},
-        out / "analysis.json",
+        out / NUMBERS,
     )
     captioned = [
         page.picture((out / f"{stem}.png").read_bytes(), stem, caption)
         for figure, caption in CAPTIONS.items() for stem in pictures if stem.startswith(file_stem(figure))
     ]  # fmt: skip
     parts = [page.paragraph(_about(models, store, chosen)), page.bullets(lines), *captioned]
-    page.save_page("kamim analysis", parts, out / "index.html")
+    page.save_page(TITLE, parts, out / PAGE)
     return lines
 
 

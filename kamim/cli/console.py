@@ -269,6 +269,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as demo")]
 
 
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if a run's newest checkpoint is damaged.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and exit.")]
 
 
@@ -359,6 +360,8 @@ def check_folder(option: str, file: Path | None) -> None:
         raise KamimError(f"{option} {file}: the folder {folder} does not exist")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise KamimError(f"{option} {file}: cannot be written to")
+    if file.is_file():
+        say(f"{option} {file}: exists and will be replaced")
 
 
 def check_picture(option: str, file: Path | None) -> None:

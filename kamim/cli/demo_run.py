@@ -14,7 +14,8 @@ from kamim.cli import pictures
 from kamim.evaluation.config import Evaluation
 from kamim.evaluation.results import Accuracy
 from kamim.evaluation.run import evaluate
-from kamim.storage.store import Store
+from kamim.storage.ownership import check_results, everything, mark_results, refuse_links
+from kamim.storage.store import MANIFEST, Store
 from kamim.training import metrics
 from kamim.training.config import Pretrain, Weighting
 from kamim.training.pretrain import pretrain
@@ -32,8 +33,11 @@ Update = Callable[[int, int, str], None]
 def run_demo(out: Path, console: Console, update: Update) -> None:
     """Preprocesses, pretrains KAMIM and SimMIM from one seed, probes both and random weights; prints the results.
 
-    A rerun resumes. Raises KamimError if a training run was interrupted.
+    A rerun resumes. Raises KamimError if a training run was interrupted, or if `out` holds files but no demo.
     """
+    check_results(out, "demo", lambda out: (out / "stores" / "train" / MANIFEST).is_file())
+    refuse_links(path for path in everything(out) if path != out)
+    mark_results(out, "demo")
     stores = {split: out / "stores" / split for split in ("train", "val")}
     preset, store = Path("demo"), f"data.store={stores['train']}"
     runs = {

@@ -9,6 +9,7 @@ from kamim import KamimError
 from kamim.cli.console import (
     RESUMABLE,
     PrintConfig,
+    Strict,
     app,
     bar,
     check_checkpoints,
@@ -54,6 +55,7 @@ def evaluate(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as linprobe")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for state and results; needed to resume.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    strict: Strict = False,
     show_config: PrintConfig = False,
 ) -> None:
     """Evaluates checkpoints: probes, fine-tuning, kNN, reconstruction, segmentation. With --out, a rerun resumes.
@@ -87,7 +89,7 @@ def evaluate(
             from kamim.evaluation.results import majority_lines
             from kamim.evaluation.run import evaluate as evaluate_all
 
-            results = evaluate_all(resolved, chosen, update.of_task)
+            results = evaluate_all(resolved, chosen, update.of_task, strict)
     except KeyboardInterrupt:
         kept = "saved; rerun the command to resume" if resolved.out else "nothing is kept; with --out, results are kept"
         say(f"stopped, {kept}")
@@ -104,5 +106,6 @@ def evaluate(
 
 def _line(result: "Result[Any]") -> str:
     settings = result.settings
-    about = f"{settings.mode} {settings.name}: {result.measured.summary(settings.val.images)}"
+    step = f" (step {settings.step})" if settings.step else ""
+    about = f"{settings.mode} {settings.name}{step}: {result.measured.summary(settings.val.images)}"
     return f"{about} on {settings.val.images} images of {settings.classes} classes"

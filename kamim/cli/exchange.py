@@ -1,6 +1,5 @@
 """kamim import and kamim export: weights of other projects to checkpoints, and checkpoints to other libraries."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import app, check_exists, check_folder, out_console, says_errors, write_json
-from kamim.models.file_kind import check_weights
+from kamim.cli.console import Strict, app, check_exists, check_folder, out_console, says_errors, write_json
+from kamim.models.file_kind import ARCHITECTURE, check_weights, is_export
 
 if TYPE_CHECKING:
     from kamim.training.checkpoint import Checkpoint
@@ -57,21 +56,27 @@ def export(
     layout: Annotated[
         Literal["timm", "huggingface", "mae"], typer.Option(help="Project whose parameter names and files are written.")
     ] = "timm",
+    strict: Strict = False,
 ) -> None:
     """Writes weights for timm's create_model(..., checkpoint_path=OUT), which loads the encoder, or for Hugging Face's
     from_pretrained(OUT), which loads the whole model.
     """
     check_exists("", checkpoint)
-    check_folder("--out", out)
     if layout == "huggingface":
         _check_new(out)
     elif out.suffix != ".safetensors":
         raise KamimError(f"out = {out}: must end in .safetensors")
+    elif out.exists() and not is_export(out):
+        raise KamimError(f"out = {out}: exists already and is no export of kamim; choose another or remove it")
+    check_folder("--out", out)
 
     from kamim.training.checkpoint import read
 
+    saved = read(checkpoint, strict)
     write = {"timm": _export_timm, "huggingface": _export_hugging_face, "mae": _export_mae}[layout]
-    write(read(checkpoint), out)
+    write(saved, out)
+    if saved.damaged:
+        out_console.print(f"{out}: step {saved.step} of {checkpoint}, since its newest checkpoint is damaged")
 
 
 @contextmanager
@@ -79,28 +84,21 @@ def _staged(out: Path) -> Iterator[Path]:
     """Locks `out` and yields a path to write to, which is renamed to `out` once it is complete."""
     from kamim.storage import lock
     from kamim.storage.files import publish
+    from kamim.storage.ownership import discard_unfinished, unfinished
 
-    partial = out.with_name(f"{out.name}.partial")
     with lock.alone(out, "out"):
-        _remove(partial)
+        discard_unfinished(out)
         try:
-            yield partial
-            publish(partial, out)
+            yield unfinished(out)
+            publish(unfinished(out), out)
         finally:
-            _remove(partial)
+            discard_unfinished(out)
 
 
 def _check_new(out: Path) -> None:
     """Raises KamimError if `out` exists, unless it is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise KamimError(f"out = {out}: exists already; choose another or remove it")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _export_hugging_face(saved: "Checkpoint", out: Path) -> None:
@@ -145,7 +143,7 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
             f"{saved.path}: a {name} of relative positions, which timm's ViT does not have; cannot be exported"
         )
     with _staged(out) as partial:
-        save_tensors(interop.to_timm(saved.model_state()), partial, {interop.ARCHITECTURE: name})
+        save_tensors(interop.to_timm(saved.model_state()), partial, {ARCHITECTURE: name})
     options = "".join(f", {key}={value!r}" for key, value in known.options.items())
     if known.norm_eps:
         options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={known.norm_eps})"

@@ -56,8 +56,9 @@ def evaluations(
         check_exists("", folder)
 
     from kamim.evaluation.leaderboard import Leaderboard, find
-    from kamim.evaluation.leaderboard_page import save
+    from kamim.evaluation.leaderboard_page import check_out, save
 
+    check_out(out)
     results, skipped = find(folders)
     board = Leaderboard(results)
     for line in (*skipped, *board.repeated):

@@ -60,6 +60,8 @@ def weights(
     check_picture("--plot", plot)
     if not image.is_file():
         raise KamimError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
+    if any(file.exists() and file.samefile(image) for file in filter(None, (out, plot))):
+        raise KamimError(f"{image}: would be replaced by what is computed from it; choose another --out or --plot")
     try:
         rgb = decode(image.read_bytes())
         shown = image_weights(rgb if resolution is None else largest_crop(rgb, resolution), weighting)

@@ -38,7 +38,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A checkpoint to evaluate. model: with its pixel head, if it has one. mask: that of its pretraining."""
+    """A checkpoint to evaluate. model: with its pixel head, if it has one. mask: that of its pretraining.
+
+    damaged: as in kamim.training.checkpoint.Checkpoint.
+    """
 
     name: str
     encoder: Encoder
@@ -46,6 +49,7 @@ class EvaluatedModel:
     resolution: int
     mask: Mask
     origin: Origin
+    damaged: tuple[str, ...] = ()
 
     def readout(self, options: CachedFeatures) -> Readout:
         """Returns the requested readout of the encoder. Raises KamimError if it has no such features."""
@@ -54,10 +58,10 @@ class EvaluatedModel:
         return readout
 
 
-def load_evaluated_model(spec: str) -> EvaluatedModel:
+def load_evaluated_model(spec: str, strict: bool = False) -> EvaluatedModel:
     """Loads [NAME=]RUN, a run, one of its checkpoints or a file of foreign weights; or random:RUN or pixels:RUN.
 
-    Raises KamimError if it does not exist.
+    Raises KamimError if it does not exist and, if `strict`, if the newest checkpoint of a run is damaged.
     """
     name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
     if not source or (equals and not name):
@@ -66,13 +70,13 @@ def load_evaluated_model(spec: str) -> EvaluatedModel:
     path = Path(source.removeprefix(f"{kind}:"))
     name = name or f"{kind} {path.resolve().name}".strip()
     if kind == "pixels":
-        config = checkpoint.read(path).config
+        config = checkpoint.read(path, strict).config
         stride = architecture(config.model.name).stride
         return EvaluatedModel(name, Pixels(stride), None, config.data.resolution, config.mask, Origin(source, "pixels"))
-    loaded = load_model(source)
+    loaded = load_model(source, strict)
     return EvaluatedModel(
         name, loaded.model.encoder, loaded.model if loaded.has_head else None, loaded.model.resolution, loaded.mask,
-        loaded.origin,
+        loaded.origin, loaded.damaged,
     )  # fmt: skip
 
 
@@ -87,20 +91,24 @@ def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from a checkpoint. has_head: whether its head outputs pixels. mask: that of its pretraining."""
+    """A model from a checkpoint. has_head: whether its head outputs pixels. mask: that of its pretraining.
+
+    damaged: as in kamim.training.checkpoint.Checkpoint.
+    """
 
     model: Model
     has_head: bool
     mask: Mask
     origin: Origin
+    damaged: tuple[str, ...] = ()
 
 
-def load_model(source: str) -> LoadedModel:
+def load_model(source: str, strict: bool = False) -> LoadedModel:
     """Loads a checkpoint, a file of foreign weights, or random:CHECKPOINT, untrained weights from its seed."""
     random, path = source.startswith("random:"), Path(source.removeprefix("random:"))
     if not random and (file := interop.weights_file(path)):
         return _foreign(path, file)
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(path, strict)
     if not random:
         makes_pixels = saved.has_head and not saved.config.norm_pix_loss
         seed = None if saved.step == 0 else saved.config.seed  # imported weights are of step 0
@@ -108,10 +116,10 @@ def load_model(source: str) -> LoadedModel:
             _origin(str(saved.path), saved.config), step=saved.step, weights=saved.weights,
             pretraining=_pretraining(saved), run_seed=seed,
         )  # fmt: skip
-        return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin)
+        return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin, saved.damaged)
     torch.manual_seed(saved.config.seed)
     origin = replace(_origin(source, saved.config), run_seed=saved.config.seed)
-    return LoadedModel(build_model(saved.config), True, saved.config.mask, origin)
+    return LoadedModel(build_model(saved.config), True, saved.config.mask, origin, saved.damaged)
 
 
 def _origin(source: str, config: Pretrain) -> Origin:

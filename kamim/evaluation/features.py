@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kamim.models.readout import Encoder, Readout, blocks, fixed
 from kamim.storage.files import write_whole
+from kamim.storage.ownership import open_own
 from kamim.training.config import Compute
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress, autocast
@@ -71,7 +72,7 @@ def reserve(file: Path, size: int) -> None:
     A write through a memory map on a full disk would kill the process (SIGBUS). Raises OSError if the disk is full.
     """
     existed = file.exists()
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_own(file, os.O_RDWR | os.O_CREAT)
     try:
         _allocate(descriptor, size)
     except OSError as error:

@@ -20,6 +20,7 @@ from kamim.training.settings import NotEmpty, Section, load
 Value = bool | int | float | str | None
 Baseline = Literal["pixels", "random"]
 BASELINES: Mapping[Baseline, str] = MappingProxyType({"pixels": "raw pixels", "random": "random weights"})
+EVALUATION = "evaluation"  # the folder of a sweep that holds the results of `kamim eval`
 SEED = "seed"  # the key of Pretrain whose values are repetitions
 
 
@@ -142,7 +143,7 @@ def pretraining(grid: Grid, point: GridPoint) -> Pretrain:
 def evaluation(grid: Grid, rows: Sequence[GridPoint]) -> Evaluation:
     """Returns the configuration of the evaluation of some rows."""
     checkpoints = tuple(f"{row.name}={row.checkpoint}" for row in rows)
-    return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": checkpoints, "out": grid.out / "evaluation"})
+    return _resolved(Evaluation, grid.evaluation, {}, {"checkpoint": checkpoints, "out": grid.out / EVALUATION})
 
 
 S = TypeVar("S", Pretrain, Evaluation)

@@ -15,6 +15,8 @@ from kamim.storage.files import write_whole
 from kamim.training import metrics, report
 from kamim.training.report import Lines
 
+PAGE, TITLE = "index.html", "Sweep "  # the title ends with the name of the folder
+TABLES = ("table.json", "table.md")
 OF_RUNS: Mapping[str, tuple[Callable[[Lines], float | None], str]] = {  # columns from a run's metrics, and their format
     "Eq. 1, last tenth of the steps": (report.last_unweighted, ".4f"),
     "mean W": (lambda lines: report.mean_of("weight_mean", lines), ".1f"),
@@ -101,14 +103,14 @@ def save(sweep: SweepResults) -> None:
     out, groups = sweep.grid.out, sweep.settings()
     about = [{"name": point.name, "values": dict(point.values)} for point in sweep.points]
     results = [result.as_json() for result in sweep.by_point.values()]
-    page.save_numbers({"settings": about, "results": results}, out / "table.json")
+    page.save_numbers({"settings": about, "results": results}, out / TABLES[0])
     tables = {"Runs": runs_table(sweep)}
     if any(len(group) > 1 for group in groups.values()):
         tables = {
             "Mean and standard deviation over seeds": settings_table(sweep),
             "Differences, with 95 % intervals over seeds": differences_table(sweep), **tables,
         }  # fmt: skip
-    write_whole(out / "table.md", "\n".join(f"{title}\n\n{t.markdown()}" for title, t in tables.items()).encode())
+    write_whole(out / TABLES[1], "\n".join(f"{title}\n\n{t.markdown()}" for title, t in tables.items()).encode())
     parts = [page.paragraph("Top-1 in per cent on the validation store; that of a run with Wilson's 95 % interval.")]
     parts += map(page.paragraph, majority_lines(sweep.by_point.values()))
     if chosen_on_val(sweep.grid.modes):
@@ -121,4 +123,4 @@ def save(sweep: SweepResults) -> None:
         "runs that set `probe` also show its kNN accuracy. Lines are means over seeds, bands their range."
     )
     parts.append(page.picture(page.png(report.comparison(curves)), "training", caption))
-    page.save_page(f"Sweep {out.name}", parts, out / "index.html")
+    page.save_page(f"{TITLE}{out.name}", parts, out / PAGE)

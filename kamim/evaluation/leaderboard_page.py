@@ -15,7 +15,9 @@ from kamim.reporting.table import Table, of_columns
 from kamim.storage import escape
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
+from kamim.storage.ownership import check_results, mark_results, refuse_links
 
+COMMAND, TITLE = "report eval", "kamim leaderboard"
 SHORT = 8  # hexadecimal digits of a checksum, except in CSV files
 ABOUT = (
     "Scores are top-1 in per cent on the validation samples, unless named. Weights and samples are identified by the "
@@ -84,6 +86,12 @@ def recipes_table(board: Leaderboard) -> Table:
     return Table(("column", "settings"), tuple(rows))
 
 
+def check_out(out: Path) -> None:
+    """Raises KamimError if `out` holds files but no leaderboard, or links in place of its files."""
+    check_results(out, COMMAND, lambda out: page.title_of(out / "index.html") == TITLE)
+    refuse_links(out / name for name in ("index.html", "table.md", "table.csv", "seeds.csv"))
+
+
 def save(board: Leaderboard, skipped: Sequence[str], out: Path) -> list[Path]:
     """Writes index.html, table.md, table.csv and, if there are means, seeds.csv to `out`. Returns the files.
 
@@ -104,9 +112,10 @@ def save(board: Leaderboard, skipped: Sequence[str], out: Path) -> list[Path]:
         "table.csv": checkpoints_table(board, rows, digits=None).csv(),
         **({"seeds.csv": seeds_numbers(board, groups).csv()} if groups else {}),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out)
+    mark_results(out, COMMAND)
     (out / "seeds.csv").unlink(missing_ok=True)  # left from an earlier leaderboard
-    page.save_page("kamim leaderboard", parts, out / "index.html")
+    page.save_page(TITLE, parts, out / "index.html")
     for name, text in texts.items():
         write_whole(out / name, text.encode())
     return [out / "index.html", *(out / name for name in texts)]

@@ -13,6 +13,7 @@ from kamim.evaluation.sections import PAPER_HEADER
 from kamim.reporting import page
 from kamim.storage.flatten import flat_text
 
+TITLE = "kamim evaluation"
 CHOICE = (
     "The best k of kNN and the best block, pooling, norm and rate of the sweep are chosen on the validation images "
     "themselves, so they are biased upwards."
@@ -50,7 +51,7 @@ def save_report(
             parts += [
                 page.folded(f"{r.settings.name}: settings and fingerprints", _settings(r.settings)) for r in of_mode
             ]
-    page.save_page("kamim evaluation", parts, file)
+    page.save_page(TITLE, parts, file)
 
 
 def _checkpoints(settings: Sequence[EvalSettings]) -> page.Part:

@@ -16,24 +16,31 @@ from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_mode
 from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
-from kamim.storage import lock
+from kamim.reporting import page
+from kamim.storage import lock, ownership
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
+from kamim.storage.log_file import write_line
 from kamim.storage.store import Store
 from kamim.training import distributed, machine
 from kamim.training.data import check_area
 from kamim.training.distributed import World
+from kamim.training.run_folder import LOG
 from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class
 
+COMMAND = "eval"
+PAGE, SETTINGS = "index.html", "settings.json"
+
 
 def evaluate(
-    config: Evaluation, modes: Sequence[str] | None, progress: Callable[[Position], Progress]
+    config: Evaluation, modes: Sequence[str] | None, progress: Callable[[Position], Progress], strict: bool = False
 ) -> list[Result[Any]]:
     """Runs every mode on every checkpoint and returns a result for each, with its settings.
 
     modes: None for all that apply to a checkpoint. progress(position) gives the function that shows the progress of one
-    task. With config.out, results are kept there, and a page shows all of them.
+    task. With config.out, results are kept there, and a page shows all of them. strict: as in load_evaluated_model;
+    otherwise the log of a task names the damaged checkpoints.
 
     Raises KamimError before any work for an invalid evaluation, and KeyboardInterrupt if a signal stopped it.
     """
@@ -41,7 +48,7 @@ def evaluate(
         machine.use_threads(config.compute.threads)
         if world.size > 1 and config.out is None:
             raise KamimError("out: is missing; several processes need a folder that all of them see")
-        models = [load_evaluated_model(spec) for spec in config.checkpoint]
+        models = [load_evaluated_model(spec, strict) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
         world.check_same({f"{t.settings.mode} {t.settings.name}": _identity(t.settings.as_json()) for t in tasks})
         with _workplace(config.out, [model.name for model in models], world) as root:
@@ -49,12 +56,15 @@ def evaluate(
             for task, folder in zip(tasks, folders, strict=True):
                 _check_free(folder, task.settings)
             world.barrier()  # all ranks have checked
+            if config.out is not None and world.is_main:
+                ownership.mark_results(config.out, COMMAND)
             results = []
+            damaged = {model.name: model.damaged for model in models}
             kinds = tuple(task.settings.mode for task in tasks)
             for number, (task, folder) in enumerate(zip(tasks, folders, strict=True), 1):
                 name = f"{task.settings.mode} {task.settings.name}"
                 position = Position(number, name, task.settings.mode, kinds[number:])
-                results.append(_run(task, folder, world, progress, position))
+                results.append(_run(task, folder, damaged[task.settings.name], world, progress, position))
             if config.out is not None and world.is_main:
                 _report(config.out, [model.name for model in models])
         return results
@@ -67,10 +77,19 @@ def _workplace(out: Path | None, names: Sequence[str], world: World) -> Iterator
         with TemporaryDirectory() as root:
             yield Path(root)
     else:
+        ownership.check_results(out, COMMAND, holds_results)
+        ownership.refuse_links((out / PAGE, *(out / name for name in names)))
         with ExitStack() as locks:
             for name in names:
                 locks.enter_context(lock.alone(out / name, "out", world))
             yield out
+
+
+def holds_results(folder: Path) -> bool:
+    """Returns whether a folder without a marker holds the page of an evaluation or, without a page, a task of one."""
+    if (folder / PAGE).exists():
+        return page.title_of(folder / PAGE) == report.TITLE
+    return any(_settings_of(task) is not None for task in folder.glob("*/*"))
 
 
 def tasks_of(
@@ -116,13 +135,20 @@ def _context(config: Evaluation, world: World, models: Sequence[EvaluatedModel])
 
 
 def _run(
-    task: Task, folder: Path, world: World, progress: Callable[[Position], Progress], position: Position
+    task: Task,
+    folder: Path,
+    damaged: Sequence[str],
+    world: World,
+    progress: Callable[[Position], Progress],
+    position: Position,
 ) -> Result[Any]:
     """Returns a task's result: read from its folder if it exists, else measured and written to it."""
     file = folder / FILE
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "settings.json", task.settings.as_json())
+        _write(folder / SETTINGS, task.settings.as_json())
+        for line in damaged:
+            write_line(folder / LOG, line)
     world.barrier()
     if not file.exists():
         measured = task.run(folder, progress(position))
@@ -135,19 +161,32 @@ def _run(
 
 
 def _check_free(folder: Path, settings: EvalSettings) -> None:
-    """Raises KamimError if the folder holds a task with other settings.
+    """Raises KamimError if the folder holds links, a task with other settings, or files but no task.
 
     How the checkpoint was pretrained is not compared, since the checksum of its weights identifies it.
     """
-    file = folder / "settings.json"
+    ownership.refuse_links(ownership.everything(folder))
     requested = dict(flat_text(_identity(settings.as_json())))
-    existing = dict(flat_text(_identity(json.loads(file.read_text())))) if file.exists() else requested
+    existing = requested
+    if names := ownership.names_in(folder):
+        if (stored := _settings_of(folder)) is None:
+            raise KamimError(f"{folder}: holds {names[0]} and no evaluation; choose another folder for the results")
+        existing = dict(flat_text(_identity(stored)))
     for key in {**existing, **requested}:
         if requested.get(key) != existing.get(key):
             raise KamimError(
                 f"{folder}: holds another evaluation ({key} {existing.get(key, 'nothing')} there, "
                 f"{requested.get(key, 'nothing')} requested); remove it, or choose another folder for the results"
             )
+
+
+def _settings_of(folder: Path) -> dict[str, Any] | None:
+    """Returns the recorded settings of a task from its folder, or None if there are none."""
+    try:
+        stored = json.loads((folder / SETTINGS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stored if isinstance(stored, dict) and stored.get("mode") == folder.name else None
 
 
 def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,4 +207,4 @@ def _report(out: Path, names: Sequence[str]) -> None:
         name: list(mode.pictures([(r.settings.name, at) for at, r in results.items() if r.settings.mode == name]))
         for name, mode in MODES.items()
     }
-    report.save_report(list(results.values()), pictures, out / "index.html")
+    report.save_report(list(results.values()), pictures, out / PAGE)

@@ -1,6 +1,7 @@
 """`kamim sweep`: trains and evaluates run after run, and keeps the tables of the results so far."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kamim.evaluation import grid, grid_table
@@ -11,10 +12,14 @@ from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import FILE, Result
 from kamim.evaluation.run import evaluate, tasks_of
+from kamim.reporting import page
+from kamim.storage.ownership import check_results, mark_results, refuse_links
 from kamim.training import distributed, pretrain
 from kamim.training.distributed import World
+from kamim.training.run_folder import is_run
 from kamim.training.trainer import Progress
 
+COMMAND = "sweep"
 PRETRAIN = "pretrain"  # the kind of a task
 ShowTask = Callable[[Position], Progress]  # returns the function that shows the progress of a task
 
@@ -30,7 +35,11 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
     """
     points = grid.points(sweep)
     with distributed.joined(grid.evaluation(sweep, points).compute.device) as world:  # one process group throughout
+        _check_out(sweep, points)
         _check(sweep, points, world)
+        world.barrier()  # all ranks have checked
+        if world.is_main:
+            mark_results(sweep.out, COMMAND)
         mine = points[shard[0] - 1 :: shard[1]]
         baselines = {
             point.name: [row for row in grid.baselines(sweep) if row.checkpoint.endswith(f":{point.checkpoint}")]
@@ -68,8 +77,23 @@ def _after(done: int, kinds: tuple[str, ...], progress: ShowTask) -> ShowTask:
 def finished(sweep: Grid) -> list[Result[Any]]:
     """Returns the results in the sweep's folder, of its points and baselines, in their order."""
     rows = (*grid.points(sweep), *grid.baselines(sweep))
-    files = [sweep.out / "evaluation" / row.name / mode / FILE for row in rows for mode in sweep.modes]
+    files = [sweep.out / grid.EVALUATION / row.name / mode / FILE for row in rows for mode in sweep.modes]
     return [read_file(file) for file in files if file.exists()]
+
+
+def _check_out(sweep: Grid, points: Sequence[GridPoint]) -> None:
+    """Raises KamimError if the sweep's folder holds files but no sweep, or links in place of its files and folders."""
+
+    check_results(sweep.out, COMMAND, lambda _: _of_earlier_version(sweep.out, points))
+    names = (grid_table.PAGE, *grid_table.TABLES, grid.EVALUATION, *(point.name for point in points))
+    refuse_links(sweep.out / name for name in names)
+
+
+def _of_earlier_version(out: Path, points: Sequence[GridPoint]) -> bool:
+    """Returns whether a folder without a marker holds the page of a sweep or, without a page, one of its runs."""
+    if (out / grid_table.PAGE).exists():
+        return page.title_of(out / grid_table.PAGE).startswith(grid_table.TITLE)
+    return any(map(is_run, (out / point.name for point in points)))
 
 
 def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:

@@ -1,9 +1,12 @@
-"""Recognises files that are given as weights but are something else, without torch."""
+"""Recognises exports, and files that are given as weights but are something else, without torch."""
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from kamim import KamimError
 
+ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
 WEIGHTS = "weights are .safetensors files, or state dicts that torch.save wrote"
 _KINDS = {
     b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image", b"GIF8": "a GIF image", b"%PDF": "a PDF document",
@@ -21,3 +24,12 @@ def check_weights(path: Path) -> None:
     for magic, kind in _KINDS.items():
         if start.startswith(magic):
             raise KamimError(f"{path}: is {kind}; {WEIGHTS}")
+
+
+def is_export(file: Path) -> bool:
+    """Returns whether a file was written by `kamim export --layout timm`."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            return ARCHITECTURE in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

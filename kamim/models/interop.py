@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
-from kamim.models.file_kind import WEIGHTS, check_weights
+from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
 from kamim.models.mae_layout import DecoderSize, decoder_names, decoder_size, fit_decoder
 from kamim.models.masked_autoencoder import MaskedAutoencoder
@@ -38,7 +38,6 @@ State = dict[str, Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATCHES, POSITIONS = "encoder.patch_embed.proj.weight", "encoder.pos_embed"
 SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
-ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 # What authors keep beside the weights in a pickle: options, as plain data. CfgNode is microsoft/SimMIM's dict.
 OPTIONS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]

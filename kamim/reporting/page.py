@@ -5,8 +5,10 @@ returned: a plain string among the parts is escaped like any text.
 """
 
 import base64
+import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +22,7 @@ from kamim.storage.escape import printable
 from kamim.storage.files import write_whole
 
 Part: TypeAlias = Markup
+_TITLE = re.compile("<title>([^<]*)</title>")
 
 
 def _printable(value: Any) -> Any:
@@ -72,6 +75,16 @@ def folded(summary: str, inner: Part) -> Part:
 def save_page(title: str, parts: Sequence[Part], file: Path) -> None:
     """Writes one HTML file that shows all parts below the title."""
     write_whole(file, _render("page", title, parts).encode())
+
+
+def title_of(file: Path) -> str:
+    """Returns the title of an HTML file, such as one of save_page; "" if there is none."""
+    if file.is_symlink() or not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        start = stream.read(4096)
+    match = _TITLE.search(start)
+    return html.unescape(match[1]) if match else ""
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:

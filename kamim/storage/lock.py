@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kamim import KamimError
+from kamim.storage.ownership import lock_file, open_own
 
 if TYPE_CHECKING:
     from kamim.training.distributed import World
@@ -28,13 +29,13 @@ def check_local(name: str, out: Path) -> None:
 
 @contextmanager
 def alone(out: Path, name: str, world: "World | None" = None) -> Iterator[None]:
-    """Holds OUT.lock in the context (in the first process of `world`), so that no other command writes to `out`.
+    """Holds the lock of `out` in the context (in the first process of `world`), so that no other command writes there.
 
     name: of the parameter that gives `out`, in errors. Raises KamimError, in every process of `world`, if another
     command holds the lock or `out` cannot be locked.
     """
     check_local(name, out)
-    file = out.resolve().with_name(f"{out.resolve().name}.lock")
+    file = lock_file(out.resolve())
     problem = ""
     with ExitStack() as stack:
         if world is None or world.is_main:
@@ -60,20 +61,25 @@ def held(file: Path, busy: str, shared: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not shared:
-            file.unlink(missing_ok=True)
+        if not shared and _is_of(descriptor, file):
+            file.unlink()
         os.close(descriptor)
 
 
 def _acquire(file: Path, busy: str, shared: bool) -> int:
     """Returns a descriptor of `file` that holds its lock. An exclusive holder removes the file before releasing it."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_own(file, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            if _is_of(descriptor, file):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise KamimError(busy) from None
         os.close(descriptor)
+
+
+def _is_of(descriptor: int, file: Path) -> bool:
+    """Returns whether the descriptor is of the file that has this name now."""
+    return file.exists() and os.path.samestat(os.fstat(descriptor), file.lstat())

@@ -8,19 +8,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import kamim
+from kamim import KamimError
 from kamim.storage.escape import one_line
+from kamim.storage.ownership import append, refuse_links
+
+BEGUN = ": begun by kamim "
 
 
 def write_line(file: Path, line: str) -> None:
     """Appends a line, escaped, after the time. A log that cannot be written ends no work."""
-    with suppress(OSError), file.open("a", encoding="utf-8") as log:
-        log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
+    with suppress(OSError, KamimError):
+        append(file, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {one_line(line)}\n")
+
+
+def check_log(file: Path) -> None:
+    """Raises KamimError if the file is a link, or not empty and not begun by `logged`."""
+    refuse_links([file])
+    if file.is_file():
+        with file.open("rb") as stream:
+            first = stream.readline(1 << 16)
+        if first and BEGUN.encode() not in first:
+            raise KamimError(f"{file}: is not a log of kamim; move it, or choose another out=...")
 
 
 @contextmanager
 def logged(file: Path, what: str) -> Iterator[None]:
     """Logs the beginning and the end of the work inside, and the exception that ended it if there was one."""
-    write_line(file, f"{what}: begun by kamim {kamim.__version__}, process {os.getpid()} on {socket.gethostname()}")
+    write_line(file, f"{what}{BEGUN}{kamim.__version__}, process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
     except BaseException as error:

@@ -5,7 +5,7 @@ RUN/checkpoints/step-00001200/       model.safetensors      weights by parameter
                                      state.json             kind of run, step, configuration, versions, checksums
 
 A directory without the suffix .partial is complete and fsynced. One with it is half-written or half-removed; the next
-save removes it.
+save removes it. A directory that holds other files than these three is not kamim's, and is left alone.
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -33,16 +33,20 @@ from kamim.models.interop import Foreign
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, fsync, make_durable
+from kamim.storage.ownership import discard_unfinished, holds_only, refuse_links, unfinished
 from kamim.training.config import Pretrain, patches_that_fit
 from kamim.training.model import Model, build_model
+from kamim.training.run_folder import CHECKPOINTS
 from kamim.training.settings import load
 
 FORMAT = 1
 STATE = "state.json"
 MODEL: Literal["model.safetensors"] = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+FILES = (MODEL, OPTIMIZER, STATE)
 PARTIAL = ".partial"
 Kind = Literal["pretrain", "linprobe", "attentive", "finetune", "segment"]
+_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")  # as _path names them
 _LOG = logging.getLogger(__name__)
 
 
@@ -83,7 +87,8 @@ class State(pydantic.BaseModel):
 class Checkpoint:
     """A saved state of a run of `kind`. step: optimiser steps done. weights: sha256 of model.safetensors.
 
-    has_head: False for an imported encoder without a pixel head.
+    has_head: False for an imported encoder without a pixel head. damaged: a line for each newer checkpoint of its run
+    that is damaged, newest first, if it was read as the newest of the run.
     """
 
     path: Path
@@ -92,6 +97,7 @@ class Checkpoint:
     settings: dict[str, Any]
     has_head: bool
     weights: str
+    damaged: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> Pretrain:
@@ -126,7 +132,8 @@ def save(
     """
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     files = {MODEL: weights, OPTIMIZER: _optimizer_state(model, optimizer)}
-    final = _write(_path(run, step), step, kind, config, files, has_head=True)
+    final = _path(run, step)
+    _write(final, final.with_name(final.name + PARTIAL), step, kind, config, files, has_head=True)
     for later in [other for other in saved(run) if other > step]:
         _remove(_path(run, later))
     tidy(run, step, keep)
@@ -137,8 +144,8 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
     """Removes the checkpoints up to `step` that `keep` drops, and half-written or half-removed directories."""
     for old in keep.drops([other for other in saved(run) if other <= step]):
         _remove(_path(run, old))
-    for leftover in (run / "checkpoints").glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (run / CHECKPOINTS).glob(f"step-*{PARTIAL}"):
+        _delete(leftover)
 
 
 def save_imported(out: Path, weights: Foreign) -> Path:
@@ -158,14 +165,24 @@ def save_imported(out: Path, weights: Foreign) -> Path:
     with lock.alone(out, "out"):
         if out.exists():
             raise KamimError(f"out = {out}: exists already; choose another or remove it")
-        return _write(out, 0, "pretrain", config.model_dump(mode="json"), {MODEL: weights.state}, weights.has_head)
+        discard_unfinished(out)
+        content = config.model_dump(mode="json")
+        _write(out, unfinished(out), 0, "pretrain", content, {MODEL: weights.state}, weights.has_head)
+    return out
 
 
 def _write(
-    final: Path, step: int, kind: Kind, config: Mapping[str, Any], files: dict[str, dict[str, Tensor]], has_head: bool
-) -> Path:
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    final: Path,
+    partial: Path,
+    step: int,
+    kind: Kind,
+    config: Mapping[str, Any],
+    files: dict[str, dict[str, Tensor]],
+    has_head: bool,
+) -> None:
+    if final.exists() and not holds_only(final, FILES):
+        raise OSError(f"{final}: holds files that kamim did not write; move it elsewhere")
+    _delete(partial)
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():
@@ -178,13 +195,12 @@ def _write(
         (partial / STATE).write_text(json.dumps(state, indent=2))
         make_durable(partial)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
         raise OSError(f"{final}: cannot be written: {one_line(error)}") from error
     if final.exists():
         _remove(final)
     partial.rename(final)
     fsync(final.parent)
-    return final
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, about: Mapping[str, str] | None = None) -> None:
@@ -202,17 +218,28 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, about: Mapping[str, str
 
 def _remove(path: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a half-removed one is not read as a checkpoint."""
-    shutil.rmtree(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")), ignore_errors=True)
+    if holds_only(path, FILES):
+        _delete(path.rename(path.with_name(f"{path.name}.old{PARTIAL}")))
+
+
+def _delete(folder: Path) -> None:
+    if holds_only(folder, FILES):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def saved(run: Path) -> list[int]:
-    """Returns the steps of a run's checkpoints in ascending order, damaged ones included."""
-    names = (re.fullmatch("step-([0-9]{8,})", path.name) for path in (run / "checkpoints").glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
+    """Returns the steps of a run's checkpoints in ascending order, damaged ones included.
+
+    Raises KamimError if one of them, or their folder, is a link.
+    """
+    folders = [path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.match(path.name)]  # unfinished ones, too
+    refuse_links((run / CHECKPOINTS, *folders))
+    whole = (path for path in folders if _NAME.fullmatch(path.name))
+    return sorted(int(path.name[5:]) for path in whole if any((path / name).exists() for name in FILES))
 
 
 def at(run: Path, step: int) -> Checkpoint:
@@ -223,30 +250,36 @@ def at(run: Path, step: int) -> Checkpoint:
     return checkpoint
 
 
-def latest(run: Path, most: int | None = None) -> Checkpoint | None:
+def latest(run: Path, most: int | None = None, strict: bool = False) -> Checkpoint | None:
     """Reads the newest undamaged checkpoint of a run (of at most `most` steps); None if the run has no checkpoint.
 
-    Damaged ones are skipped with a warning. Raises KamimError if all are damaged.
+    Damaged ones are skipped with a warning. Raises KamimError if all are damaged and, if `strict`, for a damaged one.
     """
-    problem = None
+    damaged: list[str] = []
     for step in reversed([step for step in saved(run) if most is None or step <= most]):
         try:
             checkpoint = at(run, step)
         except (KamimError, OSError) as error:
-            problem = error
-            _LOG.warning("%s; using the checkpoint before it", error)
+            if strict:
+                raise KamimError(f"{error} (--strict)") from error
+            damaged.append(f"{error}; using the checkpoint before it")
+            _LOG.warning(damaged[-1])
         else:
-            return checkpoint
-    if problem is not None:
+            return replace(checkpoint, damaged=tuple(damaged))
+    if damaged:
         raise KamimError(f"{run}: has only damaged checkpoints; remove {run / 'checkpoints'} to start anew")
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint directory, or the newest one of a run directory. Raises KamimError if it is neither."""
+def read(path: Path, strict: bool = False) -> Checkpoint:
+    """Reads a checkpoint directory, or the newest one of a run directory. Raises KamimError if it is neither.
+
+    strict: also raises KamimError if the newest one of a run is damaged, instead of reading the one before it.
+    """
     file = path / STATE
+    refuse_links(path / name for name in FILES)
     if not file.is_file():
-        newest = latest(path)
+        newest = latest(path, strict=strict)
         if newest is None:
             raise KamimError(f"{path}: neither a checkpoint (state.json) nor a run that has one")
         return newest

@@ -17,7 +17,9 @@ import torch
 
 import kamim
 from kamim.storage.escape import printable
+from kamim.storage.ownership import append
 from kamim.training.distributed import World
+from kamim.training.run_folder import STARTS
 from pipelines import turbojpeg
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -67,15 +69,14 @@ def log_start(run: Path, step: int, steps: int, world: World) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
         "device": world.device.type, "processes": world.size, **describe(),
     }  # fmt: skip
-    file = run / "starts.jsonl"
+    file = run / STARTS
     cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
-    with file.open("a") as stream:
-        stream.write(("\n" if cut_off else "") + json.dumps(start) + "\n")
+    append(file, ("\n" if cut_off else "") + json.dumps(start) + "\n")
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
     """Reads RUN/starts.jsonl, oldest first, without damaged lines; returns [] if there is no file."""
-    file, records = run / "starts.jsonl", []
+    file, records = run / STARTS, []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         with suppress(ValueError, RecursionError):  # a crash, a full disk or an untrusted file
             record = json.loads(line)

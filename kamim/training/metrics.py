@@ -28,11 +28,10 @@ from kamim.storage.files import write_whole
 from kamim.storage.log_file import write_line
 from kamim.training.config import Log
 from kamim.training.nonfinite import Diverged
+from kamim.training.run_folder import LOG, METRICS, PANELS, TENSORBOARD, WANDB_ID
 
 Values = Mapping[str, float]
 T = TypeVar("T")
-FILE = "metrics.jsonl"
-LOG_FILE = "log.txt"
 LOGIN_TIMEOUT = 30  # seconds
 _LOG = logging.getLogger(__name__)
 
@@ -61,8 +60,8 @@ class Files:
 
     def __init__(self, run: Path, first: int):
         self._run = run
-        self._panels = run / "panels"
-        file = run / FILE
+        self._panels = run / PANELS
+        file = run / METRICS
         write_whole(file, b"".join(line for line, values in _lines(file) if values["step"] < first))
         self._stream = file.open("ab", buffering=0)
         self._unwritten = b""
@@ -76,7 +75,7 @@ class Files:
             self._write()
         except OSError as error:
             if not late:
-                warn(self._run, f"step {step}: {FILE} is behind, the run continues: {error}")
+                warn(self._run, f"step {step}: {METRICS} is behind, the run continues: {error}")
 
     def panel(self, step: int, rgb: np.ndarray) -> None:
         """See Sink."""
@@ -108,7 +107,7 @@ class TensorBoard:
     def __init__(self, run: Path, first: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=first)
 
     def numbers(self, step: int, values: Values) -> None:
         """See Sink."""
@@ -134,7 +133,7 @@ class Wandb:
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
         import wandb
 
-        file = run / "wandb-id"
+        file = run / WANDB_ID
         if not file.exists():
             write_whole(file, secrets.token_hex(8).encode())
         self._image = wandb.Image
@@ -198,7 +197,7 @@ def read(run: Path) -> list[dict[str, float]]:
     """Reads metrics.jsonl up to the first damaged line, null as nan; returns [] if there is no file."""
     return [
         {name: math.nan if value is None else value for name, value in values.items()}
-        for _, values in _lines(run / FILE)
+        for _, values in _lines(run / METRICS)
     ]  # fmt: skip
 
 
@@ -224,7 +223,7 @@ def warn(run: Path, line: str) -> None:
     """Logs a warning, and appends it to RUN/log.txt unless the disk is full."""
     line = one_line(line)
     _LOG.warning("%s", line)
-    write_line(run / LOG_FILE, line)
+    write_line(run / LOG, line)
 
 
 def check_finite(step: int, values: Values) -> None:

@@ -64,10 +64,10 @@ def _fit(trainer: Trainer, progress: Progress, total: int) -> Outcome:
     if not world.is_main or total in saved:
         return trainer.fit(progress)
     line = f"training from step {saved[-1] if saved else 0} of {total} on {world.size} x {world.device.type}"
-    with log_file.logged(out / metrics.LOG_FILE, line):
+    with log_file.logged(out / run_folder.LOG, line):
         outcome = trainer.fit(progress)
         log_file.write_line(
-            out / metrics.LOG_FILE,
+            out / run_folder.LOG,
             f"step {outcome.step} is done{'' if outcome.finished else ', and a signal stopped the run'}",
         )
     return outcome

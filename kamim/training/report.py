@@ -18,16 +18,16 @@ from kamim.storage.escape import literal
 from kamim.storage.flatten import flat_text
 from kamim.training import machine, metrics
 from kamim.training.config import Pretrain
+from kamim.training.run_folder import CONFIG, METRICS, PANELS, REPORT, check_links
 from kamim.training.settings import load
 
-FILE = "report.html"
 PNG = b"\x89PNG\r\n\x1a\n"  # the signature of a PNG file
 POINTS = 100  # per curve; for more steps, each point is the mean of a group and a band its range
 COLUMNS = 3
 Lines = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl
 STYLES = ("-", "--", ":")  # line styles, for more settings in one figure than there are colours
 PLATEAU = 0.02  # share of the uniform distance within which attention is on the plateau; the paper's KAMIM: 0.003
-PANELS = 12  # largest number of panels, spread evenly over the run
+MOST_PANELS = 12  # largest number of panels, spread evenly over the run
 # title: ({key in metrics.jsonl: label}, scale of the y axis)
 CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "loss": ({"loss": ""}, "linear"),
@@ -47,16 +47,17 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
 
 def is_current(run: Path) -> bool:
     """Returns whether the report is newer than the metrics."""
-    report, logged = run / FILE, run / metrics.FILE
+    report, logged = run / REPORT, run / METRICS
     return report.is_file() and logged.is_file() and report.stat().st_mtime_ns >= logged.stat().st_mtime_ns
 
 
 def save_report(run: Path) -> Path:
     """Writes RUN/report.html of a running, stopped or finished run. Raises KamimError if there is no run."""
-    if not (run / "config.yaml").is_file() or not (lines := metrics.read(run)):
+    check_links(run)
+    if not (run / CONFIG).is_file() or not (lines := metrics.read(run)):
         raise KamimError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
-    config, starts = load(Pretrain, run / "config.yaml"), machine.starts(run)
-    shown = [file for file in sorted((run / "panels").glob("step-*.png")) if _is_panel(file)]
+    config, starts = load(Pretrain, run / CONFIG), machine.starts(run)
+    shown = [file for file in sorted((run / PANELS).glob("step-*.png")) if _is_panel(file)]
     parts = [
         page.paragraph(_summary(config, lines, starts)),
         page.picture(page.png(curves(lines)), "curves", "By optimiser step. Bands: smallest and largest."),
@@ -65,8 +66,8 @@ def save_report(run: Path) -> Path:
         _starts(starts),
         page.folded("Configuration", page.table(("key", "value"), flat_text(config.model_dump(mode="json")))),
     ]
-    page.save_page(f"Run {run.resolve().name}", parts, run / FILE)
-    return run / FILE
+    page.save_page(f"Run {run.resolve().name}", parts, run / REPORT)
+    return run / REPORT
 
 
 @styled
@@ -196,14 +197,15 @@ def _plateau(config: Pretrain, lines: Sequence[Mapping[str, float]]) -> str:
 
 def _is_panel(file: Path) -> bool:
     """Returns whether a file is a PNG panel of a run; a page shows no other file, such as a link to something else."""
-    return file.is_file() and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
+    plain = file.is_file() and not file.is_symlink()
+    return plain and re.fullmatch("step-[0-9]+", file.stem) is not None and file.read_bytes()[:8] == PNG
 
 
 def _panels(files: Sequence[Path]) -> list[page.Part]:
     """Returns the newest panel open and some of the others folded."""
     if not files:
         return []
-    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, PANELS).round().astype(int))]
+    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, MOST_PANELS).round().astype(int))]
     pictures = [page.picture(file.read_bytes(), file.stem, _steps(file)) for file in files]
     older = [page.folded(_steps(file), picture) for file, picture in zip(files[:-1], pictures[:-1], strict=True)]
     return [page.heading("Reconstructions"), pictures[-1], *older]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
+from kamim.storage.ownership import names_in, refuse_links
 from kamim.storage.store import IMAGES, MANIFEST, Store
 from kamim.training.config import Pretrain
 from kamim.training.settings import dump, load
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 TRAINED_ON = "store.json"  # what a run's store held when the run began
-NONFINITE = "nonfinite"  # the folder of a run that holds the records of steps that were not finite
+METRICS, LOG, STARTS, REPORT = "metrics.jsonl", "log.txt", "starts.jsonl", "report.html"
+WANDB, WANDB_ID = "wandb", "wandb-id"
+CHECKPOINTS, PANELS, TENSORBOARD = "checkpoints", "panels", "tensorboard"
+NONFINITE = "nonfinite"  # holds the records of steps that were not finite
 
 
 def check_keypoints(config: Pretrain, store: Store) -> None:
@@ -35,19 +39,28 @@ def check_keypoints(config: Pretrain, store: Store) -> None:
         )
 
 
+def check_links(run: Path) -> None:
+    """Raises KamimError if a file or folder that kamim writes in a run's folder is a link. Other files may be links."""
+    files = (CONFIG, TRAINED_ON, METRICS, LOG, STARTS, REPORT, WANDB_ID)
+    refuse_links(run / name for name in (*files, WANDB, CHECKPOINTS, PANELS, TENSORBOARD, NONFINITE))
+
+
 def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
-    """Raises KamimError if config.out holds a store, a run of another configuration or of other images, or (if `fresh`)
-    any run."""
+    """Raises KamimError if config.out is not empty and holds no run, or a run of another configuration, of other images
+    or with links, or (if `fresh`) any run."""
     file = config.out / CONFIG
     if (config.out / MANIFEST).is_file():
         raise KamimError(f"out = {config.out}: is a store; choose another out=...")
+    check_links(config.out)
     if not file.is_file():
+        if names := names_in(config.out):
+            raise KamimError(f"out = {config.out}: holds {names[0]} and no run; choose another out=...")
         return
     if fresh:
         raise KamimError(
             f"out = {config.out}: holds a run already; choose another out=..., or --resume auto to continue it"
         )
-    if difference := _difference(load(Pretrain, file), config):
+    if difference := _difference(configuration(config.out), config):
         raise KamimError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
             "or remove it"
@@ -70,6 +83,22 @@ def check_same_images(run: Path, store: Store) -> None:
                 f"data.store = {store.path}: was rebuilt since {run} began ({key}: {one_line(recorded.get(key))[:16]} "
                 f"then, {str(now)[:16]} now); rebuild it as it was, or train in another out=..."
             )
+
+
+def configuration(run: Path) -> Pretrain:
+    """Returns the configuration of a run. Raises KamimError if its file is missing or not a run's."""
+    try:
+        return load(Pretrain, run / CONFIG)
+    except KamimError as error:
+        raise KamimError(f"{run / CONFIG}: not the configuration of a run: {error}; choose another out=...") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder holds the configuration of a run."""
+    try:
+        return bool(configuration(folder))
+    except (KamimError, OSError):
+        return False
 
 
 def check_ranks(config: Pretrain, store: Store, world: "World") -> None:
@@ -124,6 +153,7 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
     """
     if not (run / CONFIG).is_file():
         raise KamimError(f"{run}: not a run of `kamim pretrain` (no {CONFIG})")
+    check_links(run)
     config = load(Pretrain, run / CONFIG)
     store, optim = Store(config.data.store), config.optim
     check_same_images(run, store)

@@ -23,11 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kamim import KamimError
+from kamim.storage.log_file import write_line
 from kamim.training import checkpoint, machine, schedule
 from kamim.training.config import Compute, Log, Optim
 from kamim.training.distributed import World
 from kamim.training.metrics import Metrics, TimedBatches, check_finite, sinks, warn
 from kamim.training.nonfinite import NonFinite, NonFiniteGuard
+from kamim.training.run_folder import LOG
 from pipelines.batch import Batch
 
 Batches = Callable[[int, int], Iterable[Batch]]  # (first, stop): the micro-batches of these steps, on the device
@@ -128,7 +130,7 @@ class Trainer:
         """
         run, world = self.run, self.world
         total, _, _ = run.optim.schedule(run.steps_per_epoch)
-        first = done = self.resume()
+        first = done = self.resume(log=True)
         if world.is_main:
             checkpoint.tidy(run.out, first, run.keep)
         if first == total:
@@ -179,13 +181,16 @@ class Trainer:
         self.after_update()
         return {**logged, "grad_norm": norm}
 
-    def resume(self, at_most: int | None = None) -> int:
+    def resume(self, at_most: int | None = None, log: bool = False) -> int:
         """Restores the newest undamaged checkpoint (of at most `at_most` steps), if any. Returns the steps done.
 
-        The first process chooses for all, since they may not see the same files.
+        log: whether the log of run.out is to name newer, damaged ones. The first process chooses for all, since they
+        may not see the same files.
         """
         out, world = self.run.out, self.world
         newest = checkpoint.latest(out, at_most) if world.is_main else None
+        for line in newest.damaged if newest is not None and log else ():
+            write_line(out / LOG, line)
         step = torch.tensor(-1 if newest is None else newest.step, device=world.device)
         world.broadcast(step)
         if step < 0:

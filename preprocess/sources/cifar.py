@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import os
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -136,7 +137,7 @@ def download(dataset: str, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / what.archive
-    staged = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    staged = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with urllib.request.urlopen(URL + file.name, timeout=_TIMEOUT) as stream, open(staged, "xb") as out:
             while part := stream.read(1 << 20):

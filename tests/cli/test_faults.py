@@ -26,8 +26,9 @@ from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.storage import lock
 from kamim.storage.files import write_whole
+from kamim.storage.ownership import MARKER, lock_file
 from kamim.storage.store import Store
-from kamim.training import checkpoint, pretrain, report
+from kamim.training import checkpoint, pretrain, run_folder
 
 runner = CliRunner()
 ODD = "o'd\"d\n\x1b[31m$x$"
@@ -125,7 +126,7 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
     with full_disk(100), pytest.raises(OSError, match=r"File too large: '.*/w\.png'"):
         page.save_picture(Figure(), tmp_path / "w.png")
     assert [file.name for file in tmp_path.iterdir()] == ["an"]
-    assert not any((tmp_path / "an").iterdir())
+    assert [file.name for file in (tmp_path / "an").iterdir()] == [MARKER]
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp
             line = one_line(*command, *more)
         assert f"{locked[name]}: another process works there now; wait until it is done, or choose another" in line
         assert not locked[name].exists()
-        assert not locked[name].with_name(f"{locked[name].name}.lock").exists()
+        assert not lock_file(locked[name]).exists()
 
 
 def test_ranks_hear_of_a_lock_alike(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_a_clock_that_goes_backwards_leaves_no_stale_page(
 
     more = ("optim.epochs=1", "optim.warmup_epochs=0", "panel_epochs=null")
     run_pretrain(config(tmp_path / "run", stores["zarr"], *more), quiet)
-    file = tmp_path / "run" / report.FILE
+    file = tmp_path / "run" / run_folder.REPORT
     text = file.read_text()
     file.write_text("of a later time")
     os.utime(file, (2**32, 2**32))

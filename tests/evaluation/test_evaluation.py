@@ -545,7 +545,7 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["/venv/bin/kamim", *command])
     shown = runner.invoke(app, command)
     assert shown.exit_code == 0, shown.output
-    assert re.search(r"linprobe KAMIM: top-1 [\d.]+ \[[\d.]+, [\d.]+\] %, top-5", shown.output)
+    assert re.search(r"linprobe KAMIM \(step \d+\): top-1 [\d.]+ \[[\d.]+, [\d.]+\] %, top-5", shown.output)
     labels = Store(stores["zarr"]).images.labels
     assert f"majority class: top-1 {100 * np.bincount(labels).max() / len(labels):.2f} [" in shown.output
     assert "train and val are one store" in shown.stderr

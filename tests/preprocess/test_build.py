@@ -178,15 +178,34 @@ def test_a_finished_job_touches_nothing(folder: Path, tmp_path: Path, inline: No
     assert not partial(out).exists()
 
 
-def test_shards_of_an_unknown_job_are_not_used(
-    folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path, inline: None
-) -> None:
+def test_shards_of_an_unknown_job_are_not_touched(folder: Path, tmp_path: Path, inline: None) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(*plan_job(folder, quality=20), out, progress=stop_after_one)
-    (partial(out) / "job.json").unlink()  # as after a crash within the clean-up of a store since removed
-    assert run(*plan_job(folder), out)
-    assert content(out) == whole["zarr"]
+    (partial(out) / "job.json").unlink()
+    before = store.checksums(partial(out))
+    with pytest.raises(ValueError, match=r"out\.partial: is not this job's; remove it"):
+        run(*plan_job(folder), out)
+    assert store.checksums(partial(out)) == before
+
+
+def test_a_clean_up_that_is_killed_leaves_the_job_to_the_last(
+    folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its job, a folder would not show whose it is."""
+    out, rmtree = tmp_path / "out", shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if path == partial(out):
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(*plan_job(folder), out)
+    assert sorted(file.name for file in partial(out).iterdir()) == ["job.json", "stamps.npy"]
+    assert not run(*plan_job(folder), out)
+    assert content(out) == whole["zarr"] and not partial(out).exists()
 
 
 def die(item: Item) -> bytes:

@@ -358,7 +358,7 @@ def test_shares_made_in_any_order_give_the_same_bytes(folder: Path, tmp_path: Pa
     assert not publish_shares(job, listed, out)
     share(1)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "at_once", "at_once.log", "out", "out.lock", "out.log",
+        ".out.kamim-lock", "at_once", "at_once.log", "out", "out.log",
     ]  # fmt: skip
 
 

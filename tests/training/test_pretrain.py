@@ -112,7 +112,7 @@ def test_a_run_has_its_folder_for_itself(store: Path, tmp_path: Path) -> None:
                 pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
 
     assert pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished
-    assert not (tmp_path / "run.lock").exists()
+    assert not (tmp_path / ".run.kamim-lock").exists()
 
 
 def test_a_second_request_to_stop_is_the_same_one_but_for_ctrl_c(store: Path, tmp_path: Path) -> None:

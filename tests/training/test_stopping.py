@@ -143,6 +143,5 @@ def test_a_folder_that_cannot_be_made(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, said = invoke(f"data.store={store}", f"out={tmp_path / 'file/run'}", *GIVEN)
     assert (code, said.count("\n")) == (1, 1)
-    assert (
-        f"out = {tmp_path / 'file/run'}: {tmp_path / 'file/run.lock'} cannot be created or locked: File exists" in said
-    )
+    lock = tmp_path / "file/.run.kamim-lock"
+    assert f"out = {tmp_path / 'file/run'}: {lock} cannot be created or locked: File exists" in said

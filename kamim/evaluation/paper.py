@@ -71,7 +71,7 @@ PRETRAINING = {
              "flip_h": True, "order": "shuffled", "on_error": "stop"},
     "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
 }  # fmt: skip
-METHODS, POSITIONS = ("simmim", "kamim"), (None, "learned")  # runs of before name no positions
+OTHER_METHODS, POSITIONS = ("mae", "kamim-mae"), (None, "learned")  # runs of before name no positions
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
 # From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
 KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": "online"}, "images": "original"})
@@ -137,7 +137,7 @@ def _whole(settings: EvalSettings, pretraining: Mapping[str, Any]) -> bool:
 def _method(pretraining: Mapping[str, Any]) -> Method | None:
     """Returns the method of a run, or None if it is not in the paper."""
     weighting = pretraining.get("weighting", {})
-    if pretraining.get("method") not in METHODS or pretraining.get("positions") not in POSITIONS:
+    if pretraining.get("method") in OTHER_METHODS or pretraining.get("positions") not in POSITIONS:
         return None
     if weighting is None:
         return SIMMIM

@@ -21,10 +21,11 @@ from kamim import KamimError
 from kamim.storage.escape import one_line
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Natural = Annotated[int, Field(ge=0, le=10**12)]
+Count = Annotated[int, Field(gt=0, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

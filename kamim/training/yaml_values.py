@@ -1,6 +1,6 @@
 """Reads YAML as plain values of limited size: a configuration may be that of a run that somebody else made."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.composer import ComposerError
@@ -19,7 +19,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, without tags and with short numbers. Dates are text."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -47,7 +47,7 @@ def parse(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise KamimError(f"not a configuration: {len(text):,} characters; must be at most {MAX_CHARACTERS:,}")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise KamimError(f"not YAML: {one_line(error)}") from error
     _check_size(value)

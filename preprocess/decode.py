@@ -14,13 +14,12 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from kamim import KamimError
-from kamim.storage.jpeg import LOSSLESS, Markers, read_markers
+from kamim.storage.jpeg import LOSSLESS, Markers, check_scans, read_markers
 from kamim.storage.store import LARGEST_IMAGE
 
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
-MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a JPEG times its pixels, as each scan visits all of them
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
@@ -136,8 +135,10 @@ def _markers(data: bytes) -> Markers:
 def _check_jpeg(markers: Markers, height: int, width: int) -> None:
     """Checks the size of a JPEG, and how often a decoder would visit all its pixels."""
     _check_size(height, width)
-    if markers.scans * height * width > MAX_SCANNED:
-        raise Undecodable(f"{markers.scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")
+    try:
+        check_scans(markers.scans, height, width)
+    except KamimError as error:
+        raise Undecodable(str(error)) from error
 
 
 def _check_png(data: bytes) -> None:

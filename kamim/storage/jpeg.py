@@ -5,7 +5,12 @@ A segment may hold any bytes: the thumbnail in Exif data has markers of its own,
 
 from typing import NamedTuple
 
+from kamim import KamimError
 from kamim.method.kernels import kernel
+from kamim.storage.store import LARGEST_IMAGE
+
+MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a file times its pixels, as a decoder visits all of them in each scan
+SCAN_BYTES = 10  # of the shortest scan, whose code is empty
 
 LOSSLESS = 0xC3  # a frame, see Markers
 _TEM, _RST0, _RST7, _SOS, _APP0, _APP1, _APP15, _COM = 0x01, 0xD0, 0xD7, 0xDA, 0xE0, 0xE1, 0xEF, 0xFE
@@ -52,3 +57,14 @@ def read_markers(data):
         elif marker == _APP1 and len(content) >= 4:
             exif += int(content[0] == 0x45 and content[1] == 0x78 and content[2] == 0x69 and content[3] == 0x66)
     return Markers(frame, scans, exif)
+
+
+def takes_long(scans, height, width):
+    """Returns whether decoding files of n scans of height x width px, numbers or arrays, visits over MAX_SCANNED px."""
+    return scans * height * width > MAX_SCANNED
+
+
+def check_scans(scans: int, height: int, width: int) -> None:
+    """Raises KamimError for a file that takes_long."""
+    if takes_long(scans, height, width):
+        raise KamimError(f"{scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")

@@ -1,8 +1,9 @@
 """JPEGs that are small and take minutes to decode: many scans of many pixels, each of which a decoder visits."""
 
-import _thread
 import io
+import signal
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_a_stop_does_not_wait_for_a_chunk(stores: dict[str, Path], monkeypatch: 
     def slow(self: Loader, crops: object, scratch: object) -> None:
         decoded.append(crops)
         if len(decoded) == 1:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         time.sleep(0.2)
 
     monkeypatch.setattr(Loader, "_crop_alone", slow)

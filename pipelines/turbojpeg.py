@@ -79,8 +79,8 @@ def decode_planes(turbo, address, length, height, width):
     """Decodes the JPEG of `length` bytes at an address -> (whether it succeeded, Planes within turbo.room).
 
     It fails without the library, or if the file is damaged in any way, is not of height x width px, is neither YCbCr
-    nor grey, or takes_long. Whatever the bytes are, the library writes planes of at most the given size, for which there
-    is room.
+    nor grey, or takes_long. Whatever the bytes are, the library writes planes of at most the given size, for which
+    there is room.
     """
     stride, rows = width + _PADDING, height + _PADDING
     planes = Planes(turbo.room, height, width, stride, stride * rows, 2 * stride * rows, stride, 0, 0)

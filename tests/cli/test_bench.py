@@ -155,8 +155,9 @@ def test_damaged_files_are_one_line(
     result = CliRunner().invoke(app, given)
     errors = [line for line in result.stderr.splitlines() if not line.startswith("bench ")]
     assert (result.exit_code, len(errors)) == (1, 1), result.output
-    assert {"cut": "image 5 is not a JPEG", "size": "image 5 is of shape", "keypoints": "sample ",
-            "source": "5.jpg: "}[damage] in errors[0]
+    assert {"cut": "image 5 is not a JPEG", "size": "image 5 is of shape", "keypoints": "sample ", "source": "5.jpg: "}[
+        damage
+    ] in errors[0]
 
 
 def test_bench_eval_reports_rates_and_ratios(

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from kamim import KamimError
 from kamim.evaluation.intervals import with_wilson
+from kamim.storage.flatten import inside
 from kamim.training.settings import Count, Fraction, Natural, NotNegative, Seed
 
 MAX_DEPTH = 8  # levels of nested settings; those of this version have 3
@@ -21,17 +22,10 @@ def _shallow(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns settings. Raises KamimError if they are nested more deeply than MAX_DEPTH."""
     level: list[Any] = [settings]
     for _ in range(MAX_DEPTH):
-        level = [inner for value in level for inner in _inside(value)]
+        level = [inner for value in level for inner in inside(value)]
     if level:
         raise KamimError(f"must be nested at most {MAX_DEPTH} levels deep")
     return settings
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    """Returns the values inside a JSON value."""
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _moderate(value: float) -> float:

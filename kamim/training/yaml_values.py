@@ -1,5 +1,6 @@
 """Reads YAML as plain values of limited size: a configuration may be that of a run that somebody else made."""
 
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import yaml
@@ -7,6 +8,7 @@ from yaml.composer import ComposerError
 
 from kamim import KamimError
 from kamim.storage.escape import one_line
+from kamim.storage.flatten import inside
 
 MAX_CHARACTERS = 1 << 18  # of a file; PyYAML reads about 100,000 in a second
 MAX_VALUES, MAX_LEVELS = 10_000, 20  # with aliases expanded
@@ -61,11 +63,6 @@ def _check_size(value: Any) -> None:
         count += len(level)
         if count > MAX_VALUES:
             raise KamimError(f"not a configuration: more than {MAX_VALUES:,} values; aliases count as what they name")
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
+        level = list(islice(chain.from_iterable(map(inside, level)), MAX_VALUES + 1))
     if level:
         raise KamimError(f"not a configuration: more than {MAX_LEVELS} levels, or an alias inside what it names")

@@ -95,7 +95,7 @@ HOSTILE_YAML = {
     "10^13 epochs": (f"optim: {{epochs: 1{'0' * 13}}}", "should be less than or equal to 1000000000000"),
     "a large rate": ("optim: {lr: 1.0e300}", "should be less than or equal to 1000000000000"),
     "itself": ("data: &a {store: *a}", "more than 20 levels, or an alias inside what it names"),
-    "itself, wide": ("data: &a [*a, *a]", "more than 10,000 values"),
+    "itself, wide": (f"data: &a [{'*a, ' * 9000}]", "more than 10,000 values"),
     "aliases": ("a: &a [1, 2]\n" + "".join(
         f"{n}: &{n} [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]\n" for n in "bcdefghij"), "more than 10,000 values"),
     # PyYAML before 6.0.4 makes 8^9 pairs of these.

@@ -6,7 +6,6 @@ would clip them.
 """
 
 import io
-import re
 import warnings
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from kamim import KamimError
+from kamim.storage.jpeg import LOSSLESS, Markers, read_markers
 from kamim.storage.store import LARGEST_IMAGE
 
 # Limits, checked before anything is decoded.
@@ -22,11 +22,7 @@ MAX_SIDE = 65_500  # of a JPEG, by libjpeg
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
 MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a JPEG times its pixels, as each scan visits all of them
 
-# Two markers of a JPEG, which its compressed data never contains.
-LOSSLESS, SCAN = b"\xff\xc3", b"\xff\xda"
-_MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
-
-PNG = b"\x89PNG\r\n\x1a\n"
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 # The formats that SUFFIXES names. Pillow knows more, and passes some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -88,10 +84,7 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
     and lossless ones, whose samples may have fewer than 8 bits, which simplejpeg does not report. Raises Undecodable
     for a JPEG beyond the limits.
     """
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    markers = _MARKERS.findall(data)
-    if LOSSLESS in markers:
+    if data[:3] != JPEG or (markers := _markers(data)).frame == LOSSLESS:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -106,12 +99,13 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _pillow(data: bytes) -> np.ndarray:
-    if data.count(b"Exif\0\0") > MAX_EXIF:
+    markers = _markers(data) if data[:3] == JPEG else None
+    if markers and markers.exif > MAX_EXIF:
         raise Undecodable(f"more than the limit of {MAX_EXIF} Exif segments")
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
-        if image.format in ("JPEG", "MPO"):
-            _check_jpeg(_MARKERS.findall(data), image.height, image.width)
+        if markers:
+            _check_jpeg(markers, image.height, image.width)
         elif image.format == "PNG":
             _check_png(data)
         elif isinstance(image, TiffImageFile):
@@ -131,12 +125,19 @@ def _check_size(height: int, width: int) -> None:
         raise Undecodable(f"{width}x{height} px is more than the limit of {LARGEST_IMAGE} px")
 
 
-def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:
+def _markers(data: bytes) -> Markers:
+    """Returns the markers of a JPEG. Raises Undecodable for one that libjpeg refuses."""
+    markers: Markers = read_markers(np.frombuffer(data, np.uint8))
+    if not markers.scans:
+        raise Undecodable("a JPEG that is damaged before its first scan")
+    return markers
+
+
+def _check_jpeg(markers: Markers, height: int, width: int) -> None:
     """Checks the size of a JPEG, and how often a decoder would visit all its pixels."""
     _check_size(height, width)
-    scans = markers.count(SCAN)
-    if scans * height * width > MAX_SCANNED:
-        raise Undecodable(f"{scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")
+    if markers.scans * height * width > MAX_SCANNED:
+        raise Undecodable(f"{markers.scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")
 
 
 def _check_png(data: bytes) -> None:

@@ -1,8 +1,8 @@
 """Decodes the bytes of any image file to RGB pixels, or raises an error with the reason; never returns wrong pixels.
 
 Files are decoded as by torchvision's default loader: Pillow's first frame, converted to RGB, EXIF orientation not
-applied (except a TIFF's, which Pillow applies itself). One exception: greys of more than 8 bits are scaled to 8, whereas
-Pillow would clip them. A TIFF is refused if Pillow ignores what its header says of its samples, see preprocess.tiff.
+applied (except a TIFF's, which Pillow applies itself). One exception: greys of more than 8 bits are scaled to 8,
+whereas Pillow would clip them. A TIFF is refused if Pillow ignores what its header says, see preprocess.tiff.
 """
 
 import io

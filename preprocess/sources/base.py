@@ -18,6 +18,8 @@ MAX_FILE_BYTES = 1 << 28  # limit of an encoded image, checked before it is read
 MAX_CLASSES = 1_000_000
 CHANGED = "changed since it was listed"
 SHOWN = 5  # names per line
+HIDDEN = "hidden or of the system"  # a kind of skipped files
+SYSTEM = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,23 @@ def plural(count: int, one: str, many: str = "") -> str:
     return one if count == 1 else many or f"{one}s"
 
 
-def kind_of(name: str) -> str:
-    """Returns the suffix of a file's name in lower case, or "without suffix"."""
-    suffix = Path(name).suffix
+def is_hidden(path: str) -> bool:
+    """Returns whether a part of a file's path is hidden (.ipynb_checkpoints, ._1.jpg) or of a system (__MACOSX)."""
+    return any(part in SYSTEM or (part[:1] == "." and part.strip(".") != "") for part in path.split("/"))
+
+
+def kind_of(path: str) -> str:
+    """Returns HIDDEN, or else the suffix of a file in lower case, or "without suffix"."""
+    suffix = Path(path).suffix
+    if is_hidden(path):
+        return HIDDEN
     return printable(suffix.lower()) if suffix else "without suffix"
 
 
-def is_image(name: str) -> bool:
-    """Returns whether a file's name has the suffix of an image."""
-    _, dot, suffix = name.rpartition(".")
-    return dot + suffix.lower() in SUFFIXES
+def is_image(path: str) -> bool:
+    """Returns whether a file has the suffix of an image and is not hidden. path: relative to the source."""
+    _, dot, suffix = path.rpartition(".")
+    return dot + suffix.lower() in SUFFIXES and not is_hidden(path)
 
 
 def existing(source: Path | None, dataset: str) -> Path:
@@ -150,6 +159,12 @@ _SPLIT = re.compile(
 )
 
 
+def split_of(path: str) -> str | None:
+    """Returns what the last split in a path is: train, val, test, or None without any."""
+    names = list(_SPLIT.finditer(path.lower()))
+    return names[-1].lastgroup if names else None
+
+
 def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
     """Returns the files, sorted, whose name or folder names the split; all of them if none names any.
 
@@ -158,8 +173,7 @@ def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
     """
     by_split: dict[str | None, list[str]] = {}
     for file in sorted(files):
-        names = list(_SPLIT.finditer(file.lower()))
-        by_split.setdefault(names[-1].lastgroup if names else None, []).append(file)
+        by_split.setdefault(split_of(file), []).append(file)
     named = [split, "test"] if split == "val" else [split]
     if by_split.keys() <= {None}:
         return by_split.get(None, [])

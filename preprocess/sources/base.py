@@ -133,10 +133,14 @@ def read_whole(file: str | Path) -> bytes:
     return data
 
 
-def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
+Label = int | str | float | None  # as a data set gives it; None: no label
+
+
+def name_classes(labels: Sequence[Label], keys: Sequence[str], where: str) -> tuple[tuple[str, ...], list[int]]:
     """Returns class names, and a label per image, from a data set's labels: class n is named n, names are sorted.
 
-    Raises KamimError if only some images have a label, or numbers and names are mixed.
+    keys: of the images, for messages. Raises KamimError, which names an image, if only some images have a label, if
+    numbers and names are mixed, and for numbers that are not whole or out of range.
     """
     kinds = {type(label) for label in labels}
     if kinds <= {type(None)}:
@@ -145,11 +149,22 @@ def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[
         number = {name: n for n, name in enumerate(sorted({str(label) for label in labels}))}
         return tuple(map(printable, number)), [number[str(label)] for label in labels]
     if kinds != {int}:
-        raise KamimError(f"{where}: every image must have a label, all numbers or all names, or none must have one")
+        usual = type(labels[0]) if type(labels[0]) in (int, str) else None
+        n, label = next((n, label) for n, label in enumerate(labels) if type(label) is not usual)
+        has = "no label" if label is None else f"the label {label!r:.40} of type {type(label).__name__}"
+        raise KamimError(
+            f"{where}: {printable(keys[n])} has {has}; every image must have a label, all whole numbers or all names, "
+            "or none must have one"
+        )
     numbers = [int(label or 0) for label in labels]
-    if not 0 <= min(numbers) <= max(numbers) < MAX_CLASSES:
-        raise KamimError(f"{where}: labels from {min(numbers)} to {max(numbers)}; must be 0 to {MAX_CLASSES - 1}")
-    return tuple(map(str, range(max(numbers) + 1))), numbers
+    lowest, highest = min(numbers), max(numbers)
+    if not 0 <= lowest <= highest < MAX_CLASSES:
+        wrong = lowest if lowest < 0 else highest
+        raise KamimError(
+            f"{where}: labels from {lowest} to {highest}, such as {wrong} of {printable(keys[numbers.index(wrong)])}; "
+            f"must be 0 to {MAX_CLASSES - 1}; if images have no class, none may have a label"
+        )
+    return tuple(map(str, range(highest + 1))), numbers
 
 
 # The names that the Hugging Face hub recognises for splits in file and folder names.

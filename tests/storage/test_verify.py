@@ -326,8 +326,7 @@ def test_the_command_lists_what_is_wrong_and_repairs_it(copy: Path, source: Path
 
 
 def test_links_are_no_damage(copy: Path, tmp_path: Path) -> None:
-    """A folder of links, as data version control makes them, is reported as such, and the copy of what they lead to is
-    intact."""
+    """A folder of links, as data version control makes them; the copy of what they lead to is intact."""
     links = tmp_path / "links"
     shutil.copytree(copy, links, copy_function=lambda file, link: Path(link).symlink_to(file))
     assert [(problem.where, problem.what.partition(";")[0]) for problem in problems(links)] == [

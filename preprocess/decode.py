@@ -1,8 +1,8 @@
 """Decodes the bytes of any image file to RGB pixels, or raises an error with the reason; never returns wrong pixels.
 
 Files are decoded as by torchvision's default loader: Pillow's first frame, converted to RGB, EXIF orientation not
-applied (except a TIFF's, which Pillow applies itself). One exception: 16 bits of grey are scaled to 8, whereas Pillow
-would clip them.
+applied (except a TIFF's, which Pillow applies itself). One exception: greys of more than 8 bits are scaled to 8,
+whereas Pillow would clip them. A TIFF is refused if Pillow ignores what its header says, see preprocess.tiff.
 """
 
 import io
@@ -16,6 +16,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from kamim import KamimError
 from kamim.storage.jpeg import LOSSLESS, Markers, check_scans, read_markers
 from kamim.storage.store import LARGEST_IMAGE
+from preprocess import tiff
 
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
@@ -101,6 +102,9 @@ def _pillow(data: bytes) -> np.ndarray:
     markers = _markers(data) if data[:3] == JPEG else None
     if markers and markers.exif > MAX_EXIF:
         raise Undecodable(f"more than the limit of {MAX_EXIF} Exif segments")
+    layout = tiff.read_layout(data) if data[:4] in tiff.MAGIC else None
+    if layout and (fault := layout.fault()):
+        raise Undecodable(fault)
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
         if markers:
@@ -109,12 +113,22 @@ def _pillow(data: bytes) -> np.ndarray:
             _check_png(data)
         elif isinstance(image, TiffImageFile):
             _check_size(image.tag_v2.get(TILELENGTH, 0), image.tag_v2.get(TILEWIDTH, 0))  # tiles are decoded whole
-        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
-            grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+            return _scaled(np.asarray(image).astype(np.uint16), layout)
         if image.mode in ("I", "F"):
             raise Undecodable(f"pixels of mode {image.mode}, whose range is not defined")
         return np.asarray(image.convert("RGB"))
+
+
+def _scaled(grey: np.ndarray, layout: tiff.Layout | None) -> np.ndarray:
+    """Scales deep greys (uint16 [H, W]) to RGB uint8 [H, W, 3]. Pillow's own conversion would clip them.
+
+    They have 16 bits, or those that a TIFF's header says; Pillow scales a PGM's by their maximum to 16 bits.
+    """
+    eight = (grey >> (max(layout.bits) - 8 if layout else 8)).astype(np.uint8)
+    if layout and layout.photometric == tiff.WHITE_IS_ZERO:
+        eight = 255 - eight
+    return np.repeat(eight[..., None], 3, axis=2)
 
 
 def _check_size(height: int, width: int) -> None:

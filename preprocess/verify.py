@@ -41,6 +41,8 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     if content is None:
         if not any((path / name).exists() for name in SEALED):
             store.read_manifest(path)  # raises if there is no store
+        if links := [name for name in SEALED if (path / name).is_symlink()]:
+            return [Problem(name, f"{LINK}; {store.NO_LINKS}") for name in links]
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
     manifest = store.parse_manifest(content, path)
     faults = [*_of_manifest(path, content), *_of_files(path, manifest)]
@@ -49,7 +51,9 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
 
 def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
     for name, expected in zip(SEALED, (content, store.backup_of(content)), strict=True):
-        if not (path / name).exists():
+        if (path / name).is_symlink():
+            yield Problem(name, LINK)
+        elif not (path / name).exists():
             yield Problem(name, MISSING)
         elif store.sealed_file(path / name) != expected:
             yield Problem(name, DAMAGED)

@@ -1,5 +1,5 @@
 # make demo and make test need nothing done before them; both set up what is missing.
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-lowest lint bench clean
 
 BIN := .venv/bin
 
@@ -11,6 +11,10 @@ demo: setup
 
 test: setup lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# With the lowest versions that pyproject.toml allows, in .venv-lowest (1 GB).
+test-lowest: setup
+	@bash .ci/lowest
 
 lint: setup
 	$(BIN)/ruff check .
@@ -30,4 +34,4 @@ bench: setup
 	$(BIN)/python benchmarks/gpu_check.py --json runs/bench/gpu.json
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,16 +21,18 @@ _planes_bytes = kernel(planes_bytes)
 
 
 @kernel
-def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop, out, failed):
+def crop_chunk(encoding, addresses, lengths, sizes, views, turbo, resized, crop, out, failed, stopped):
     """Writes the crops of n images of a store to out, uint8 [n, R, R, 3], and which of them failed to failed, bool [n].
 
     encoding: its index in FORMATS. addresses: uint64 [n], of `lengths` (int64 [n]) bytes each, or 0. sizes: [n, 2]
     (height, width); views: int64 [n, 6], see kamim.method.geometry. Working memory of the thread: turbo, see
     pipelines.turbojpeg; resized, see crop_planes; crop, uint8 [R, R, 3]. Everything that an address is computed from is
-    checked here.
+    checked here. stopped: bool [1]; once it is true, the remaining images are not processed.
     """
     crop_bytes, results = crop.reshape(crop.size), out.reshape(len(out), crop.size)
     for i in range(len(out)):
+        if stopped[0]:
+            return
         if i + 1 < len(out) and addresses[i + 1] != 0:
             for offset in range(0, lengths[i + 1], _LINE):
                 prefetch(addresses[i + 1] + np.uint64(offset))

@@ -24,6 +24,7 @@ import torch
 from kamim import KamimError
 from kamim.method import geometry
 from kamim.storage import read_ahead
+from kamim.storage.jpeg import check_scans, read_markers
 from kamim.storage.store import FORMATS, Images
 from pipelines import turbojpeg
 from pipelines.batch import Batch
@@ -76,6 +77,7 @@ Augment = Callable[[np.ndarray, int, int, np.ndarray], None]
 class _Slot:
     images: torch.Tensor
     counts: torch.Tensor | None
+    stopped: np.ndarray  # bool [1], of all slots of an iteration: whether it has ended, and no thread should continue
     bad: dict[int, SampleError] = field(default_factory=dict)  # by row
 
 
@@ -136,7 +138,8 @@ class Loader:
 
     def _on_host(self, first: int, stop: int) -> Iterator[Batch]:
         """Yields the micro-batches in the ring of buffers."""
-        slots = deque(self._slot() for _ in range(PREFETCH + 1))
+        stopped = np.zeros(1, np.bool_)
+        slots = deque(self._slot(stopped) for _ in range(PREFETCH + 1))
         pending: deque[tuple[MicroBatch, _Slot, list[Future[None]]]] = deque()
         chunk = min(max(PREFETCH * self.plan.largest_micro_batch // (2 * self._workers), CHUNKS[0]), CHUNKS[1])
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="kamim-loader")
@@ -156,6 +159,7 @@ class Loader:
                 yield self._batch(part, slot)
                 slots.append(slot)
         finally:
+            stopped[0] = True
             for threads in (reader, pool):
                 threads.shutdown(wait=True, cancel_futures=True)
 
@@ -179,13 +183,14 @@ class Loader:
         if self._counter is not None:
             self._counter.will_need(indices)
 
-    def _slot(self) -> _Slot:
+    def _slot(self, stopped: np.ndarray) -> _Slot:
         n, side = self.plan.largest_micro_batch, self._resolution
         images = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         if self._counter is None:
-            return _Slot(images, None)
+            return _Slot(images, None, stopped)
         cells = side // self._counter.patch_size
-        return _Slot(images, torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._device.type == "cuda"))
+        counts = torch.empty((n, cells, cells), dtype=torch.int16, pin_memory=self._device.type == "cuda")
+        return _Slot(images, counts, stopped)
 
     def _batch(self, part: MicroBatch, slot: _Slot) -> Batch:
         indices = part.indices
@@ -219,7 +224,9 @@ class Loader:
         crops = Crops(
             indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
         )
-        for i in np.flatnonzero(self._crop_chunk(crops, scratch)).tolist():
+        for i in np.flatnonzero(self._crop_chunk(crops, scratch, slot.stopped)).tolist():
+            if slot.stopped[0]:
+                return
             try:
                 self._crop_alone(crops.only(i), scratch)
             except Exception as error:  # noqa: BLE001 - any error is attributed to the sample
@@ -229,12 +236,12 @@ class Loader:
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 
-    def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch") -> np.ndarray:
-        """Makes the crops and returns which of them failed: bool [n]."""
-        images, indices, failed = self._images, crops.indices, np.empty(len(crops.indices), np.bool_)
+    def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch", stopped: np.ndarray) -> np.ndarray:
+        """Makes the crops, until stopped, and returns which of them failed: bool [n]."""
+        images, indices, failed = self._images, crops.indices, np.zeros(len(crops.indices), np.bool_)
         crop_chunk(
             FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices], crops.sizes,
-            crops.views, scratch.turbo, scratch.resized, scratch.crop, crops.pixels, failed,
+            crops.views, scratch.turbo, scratch.resized, scratch.crop, crops.pixels, failed, stopped,
         )  # fmt: skip
         return failed
 
@@ -243,7 +250,8 @@ class Loader:
         (height, width), data = crops.sizes[0].tolist(), self._images.data(int(crops.indices[0]))
         if (encoding := self._images.encoding) != "jpeg":
             raise KamimError(f"{len(data)} bytes are not {width}x{height} px in the encoding {encoding}")
-        image = simplejpeg.decode_jpeg(data, buffer=scratch.room)
+        check_scans(read_markers(data).scans, height, width)
+        image = simplejpeg.decode_jpeg(data, buffer=scratch.room[: 3 * height * width])  # refuses a larger image
         if image.shape != (height, width, 3):
             raise KamimError(f"JPEG of {image.shape[1]}x{image.shape[0]} px, the store lists {width}x{height} px")
         crop_resize(image, crops.views[0], crops.pixels[0])

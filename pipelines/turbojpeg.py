@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numba import carray
 
 from kamim.method.kernels import kernel
-from kamim.method.simd import call
+from kamim.method.simd import call, pointer8
+from kamim.storage.jpeg import read_markers, takes_long
 from pipelines.planes import Planes
 
 LIBRARY = "libturbojpeg.so.0"  # version 1.4 (2015) or later
@@ -24,6 +26,7 @@ _YCBCR, _GREY = 1, 2  # of enum TJCS in turbojpeg.h
 # 4:4:1.
 _BLOCKS = ((1, 1), (1, 2), (2, 2), (0, 0), (2, 1), (1, 4), (4, 1))
 _PADDING = 4  # the library rounds the sides of planes up by less
+_takes_long = kernel(takes_long)
 
 
 class Turbo(NamedTuple):
@@ -75,9 +78,9 @@ def room_for(sizes: np.ndarray) -> int:
 def decode_planes(turbo, address, length, height, width):
     """Decodes the JPEG of `length` bytes at an address -> (whether it succeeded, Planes within turbo.room).
 
-    It fails without the library, or if the file is damaged in any way, is not of height x width px, or is neither
-    YCbCr nor grey. Whatever the bytes are, the library writes planes of at most the given size, for which there
-    is room.
+    It fails without the library, or if the file is damaged in any way, is not of height x width px, is neither YCbCr
+    nor grey, or takes_long. Whatever the bytes are, the library writes planes of at most the given size, for which
+    there is room.
     """
     stride, rows = width + _PADDING, height + _PADDING
     planes = Planes(turbo.room, height, width, stride, stride * rows, 2 * stride * rows, stride, 0, 0)
@@ -87,6 +90,8 @@ def decode_planes(turbo, address, length, height, width):
     if turbo.functions[0] == 0 or 3 * stride * rows > len(turbo.room):
         return False, planes
     if call(turbo.functions[1], data + fields) != 0 or header[0] != width or header[1] != height:
+        return False, planes
+    if _takes_long(read_markers(carray(pointer8(address), (length,))).scans, height, width):
         return False, planes
     if not (0 <= header[2] < len(_BLOCKS)) or (header[3] != _YCBCR and header[3] != _GREY):
         return False, planes

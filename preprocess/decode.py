@@ -1,12 +1,11 @@
 """Decodes the bytes of any image file to RGB pixels, or raises an error with the reason; never returns wrong pixels.
 
 Files are decoded as by torchvision's default loader: Pillow's first frame, converted to RGB, EXIF orientation not
-applied (except a TIFF's, which Pillow applies itself). One exception: 16 bits of grey are scaled to 8, whereas Pillow
-would clip them.
+applied (except a TIFF's, which Pillow applies itself). One exception: greys of more than 8 bits are scaled to 8,
+whereas Pillow would clip them. A TIFF is refused if Pillow ignores what its header says, see preprocess.tiff.
 """
 
 import io
-import re
 import warnings
 
 import numpy as np
@@ -15,18 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from kamim import KamimError
+from kamim.storage.jpeg import LOSSLESS, Markers, check_scans, read_markers
 from kamim.storage.store import LARGEST_IMAGE
+from preprocess import tiff
 
 # Limits, checked before anything is decoded.
 MAX_SIDE = 65_500  # of a JPEG, by libjpeg
 MAX_EXIF = 100  # Exif segments of a JPEG, which Pillow joins one by one
-MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a JPEG times its pixels, as each scan visits all of them
 
-# Two markers of a JPEG, which its compressed data never contains.
-LOSSLESS, SCAN = b"\xff\xc3", b"\xff\xda"
-_MARKERS = re.compile(b"|".join((LOSSLESS, SCAN)))
-
-PNG = b"\x89PNG\r\n\x1a\n"
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 # The formats that SUFFIXES names. Pillow knows more, and passes some of them to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -88,10 +84,7 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
     and lossless ones, whose samples may have fewer than 8 bits, which simplejpeg does not report. Raises Undecodable
     for a JPEG beyond the limits.
     """
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    markers = _MARKERS.findall(data)
-    if LOSSLESS in markers:
+    if data[:3] != JPEG or (markers := _markers(data)).frame == LOSSLESS:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -106,22 +99,36 @@ def decode_plain_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def _pillow(data: bytes) -> np.ndarray:
-    if data.count(b"Exif\0\0") > MAX_EXIF:
+    markers = _markers(data) if data[:3] == JPEG else None
+    if markers and markers.exif > MAX_EXIF:
         raise Undecodable(f"more than the limit of {MAX_EXIF} Exif segments")
+    layout = tiff.read_layout(data) if data[:4] in tiff.MAGIC else None
+    if layout and (fault := layout.fault()):
+        raise Undecodable(fault)
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
-        if image.format in ("JPEG", "MPO"):
-            _check_jpeg(_MARKERS.findall(data), image.height, image.width)
+        if markers:
+            _check_jpeg(markers, image.height, image.width)
         elif image.format == "PNG":
             _check_png(data)
         elif isinstance(image, TiffImageFile):
             _check_size(image.tag_v2.get(TILELENGTH, 0), image.tag_v2.get(TILEWIDTH, 0))  # tiles are decoded whole
-        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
-            grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+            return _scaled(np.asarray(image).astype(np.uint16), layout)
         if image.mode in ("I", "F"):
             raise Undecodable(f"pixels of mode {image.mode}, whose range is not defined")
         return np.asarray(image.convert("RGB"))
+
+
+def _scaled(grey: np.ndarray, layout: tiff.Layout | None) -> np.ndarray:
+    """Scales deep greys (uint16 [H, W]) to RGB uint8 [H, W, 3]. Pillow's own conversion would clip them.
+
+    They have 16 bits, or those that a TIFF's header says; Pillow scales a PGM's by their maximum to 16 bits.
+    """
+    eight = (grey >> (max(layout.bits) - 8 if layout else 8)).astype(np.uint8)
+    if layout and layout.photometric == tiff.WHITE_IS_ZERO:
+        eight = 255 - eight
+    return np.repeat(eight[..., None], 3, axis=2)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -131,12 +138,21 @@ def _check_size(height: int, width: int) -> None:
         raise Undecodable(f"{width}x{height} px is more than the limit of {LARGEST_IMAGE} px")
 
 
-def _check_jpeg(markers: list[bytes], height: int, width: int) -> None:
+def _markers(data: bytes) -> Markers:
+    """Returns the markers of a JPEG. Raises Undecodable for one that libjpeg refuses."""
+    markers: Markers = read_markers(np.frombuffer(data, np.uint8))
+    if not markers.scans:
+        raise Undecodable("a JPEG that is damaged before its first scan")
+    return markers
+
+
+def _check_jpeg(markers: Markers, height: int, width: int) -> None:
     """Checks the size of a JPEG, and how often a decoder would visit all its pixels."""
     _check_size(height, width)
-    scans = markers.count(SCAN)
-    if scans * height * width > MAX_SCANNED:
-        raise Undecodable(f"{scans} scans of {width}x{height} px are more than the limit of {MAX_SCANNED} px")
+    try:
+        check_scans(markers.scans, height, width)
+    except KamimError as error:
+        raise Undecodable(str(error)) from error
 
 
 def _check_png(data: bytes) -> None:

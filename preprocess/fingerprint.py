@@ -73,15 +73,24 @@ def from_file(file: Path) -> np.ndarray:
     return source_hashes
 
 
-def check_unchanged(before: np.ndarray, now: np.ndarray, source: Source, built: Path) -> None:
-    """Raises KamimError if the source differs from the one that `built` was built from, naming the first difference."""
+def check_unchanged(before: np.ndarray, now: np.ndarray, source: Source, built: Path, kind: store.Fingerprint) -> None:
+    """Raises KamimError if the source differs from the one that `built` was built from, naming the first difference.
+
+    before, now: hashes of the given kind, uint64 [items].
+    """
     common = min(len(before), len(now))
     differs = np.flatnonzero(before[:common] != now[:common])
     if len(before) == len(now) == common and not len(differs):
         return
     first = int(differs[0]) if len(differs) else common
     what = printable(source.items[first].key) if first < len(now) else "which is gone"
+    remedy = "restore the source, or choose another out=..."
+    if kind == "stat" and len(differs) == len(before) == len(now):
+        remedy = (
+            "as all differ, perhaps only the files' times do, which a copy keeps if made by `cp -a`, `rsync -a` or "
+            "`tar`: restore the times, or choose another out=... with fingerprint=content, which ignores times"
+        )
     raise KamimError(
         f"source = {source.location}: changed since {built} was begun ({len(before)} items then, {len(now)} now); "
-        f"the first that differs is number {first}, {what}; restore the source, or choose another out=..."
+        f"the first that differs is number {first}, {what}; {remedy}"
     )

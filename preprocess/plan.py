@@ -155,8 +155,8 @@ class BuildPlan:
         changed = f"{self.changed}: " if self.changed else ""
         keeps = f"; keeps {', '.join(self.keep)}" if self.keep else ""
         return (
-            f"{changed}makes {', '.join(self.make) or 'nothing'} of {self.job.items:,} images "
-            f"in {self.job.shards:,} {plural(self.job.shards, 'shard')}{keeps}"
+            f"{changed}makes {', '.join(self.make) or 'nothing'} of {self.job.items:,} "
+            f"{plural(self.job.items, 'image')} in {self.job.shards:,} {plural(self.job.shards, 'shard')}{keeps}"
         )
 
 
@@ -178,9 +178,10 @@ def plan_build(
                 raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
-        fingerprint.check_unchanged(fingerprint.from_file(space.out / store.STAMPS), source_hashes, source, space.out)
+        stored = fingerprint.from_file(space.out / store.STAMPS)
+        fingerprint.check_unchanged(stored, source_hashes, source, space.out, job.fingerprint)
     if (earlier := space.begun_source_hashes()) is not None:
-        fingerprint.check_unchanged(earlier, source_hashes, source, space.partial)
+        fingerprint.check_unchanged(earlier, source_hashes, source, space.partial, job.fingerprint)
     detectors = [*(name for existing in before for name in existing.detectors), *job.detectors]
     job = job.model_copy(update={"detectors": tuple(dict.fromkeys(detectors))})
     keep = tuple(c for c in job.components if finished and _has(finished.job, c, job))

@@ -18,7 +18,7 @@ from preprocess.fingerprint import Progress
 from preprocess.plan import BuildPlan
 from preprocess.shards import checksum_of, write_shard
 from preprocess.sources import Source
-from preprocess.verify import SEALED, STRANGE, Problem, problems
+from preprocess.verify import LINK, SEALED, STRANGE, Problem, problems
 from preprocess.workspace import Workspace
 
 
@@ -37,6 +37,8 @@ def repair(
             raise KamimError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
         content = store.agreed_manifest(path)
         if content is None:
+            if damage[0].what.startswith(LINK):
+                raise KamimError(f"{path / damage[0].where}: is {damage[0].what}")
             raise KamimError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
         manifest = store.parse_manifest(content, path)
         for problem in damage:
@@ -67,7 +69,7 @@ def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: 
     if stored.is_file() and checksum(stored) == manifest.source:
         before = fingerprint.from_file(stored)
         if len(before) != len(source_hashes):
-            fingerprint.check_unchanged(before, source_hashes, source, path)
+            fingerprint.check_unchanged(before, source_hashes, source, path, job.fingerprint)
         source_hashes = before  # a copied source suffices if it gives the same bytes
     make = tuple(component for component in job.components if component in broken)
     keep = tuple(component for component in job.components if component not in broken)
@@ -123,7 +125,7 @@ def _check(plan: BuildPlan, space: Workspace, shard_files: ShardFiles) -> None:
         shard_files[component][number].unlink()
     if wrong:
         now = fingerprint.source_hashes(plan.source, plan.job.fingerprint, len(os.sched_getaffinity(0)))
-        fingerprint.check_unchanged(plan.source_hashes, now, plan.source, space.out)
+        fingerprint.check_unchanged(plan.source_hashes, now, plan.source, space.out, plan.job.fingerprint)
         number, component = wrong[0]
         raise KamimError(
             f"source = {plan.source.location}: shard {number + 1} of {component} comes out different although the "

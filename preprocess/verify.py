@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kamim import KamimError
 from kamim.method.geometry import POSITION_UNIT
 from kamim.storage import store
+from kamim.storage.jpeg import SCAN_BYTES, check_scans, read_markers, takes_long
 from kamim.storage.store import IMAGES, ImageReader, Keypoints, Manifest, Store, image_faults, keypoint_faults
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, stored_rejects, take_apart
@@ -39,6 +41,8 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     if content is None:
         if not any((path / name).exists() for name in SEALED):
             store.read_manifest(path)  # raises if there is no store
+        if links := [name for name in SEALED if (path / name).is_symlink()]:
+            return [Problem(name, f"{LINK}; {store.NO_LINKS}") for name in links]
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
     manifest = store.parse_manifest(content, path)
     faults = [*_of_manifest(path, content), *_of_files(path, manifest)]
@@ -47,7 +51,9 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
 
 def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
     for name, expected in zip(SEALED, (content, store.backup_of(content)), strict=True):
-        if not (path / name).exists():
+        if (path / name).is_symlink():
+            yield Problem(name, LINK)
+        elif not (path / name).exists():
             yield Problem(name, MISSING)
         elif store.sealed_file(path / name) != expected:
             yield Problem(name, DAMAGED)
@@ -87,6 +93,19 @@ def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
             numbers = range(opened.manifest.job.shards)
             for damage in threads.map(partial(_of_shard, opened.manifest, images, keypoints, shards), numbers):
                 yield from damage
+    elif images.encoding == "jpeg":
+        yield from _of_long_scans(images)
+
+
+def _of_long_scans(images: ImageReader) -> Iterator[Problem]:
+    """Yields the JPEGs that the loader refuses as too long to decode; reads only those with bytes for so many scans."""
+    height, width = images.sizes.astype(np.int64).T
+    possible = takes_long(images.lengths // SCAN_BYTES, height, width) & images.in_range()
+    for index in np.flatnonzero(possible).tolist():
+        try:
+            check_scans(read_markers(images.data(index)).scans, int(height[index]), int(width[index]))
+        except KamimError as error:
+            yield Problem(IMAGES, f"image {index}: {error}")
 
 
 def _of_shard(
@@ -108,7 +127,7 @@ def _of_shard(
 
 def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: int) -> Iterator[Problem]:
     if images.encoding == "jpeg":
-        yield from _of_jpeg(images, index)
+        yield from jpeg_problems(images, index)
     for name, of_detector in keypoints.items():
         for number, frame in enumerate(of_detector.frame[index]):
             try:
@@ -120,7 +139,7 @@ def _of_image(images: ImageReader, keypoints: Mapping[str, Keypoints], index: in
                 yield Problem(name, f"image {index} has a keypoint outside frame {number}")
 
 
-def _of_jpeg(images: ImageReader, index: int) -> Iterator[Problem]:
+def jpeg_problems(images: ImageReader, index: int) -> Iterator[Problem]:
     """Yields the faults that prevent the loader, which is as strict, from decoding an image."""
     try:
         pixels = decode_plain_jpeg(images.data(index).tobytes())

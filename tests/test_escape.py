@@ -119,6 +119,19 @@ def test_consoles_show_names_as_they_are(text: str, capsys: pytest.CaptureFixtur
     assert shown == f"a {printable(text)}\n" * 2
 
 
+def test_messages_are_shortened_and_output_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ends stay: a message begins with the file and ends with the remedy."""
+    for value in ("x" * 10**6, "x " * 10**6, "\x1b" * 10**6):
+        message = f"file.json: {value} is unknown; remove it"
+        console.err_console.print(message)
+        console.out_console.print(message)
+        shown = capsys.readouterr()
+        assert len(shown.out) > 10**6 > 4 * 10**4 > len(shown.err) == len(one_line(message)) + 1
+        assert one_line(message).startswith("file.json: ") and one_line(message).endswith("; remove it")
+    name = "/data/" + "sub-folder/" * 30 + "file.json"
+    assert one_line(f"{name}: no such file") == f"{name}: no such file"
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_bars_show_names_as_they_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()

@@ -1,6 +1,9 @@
 """The image files that a store was built from, for benchmarks that compare the two."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -9,12 +12,22 @@ from kamim.storage.store import Store
 from preprocess.assemble import stored_rejects
 from preprocess.decode import Undecodable, decode
 from preprocess.sources import Item, Source, printable
+from preprocess.verify import Problem, jpeg_problems
 
 
 def check_jpeg(store: Store) -> None:
-    """Raises KamimError if the store's images are not JPEGs."""
+    """Raises KamimError if the store's images are not JPEGs, or if one is damaged, which ends other loaders."""
     if (encoding := store.images.encoding) != "jpeg":
         raise KamimError(f"store = {store.path}: its images are {encoding}; this benchmark compares JPEG stores")
+
+    def problems(index: int) -> list[Problem]:
+        return [*jpeg_problems(store.images, index)]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for problem in chain.from_iterable(threads.map(problems, range(len(store)))):
+            raise KamimError(
+                f"store = {store.path}: {problem.what}; put it right with `kamim store verify {store.path} --repair`"
+            )
 
 
 def accepted(source: Source, store: Store) -> Source:

@@ -63,10 +63,11 @@ def kernels_only(small: SmallStore) -> Run:
     loader = Loader(small.images, Plan(len(indices), 1, 1, seed=0), SIDE, crop=Crop(), workers=1)
     sizes, scratch, cells = images.sizes[indices], loader._scratch(), SIDE // PATCH_SIZE
     out, counts = np.empty((len(indices), SIDE, SIDE, 3), np.uint8), np.empty((len(indices), cells, cells), np.int16)
+    stopped = np.zeros(1, np.bool_)
 
     def run() -> int:
         crops = Crops(indices, sizes, loader._views(indices, 0, sizes), out)
-        loader._crop_chunk(crops, scratch)
+        loader._crop_chunk(crops, scratch, stopped)
         counter.count(crops, scratch, counts)
         return len(indices)
 

@@ -33,7 +33,7 @@ from typer.models import OptionInfo
 import kamim
 from kamim import KamimError
 from kamim.cli.time_left import TimeLeft
-from kamim.storage.escape import one_line, printable
+from kamim.storage.escape import one_line, printable, shortened
 
 if TYPE_CHECKING:
     from kamim.evaluation.config import Evaluation
@@ -44,14 +44,17 @@ if TYPE_CHECKING:
 
 
 class _Console(Console):
-    """Prints text verbatim, on one line: no markup, no emoji, and no control characters, which a name may contain."""
+    """Prints text verbatim, on one line: no markup, no emoji, and no control characters, which a name may contain.
+
+    Messages, on stderr, are shortened.
+    """
 
     def __init__(self, stderr: bool = False):
         super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """See Console."""
-        return super().render_str(printable(text), **options)
+        return super().render_str(printable(shortened(text) if self.stderr else text), **options)
 
 
 class _Formatter(logging.Formatter):

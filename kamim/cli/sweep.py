@@ -47,6 +47,7 @@ def sweep(
 
     grid = load(Grid, file, overrides or ())
     if show_config:
+        out_console.print(f"# {grid.runs:,} runs")
         print_config(grid)
         return
     share = (1, 1) if shard is None else shard_of(shard)

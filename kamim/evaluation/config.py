@@ -11,7 +11,7 @@ from pydantic import Field
 from kamim import KamimError
 from kamim.models.architectures import Norm, Pooling
 from kamim.training.config import Compute, Optim
-from kamim.training.settings import Count, Fraction, NotEmpty, NotNegative, Positive, Section, Seed
+from kamim.training.settings import Count, Fraction, Natural, NotEmpty, NotNegative, Positive, Section, Seed
 
 CorruptionName = Literal["noise", "blur", "contrast", "jpeg"]
 BlockName = Count | Literal["paper", "last"]
@@ -50,7 +50,7 @@ class SweepOptim(Optim):
     clip_grad: None = None
     batch_size: Count = 1024
     epochs: Count = 10
-    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_epochs: Natural = 1
     warmup_lr: NotNegative = 0.0
     min_lr: NotNegative = 0.0
 
@@ -248,7 +248,7 @@ class SegmentOptim(ClassifierOptim):
     batch_size: Count = 16
     micro_batch: Count = 16
     epochs: Count = 40
-    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_epochs: Natural = 1
     warmup_lr: NotNegative = 0.0
     min_lr: NotNegative = 0.0
 

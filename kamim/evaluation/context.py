@@ -79,7 +79,7 @@ class EvalContext:
         return whole_images(samples, resolution, self.config.batch_size, self.config.workers, self.world)
 
     def labelled(self) -> Samples:
-        """Returns the training samples. Raises KamimError if there are none, or if their classes differ from val's."""
+        """Returns the training samples. Raises KamimError as check_labels does."""
         check_labels(None if self.train is None else self.train.store, self.val.store)
         assert self.train is not None
         return self.train
@@ -111,11 +111,12 @@ def task(
 
     options: the mode's section of the configuration. trains: whether the result depends on the training store.
     """
-    train = SampleSet(**context.train.about) if trains and context.train is not None else None
+    trained = context.train if trains else None
+    train = None if trained is None else SampleSet(**trained.about)
     settings = EvalSettings(
         mode=mode, name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
         seed=context.config.seed, batch_size=context.config.batch_size, train=train,
-        val=SampleSet(**context.val.about), classes=len(context.val.classes), protocol=protocol,
+        val=SampleSet(**context.val.about), classes=len((trained or context.val).classes), protocol=protocol,
         **({} if readout is None else asdict(readout)), epochs=epochs, mask_ratio=mask_ratio,
         options=options.model_dump(mode="json"),
     )  # fmt: skip

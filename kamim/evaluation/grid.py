@@ -1,6 +1,8 @@
 """A grid of pretraining runs that differ in a few keys: its configuration, its runs and their evaluation."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +23,7 @@ Value = bool | int | float | str | None
 Baseline = Literal["pixels", "random"]
 BASELINES: Mapping[Baseline, str] = MappingProxyType({"pixels": "raw pixels", "random": "random weights"})
 EVALUATION = "evaluation"  # the folder of a sweep that holds the results of `kamim eval`
+MAX_RUNS = 10_000
 SEED = "seed"  # the key of Pretrain whose values are repetitions
 
 
@@ -76,11 +79,18 @@ class Grid(Section):
 
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "Grid":
-        names = [point.name for point in (*points(self), *baselines(self))]
-        for name in names:
-            if names.count(name) > 1:
+        if self.runs > MAX_RUNS:
+            raise KamimError(f"axes: {self.runs:,} runs; must be at most {MAX_RUNS:,}; shorten or remove an axis")
+        names = Counter(point.name for point in (*points(self), *baselines(self)))
+        for name, count in names.items():
+            if count > 1:
                 raise KamimError(f"axes = {name}: is the name of two runs; give every axis a name and every value once")
         return self
+
+    @property
+    def runs(self) -> int:
+        """The number of runs: of all combinations of the axes' values."""
+        return math.prod(len(axis.values or axis.variants) for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,8 @@ S = TypeVar("S", Pretrain, Evaluation)
 
 def _resolved(kind: type[S], section: Mapping[str, Any], values: Mapping[str, Value], given: Mapping[str, Any]) -> S:
     preset = section.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise KamimError(f"preset = {preset!r}: must be the name of a preset, or a file")
     keys = dict(flatten({key: value for key, value in section.items() if key != "preset"})) | dict(values)
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     return load(kind, None if preset is None else Path(preset), overrides, given)

@@ -1,17 +1,44 @@
 """Results of the evaluation modes, and their JSON: one flat object, the settings first, then what was measured."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import groupby
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from kamim import KamimError
 from kamim.evaluation.intervals import with_wilson
+from kamim.storage.flatten import inside
+from kamim.training.settings import Count, Fraction, Natural, NotNegative, Seed
 
+MAX_DEPTH = 8  # levels of nested settings; those of this version have 3
+
+
+def _shallow(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns settings. Raises KamimError if they are nested more deeply than MAX_DEPTH."""
+    level: list[Any] = [settings]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in inside(value)]
+    if level:
+        raise KamimError(f"must be nested at most {MAX_DEPTH} levels deep")
+    return settings
+
+
+def _moderate(value: float) -> float:
+    """Returns the value. Raises KamimError if it is beyond 1000, unless it is infinite, as of a perfect copy."""
+    if math.isfinite(value) and abs(value) > 1000:
+        raise KamimError("must be -1000 to 1000")
+    return value
+
+
+# The ranges of a result's numbers. Within them, every table, interval and plot can be computed.
 Percent = Annotated[float, Field(ge=0, le=100)]
+Moderate = Annotated[float, AfterValidator(_moderate)]
+Settings = Annotated[Mapping[str, Any], AfterValidator(_shallow)]
 
 
 @dataclass(frozen=True)
@@ -20,7 +47,7 @@ class SampleSet:
 
     store: str
     dataset: str
-    images: PositiveInt
+    images: Count
     fingerprint: str
 
 
@@ -48,24 +75,24 @@ class EvalSettings:
     checkpoint: str
     architecture: str
     positions: str | None = None
-    step: int
+    step: Natural
     weights: str | None
-    pretraining: Mapping[str, Any] | None = None
-    run_seed: int | None = None
+    pretraining: Settings | None = None
+    run_seed: Seed | None = None
     command: str | None = None
-    resolution: int | None = None
-    seed: int
-    batch_size: int | None = None
+    resolution: Natural | None = None
+    seed: Seed
+    batch_size: Natural | None = None
     train: SampleSet | None
     val: SampleSet
-    classes: int
+    classes: Natural
     protocol: str
-    block: int | None = None
+    block: Natural | None = None
     pooling: str | None = None
     norm: str | None = None
-    epochs: int | None = None
-    mask_ratio: float | None = None
-    options: Mapping[str, Any]
+    epochs: Natural | None = None
+    mask_ratio: Fraction | None = None
+    options: Settings
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of settings.json."""
@@ -93,6 +120,12 @@ class Measured(Protocol):
 M_co = TypeVar("M_co", bound=Measured, covariant=True)
 
 
+@cache
+def _reader(kind: Any) -> TypeAdapter[Any]:
+    """Returns what reads a value of a type from JSON; building one takes longer than reading."""
+    return TypeAdapter(kind)
+
+
 @dataclass(frozen=True)
 class Result(Generic[M_co]):
     """The measurement of one mode on one checkpoint, and its settings.
@@ -118,9 +151,9 @@ class Result(Generic[M_co]):
         Raises KamimError if keys are missing, of another type, or accuracies outside 0 to 100.
         """
         try:
-            settings = TypeAdapter(EvalSettings).validate_python(content)
-            majority = TypeAdapter(Percent | None).validate_python(content.get("majority_top1"))
-            return Result(settings, TypeAdapter(measured).validate_python(content), majority)
+            settings = _reader(EvalSettings).validate_python(content)
+            majority = _reader(Percent | None).validate_python(content.get("majority_top1"))
+            return Result(settings, _reader(measured).validate_python(content), majority)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -189,7 +222,7 @@ class KnnAccuracy:
     """The accuracy for each number of neighbours k."""
 
     score_is_accuracy: ClassVar[bool] = True
-    k: Mapping[int, Accuracy]
+    k: Mapping[Count, Accuracy]
 
     @property
     def score(self) -> float:
@@ -205,10 +238,10 @@ class KnnAccuracy:
 class SweepRow:
     """One linear probe of a sweep: what it reads, its learning rate, and its accuracy in per cent."""
 
-    block: int
+    block: Natural
     pooling: str
     norm: str
-    lr: float
+    lr: NotNegative
     top1: Percent
     top5: Percent
 
@@ -251,8 +284,8 @@ def best_by_readout(rows: Iterable[SweepRow]) -> list[SweepRow]:
 class Similarity:
     """How close reconstructions are to the originals: PSNR in dB, and SSIM."""
 
-    psnr: float
-    ssim: float
+    psnr: Moderate
+    ssim: Moderate
 
 
 @dataclass(frozen=True)
@@ -283,9 +316,9 @@ class Segmentation:
     """
 
     score_is_accuracy: ClassVar[bool] = False
-    miou: float
-    pixel_accuracy: float
-    iou: Mapping[str, float | None]
+    miou: Percent
+    pixel_accuracy: Percent
+    iou: Mapping[str, Percent | None]
 
     @property
     def score(self) -> float:
@@ -305,12 +338,12 @@ class ShotAccuracy:
     single draw.
     """
 
-    per_class: int | None
-    images: int
-    linear: float
-    linear_spread: float
-    knn: float
-    knn_spread: float
+    per_class: Count | None
+    images: Count
+    linear: Percent
+    linear_spread: Percent
+    knn: Percent
+    knn_spread: Percent
 
 
 @dataclass(frozen=True)
@@ -337,9 +370,9 @@ class CorruptedAccuracy:
     """top1 in per cent on images with one corruption; strength: 1 .. 5."""
 
     corruption: str
-    strength: int
-    linear: float
-    knn: float
+    strength: Annotated[int, Field(ge=1, le=5)]
+    linear: Percent
+    knn: Percent
 
 
 @dataclass(frozen=True)
@@ -347,8 +380,8 @@ class Robustness:
     """top1 in per cent on clean and on corrupted images, of classifiers that are fitted to clean images."""
 
     score_is_accuracy: ClassVar[bool] = False
-    linear: float
-    knn: float
+    linear: Percent
+    knn: Percent
     corrupted: tuple[CorruptedAccuracy, ...]
 
     @property
@@ -380,11 +413,11 @@ class ShapeBias:
     """
 
     score_is_accuracy: ClassVar[bool] = False
-    shape: int
-    texture: int
-    other: int
-    by_category: Mapping[str, float | None]
-    shape_bias: float | None = None
+    shape: Natural
+    texture: Natural
+    other: Natural
+    by_category: Mapping[str, Percent | None]
+    shape_bias: Percent | None = None
 
     @property
     def score(self) -> float | None:

@@ -138,10 +138,11 @@ def _fit_head(
     groups = [{"params": list(head.parameters()), "weight_decay": optim.weight_decay}]
     every = options.checkpoint_epochs * plan.steps_per_epoch
     about = {**options.model_dump(mode="json"), "pooling": name}
+    classes = len(context.labelled().classes)
     run = Run(folder, "attentive", about, optim, plan.steps_per_epoch, every, Keep(1))
 
     def finish(batch: Batch) -> tuple[Tensor, Tensor]:
-        return train.read(batch.indices), one_hot(batch.labels, len(context.val.classes)).float()
+        return train.read(batch.indices), one_hot(batch.labels, classes).float()
 
     objective = CrossEntropy(network, _identity, finish, config.compute, config.seed)
     _fit(Trainer(run, head, network, make_optimizer(groups, optim), objective, train.batches(plan), world), progress)

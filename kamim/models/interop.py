@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,7 @@ PUBLIC = (
     "swin_small_patch4_window7_224", "swin_base_patch4_window7_224", "swin_large_patch4_window7_224",
     "swin_base_patch4_window12_384", "swin_large_patch4_window12_384",
 )  # fmt: skip
+MAX_TENSORS, MAX_NAME = 10_000, 500  # tensors of a file, and characters of a name; the largest public ViTs have 1,000
 TIMM_EPS, HUGGING_FACE_EPS = 1e-6, 1e-12  # of a ViT's LayerNorms, by default
 HEAD_WIDTH = 64  # features of an attention head of a ViT, by Vaswani et al. 2017 and nearly all models since
 MOCO_SMALL, MOCO_HEADS = 384, 12  # width and heads of MoCo v3's ViT-S, whose heads have half that width
@@ -77,7 +79,7 @@ _RENAMES = tuple(
         (r"\.attention\.k_proj\.", ".attn.key."),
         (r"\.attention\.v_proj\.", ".attn.value."),
         (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
+        (r"\.attention\.(?:\w+\.){0,2}relative_position_bias_table$", ".attn.relative_position_bias_table"),
         (r"\.gamma_([12])$|\.layer_scale([12])\.lambda1$", r".ls\1\2.gamma"),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
@@ -229,10 +231,11 @@ def read_file(path: Path) -> State:
     check_weights(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        _check_archive(path)
-        with torch.serialization.safe_globals(OPTIONS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = load_file(path)
+        else:
+            _check_archive(path)
+            with torch.serialization.safe_globals(OPTIONS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises whatever a damaged or hostile pickle leads to
@@ -244,7 +247,17 @@ def read_file(path: Path) -> State:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise KamimError(f"{path}: holds no state dict")
+    _check_names(path, content)
     return content
+
+
+def _check_names(path: Path, names: Collection[str]) -> None:
+    """Raises KamimError for more tensors, or longer names, than any encoder has."""
+    if len(names) > MAX_TENSORS:
+        raise KamimError(f"{path}: holds {len(names):,} tensors; must be at most {MAX_TENSORS:,}")
+    for name in names:
+        if len(name) > MAX_NAME:
+            raise KamimError(f"{path}: {name}: a tensor's name of {len(name):,} characters; must be at most {MAX_NAME}")
 
 
 def _check_archive(path: Path) -> None:

@@ -7,6 +7,8 @@ pages escape all of their text (kamim/reporting/page.py).
 import re
 
 _FORMULA = re.compile(r"'*[=+\-@]")  # the start of a formula in a spreadsheet, or of one that is quoted already
+_LONG_WORD = re.compile(r"\S{501,}")
+LONG_LINE = 4_000  # characters
 _MARKDOWN = re.compile(r"[\\|<]|(?<=\])\(")  # an escape, the end of a cell, a tag, and the address of a link
 
 
@@ -21,9 +23,22 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def shortened(message: str) -> str:
+    """Returns a message without the middle of words of more than 500 characters, and of more than LONG_LINE.
+
+    A message quotes what a file holds, such as a name of a million characters.
+    """
+    return _ends(_LONG_WORD.sub(lambda word: _ends(word[0], 200), message), LONG_LINE)
+
+
+def _ends(text: str, limit: int) -> str:
+    """Returns text, or `limit` characters of both its ends if it is longer."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 2) :]}"
+
+
 def one_line(error: object) -> str:
-    """Returns the message of an error as printable text, with line breaks as spaces."""
-    return printable(" ".join(str(error).split()))
+    """Returns the message of an error as printable text, shortened, with line breaks as spaces."""
+    return printable(shortened(" ".join(str(error).split())))
 
 
 def literal(text: str) -> str:

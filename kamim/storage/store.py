@@ -53,6 +53,7 @@ SCHEMA_VERSION = 5
 READABLE = (3, 4, 5)  # versions below 5 have no gaps, version 3 has no `resize` and no originals
 MANIFEST, BACKUP = "manifest.json", "manifest.backup"
 STAMPS, REJECTS = "stamps.npy", "rejects.csv"
+NO_LINKS = "a store has files and folders only; `cp -rL` copies one with what its links lead to"
 IMAGES = "images"  # the component of the images; the others are named after detectors
 IMAGE_PAGE_BYTES = 1 << 24  # smallest page size; larger stores have larger pages
 KEYPOINT_PAGE_ROWS = 1 << 20
@@ -422,12 +423,17 @@ def write_keypoints(
 
 
 class Store:
-    """A published store, opened read-only. Any number of processes may open the same store."""
+    """A published store, opened read-only. Any number of processes may open the same store.
+
+    Components are opened when they are first used, and only if the store at `path` still is the one that was opened.
+    """
 
     def __init__(self, path: Path | str):
         """Raises KamimError if there is no store at `path`, or one of another schema version."""
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        content = manifest_bytes(self.path)
+        self.manifest = parse_manifest(content, self.path)
+        self._digest = hashlib.sha256(content).digest()
 
     def __len__(self) -> int:
         return len(self.images.sizes)
@@ -474,7 +480,7 @@ class Store:
         """Raises KamimError if a file of the component (None: of any) is missing, or if the store contains a link."""
         files, others = entries(self.path)
         for name in sorted(others):
-            raise KamimError(f"{self.path / name}: is a link or a special file; a store has files and folders only")
+            raise KamimError(f"{self.path / name}: is a link or a special file; {NO_LINKS}")
         for name in self.manifest.checksums:
             if name not in files and component in (None, component_of(name)):
                 raise KamimError(f"{self.path / name}: is missing; {self._remedy()}")
@@ -482,19 +488,28 @@ class Store:
     def open_images(self) -> ImageReader:
         """Opens the images without checking single ones. Raises KamimError if the component is damaged as a whole."""
         path = self._file(IMAGES)
+        self._check_same()
         reader: ImageReader = beton.Beton(path) if self.manifest.job.images == "ffcv" else ZarrImages(path)
         self._check_count(path, len(reader.sizes))
         if reader.encoding != (expected := self.manifest.job.format):
             raise KamimError(f"{path}: its images are {reader.encoding}, but {MANIFEST} says {expected}")
+        self._check_same()
         return reader
 
     def open_keypoints(self, detector: str) -> Keypoints:
         """Opens keypoints without checking single images. Raises KamimError if the component is damaged as a whole."""
         path = self._file(detector)
         rules = self.manifest.rules[detector]
+        self._check_same()
         reader = Keypoints(path.parent, detector, rules, self.manifest.job.keypoint_array(rules))
         self._check_count(path, len(reader.frame))
+        self._check_same()
         return reader
+
+    def _check_same(self) -> None:
+        """Raises KamimError if another store has replaced this one: files opened by their paths would be of both."""
+        if hashlib.sha256(manifest_bytes(self.path)).digest() != self._digest:
+            raise KamimError(f"{self.path}: was replaced by another store since it was opened; open it again")
 
     def _file(self, component: str) -> Path:
         """Returns the file or folder of a component."""
@@ -519,14 +534,21 @@ class Store:
 
 def read_manifest(path: Path) -> Manifest:
     """Reads manifest.json of the store at `path`. Raises KamimError, naming the fault."""
+    return parse_manifest(manifest_bytes(path), path)
+
+
+def manifest_bytes(path: Path) -> bytes:
+    """Returns the content of manifest.json of the store at `path`. Raises KamimError if there is none, or a link."""
     file = path / MANIFEST
     if not file.is_file() and (path / BACKUP).is_file():
         raise KamimError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
         raise KamimError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
-    if file.is_symlink() or file.stat().st_size > MANIFEST_BYTES:
-        raise KamimError(f"{file}: is a link, or larger than {MANIFEST_BYTES} bytes")
-    return parse_manifest(file.read_bytes(), path)
+    if file.is_symlink():
+        raise KamimError(f"{file}: is a link; {NO_LINKS}")
+    if file.stat().st_size > MANIFEST_BYTES:
+        raise KamimError(f"{file}: is larger than {MANIFEST_BYTES} bytes")
+    return file.read_bytes()
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:

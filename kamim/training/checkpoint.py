@@ -212,8 +212,21 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, about: Mapping[str, str
         save_file(tensors, file, metadata={"format": "pt", **(about or {})})  # transformers requires format
     except SafetensorError as error:  # raised for a full disk
         raise OSError(f"{file}: {error}") from error
+    _sort_metadata(file)
     os.umask(mask := os.umask(0))  # the umask can only be read by setting it
     file.chmod(0o666 & ~mask)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts the metadata in the header of a safetensors file, which the library writes in an order of its own."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(content) <= size, "the same header in another order"
+        opened.seek(8)
+        opened.write(content.ljust(size))
 
 
 def _remove(path: Path) -> None:

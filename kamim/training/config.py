@@ -21,6 +21,7 @@ from kamim.training.settings import (
     Count,
     Duration,
     Fraction,
+    Natural,
     NotNegative,
     Positive,
     Section,
@@ -170,7 +171,7 @@ class Optim(Section):
     """Samples that a rank computes at once; it changes a run by rounding only."""
     epochs: Count = 100
     """Number of passes over the samples."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    warmup_epochs: Natural = 10
     """Epochs of linear warm-up."""
     cosine_epochs: Count | None = None
     """Epoch at which the cosine reaches min_lr, counted from the start of the run, warm-up included; null is epochs."""
@@ -264,7 +265,7 @@ class OnlineProbe(Section):
 class LabelFree(Section):
     """Measures of the features so far that need no labels: RankMe, uniformity and alpha-ReQ."""
 
-    images: Annotated[int, Field(ge=2)] = 2048
+    images: Annotated[int, Field(ge=2, le=10**12)] = 2048
     """Images whose features are measured, from all over data.store; all of them if it has fewer."""
     every_epochs: Count = 10
     """Epochs between two measurements."""

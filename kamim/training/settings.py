@@ -7,7 +7,6 @@ is allowed. The sections are defined in kamim.training.config and kamim.evaluati
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
@@ -19,12 +18,14 @@ from pydantic import AfterValidator, Field
 import kamim
 from kamim import KamimError
 from kamim.storage.escape import one_line
+from kamim.training.yaml_values import parse
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Natural = Annotated[int, Field(ge=0, le=10**12)]
+Count = Annotated[int, Field(gt=0, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -88,9 +89,11 @@ def load(kind: type[C], file: Path | None, overrides: Sequence[str] = (), given:
     if file is not None:
         file = find_preset(kind, file)
         try:
-            tree = yaml.safe_load(file.read_text()) or {}
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
+            tree = parse(file.read_text()) or {}
+        except UnicodeDecodeError as error:
             raise KamimError(f"{file}: not YAML: {one_line(error)}") from error
+        except KamimError as error:
+            raise KamimError(f"{file}: {error}") from error
         if not isinstance(tree, dict):
             raise KamimError(f"{file}: must hold keys and values, holds {type(tree).__name__}")
     for override in overrides:
@@ -134,19 +137,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             tree[parent] = {}
         tree = tree[parent]
     try:
-        tree[name] = _number(yaml.safe_load(value))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise KamimError(f"{override!r}: the value is not YAML") from None
+        tree[name] = _number(parse(value))
+    except KamimError as error:
+        raise KamimError(f"{override!r}: the value is {error}") from None
 
 
 def _number(value: Any) -> Any:
-    """Converts values that YAML 1.1 misreads: 1e-3 is a number, not text, and 2026-11-22 is text, not a date."""
+    """Converts numbers that YAML 1.1 reads as text, such as 1e-3."""
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return value
-    return str(value) if isinstance(value, date) else value
+    return value
 
 
 def _line(kind: type[Section], error: Any) -> str:

@@ -18,6 +18,8 @@ MAX_FILE_BYTES = 1 << 28  # limit of an encoded image, checked before it is read
 MAX_CLASSES = 1_000_000
 CHANGED = "changed since it was listed"
 SHOWN = 5  # names per line
+HIDDEN = "hidden or of the system"  # a kind of skipped files
+SYSTEM = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,23 @@ def plural(count: int, one: str, many: str = "") -> str:
     return one if count == 1 else many or f"{one}s"
 
 
-def kind_of(name: str) -> str:
-    """Returns the suffix of a file's name in lower case, or "without suffix"."""
-    suffix = Path(name).suffix
+def is_hidden(path: str) -> bool:
+    """Returns whether a part of a file's path is hidden (.ipynb_checkpoints, ._1.jpg) or of a system (__MACOSX)."""
+    return any(part in SYSTEM or (part[:1] == "." and part.strip(".") != "") for part in path.split("/"))
+
+
+def kind_of(path: str) -> str:
+    """Returns HIDDEN, or else the suffix of a file in lower case, or "without suffix"."""
+    suffix = Path(path).suffix
+    if is_hidden(path):
+        return HIDDEN
     return printable(suffix.lower()) if suffix else "without suffix"
 
 
-def is_image(name: str) -> bool:
-    """Returns whether a file's name has the suffix of an image."""
-    _, dot, suffix = name.rpartition(".")
-    return dot + suffix.lower() in SUFFIXES
+def is_image(path: str) -> bool:
+    """Returns whether a file has the suffix of an image and is not hidden. path: relative to the source."""
+    _, dot, suffix = path.rpartition(".")
+    return dot + suffix.lower() in SUFFIXES and not is_hidden(path)
 
 
 def existing(source: Path | None, dataset: str) -> Path:
@@ -124,10 +133,14 @@ def read_whole(file: str | Path) -> bytes:
     return data
 
 
-def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
+Label = int | str | float | None  # as a data set gives it; None: no label
+
+
+def name_classes(labels: Sequence[Label], keys: Sequence[str], where: str) -> tuple[tuple[str, ...], list[int]]:
     """Returns class names, and a label per image, from a data set's labels: class n is named n, names are sorted.
 
-    Raises KamimError if only some images have a label, or numbers and names are mixed.
+    keys: of the images, for messages. Raises KamimError, which names an image, if only some images have a label, if
+    numbers and names are mixed, and for numbers that are not whole or out of range.
     """
     kinds = {type(label) for label in labels}
     if kinds <= {type(None)}:
@@ -136,11 +149,22 @@ def name_classes(labels: Sequence[int | str | None], where: str) -> tuple[tuple[
         number = {name: n for n, name in enumerate(sorted({str(label) for label in labels}))}
         return tuple(map(printable, number)), [number[str(label)] for label in labels]
     if kinds != {int}:
-        raise KamimError(f"{where}: every image must have a label, all numbers or all names, or none must have one")
+        usual = type(labels[0]) if type(labels[0]) in (int, str) else None
+        n, label = next((n, label) for n, label in enumerate(labels) if type(label) is not usual)
+        has = "no label" if label is None else f"the label {label!r:.40} of type {type(label).__name__}"
+        raise KamimError(
+            f"{where}: {printable(keys[n])} has {has}; every image must have a label, all whole numbers or all names, "
+            "or none must have one"
+        )
     numbers = [int(label or 0) for label in labels]
-    if not 0 <= min(numbers) <= max(numbers) < MAX_CLASSES:
-        raise KamimError(f"{where}: labels from {min(numbers)} to {max(numbers)}; must be 0 to {MAX_CLASSES - 1}")
-    return tuple(map(str, range(max(numbers) + 1))), numbers
+    lowest, highest = min(numbers), max(numbers)
+    if not 0 <= lowest <= highest < MAX_CLASSES:
+        wrong = lowest if lowest < 0 else highest
+        raise KamimError(
+            f"{where}: labels from {lowest} to {highest}, such as {wrong} of {printable(keys[numbers.index(wrong)])}; "
+            f"must be 0 to {MAX_CLASSES - 1}; if images have no class, none may have a label"
+        )
+    return tuple(map(str, range(highest + 1))), numbers
 
 
 # The names that the Hugging Face hub recognises for splits in file and folder names.
@@ -148,6 +172,12 @@ _SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing|eval|evaluation))"
     r"(?![a-z])"
 )
+
+
+def split_of(path: str) -> str | None:
+    """Returns what the last split in a path is: train, val, test, or None without any."""
+    names = list(_SPLIT.finditer(path.lower()))
+    return names[-1].lastgroup if names else None
 
 
 def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
@@ -158,8 +188,7 @@ def of_split(files: Iterable[str], split: str, where: str) -> list[str]:
     """
     by_split: dict[str | None, list[str]] = {}
     for file in sorted(files):
-        names = list(_SPLIT.finditer(file.lower()))
-        by_split.setdefault(names[-1].lastgroup if names else None, []).append(file)
+        by_split.setdefault(split_of(file), []).append(file)
     named = [split, "test"] if split == "val" else [split]
     if by_split.keys() <= {None}:
         return by_split.get(None, [])

@@ -4,25 +4,43 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from kamim import KamimError
-from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, is_image, kind_of, printable, read_whole
+from preprocess.sources.base import (
+    CHANGED,
+    SHOWN,
+    SUFFIXES,
+    Item,
+    Source,
+    existing,
+    is_image,
+    kind_of,
+    printable,
+    read_whole,
+    split_of,
+)
 
-# Folders of a split, in order of preference.
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+# Usual names of the folders of a split, in order of preference; what --split takes, in order of preference.
+SPLITS = {
+    "train": ("train", "training", "trainval"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+TAKEN = {"train": ("train",), "val": ("val", "test")}
 BESIDE = "beside the class folders"  # images without a class
 
 
 def list_images(source: Path | None, split: str) -> Source:
     """Lists class folders (class = folder name, sorted), or one flat folder of images without labels.
 
-    If all folders with images are named as splits, such as train and val, it lists the folder of the split.
+    If the folders with images are splits, such as train and val, it lists the folder of the split.
     A folder without any image is not a class; torchvision's ImageFolder rejects it.
-    Raises KamimError for a missing source, for one without images, and for one that only has folders of other splits.
+    Raises KamimError for a missing source, for one without images, for folders of which only some are splits, and for
+    folders of other splits.
     """
     root = existing(source, "imagefolder")
     classes: list[str] = []
@@ -33,8 +51,16 @@ def list_images(source: Path | None, split: str) -> Source:
         if listed:
             classes.append(name)
             items += listed
-    if classes and set(classes) <= {name for names in SPLITS.values() for name in names}:
-        return list_images(root / _folder_of(split, classes, root), split)
+    nested = {item.key.partition("/")[0] for item in items if item.key.count("/") > 1}
+    if splits := _splits(classes, nested):
+        chosen = root / _folder_of(split, splits, root)
+        if others := [name for name in classes if name not in splits]:
+            raise KamimError(
+                f"source = {printable(str(root))}: its folders {_listed(splits)} are named as splits, "
+                f"{_listed(others)} not; for the split, give source={printable(str(chosen))}; if all are classes, "
+                "rename those"
+            )
+        return list_images(chosen, split)
     flat = images_in(root, skipped)
     if not items:
         items = flat
@@ -63,12 +89,37 @@ def _on_nested_folders(root: Path, items: list[Item]) -> str:
     )
 
 
-def _folder_of(split: str, folders: list[str], root: Path) -> str:
-    for name in SPLITS[split]:
-        if name in folders:
-            return name
+def _splits(folders: list[str], nested: set[str]) -> dict[str, str]:
+    """Returns the folders that are splits, and which; nothing if all folders are classes. nested: see below.
+
+    A folder with the name of a split is a class all the same, such as the class train, if it is none of `nested`, which
+    hold folders of images, if no folder has the name of another split, and if there are two or more other folders.
+    """
+    usual = {name: split for split, names in SPLITS.items() for name in names}
+    splits = {name: split for name in folders if (split := usual.get(name.lower()) or split_of(name))}
+    few = len(folders) == 1 or (len(folders) == 2 and any(name.lower() in usual for name in splits))
+    return splits if few or nested & splits.keys() or len(set(splits.values())) > 1 else {}
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(map(printable, names))
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _folder_of(split: str, splits: dict[str, str], root: Path) -> str:
+    """Returns the folder of a split, that of a usual name if there are several. Raises KamimError unless it is one."""
+    for kind in TAKEN[split]:
+        folders = [name for name in splits if splits[name] == kind]
+        usual = [name for wanted in SPLITS[kind] for name in folders if name.lower() == wanted]
+        if usual or len(folders) == 1:
+            return [*usual, *folders][0]
+        if folders:
+            raise KamimError(
+                f"source = {printable(str(root))}: the folders {_listed(folders)} are all for split = {split}; give "
+                f"one of them as source=..."
+            )
     raise KamimError(
-        f"source = {printable(str(root))}: its folders ({', '.join(folders)}) are splits, none of them for "
+        f"source = {printable(str(root))}: its folders ({_listed(splits)}) are splits, none of them for "
         f"split = {split}; give another split=..., or one of the folders as source=..."
     )
 
@@ -105,7 +156,7 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
         seen.add(real)
         folders.sort()
         below = os.path.relpath(parent, root)
-        skipped.update(kind_of(file) for file in files if not is_image(file))
+        skipped.update(kind_of(f"{below}/{file}") for file in files if not is_image(f"{below}/{file}"))
         items += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
     return [item for item in items if item]
 

@@ -9,14 +9,16 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,17 +27,22 @@ from preprocess.sources import footers
 from preprocess.sources.base import (
     CHANGED,
     Item,
+    Label,
     Member,
     Source,
     check_size,
     existing,
+    is_hidden,
     name_classes,
     of_split,
+    plural,
     printable,
     read_whole,
 )
 
 IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label")
+# A file of a set of parts, as datasets names it: train-00000-of-00002.parquet, formerly with a hash before the suffix.
+_PART = re.compile(r"(?P<whole>.*)-(?P<number>[0-9]{5})-of-(?P<parts>[0-9]{5}).*")
 
 
 class _Table(Protocol):
@@ -130,8 +137,8 @@ _held = _Held()
 def list_images(source: Path | None, split: str) -> Source:
     """Lists the folder SOURCE: the files whose name or folder names the split, else all files.
 
-    An item's size is the mean of its row group. Raises KamimError for files that are damaged or have no column of
-    images, or several; and without pyarrow.
+    An item's size is the mean of its row group. Raises KamimError for files of several configurations or copies of the
+    split, for files that are damaged or have no column of images, or several; and without pyarrow.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise KamimError("huggingface: needs pyarrow; pip install 'kamim[huggingface]'")
@@ -140,25 +147,60 @@ def list_images(source: Path | None, split: str) -> Source:
     files = of_split(_files(root), split, where)
     if not files:
         raise KamimError(f"source = {where}: holds no .parquet files, nor state.json with .arrow files")
+    remark = _on_files(files, f"source = {where}", split)
     _check_footers([root / name for name in files if name.endswith(".parquet")])
     rows: list[Member] = []
-    labels: list[int | str | None] = []
-    layouts: set[_Columns] = set()
+    labels: list[Label] = []
+    layouts: dict[_Columns, str] = {}
     for name in files:
         try:
             table = _held.table(str(root / name))
             columns = _columns(table.schema)
-            layouts.add(columns)
+            layouts.setdefault(columns, name)
             rows += _rows(root, name, table, columns.image)
             labels += _labels(table, columns.label)
         except Exception as error:  # pyarrow raises nearly every kind for a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
             raise KamimError(f"{printable(str(root / name))}: {reason}") from error
     if len(layouts) > 1:
-        raise KamimError(f"source = {where}: its files of split = {split} differ in their columns")
-    classes, numbers = _numbers(columns, labels, where)
+        raise KamimError(f"source = {where}: its files of split = {split} differ in their columns: {_unlike(layouts)}")
+    classes, numbers = _numbers(columns, labels, [row.key for row in rows], f"source = {where}")
     items = [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
-    return Source(where, classes, items, partial(_read, columns.image))
+    return Source(where, classes, items, partial(_read, columns.image), remark=remark)
+
+
+def _on_files(files: Sequence[str], where: str, split: str) -> str:
+    """Returns a remark on the files of a split and their folder.
+
+    Raises KamimError if they may hold the same images twice: if they are in several folders, or are numbered as parts
+    of several wholes, as those of a data set with several configurations.
+    """
+    sets: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        part = _PART.fullmatch(name)
+        sets[f"{folder or '.'}/{part['whole']}-*-of-{part['parts']}" if part else folder or "."] += 1
+        numbers[f"{folder or '.'}/{part['whole']}-{part['number']}-of-{part['parts']}" if part else file] += 1
+    listed = ", ".join(f"{count} {plural(count, 'file')} of {printable(name)}" for name, count in sets.items())
+    if len(sets) > 1:
+        raise KamimError(
+            f"{where}: split = {split} has {listed}: if these are configurations or copies of one data set, give the "
+            "folder of one as source=..., or move the others away; if they are its parts, move them into one folder"
+        )
+    if copies := [name for name, count in numbers.items() if count > 1]:
+        raise KamimError(f"{where}: {printable(copies[0])} is there more than once; remove all but one copy")
+    return f"read from {listed}"
+
+
+def _unlike(layouts: Mapping[_Columns, str]) -> str:
+    """Returns the first difference between two layouts, which are given with a file of each."""
+    (one, first), (other, second) = list(layouts.items())[:2]
+    pairs = [("images in column", one.image, other.image), ("labels in column", one.label, other.label)]
+    for n, names in enumerate(zip_longest(one.classes or (), other.classes or ())):
+        pairs.append((f"class {n}:", *names))
+    what, a, b = next(pair for pair in pairs if pair[1] != pair[2])
+    return printable(f"{first} has {what} {a or 'none'}, {second} {b or 'none'}")
 
 
 def _files(root: Path) -> Iterator[str]:
@@ -166,9 +208,9 @@ def _files(root: Path) -> Iterator[str]:
     for parent, _, names in os.walk(root):
         below = Path(parent).relative_to(root)
         held = [name for name in names if name.endswith(".parquet") and Path(parent, name).is_file()]
-        if "state.json" in names:
+        if "state.json" in names and not is_hidden(os.fspath(below)):
             held += _saved(Path(parent, "state.json"))
-        yield from (os.fspath(below / name) for name in held)
+        yield from (name for name in (os.fspath(below / name) for name in held) if not is_hidden(name))
 
 
 def _saved(state: Path) -> list[str]:
@@ -241,21 +283,29 @@ def _rows(root: Path, name: str, table: _Table, image: str) -> Iterator[Member]:
         at += count
 
 
-def _labels(table: _Table, label: str | None) -> Iterator[int | str | None]:
+def _labels(table: _Table, label: str | None) -> Iterator[Label]:
     for group, count in enumerate(table.rows):
         yield from [None] * count if label is None else table.column(group, label).to_pylist()
 
 
-def _numbers(columns: _Columns, labels: list[int | str | None], where: str) -> tuple[tuple[str, ...], list[int]]:
+def _numbers(
+    columns: _Columns, labels: list[Label], keys: Sequence[str], where: str
+) -> tuple[tuple[str, ...], list[int]]:
     if columns.classes is None:
-        return name_classes(labels, f"source = {where}")
-    if odd := {type(label).__name__ for label in labels} - {"int", "NoneType"}:
+        return name_classes(labels, keys, where)
+    wrong = next((n for n, label in enumerate(labels) if label is not None and type(label) is not int), None)
+    if wrong is not None:
         raise KamimError(
-            f"source = {where}: its metadata names classes, but labels are of type {', '.join(sorted(odd))}"
+            f"{where}: its metadata names classes, but labels are of type {type(labels[wrong]).__name__}, such as "
+            f"{labels[wrong]!r:.40} of {printable(keys[wrong])}"
         )
     numbers = [-1 if label is None else int(label) for label in labels]
-    if not all(-1 <= number < len(columns.classes) for number in numbers):
-        raise KamimError(f"source = {where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes")
+    wrong = next((n for n, number in enumerate(numbers) if not -1 <= number < len(columns.classes)), None)
+    if wrong is not None:
+        raise KamimError(
+            f"{where}: labels {min(numbers)} to {max(numbers)} of {len(columns.classes)} classes, such as "
+            f"{numbers[wrong]} of {printable(keys[wrong])}"
+        )
     return tuple(map(printable, columns.classes)), numbers
 
 

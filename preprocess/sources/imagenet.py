@@ -16,7 +16,7 @@ from kamim import KamimError
 from preprocess.sources import devkit
 from preprocess.sources.base import Item, Source, existing, is_image, printable, read_whole
 from preprocess.sources.folders import images_below, images_in, listed_folder, subfolders
-from preprocess.sources.tars import Tar, read_member, unpacked
+from preprocess.sources.tars import Tar, on_continued, read_member, unpacked
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 KAGGLE_TRUTH = "LOC_val_solution.csv"
@@ -74,7 +74,7 @@ def _train_tar(file: Path) -> Source:
     for label, wnid in enumerate(wnids):
         images = {entry.name: entry for entry in tar.entries(inner[wnid]) if is_image(entry.name)}
         items += (tar.member(f"{wnid}/{name}", label, images[name]) for name in sorted(images))
-    return Source(tar.name, tuple(map(printable, wnids)), items, read_member)
+    return Source(tar.name, tuple(map(printable, wnids)), items, read_member, remark=on_continued([tar]))
 
 
 def _val_tar(root: Path, file: Path) -> Source:
@@ -82,7 +82,7 @@ def _val_tar(root: Path, file: Path) -> Source:
     tar = Tar(file)
     images = {entry.name: entry for entry in tar.entries() if is_image(entry.name)}
     items = [tar.member(name, label_of(name), images[name]) for name in sorted(images)]
-    return Source(tar.name, tuple(classes), items, read_member)
+    return Source(tar.name, tuple(classes), items, read_member, remark=on_continued([tar]))
 
 
 def _truth(root: Path) -> tuple[list[str], Callable[[str], int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from kamim import KamimError
 from preprocess.sources.base import Item, Source, existing, is_image, printable
 from preprocess.sources.folders import images_below, listed_folder, subfolders
-from preprocess.sources.tars import Entry, Tar, read_member
+from preprocess.sources.tars import Entry, Tar, on_continued, read_member
 
 PLACES = {  # names of the archives, and of torchvision
     "train": ("train", "2021_train", "train_mini", "2021_train_mini"),
@@ -38,10 +38,8 @@ def list_images(source: Path | None, split: str) -> Source:
     for place in PLACES[split]:
         if (root / f"{place}.tar").is_file():
             return _tar(root / f"{place}.tar")
-        packed = root / f"{place}.tar.gz"
-        if packed.is_file():
-            tar = packed.with_suffix("")
-            raise KamimError(f"{printable(f'{packed}: cannot be sought in; first: zcat {packed} > {tar}')}")
+        if (root / f"{place}.tar.gz").is_file():
+            return _tar(root / f"{place}.tar.gz")  # says how to decompress it
     looked = ", ".join(f"{place}, {place}.tar" for place in PLACES[split])
     raise KamimError(f"source = {printable(str(root))}: holds no category folders NNNNN_..., nor any of {looked}")
 
@@ -63,7 +61,7 @@ def _tar(file: Path) -> Source:
     for label, category in enumerate(categories):
         images = by_category.pop(category)
         items += (tar.member(f"{category}/{name}", label, images[name]) for name in sorted(images))
-    return Source(tar.name, tuple(map(printable, categories)), items, read_member)
+    return Source(tar.name, tuple(map(printable, categories)), items, read_member, remark=on_continued([tar]))
 
 
 def _check(categories: list[str], where: str) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -23,6 +23,10 @@ from preprocess.sources.base import CHANGED, Item, Member, check_size, printable
 BLOCK = 512
 MAX_NAMES = 1 << 20  # bytes of a header that holds a long name or attributes
 MAX_UNPACKED = 1 << 28  # bytes of a small archive that is unpacked in memory
+MAX_AFTER = 1 << 20  # bytes after the end mark that are looked at; tar fills the last 10 KiB with zeros
+# Programs that decompress, by the first bytes and by the suffix of a file.
+MAGIC = {b"\x1f\x8b": "zcat", b"BZh": "bzcat", b"\xfd7zXZ": "xzcat", b"(\xb5/\xfd": "zstdcat"}
+PACKED = {".gz": "zcat", ".tgz": "zcat", ".bz2": "bzcat", ".xz": "xzcat", ".zst": "zstdcat"}
 PLAIN, LINKS_AND_SUCH, NAMES, SKIPPED = b"0\x007", b"123456", b"xL", b"gK"
 _RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
 
@@ -71,7 +75,10 @@ def read_member(item: Item) -> bytes:
 
 
 class Tar:
-    """A tar file, or a tar within one."""
+    """A tar file. Raises KamimError for a compressed one, in which nothing can be sought.
+
+    continued: whether more than zeros follow the end mark, as if tars were joined by cat; known once its entries are.
+    """
 
     def __init__(self, file: Path):
         status = file.stat()
@@ -79,13 +86,22 @@ class Tar:
             raise KamimError(f"{printable(str(file))}: not a plain file")
         self.file, self.time, self._size = str(file.resolve()), status.st_mtime_ns, status.st_size
         self.name = printable(str(file))
+        self.continued = False
+        with open(file, "rb") as stream:
+            first = stream.read(max(map(len, MAGIC)))
+        program = next((MAGIC[magic] for magic in MAGIC if first.startswith(magic)), PACKED.get(file.suffix))
+        if program:
+            raise KamimError(
+                printable(f"{file}: is compressed, so it cannot be sought in; first: {_unpack(program, file)}")
+            )
 
     def entries(self, within: Entry | None = None) -> Iterator[Entry]:
         """Yields the members of the tar, or of a tar within it, in order. Raises KamimError for a damaged one."""
         if within is not None and within.at < 0:
             raise KamimError(f"{self.name}: {printable(within.name)}: a link or a sparse file, not a tar")
         start, stop = (0, self._size) if within is None else (within.at, within.at + within.size)
-        return entries(partial(_read_at, self.file), start, stop, self.name)
+        end = yield from entries(partial(_read_at, self.file), start, stop, self.name)
+        self.continued |= any(_read_at(self.file, min(stop - end, MAX_AFTER), end))
 
     def member(self, key: str, label: int, entry: Entry) -> Member:
         """Returns the item of a member."""
@@ -96,6 +112,22 @@ class Tar:
         if entry.at < 0 or entry.size > limit:
             raise KamimError(f"{self.name}: {printable(entry.name)}: not a plain file of at most {limit} bytes")
         return _read_at(self.file, entry.size, entry.at)
+
+
+def _unpack(program: str, file: Path) -> str:
+    """Returns the shell command that decompresses a file beside it, or in place if its suffix is not one of PACKED."""
+    if file.suffix not in PACKED:
+        return f"{program} {file} > {file}.new && mv {file}.new {file}"
+    return f"{program} {file} > {file.with_suffix('.tar' if file.suffix == '.tgz' else '')}"
+
+
+def on_continued(tars: Sequence[Tar]) -> str:
+    """Returns a remark on tars of which more follows the end mark, or ""."""
+    names = [tar.name for tar in tars if tar.continued]
+    if not names:
+        return ""
+    some = f"{len(names):,} of {len(tars):,} tars, such as {names[0]}," if len(names) > 1 else names[0]
+    return f"what follows the end mark of {some} is not read; join tars by tar --concatenate, not by cat"
 
 
 def unpacked(file: Path) -> dict[str, memoryview]:
@@ -118,8 +150,8 @@ def unpacked(file: Path) -> dict[str, memoryview]:
     return {entry.name: memoryview(data)[entry.at : entry.at + entry.size] for entry in members if entry.at >= 0}
 
 
-def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
-    """Yields the members of a tar that spans the bytes `at` to `stop` of a file.
+def entries(read: ReadAt, at: int, stop: int, where: str) -> Generator[Entry, None, int]:
+    """Yields the members of a tar that spans the bytes `at` to `stop` of a file; returns where its end mark begins.
 
     Raises KamimError if it is damaged or truncated: a tar ends with a block of zeros.
     """
@@ -158,6 +190,7 @@ def entries(read: ReadAt, at: int, stop: int, where: str) -> Iterator[Entry]:
                 )
             yield Entry(os.fsdecode(name), start if plain else -1, size)
         at = start + -(-size // BLOCK) * BLOCK
+    return at
 
 
 def _check(header: bytes, where: str) -> None:

@@ -1,6 +1,7 @@
 """The measurements measure what they say; none asserts a time."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+import zarr
 from conftest import HAS_FFCV, make_store, plan_job
 from test_peers import fake
 from torchvision.transforms.v2 import functional as F
@@ -127,6 +129,35 @@ def test_bench_loader_reports_rates_and_ratios(
     assert ratios["sift_over_simmim"] == pytest.approx(finer["sift"][0] / finer["simmim"][0])
     assert all(np.isfinite(rate) for rate in rates.values())
     assert numba.uint8[::1].mutable  # which ffcv's own loader changes, in whatever process it runs
+
+
+@pytest.mark.parametrize("command", ["loader", "eval"])
+@pytest.mark.parametrize("damage", ["cut", "size", "keypoints", "source"])
+def test_damaged_files_are_one_line(
+    command: str, damage: str, class_folder: Path, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    if (command, damage) in (("eval", "keypoints"), ("eval", "source")):
+        pytest.skip("it reads no keypoints, and the source only as torchvision does")
+    store, source = shutil.copytree(stores["zarr"], tmp_path / "store"), shutil.copytree(class_folder, tmp_path / "all")
+    images = store / "images.zarr"
+    if damage == "cut":
+        array = zarr.open_array(images / "length", mode="r+")
+        array[5] = array[5] - 100
+    if damage == "size":
+        zarr.open_array(images / "size", mode="r+")[5] = (7, 7)
+    if damage == "keypoints":
+        zarr.open_array(store / "keypoints.zarr/fast/gaps", mode="r+")[...] = 254
+    if damage == "source":
+        file = sorted(source.rglob("*.jpg"))[5]
+        file.write_bytes(file.read_bytes()[:-100])
+    given = ["bench", command, "--store", str(store), "--source", str(source), "--batch", "8", "--rounds", "1"]
+    given += ["--model", "vit_demo", "--resolution", "64"] if command == "eval" else []
+    result = CliRunner().invoke(app, given)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("bench ")]
+    assert (result.exit_code, len(errors)) == (1, 1), result.output
+    assert {"cut": "image 5 is not a JPEG", "size": "image 5 is of shape", "keypoints": "sample ", "source": "5.jpg: "}[
+        damage
+    ] in errors[0]
 
 
 def test_bench_eval_reports_rates_and_ratios(

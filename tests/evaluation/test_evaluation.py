@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -575,6 +576,21 @@ def test_the_page_has_checkpoints_in_the_order_typed(stores: dict[str, Path], pr
         evaluate(evaluation("", stores["zarr"], checkpoint=specs, out=tmp_path / "out"), ["knn"], silent)
     table = (tmp_path / "out/index.html").read_text().partition("</table>")[0]
     assert re.findall(r"<tr><td>(.)</td>", table) == ["z", "m", "a", "b"]
+
+
+def test_val_may_lack_the_last_of_classes_that_are_numbers(
+    class_folder: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """The validation images are training images, which are their own nearest neighbours."""
+    for number, name in enumerate(("astronaut", "chelsea", "coffee")):
+        for split in ("train", "val")[: 2 if number < 2 else 1]:
+            shutil.copytree(class_folder / name, tmp_path / split / str(number))
+    train, val = (
+        build_store(tmp_path / split, tmp_path / f"store-{split}", detectors=()) for split in ("train", "val")
+    )
+    knn, attentive = run(evaluation(pretrained, train, "knn.k=[1]", val=val), "knn", "attentive")
+    assert (knn["classes"], knn["val"]["images"], knn["k"]["1"]["top1"]) == (3, 16, 100)
+    assert attentive["classes"] == 3
 
 
 def test_the_majority_is_of_the_training_classes(stores: dict[str, Path]) -> None:

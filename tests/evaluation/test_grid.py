@@ -274,6 +274,45 @@ def test_a_setting_that_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+NINE_AXES = [{"key": f"optim.{name}", "name": name, "values": [*range(1, 11)]} for name in "abcdefghi"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"axes": NINE_AXES}, "axes: 1,000,000,000 runs; must be at most 10,000"),
+        ({"axes": [{"key": "seed", "name": "s", "values": [*range(101)]}] * 2}, "axes: 10,201 runs"),
+        ({"pretrain": {"preset": 5}}, "preset = 5: must be the name of a preset, or a file"),
+        ({"pretrain": {"preset": ["x"]}}, "preset = ['x']: must be the name of a preset, or a file"),
+        ({"evaluation": {"preset": {}}}, "preset = {}: must be the name of a preset, or a file"),
+    ],
+)
+def test_a_sweep_has_limits(content: dict[str, Any], said: str, store: Path, tmp_path: Path) -> None:
+    """Nine axes would take minutes to list, and are refused before."""
+    file = file_of({**small(tmp_path / "out", store), **content}, tmp_path)
+    shown = ["--print-config"] if "axes" in content else []
+    result = CliRunner().invoke(app, ["sweep", str(file), *shown])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.output
+    assert said in result.stderr
+
+
+def test_a_sweep_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
+    for text in ("pretrain: &a {preset: imagenette, x: *a}", "pretrain: {}\naxes: &a [*a]"):
+        (tmp_path / "sweep.yaml").write_text(text)
+        result = CliRunner().invoke(app, ["sweep", str(tmp_path / "sweep.yaml")])
+        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.output
+        assert "an alias inside what it names" in result.stderr
+
+
+def test_the_size_of_a_sweep_is_printed_and_the_configuration_reads_back(store: Path, tmp_path: Path) -> None:
+    file = file_of(small(tmp_path / "out", store), tmp_path)
+    shown = CliRunner().invoke(app, ["sweep", str(file), "--print-config"]).stdout
+    (tmp_path / "again.yaml").write_text(shown)
+    again = load(Grid, tmp_path / "again.yaml")
+    assert again == load(Grid, file)
+    assert shown.splitlines()[0] == f"# {len(grid.points(again))} runs"
+
+
 def test_the_example_of_help_is_a_key_that_there_is() -> None:
     shown = CliRunner().invoke(app, ["sweep", "--help"]).output
     override = re.findall(r"overrides,\W+such\W+as\W+([\w.=-]+)", shown)

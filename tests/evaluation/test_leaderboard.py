@@ -14,6 +14,7 @@ import pytest
 from test_escape import HOSTILE, UNSAFE
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import app
 from kamim.evaluation.leaderboard import Leaderboard, find
 from kamim.evaluation.leaderboard_page import checkpoints_table, recipes_table, save, seeds_numbers, seeds_table
@@ -184,6 +185,88 @@ def test_damaged_results_are_named_and_counted(tmp_path: Path) -> None:
     assert (none.exit_code, len(none.stderr.splitlines())) == (1, 1)
     assert f"none of {len(damaged)} results can be read; the first is {tmp_path}/damaged/bytes" in none.stderr
     assert not (tmp_path / "none").exists()
+
+
+ODD = (-5, -1.7e308, 1.7e308, 2**54 - 1, 10**30, 10**309, 10**400)  # of no result's numbers, whatever they count
+LATER: list[dict[str, Any]] = [
+    {
+        "mode": "few-shot",
+        "shots": [{"per_class": 1, "images": 3, "linear": 50.0, "linear_spread": 1.0, "knn": 40.0, "knn_spread": 2.0}],
+    },
+    {
+        "mode": "corruptions",
+        "linear": 50.0,
+        "knn": 40.0,
+        "corrupted": [{"corruption": "blur", "strength": 1, "linear": 30.0, "knn": 20.0}],
+    },
+    {"mode": "segment", "miou": 50.0, "pixel_accuracy": 60.0, "iou": {"cat": 50.0}},
+    {"mode": "shape-bias", "shape": 3, "texture": 1, "other": 0, "by_category": {"cat": 75.0}, "shape_bias": 75.0},
+]
+
+
+def numbers_of(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all numbers of a result, except those of settings that are only shown."""
+    if isinstance(content, dict | list):
+        inside = content.items() if isinstance(content, dict) else enumerate(content)
+        return [
+            path
+            for key, inner in inside
+            if key not in ("options", "pretraining")
+            for path in numbers_of(inner, (*at, key))
+        ]
+    return [at] if type(content) in (int, float) else []
+
+
+def test_one_odd_result_is_left_out(tmp_path: Path) -> None:
+    """Each number of every kind of result, out of its range; seeds may have any number that a seed can be."""
+    probe = result("a", 1, 20.0)
+    about = {key: value for key, value in probe.items() if key not in ("top1", "top5")}
+    board(tmp_path / "good", probe, result("a", 2, 30.0))
+    odd = 0
+    for kind in [*WRITTEN, *({**about, **later} for later in LATER)]:
+        for *parents, last in numbers_of(kind):
+            for value in ODD:
+                if (value == -5 and last in ("psnr", "ssim")) or (last in ("seed", "run_seed") and value == 2**54 - 1):
+                    continue
+                content = copy.deepcopy(kind)
+                inner = content
+                for parent in parents:
+                    inner = inner[parent]
+                inner[last] = value
+                file = tmp_path / "odd" / str(odd) / "result.json"
+                file.parent.mkdir(parents=True)
+                file.write_text(json.dumps(content))
+                odd += 1
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    for key in ("options", "pretraining"):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "result.json").write_text(json.dumps({**probe, key: deep}))
+    assert odd > 700
+    results, skipped = find([tmp_path])
+    assert (len(results), len(skipped)) == (2, odd + 2)
+    assert max(map(len, skipped)) < 1000
+    (rows,) = Leaderboard(results).sections
+    assert [row.scores["linear probe"] for row in rows] == [30.0, 20.0]
+
+
+@pytest.mark.parametrize("value", [-1.0, 100.5])
+def test_accuracies_are_of_a_hundred_in_every_mode(value: float, tmp_path: Path) -> None:
+    percents = ("linear", "knn", "linear_spread", "knn_spread", "miou", "pixel_accuracy", "cat", "shape_bias", "top1")
+    for number, later in enumerate(LATER):
+        for *parents, last in numbers_of(later):
+            if last in percents:
+                content = copy.deepcopy({**result("a", 1, 20.0), **later})
+                inner = content
+                for parent in parents:
+                    inner = inner[parent]
+                inner[last] = value
+                file = tmp_path / f"{number}-{last}" / "result.json"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(content))
+    with pytest.raises(KamimError, match="none of"):
+        find([tmp_path])
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

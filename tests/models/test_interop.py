@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
@@ -27,6 +28,7 @@ from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
+from kamim.training.checkpoint import save_tensors
 from pipelines.batch import normalise
 
 State = dict[str, Tensor]
@@ -241,6 +243,18 @@ def test_weights_are_files_as_others_are(tmp_path: Path) -> None:
     finally:
         assert os.umask(before) == 0o027
     assert [file.stat().st_mode & 0o777 for file in (out, tmp_path / "ours/model.safetensors")] == [0o640, 0o640]
+
+
+def test_exports_of_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """The safetensors package orders metadata anew in each call; what it reads is what was given."""
+    state, about = {"b": torch.arange(5.0), "a": torch.ones(3, dtype=torch.int64)}, {"kamim.é": 'vit "\\', "z": "1"}
+    for number in range(20):
+        save_tensors(state, tmp_path / str(number), about)
+    (content,) = {file.read_bytes() for file in tmp_path.iterdir()}
+    assert b'{"format":"pt","kamim.' in content
+    with safe_open(tmp_path / "0", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", **about}
+        assert all(torch.equal(opened.get_tensor(name), value) for name, value in state.items())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])

@@ -121,6 +121,29 @@ def test_files_that_are_no_weights_are_one_line(vit: State, tmp_path: Path, recw
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_names_and_numbers_of_tensors_are_limited(suffix: str, vit: State, tmp_path: Path) -> None:
+    """A name that takes a quadratic expression minutes, one with spaces, and more tensors than any encoder has."""
+    long = ".attention." * 20_000
+    states = {
+        "long": ({**vit, long: torch.zeros(1)}, f"a tensor's name of {len(long):,} characters; must be at most 500"),
+        "words": ({**vit, "a " * 20_000: torch.zeros(1)}, "a tensor's name of 40,000 characters; must be at most 500"),
+        "many": ({**vit, **{str(i): torch.zeros(0) for i in range(10_000)}}, "tensors; must be at most 10,000"),
+    }
+    for name, (state, said) in states.items():
+        file = tmp_path / f"{name}.{suffix}"
+        torch.save(state, file) if suffix == "pth" else save_file(state, file)
+        line = one_line("import", str(file), "--out", str(tmp_path / "x"))
+        assert line.startswith(f"error: {file}: ") and line.endswith(said)
+        assert len(line) < 5000
+
+
+def test_renaming_takes_time_in_proportion_to_a_name() -> None:
+    """With a quadratic expression this takes hours."""
+    for part in (".attention.", ".attention.a.", "blocks.1", "module."):
+        assert len(interop._rename({part * 200_000: torch.zeros(1)})) == 1
+
+
 def test_an_archive_that_inflates_is_refused_before_it_does(
     vit: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

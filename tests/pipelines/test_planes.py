@@ -119,7 +119,7 @@ def through_the_chunk(data: bytes, size: tuple[int, int], room: np.ndarray | Non
     crop_chunk(
         FORMATS.index("jpeg"), np.array([encoded.ctypes.data], np.uint64), np.array([len(data)]), sizes,
         np.array([[0, 0, *size, 0, 0]]), turbojpeg.turbo(room), np.empty((3, size[0] + WOVEN, SIDE), np.uint16),
-        np.empty((SIDE, SIDE, 3), np.uint8), out, failed,
+        np.empty((SIDE, SIDE, 3), np.uint8), out, failed, np.zeros(1, np.bool_),
     )  # fmt: skip
     return None if failed[0] else out[0]
 

@@ -16,6 +16,7 @@ from conftest import BACKENDS, Inline, make_store, plan_job, small_pages
 from PIL import Image
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import RESUMABLE, app
 from kamim.storage.store import Store
 from preprocess import build as building
@@ -611,3 +612,28 @@ def test_info_is_readable_by_programs(folder: Path, tmp_path: Path) -> None:
     said = json.loads(runner.invoke(app, ["store", "info", str(out), "--json"]).stdout)
     assert (said["count"], said["classes"], said["rejects"], said["job"]["quality"]) == (12, 3, 0, 90)
     assert set(said["bytes"]) == set(said["opencv"]) == {"images", "fast"}
+
+
+def test_a_copy_that_lost_its_times_is_told_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "images")
+    out = make_store(copied, tmp_path / "out")
+    for file in copied.glob("*/*"):
+        os.utime(file, (7, 7))
+    with pytest.raises(KamimError) as raised:
+        make_store(copied, out, detectors=("fast", "sift"))
+    assert "perhaps only the files' times do" in str(raised.value)
+    said = runner.invoke(app, ["preprocess", "imagefolder", "--source", str(copied), "--out", str(out)]).output
+    assert "choose another --out ... with --fingerprint content" in " ".join(said.split())
+    (copied / "a/0.jpg").write_bytes(b"another")
+    shutil.copytree(folder, copied, dirs_exist_ok=True)  # copies the times
+    make_store(copied, out, detectors=("fast", "sift"))
+    os.utime(copied / "a/0.jpg", (7, 7))
+    with pytest.raises(KamimError, match=r"number 0, a/0.jpg; restore the source"):
+        make_store(copied, out, detectors=("fast", "orb"))
+
+
+def test_one_image_is_not_several(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(folder / "a/0.jpg", tmp_path / "one")
+    job, listed = plan_job(tmp_path / "one")
+    assert plan_build(job, listed, Workspace(tmp_path / "out")).summary().endswith("of 1 image in 1 shard")

@@ -228,8 +228,10 @@ def test_a_pipe_is_no_data_set(tmp_path: Path) -> None:
         (pa.table({"label": [1]}), "needs one column of images, has none"),
         (pa.table({"image": [b"x"], "img": [b"y"]}), "has image, img"),
         (pa.table({"image": ["text"]}), "not the bytes of image files"),
-        (pa.table({"image": [b"x", b"y"], "label": [0, None]}), "every image must have a label"),
-        (pa.table({"image": [b"x"], "label": [1.5]}), "every image must have a label"),
+        (pa.table({"image": [b"x", b"y"], "label": [0, None]}), "x.parquet/1 has no label; every"),
+        (pa.table({"image": [b"x"], "label": [1.5]}), "x.parquet/0 has the label 1.5 of type float; every image must"),
+        (pa.table({"image": [b"x", b"y"], "label": [0, -1]}), "labels from -1 to 0, such as -1 of x.parquet/1"),
+        (table(features=FEATURES, label=pa.array([0.0] * 7)), "labels are of type float, such as 0.0 of x.parquet/0"),
         (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": ["ant"]}}), "labels 0 to 2 of 1 classes"),
         (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": "ant"}}), "does not list the names"),
         (table(features=FEATURES | {"label": {"_type": "ClassLabel", "names": [1, 2, 3]}}), "does not list the names"),
@@ -245,7 +247,44 @@ def test_unfitting_columns_are_named(tmp_path: Path, made: pa.Table, reason: str
 def test_files_must_have_the_same_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", table())
     parquet(tmp_path / "b.parquet", pa.table({"img": [b"x"]}))
-    assert "differ in their columns" in complaint(tmp_path)
+    assert "differ in their columns: a.parquet has images in column image.bytes" in complaint(tmp_path)
+
+
+def test_classes_in_another_order_are_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", table(features=FEATURES))
+    turned = FEATURES | {"label": {"_type": "ClassLabel", "names": ["ant", "cat", "bee"]}}
+    parquet(tmp_path / "b.parquet", table(features=turned))
+    assert complaint(tmp_path).endswith("a.parquet has class 1: bee, b.parquet cat")
+    (tmp_path / "b.parquet").unlink()
+    parquet(tmp_path / "c.parquet", table())
+    assert complaint(tmp_path).endswith("a.parquet has class 0: ant, c.parquet none")
+
+
+@pytest.mark.parametrize("files", [
+    ("full/train-00000-of-00001", "small/train-00000-of-00001", "tiny/train-00000-of-00001"),
+    ("data/full-train-00000-of-00001", "data/small-train-00000-of-00001"),
+    ("data/train-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002"),
+    ("data/train-00000-of-00001-0123456789abcdef", "data/train-00000-of-00001-fedcba9876543210"),
+    ("data/train-00000-of-00001", "data/train-00000-of-00001 (1)"),
+    ("default/train/0000", "default/partial-train/0000"),
+])  # fmt: skip
+def test_configurations_and_copies_of_a_split_are_never_merged(files: tuple[str, ...], tmp_path: Path) -> None:
+    for name in files:
+        parquet(tmp_path / f"{name}.parquet", table())
+    folders = {name.rpartition("/")[0] for name in files}
+    reason = complaint(tmp_path)
+    assert all(folder in reason for folder in folders) if len(folders) > 1 else files[0].partition("-0000")[0] in reason
+    if len(folders) == len(files):
+        check(list_source("huggingface", tmp_path / sorted(folders)[0], "train"), classes=("0", "1", "2"))
+
+
+def test_the_files_that_are_read_are_told(tmp_path: Path) -> None:
+    for number, rows in enumerate((slice(0, 4), slice(4, None))):
+        parquet(tmp_path / f"data/train-0000{number}-of-00002.parquet", table(rows))
+    parquet(tmp_path / ".cache/train-00000-of-00002.parquet", table())
+    source = list_source("huggingface", tmp_path, "train")
+    check(source, classes=("0", "1", "2"))
+    assert source.summary()[-1] == "read from 2 files of data/train-*-of-00002"
 
 
 def test_threads_read_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,13 @@
 """WebDataset shards: samples by name, labels from .cls or .json, shards from a folder or a pattern."""
 
+import bz2
+import gzip
 import json
+import lzma
 import pickle
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +66,16 @@ def test_labels_are_numbers_or_names_or_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b""}, "every image must have a label"),
+        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b""}, "x.tar/b.jpg has no label; every image must have a label"),
+        ({"a.jpg": b"", "a.cls": b"", "b.jpg": b"", "b.cls": b"2"}, "x.tar/a.jpg has no label"),
+        ({"b.jpg": b"", "b.cls": b"0", "a.jpg": b"", "a.cls": b"-1"}, "labels from -1 to 0, such as -1 of x.tar/a.jpg"),
+        ({"IMG_2020.05.01.jpg": b"", "IMG_2020.05.01.cls": b"3"}, "x.tar: IMG_2020.05.01.cls is the label of no image"),
+        ({"I.05.jpg": b"", "I.05.json": {"label": 3}, "b.jpg": b""}, "x.tar: I.05.json is the label of no image"),
+        ({"a.jpg": b"", "b.cls": b"3"}, "x.tar: b.cls is the label of no image"),
+        ({"a.jpg": b"", "d/a.cls": b"3"}, "x.tar: d/a.cls is the label of no image"),
+        ({"a.jpg": b"", "b.json": {"label": 1}}, "x.tar: b.json is the label of no image"),
+        ({"a.jpg": b"", "a.png": b""}, "x.tar: a.jpg, a.png are images of one sample"),
+        ({"I.05.01.jpg": b"", "I.05.02.jpg": b""}, "x.tar: I.05.01.jpg, I.05.02.jpg are images of one sample"),
         ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.cls": b"ant"}, "every image must have a label"),
         ({"a.jpg": b"", "a.cls": b"999999999"}, "labels from 999999999"),
         ({"a.jpg": b"", "a.json": {"label": -1}}, "labels from -1"),
@@ -75,6 +89,56 @@ def test_labels_are_numbers_or_names_or_none(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_shard_is_said(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
     shard(tmp_path, "x.tar", files)
     assert reason in complaint(tmp_path)
+
+
+def test_a_sample_has_one_image(tmp_path: Path) -> None:
+    files = {
+        "a.seg.png": b"mask", "a.jpg": b"one", "a.cls": b"1", "a.boxes.json": {"label": 7}, "b.depth.png": b"depth",
+        "b.jpeg": b"two", "b.json": {"label": 0}, "IMG.05.01.jpg": b"three", "IMG.cls": b"0",
+    }  # fmt: skip
+    shard(tmp_path, "x.tar", files)
+    source = list_source("webdataset", tmp_path, "train")
+    assert labels(source) == {"x.tar/a.jpg": 1, "x.tar/b.jpeg": 0, "x.tar/IMG.05.01.jpg": 0}
+    assert [source.read(item) for item in source.items] == [b"one", b"two", b"three"]
+
+
+def test_hidden_members_and_shards_are_left_out(tmp_path: Path) -> None:
+    files = {"._0.jpg": b"fork", "0.jpg": b"one", "0.cls": b"0", "._0.cls": b"fork", "./1.jpg": b"two", "./1.cls": b"1"}
+    shard(tmp_path, "x.tar", files | {"__MACOSX/0.jpg": b"fork"})
+    (tmp_path / "._x.tar").write_bytes(b"Mac OS X")
+    source = list_source("webdataset", tmp_path, "train")
+    assert [source.read(item) for item in source.items] == [b"one", b"two"]
+    assert source.summary()[1] == "skipped 3 other files: 3 hidden or of the system"
+
+
+@pytest.mark.parametrize(("pack", "program"), [
+    (gzip.compress, "zcat"), (bz2.compress, "bzcat"), (lzma.compress, "xzcat"),
+])  # fmt: skip
+@pytest.mark.parametrize(("name", "becomes"), [("x.tar.gz", "x.tar"), ("x.tgz", "x.tar"), ("x.tar", "x.tar.new")])
+def test_what_to_do_about_compressed_shards_is_said(
+    pack: Callable[[bytes], bytes], program: str, name: str, becomes: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(pack(packed({"a.jpg": b"x"})))
+    expected = f"cannot be sought in; first: {program} {tmp_path / name} > {tmp_path / becomes}"
+    for source in (tmp_path, tmp_path / f"{{{name},b}}"):
+        reason = complaint(source)
+        assert f"{tmp_path / name}: is compressed, so it {expected}" in reason
+    if shutil.which(program):
+        subprocess.run(["bash", "-c", reason.partition("first: ")[2]], check=True)
+        if name != "x.tar":
+            (tmp_path / name).unlink()
+        assert [item.key for item in list_source("webdataset", tmp_path, "train").items] == ["x.tar/a.jpg"]
+
+
+def test_what_follows_the_end_of_a_shard_is_told(tmp_path: Path) -> None:
+    shard(tmp_path, "a.tar", {"a.jpg": b"one"})
+    shard(tmp_path, "b.tar", {"b.jpg": b"two"})
+    assert list_source("webdataset", tmp_path, "train").remark == ""
+    with (tmp_path / "a.tar").open("ab") as file:
+        file.write((tmp_path / "b.tar").read_bytes())
+    source = list_source("webdataset", tmp_path, "train")
+    assert len(source.items) == 2
+    assert f"what follows the end mark of {tmp_path}/a.tar is not read" in source.summary()[-1]
 
 
 def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:

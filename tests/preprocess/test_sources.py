@@ -76,7 +76,69 @@ def test_of_folders_of_splits_one_is_listed(splits: tuple[str, ...], split: str,
     assert (listed.location, listed.classes) == (str(tmp_path / chosen), ("ant", "bee"))
     assert listed.items == list_source("imagefolder", tmp_path / chosen, split).items
     image(tmp_path / "ant/a.jpg")
-    assert list_source("imagefolder", tmp_path, split).classes == ("ant", *sorted(splits))
+    assert f"source={tmp_path / chosen}; " in complaint("imagefolder", tmp_path, split)
+
+
+@pytest.mark.parametrize(("folders", "train", "val"), [
+    (("Training", "Test"), "Training", "Test"), (("Training", "Test", "test-multiple_fruits"), "Training", "Test"),
+    (("TRAIN", "Val", "test"), "TRAIN", "Val"), (("trainval", "test"), "trainval", "test"),
+    (("train2017", "val2017"), "train2017", "val2017"), (("seg_train", "seg_test"), "seg_train", "seg_test"),
+    (("train", "No_Rotation_Validation", "test"), "train", "No_Rotation_Validation"),
+    (("train", "eval"), "train", "eval"), (("train", "__MACOSX", ".git", "dev"), "train", "dev"),
+])  # fmt: skip
+@pytest.mark.parametrize("classes", [("ant", "bee"), ()], ids=["of classes", "flat"])
+def test_splits_are_told_by_their_names(
+    folders: tuple[str, ...], train: str, val: str, classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in folders:
+        for file in [f"{each}/{name}.jpg" for each in classes] or ["1.jpg"]:
+            image(tmp_path / name / file)
+    for split, chosen in (("train", train), ("val", val)):
+        listed = list_source("imagefolder", tmp_path, split)
+        assert (listed.location, listed.classes) == (str(tmp_path / chosen), classes)
+
+
+@pytest.mark.parametrize("folders", [
+    ("train", "test", "unlabeled"), ("train", "val", "docs"), ("Training", "Test", "papers"), ("train", "docs"),
+    ("seg_train", "seg_test", "seg_pred"), ("train", "extra", "more"),
+])  # fmt: skip
+def test_folders_of_which_some_are_splits_are_never_classes(folders: tuple[str, ...], tmp_path: Path) -> None:
+    for name in folders:
+        image(tmp_path / name / "ant/1.jpg")
+    assert f"source={tmp_path / folders[0]}; " in (reason := complaint("imagefolder", tmp_path))
+    assert folders[-1] in reason
+    complaint("imagefolder", tmp_path, "val")
+
+
+def test_folders_of_which_several_are_one_split_are_named(tmp_path: Path) -> None:
+    for name in ("train_a", "train_b", "test"):
+        image(tmp_path / name / "ant/1.jpg")
+    assert "the folders train_a, train_b are all for split = train" in complaint("imagefolder", tmp_path)
+
+
+@pytest.mark.parametrize("classes", [
+    ("airplane", "train", "truck"), ("bullet_train", "freight_train"), ("car", "train_station", "train_interior"),
+])  # fmt: skip
+def test_classes_may_be_named_as_a_split(classes: tuple[str, ...], tmp_path: Path) -> None:
+    for name in classes:
+        image(tmp_path / name / "1.jpg")
+    assert list_source("imagefolder", tmp_path, "train").classes == tuple(sorted(classes))
+
+
+def test_hidden_files_and_those_of_a_system_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("ant/1.jpg", "bee/1.jpg"):
+        image(tmp_path / name)
+    expected = list_source("imagefolder", tmp_path, "train").items
+    hidden = (
+        ".ipynb_checkpoints/1-checkpoint.jpg", "ant/.ipynb_checkpoints/1-checkpoint.jpg", "__MACOSX/ant/._1.jpg",
+        "ant/._1.jpg", "@eaDir/1.jpg", "bee/@eaDir/1.jpg@SynoEAStream.jpg", "bee/.thumbnails/deep/1.png", "._cover.jpg",
+    )  # fmt: skip
+    for name in hidden:
+        image(tmp_path / name)
+    listed = list_source("imagefolder", tmp_path, "train")
+    assert listed.items == expected
+    assert listed.summary()[1] == "skipped 8 other files: 8 hidden or of the system"
+    assert list_source("imagefolder", tmp_path / ".ipynb_checkpoints", "train").classes == ()  # asked for by name
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:

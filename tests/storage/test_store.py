@@ -460,6 +460,29 @@ def test_verify_finds_missing_and_extra_files(copy: Path) -> None:
     ]
 
 
+def test_a_store_replaced_while_it_is_open_is_never_mixed_with_the_other(folder: Path, tmp_path: Path) -> None:
+    """The other store's images are the same ones in another order, so that counts and files agree."""
+    turned = tmp_path / "turned"
+    for file in folder.glob("*/*"):
+        (turned / {"a": "c", "b": "b", "c": "a"}[file.parent.name]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, turned / {"a": "c", "b": "b", "c": "a"}[file.parent.name])
+    path, other = make_store(folder, tmp_path / "store"), make_store(turned, tmp_path / "other")
+    expected, new = Store(path).keypoints("fast").rows(0, 0)[0].tolist(), Store(other).keypoints("fast").rows(0, 0)[0]
+    assert expected != new.tolist()
+    both, images, nothing = (Store(path) for _ in range(3))
+    assert both.keypoints("fast").rows(0, 0)[0].tolist() == expected
+    before = images.images.data(0).tobytes(), both.images.data(0).tobytes()
+    path.rename(tmp_path / "old")
+    other.rename(path)
+    assert (images.images.data(0).tobytes(), both.images.data(0).tobytes()) == before  # mapped before
+    for use in (lambda: images.keypoints("fast"), lambda: nothing.images, nothing.check):
+        with pytest.raises(KamimError, match="was replaced by another store since it was opened"):
+            use()
+    path.rename(other)
+    (tmp_path / "old").rename(path)
+    assert images.keypoints("fast").rows(0, 0)[0].tolist() == expected  # the same store again
+
+
 def test_a_large_store_does_not_use_up_file_descriptors(tmp_path: Path) -> None:
     """ImageNet's FAST keypoints, and every larger total, are some 64 to 128 mapped files."""
     for total in (1, 10**6, 2 * 10**9, 10**11):

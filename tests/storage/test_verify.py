@@ -11,6 +11,7 @@ import zarr
 from conftest import BACKENDS, Inline, make_store, plan_job, small_pages
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import app
 from kamim.storage import store
 from kamim.storage.store import Store
@@ -322,3 +323,26 @@ def test_the_command_lists_what_is_wrong_and_repairs_it(copy: Path, source: Path
     assert mended.exit_code == 0, mended.stderr
     assert "counts/c/0/0/0: was damaged, repaired" in mended.stdout
     assert "all as written" in mended.stdout
+
+
+def test_links_are_no_damage(copy: Path, tmp_path: Path) -> None:
+    """A folder of links, as data version control makes them; the copy of what they lead to is intact."""
+    links = tmp_path / "links"
+    shutil.copytree(copy, links, copy_function=lambda file, link: Path(link).symlink_to(file))
+    assert [(problem.where, problem.what.partition(";")[0]) for problem in problems(links)] == [
+        ("manifest.json", "a link or a special file"), ("manifest.backup", "a link or a special file")
+    ]  # fmt: skip
+    for act in (lambda: Store(links), lambda: repair(links, lambda job: None, workers=1, progress=None, say=None)):
+        with pytest.raises(KamimError, match=r"manifest.json: is a link.*`cp -rL` copies") as raised:
+            act()
+        assert "damaged" not in str(raised.value)
+    shutil.copytree(links, tmp_path / "copied")  # follows links, as cp -rL does
+    assert problems(tmp_path / "copied", deep=True) == []
+
+
+def test_a_linked_manifest_is_told_and_put_right(copy: Path, tmp_path: Path) -> None:
+    shutil.move(copy / "manifest.json", tmp_path / "elsewhere.json")
+    (copy / "manifest.json").symlink_to(tmp_path / "elsewhere.json")
+    assert [(problem.where, problem.what) for problem in problems(copy)] == [
+        ("manifest.json", "a link or a special file")
+    ]

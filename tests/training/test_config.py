@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kamim import KamimError
 from kamim.evaluation.config import Evaluation
 from kamim.training.checkpoint import Checkpoint
 from kamim.training.config import Pretrain
@@ -83,6 +84,51 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="must hold keys and values, holds list"):
         load(Pretrain, tmp_path / "list.yaml")
+
+
+HOSTILE_YAML = {
+    "hexadecimal": (f"seed: 0x{'1' * 5000}", "a number of more than 64 characters"),
+    "decimal": (f"seed: {'1' * 5000}", "a number of more than 64 characters"),
+    "base 60": (f"seed: {':'.join(['1'] * 400)}", "a number of more than 64 characters"),
+    "base 60, float": (f"seed: {':'.join(['1'] * 400)}.5", "a number of more than 64 characters"),
+    "10^60": (f"optim: {{epochs: 1{'0' * 60}}}", "optim.epochs = 1000000000000000"),
+    "10^13 epochs": (f"optim: {{epochs: 1{'0' * 13}}}", "should be less than or equal to 1000000000000"),
+    "a large rate": ("optim: {lr: 1.0e300}", "should be less than or equal to 1000000000000"),
+    "itself": ("data: &a {store: *a}", "more than 20 levels, or an alias inside what it names"),
+    "itself, wide": (f"data: &a [{'*a, ' * 9000}]", "more than 10,000 values"),
+    "aliases": ("a: &a [1, 2]\n" + "".join(
+        f"{n}: &{n} [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]\n" for n in "bcdefghij"), "more than 10,000 values"),
+    # PyYAML before 6.0.4 makes 8^9 pairs of these.
+    "merges": ("a: &a {x: 1}\n" + "".join(
+        f"{n}: &{n} {{<<: [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]}}\n" for n in "bcdefghij"), "a: unknown key"),
+    "long": ("a: b\n" * 10**5, "characters; must be at most 262,144"),
+    "int of nothing": ("seed: !!int ''", "the tag tag:yaml.org,2002:int is not supported"),
+    "timestamp": ("seed: !!timestamp x", "the tag tag:yaml.org,2002:timestamp is not supported"),
+    "set": ("seed: !!set {a, b}", "the tag tag:yaml.org,2002:set is not supported"),
+    "binary": ("out: !!binary aGVsbG8=", "the tag tag:yaml.org,2002:binary is not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_numbers_and_sizes_of_yaml_are_limited(name: str, tmp_path: Path) -> None:
+    text, said = HOSTILE_YAML[name]
+    (tmp_path / "c.yaml").write_text(f"data: {{store: s}}\nout: o\n{text}" if "data:" not in text else text)
+    with pytest.raises(KamimError) as error:
+        load(Pretrain, tmp_path / "c.yaml")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    key, _, value = text.partition(": ")
+    if "\n" not in value:
+        with pytest.raises(KamimError) as error:
+            load(Pretrain, None, [*NEEDED, f"{key}={value}"])
+        assert said in str(error.value) or key == "data"
+
+
+def test_dates_and_merges_are_read(tmp_path: Path) -> None:
+    """As PyYAML reads them, except that a date is the text that was written."""
+    text = "data: &a {store: s, resolution: 96}\nout: 2026-11-22\ninit_from: 2026-11-22 10:00:00\n"
+    (tmp_path / "c.yaml").write_text(text + "weighting: null\nmask: {<<: {ratio: 0.5}}")
+    made = load(Pretrain, tmp_path / "c.yaml")
+    assert (made.out, made.init_from, made.mask.ratio) == (Path("2026-11-22"), Path("2026-11-22 10:00:00"), 0.5)
 
 
 def test_overrides_win_over_the_file_and_numbers_are_numbers(tmp_path: Path) -> None:

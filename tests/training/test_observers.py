@@ -144,8 +144,8 @@ def test_panels_and_probes_leave_out_what_the_run_does(
 ) -> None:
     crop_chunk = Loader._crop_chunk
 
-    def without_first(self: Loader, crops: Crops, scratch: Any) -> np.ndarray:
-        return crop_chunk(self, crops, scratch) | (crops.indices == 0)
+    def without_first(self: Loader, crops: Crops, scratch: Any, stopped: np.ndarray) -> np.ndarray:
+        return crop_chunk(self, crops, scratch, stopped) | (crops.indices == 0)
 
     def damaged(self: Loader, crops: Crops, scratch: Any) -> None:
         raise ValueError("not a JPEG")

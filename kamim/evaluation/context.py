@@ -1,5 +1,6 @@
 """Shared parts of the evaluation modes: loaders and features of samples, and the type of a task."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from pipelines.plan import Plan
 from pipelines.samples import Samples
 from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
+_LOG = logging.getLogger(__name__)
 Work = Callable[[Path, Progress], Measured]  # called with its folder
 
 
@@ -58,6 +60,8 @@ class EvalContext:
         )
         if train.classes != val.classes:
             raise KamimError(f"{val.path / CLASSES}: names other classes than {train.path / CLASSES}")
+        for line in (*train.cautions(), *val.cautions()) if self.world.is_main else ():
+            _LOG.warning("%s", line)
         return train, val
 
     def training(

@@ -136,6 +136,18 @@ class Job(pydantic.BaseModel):
         """Returns the array that holds the keypoints of a detector with these rules."""
         return GAPS if self.whole_pixels == "gaps" and rules.in_reading_order else POSITIONS
 
+    def other_crops(self, resolution: int, crop_scale: tuple[float, float] | None) -> str:
+        """Describes how crops differ from those that the keypoints are for; returns "" if they do not.
+
+        crop_scale: smallest and largest area; None for whole images.
+        """
+        own, other = [str(self.resolution)], [str(resolution)]
+        if crop_scale is not None:
+            own, other = [*own, str(list(self.crop_scale))], [*other, str(list(crop_scale))]
+        if own == other:
+            return ""
+        return f"resolution {' and crop scale '.join(own)}, not {' and '.join(other)}"
+
     def recipe(self, component: str) -> dict[str, Any]:
         """Returns the parameters that the component's bytes depend on."""
         names = {"resolution", "crop_scale"}
@@ -336,10 +348,12 @@ class Keypoints:
     """Read-only keypoints of one detector, of N images on V frames in G groups.
 
     frame: uint16 [N, V, 2] (height, width). array: POSITIONS or GAPS, whose rows hold them, see Job.keypoint_array.
-    Raises KamimError, naming the file and the fault, if they are damaged.
+    job: that of their store, None without one. Raises KamimError, naming the file and the fault, if they are damaged.
     """
 
-    def __init__(self, path: Path, detector: str, rules: Rules, array: KeypointArray):
+    def __init__(self, path: Path, detector: str, rules: Rules, array: KeypointArray, job: Job | None = None):
+        self.path = path.parent
+        self.job = job
         self.rules = rules
         self.array = array
         folder = path / detector
@@ -353,6 +367,19 @@ class Keypoints:
         for group in range(len(rules.groups)):  # several times as fast as a sum over a short last axis
             self._total += self._counts[..., group]
         self._rows = mmap_array.ArrayReader(folder / array.name, array.dtype, array.row_shape)
+
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """Raises KamimError if the keypoints are not of `images` images, or their frames are for other crops.
+
+        crop_scale: see Job.other_crops.
+        """
+        if images != len(self.frame):
+            raise KamimError(f"{self.path}: has keypoints of {len(self.frame)} images, the loader's store {images}")
+        if self.job is not None and (difference := self.job.other_crops(resolution, crop_scale)):
+            raise KamimError(
+                f"{self.path}: its keypoints are for {difference}; preprocess with --resolution and --crop-scale to "
+                "match, or count with OnlineCounts"
+            )
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keypoints of one frame of an image: (positions uint16 [K, 2], counts int [G]).
@@ -492,7 +519,8 @@ class Store:
         """Opens keypoints without checking single images. Raises KamimError if the component is damaged as a whole."""
         path = self._file(detector)
         rules = self.manifest.rules[detector]
-        reader = Keypoints(path.parent, detector, rules, self.manifest.job.keypoint_array(rules))
+        job = self.manifest.job
+        reader = Keypoints(path.parent, detector, rules, job.keypoint_array(rules), job)
         self._check_count(path, len(reader.frame))
         return reader
 

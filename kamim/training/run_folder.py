@@ -20,15 +20,14 @@ NONFINITE = "nonfinite"  # the folder of a run that holds the records of steps t
 
 def check_keypoints(config: Pretrain, store: Store) -> None:
     """Raises KamimError if a run needs keypoints that the store does not have, or has for other crops."""
-    weighting, job, data = config.weighting, store.manifest.job, config.data
+    weighting, data = config.weighting, config.data
     if weighting is None or weighting.keypoints == "online":
         return
     store.check_detector(weighting.detector)
-    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+    if difference := store.manifest.job.other_crops(data.resolution, data.crop_scale):
         raise KamimError(
-            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
-            f"{list(job.crop_scale)}, the run uses {data.resolution} and {list(data.crop_scale)}; preprocess "
-            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+            f"data.store = {store.path}: its keypoints are for {difference}; preprocess with --resolution and "
+            "--crop-scale to match, or set weighting.keypoints=online"
         )
 
 

@@ -381,6 +381,11 @@ class Keypoints:
                 "match, or count with OnlineCounts"
             )
 
+    @property
+    def held(self) -> np.ndarray:
+        """The rows of each image on all frames, 0 for an image without keypoints: int64 [N]."""
+        return np.asarray(self._total.sum(axis=1))
+
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keypoints of one frame of an image: (positions uint16 [K, 2], counts int [G]).
 

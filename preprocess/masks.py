@@ -37,6 +37,7 @@ class MaskFolder:
 
     images: the file names of the images. classes: by index. ignore_index: the value in masks of pixels without a class.
     fingerprint: a digest of the classes and of all files. pixels: of all masks, those ignored, then those of each class.
+    digests: the sha256 of each image's file.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class MaskFolder:
     ignore_index: int
     fingerprint: str = ""
     pixels: tuple[int, ...] = ()
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,10 +122,12 @@ def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) 
     images = _paired(path, _by_stem(path / IMAGES, is_image), _by_stem(path / MASKS, lambda name: name[-4:] == ".png"))
     listed = MaskFolder(path, images, classes, ignore_index)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        digests, pixels = zip(*pool.map(lambda index: _checked(listed, index), range(len(listed))), strict=True)
+        samples = list(pool.map(lambda index: _checked(listed, index), range(len(listed))))
+    of_samples, digests, pixels = zip(*samples, strict=True)
     of_classes = hashlib.sha256("\n".join(classes).encode()).digest()
-    fingerprint = hashlib.sha256(b"".join((of_classes, *digests))).hexdigest()
-    opened = replace(listed, fingerprint=fingerprint, pixels=tuple(np.sum(pixels, axis=0).tolist()))
+    fingerprint = hashlib.sha256(b"".join((of_classes, *of_samples))).hexdigest()
+    counts = tuple(np.sum(pixels, axis=0).tolist())
+    opened = replace(listed, fingerprint=fingerprint, pixels=counts, digests=digests)
     _check_two_classes(opened)
     return opened
 
@@ -181,13 +185,15 @@ def _paired(path: Path, images: Mapping[str, str], masks: Mapping[str, str]) -> 
     return tuple(images[stem] for stem in sorted(images))
 
 
-def _checked(folder: MaskFolder, index: int) -> tuple[bytes, np.ndarray]:
-    """Returns a digest of a sample's files and its numbers of pixels, see MaskFolder. Raises KamimError if they are
-    invalid."""
-    digest = hashlib.sha256(folder.images[index].encode(errors="surrogateescape"))
+def _checked(folder: MaskFolder, index: int) -> tuple[bytes, bytes, np.ndarray]:
+    """Returns digests of a sample's name and files and of its image alone, and its pixels as in MaskFolder.pixels.
+
+    Raises KamimError if the files are invalid.
+    """
+    digests = [folder.images[index].encode(errors="surrogateescape")]
 
     def hashed(parse: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
-        digest.update(hashlib.sha256(data).digest())
+        digests.append(hashlib.sha256(data).digest())
         return parse(data)
 
     image = read_file(folder.image_file(index), partial(hashed, decode))
@@ -195,4 +201,5 @@ def _checked(folder: MaskFolder, index: int) -> tuple[bytes, np.ndarray]:
     if image.shape[:2] != mask.shape:
         (h, w), (height, width) = mask.shape, image.shape[:2]
         raise KamimError(f"{folder.mask_file(index)}: is {w}x{h} px, its image {width}x{height} px; they must be equal")
-    return digest.digest(), np.bincount(mask.ravel() - UNLABELLED, minlength=1 + len(folder.classes))
+    pixels = np.bincount(mask.ravel() - UNLABELLED, minlength=1 + len(folder.classes))
+    return hashlib.sha256(b"".join(digests)).digest(), digests[1], pixels

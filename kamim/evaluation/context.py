@@ -15,6 +15,7 @@ from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
 from kamim.evaluation.results import EvalSettings, Measured, SampleSet
 from kamim.models.readout import Readout
+from kamim.storage import overlap
 from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.settings import Section
@@ -60,7 +61,10 @@ class EvalContext:
         )
         if train.classes != val.classes:
             raise KamimError(f"{val.path / CLASSES}: names other classes than {train.path / CLASSES}")
-        for line in (*train.cautions(), *val.cautions()) if self.world.is_main else ():
+        lines = [*train.cautions(), *val.cautions()]
+        if shared := len({*val.digests} & {*train.digests}):
+            lines.append(overlap.text(shared, len(val), f"{val.path} and {train.path}"))
+        for line in lines if self.world.is_main else ():
             _LOG.warning("%s", line)
         return train, val
 

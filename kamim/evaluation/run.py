@@ -1,6 +1,7 @@
 """`kamim eval`: every check before any work; then one task after the other, each with its result in its own folder."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_mode
 from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
-from kamim.storage import lock
+from kamim.storage import lock, overlap
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
 from kamim.storage.store import Store
@@ -25,6 +26,8 @@ from kamim.training.data import check_area
 from kamim.training.distributed import World
 from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class
+
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -43,6 +46,8 @@ def evaluate(
             raise KamimError("out: is missing; several processes need a folder that all of them see")
         models = [load_evaluated_model(spec) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
+        if world.is_main and any(task.majority_top1 is not None for task in tasks):
+            _warn_of_overlap(config)
         with _workplace(config.out, [model.name for model in models], world) as root:
             folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
@@ -57,6 +62,13 @@ def evaluate(
             if config.out is not None and world.is_main:
                 _report(config.out, [model.name for model in models])
         return results
+
+
+def _warn_of_overlap(config: Evaluation) -> None:
+    """Logs a warning if the training and the validation store share images."""
+    assert config.train is not None and config.val is not None
+    if line := overlap.caution(Store(config.train), Store(config.val)):
+        _LOG.warning("%s", line)
 
 
 @contextmanager

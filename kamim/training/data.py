@@ -8,6 +8,7 @@ import torch
 from kamim import KamimError
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
+from kamim.storage import overlap
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain
 from kamim.training.distributed import World
@@ -82,7 +83,10 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
 
 def cautions(config: Pretrain, store: Store) -> list[str]:
     """Returns warnings about a run that is possible, but probably not what is meant."""
-    return [line for line in (online_differs(config, store), coarse_mask(config), few_weights(config, store)) if line]
+    lines = [online_differs(config, store), coarse_mask(config), few_weights(config, store)]
+    if config.probe is not None:
+        lines.append(overlap.caution(Store(config.probe.train), Store(config.probe.val)))
+    return [line for line in lines if line]
 
 
 def few_weights(config: Pretrain, store: Store) -> str:

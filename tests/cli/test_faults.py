@@ -44,7 +44,7 @@ def one_line(*arguments: str, code: int = 1) -> str:
     result = runner.invoke(app, arguments)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
-    besides = ("eval: ", "sweep: ", "analyze ", "train and val are one store")
+    besides = ("eval: ", "sweep: ", "analyze ")
     said = [line for line in result.stderr.splitlines() if not line.startswith(besides)]
     assert len(said) == 1, said
     return said[0]

@@ -1,6 +1,7 @@
 """The linear segmentation probe: equal to slow twins, end to end, resumed, and wrong input before any work."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,17 @@ def test_a_class_that_no_mask_holds_is_logged_for_each_folder(
     tasks_of(evaluation("x", folders), ["segment"], [load_evaluated_model(str(pretrained))], WORLD)
     logged = [line for line in caplog.messages if "no mask holds" in line]
     assert logged == [f"{folder}: no mask holds 1 of its 4 classes: car" for folder in folders]
+    assert not [line for line in caplog.messages if "training images too" in line]
+
+
+def test_images_in_both_folders_are_reported(
+    scenes: tuple[Path, Path], pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    val = write_scenes(tmp_path / "val", 3, 5)
+    for name in ("images", "masks"):
+        shutil.copy(scenes[0] / name / "4.png", val / name / "copy.png")
+    tasks_of(evaluation("x", (scenes[0], val)), ["segment"], [load_evaluated_model(str(pretrained))], WORLD)
+    assert f"1 of 4 validation images are training images too, byte for byte ({val} and {scenes[0]})" in caplog.text
 
 
 def test_the_command(scenes: tuple[Path, Path], pretrained: Path, tmp_path: Path) -> None:

@@ -269,7 +269,11 @@ def test_keypoint_map_of_an_uncropped_view_is_the_stored_one(store: Store) -> No
 @pytest.mark.parametrize(
     ("resolution", "crop", "said"),
     [
-        (128, Crop(), r"zarr: its keypoints are for resolution 64 and crop scale \[0.67, 1.0\], not 128 and \[0.67, 1.0\]"),
+        (
+            128,
+            Crop(),
+            r"zarr: its keypoints are for resolution 64 and crop scale \[0.67, 1.0\], not 128 and \[0.67, 1.0\]",
+        ),
         (128, None, "zarr: its keypoints are for resolution 64, not 128"),
         (64, Crop((0.2, 1.0)), r"crop scale \[0.67, 1.0\], not 64 and \[0.2, 1.0\]"),
         (68, Crop(), "patch_size = 8: must divide resolution = 68"),

@@ -36,7 +36,7 @@ class MaskFolder:
     """A folder of images and masks that open_mask_folder has checked. Samples are sorted by stem.
 
     images: the file names of the images. classes: by index. ignore_index: the value in masks of pixels without a class.
-    fingerprint: a digest of the classes and of all files. pixels: of all masks, those ignored, then those of each class.
+    fingerprint: a digest of the classes and of all files. pixels: the number of ignored pixels, then of each class's.
     digests: the sha256 of each image's file.
     """
 

@@ -248,7 +248,7 @@ def test_masks_of_one_class_are_refused_and_two_values_are_explained(
 
 
 def test_grey_levels_in_place_of_indices_are_explained(folder: Path) -> None:
-    with pytest.raises(KamimError, match="holds the index 128, .* a mask holds indices of classes.txt, not grey"):
+    with pytest.raises(KamimError, match=r"holds the index 128, .* a mask holds indices of classes.txt, not grey"):
         opened(of_values(folder, 0, 128, 255))
 
 

@@ -15,6 +15,7 @@ from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, i
 # Folders of a split, in order of preference.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 BESIDE = "beside the class folders"  # images without a class
+LINKED = "links to folders of other classes"
 
 
 def list_images(source: Path | None, split: str) -> Source:
@@ -93,12 +94,18 @@ def images_in(root: Path, skipped: Counter[str], label_of: Callable[[str], int] 
 def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> list[Item]:
     """Lists the image files below root/name, sorted, and counts the other files in `skipped`.
 
-    Links are followed, and each folder is entered once. Raises OSError for a folder that cannot be listed.
+    Links are followed, and each folder is entered once. Links to folders of other labels, or to one that contains the
+    root, are counted in `skipped`. Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
     items: list[Item | None] = []
+    own = os.path.realpath(root / name)
     for parent, folders, files in os.walk(root / name, followlinks=True, onerror=_raise):
         real = os.path.realpath(parent)
+        if not _within(real, own) and _holds_other_labels(real, root, own):
+            skipped[LINKED] += 1
+            folders.clear()
+            continue
         if real in seen:
             folders.clear()
             continue
@@ -108,6 +115,17 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
         skipped.update(kind_of(file) for file in files if not is_image(file))
         items += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
     return [item for item in items if item]
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def _holds_other_labels(real: str, root: Path, own: str) -> bool:
+    """Returns whether a folder lies in another folder of the root than `own`, or contains the root."""
+    others = [os.path.realpath(entry) for entry in root.iterdir() if entry.is_dir()]
+    base = os.path.realpath(root)
+    return _within(base, real) or _within(real, base) or any(_within(real, other) for other in others if other != own)
 
 
 def _raise(error: OSError) -> None:

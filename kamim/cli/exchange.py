@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import app, check_exists, check_folder, out_console, says_errors, write_json
+from kamim.cli.console import app, check_exists, out_console, says_errors, write_json
 from kamim.models.file_kind import check_weights
 
 if TYPE_CHECKING:
@@ -62,11 +62,10 @@ def export(
     from_pretrained(OUT), which loads the whole model.
     """
     check_exists("", checkpoint)
-    check_folder("--out", out)
     if layout == "huggingface":
         _check_new(out)
-    elif out.suffix != ".safetensors":
-        raise KamimError(f"out = {out}: must end in .safetensors")
+    elif out.suffix != ".safetensors" or out.is_dir():
+        raise KamimError(f"out = {out}: must be a file whose name ends in .safetensors")
 
     from kamim.training.checkpoint import read
 

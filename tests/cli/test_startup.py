@@ -92,7 +92,7 @@ def test_commands_that_train_nothing_import_no_torch(
     ("import {none} --out {out}", "{none}: no such file or folder"),
     ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
     ("export {none} --out {out}", "{none}: no such file or folder"),
-    ("export {source} --out {out}", "--out {out}: must end in .safetensors"),
+    ("export {source} --out {out}", "--out {out}: must be a file whose name ends in .safetensors"),
     ("export {source} --layout huggingface --out {source}", "--out {source}: exists already"),
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip

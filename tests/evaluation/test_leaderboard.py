@@ -237,7 +237,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     for arguments, said in (
         ([tmp_path / "evals", tmp_path / "empty"], f"{tmp_path}/empty: holds no result.json; give folders that"),
         ([tmp_path / "evals", tmp_path / "none"], f"{tmp_path}/none: no such file or folder"),
-        ([tmp_path / "evals", "--out", tmp_path / "file"], f"File exists: '{tmp_path}/file'"),
+        (
+            [tmp_path / "evals", "--out", tmp_path / "file"],
+            f"{tmp_path}/file: File exists; it is a file where a folder is needed, choose another path",
+        ),
     ):
         done = report(*arguments)
         assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1), done.output

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from kamim import KamimError
-from kamim.evaluation.intervals import with_wilson
+from kamim.reporting.intervals import with_wilson
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from kamim.evaluation import figures
-from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.results import (
     Accuracy,
@@ -24,6 +23,7 @@ from kamim.evaluation.results import (
     best_by_readout,
 )
 from kamim.reporting import page
+from kamim.reporting.intervals import with_wilson
 from kamim.reporting.plots import BRIGHTEST, attention_sheet, reconstruction_sheet, segmentation_sheet
 
 PAPER_HEADER = "paper's"

@@ -556,10 +556,21 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file() and (path / BACKUP).is_file():
         raise KamimError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
-        raise KamimError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
+        raise KamimError(f"{path}: not a kamim store (no manifest.json); {_how_to_make(path)}")
     if file.is_symlink() or file.stat().st_size > MANIFEST_BYTES:
         raise KamimError(f"{file}: is a link, or larger than {MANIFEST_BYTES} bytes")
     return parse_manifest(file.read_bytes(), path)
+
+
+def _how_to_make(path: Path) -> str:
+    partial = path.with_name(f"{path.name}.partial")
+    if partial.is_dir():
+        return f"{partial} is unfinished: rerun the `kamim preprocess` command that writes it"
+    if path.is_dir():
+        return (
+            f"if it holds images, make a store of them with `kamim preprocess imagefolder --source {path} --out STORE`"
+        )
+    return "make one with `kamim preprocess`"
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:

@@ -16,7 +16,7 @@ from kamim.training.run_folder import check_keypoints
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
 from pipelines.loader import CPU, Crop, Loader
-from pipelines.plan import Plan
+from pipelines.plan import Plan, largest_batch
 from pipelines.samples import Samples
 
 COARSE = 3  # blocks per side below which a mask has too few variants
@@ -32,6 +32,11 @@ def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
     optim, data = config.optim, config.data
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
+    if data.drop_last and optim.batch_size > len(store):
+        raise KamimError(
+            f"optim.batch_size = {optim.batch_size}: is more than the store's {len(store)} samples, so that an epoch "
+            f"has no complete batch; set optim.batch_size={largest_batch(len(store))} or less"
+        )
     plan = Plan(
         len(store), optim.batch_size, optim.micro_batch, config.seed, data.order, drop_last=data.drop_last,
         rank=world.rank, world=world.size,

@@ -46,7 +46,7 @@ def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
     if difference := _difference(load(Pretrain, file), config):
         raise KamimError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
-            "or remove it"
+            f"or remove it{_how_to_train_on(load(Pretrain, file), config)}"
         )
     check_same_images(config.out, store)
 
@@ -125,6 +125,16 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
          "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+
+
+def _how_to_train_on(existing: Pretrain, requested: Pretrain) -> str:
+    """Returns what a user can do who asks for another length or schedule of the same run, otherwise ""."""
+    if dump(existing, exclude={**_FREE, "optim": True}) != dump(requested, exclude={**_FREE, "optim": True}):
+        return ""
+    return (
+        "; a schedule is fixed from a run's first step, so to train its weights further, begin another run from them "
+        f"with init_from={requested.out} out=..., whose optimiser, warm-up and cosine begin anew"
+    )
 
 
 def _difference(existing: Pretrain, requested: Pretrain) -> str:

@@ -14,6 +14,8 @@ from preprocess.sources.base import CHANGED, SUFFIXES, Item, Source, existing, i
 
 # Folders of a split, in order of preference.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+# Kinds of files that other data sets read.
+OTHERS = {"webdataset": (".tar",), "huggingface": (".parquet", ".arrow"), "cifar10": (".bin",)}
 BESIDE = "beside the class folders"  # images without a class
 LINKED = "links to folders of other classes"
 
@@ -44,9 +46,17 @@ def list_images(source: Path | None, split: str) -> Source:
     if not items:
         raise KamimError(
             f"source = {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
-            "nor class folders of them"
+            f"nor class folders of them{_other_dataset(skipped)}"
         )
     return replace(listed_folder(root, classes, items, skipped), remark=_on_nested_folders(root, items))
+
+
+def _other_dataset(skipped: Counter[str]) -> str:
+    """Returns which data set reads the files that a folder holds in place of images, or ""."""
+    for dataset, kinds in OTHERS.items():
+        if found := [kind for kind in kinds if skipped[kind]]:
+            return f"; `kamim preprocess {dataset}` reads {found[0]} files"
+    return ""
 
 
 def _on_nested_folders(root: Path, items: list[Item]) -> str:

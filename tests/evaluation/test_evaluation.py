@@ -487,8 +487,11 @@ def test_all_that_cannot_be_evaluated_is_named_at_once(stores: dict[str, Path], 
     with pytest.raises(KamimError) as caught:
         run(given, "finetune", "knn")
     finetune, knn = str(caught.value).split("; ")
-    assert finetune == "finetune.optim.batch_size = 100: more than the 24 training samples"
-    assert knn == "knn.k = 25: more than the 24 training samples"
+    assert (
+        finetune
+        == "finetune.optim.batch_size = 100: more than the 24 training samples (set finetune.optim.batch_size=16)"
+    )
+    assert knn == "knn.k = 25: more than the 24 training samples (set knn.k=[24])"
 
 
 @pytest.mark.parametrize("key", ["knn.k", "sweep.lrs", "sweep.poolings", "reconstruct.conventions", "checkpoint"])

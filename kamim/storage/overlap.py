@@ -42,4 +42,4 @@ def _kinds(images: ImageReader) -> np.ndarray:
 
 
 def _digest(images: ImageReader, index: int) -> bytes:
-    return hashlib.sha256(images.data(index)).digest()
+    return hashlib.sha256(images.data(index).tobytes()).digest()

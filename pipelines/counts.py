@@ -47,6 +47,13 @@ class Counter(Protocol):
 
     patch_size: int
 
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """Raises KamimError if it cannot count on such crops of a store of `images` images.
+
+        crop_scale: smallest and largest area, None for whole images.
+        """
+        ...
+
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """Writes the counts of every crop to out (int16 [n, g, g])."""
         ...
@@ -96,6 +103,10 @@ class CachedCounts:
         self._table = kp.stamps(footprint, 1 if keypoints.rules.snap else geometry.POSITION_UNIT)
         self._runs = kp.runs(self._table)
 
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """See Counter."""
+        self._keypoints.check_crops(images, resolution, crop_scale)
+
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""
         side = crops.pixels.shape[1]
@@ -123,6 +134,9 @@ class OnlineCounts:
         cv2.setNumThreads(1)  # the loader's threads are the parallelism
         self._detector = detector(name)
         self._footprint = footprint
+
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """See Counter. Counts on any crop."""
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         """See Counter."""

@@ -88,7 +88,8 @@ class Loader:
     counts, or None for no counts. augment: changes images after they are cropped, in the worker threads; its errors
     are raised unchanged. device: where batches are delivered; copies to a GPU overlap with the use of the batch before.
     on_error: whether a sample that cannot be loaded stops the iteration, or is left out of its micro-batch, logged,
-    and counted in `skipped`.
+    and counted in `skipped`. Raises KamimError if the counter's cells do not divide the crop, or its keypoints are for
+    other crops or of another store.
 
     Iterating gives the batches of one epoch after the other, each from `step` to its end:
 
@@ -117,6 +118,10 @@ class Loader:
         self._workers = workers or default_workers()
         self._device = device
         self._on_error = on_error
+        if counter is not None:
+            if resolution % counter.patch_size:
+                raise KamimError(f"patch_size = {counter.patch_size}: must divide resolution = {resolution}")
+            counter.check_crops(len(self._images.sizes), resolution, None if crop is None else crop.scale)
         self._largest = turbojpeg.room_for(self._images.sizes), int(self._images.sizes[:, 0].max())
         self._thread = threading.local()
 

@@ -16,6 +16,11 @@ CHUNK = 64  # neighbouring samples that a chunked order reads together
 WINDOW = 256  # chunks that it mixes
 
 
+def largest_batch(samples: int) -> int:
+    """Returns the largest power of two that is at most `samples`, 1 or more: a batch size to suggest."""
+    return 1 << (max(samples, 1).bit_length() - 1)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One micro-batch: its samples (int64 [B]), epoch and step. last and share: see Batch.

@@ -110,7 +110,8 @@ def _logged(plan: BuildPlan, space: Workspace, line: str, say: Say) -> Iterator[
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Turns the exceptions that end a resumable job into Stopped: a lost worker, lack of memory, a full disk."""
+    """Turns the exceptions that end a resumable job into Stopped: a lost worker, lack of memory, a full disk, a
+    limit of the size of files."""
     try:
         yield
     except (BrokenExecutor, CancelledError) as error:
@@ -118,6 +119,11 @@ def stopping() -> Iterator[None]:
     except MemoryError as error:
         raise Stopped("out of memory; rerun the command to resume, with fewer workers to need less") from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise Stopped(
+                "a file would be larger than the limit of this shell (`ulimit -f`); raise the limit and rerun the "
+                "command to resume"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise Stopped("the disk is full; free some space and rerun the command to resume") from error

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,8 @@ T = TypeVar("T")
 IMAGES, MASKS, CLASSES = "images", "masks", "classes.txt"
 MAX_CLASSES = 256  # the values of 8 bits
 UNLABELLED = -1  # a pixel without a class
+MANY_IGNORED = 0.05  # share of pixels without a class from which it is reported
+SHOWN = 5  # names of classes in a message
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class MaskFolder:
     """A folder of images and masks that open_mask_folder has checked. Samples are sorted by stem.
 
     images: the file names of the images. classes: by index. ignore_index: the value in masks of pixels without a class.
-    fingerprint: a digest of the classes and of all files.
+    fingerprint: a digest of the classes and of all files. pixels: the number of ignored pixels, then of each class's.
+    digests: the sha256 of each image's file.
     """
 
     path: Path
@@ -42,6 +45,8 @@ class MaskFolder:
     classes: tuple[str, ...]
     ignore_index: int
     fingerprint: str = ""
+    pixels: tuple[int, ...] = ()
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,16 +84,36 @@ class MaskFolder:
         if (unknown := classes == -2).any():
             raise KamimError(
                 f"holds the index {values[unknown].min()}, but {CLASSES} names 0 to {len(self.classes) - 1} and "
-                f"ignore_index is {self.ignore_index}"
+                f"ignore_index is {self.ignore_index}; a mask holds indices of {CLASSES}, not grey levels"
             )
         return classes
+
+    @property
+    def ignored(self) -> float:
+        """The share of all pixels that have no class."""
+        return self.pixels[0] / sum(self.pixels)
+
+    def cautions(self) -> list[str]:
+        """Returns a line for each property of the masks that changes what a mean over the classes says."""
+        named = [name for index, name in enumerate(self.classes) if index != self.ignore_index]
+        absent = [name for name in named if self.pixels[1 + self.classes.index(name)] == 0]
+        lines = []
+        if absent:
+            shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
+            lines.append(f"{self.path}: no mask holds {len(absent)} of its {len(named)} classes: {shown}")
+        if self.ignored > MANY_IGNORED:
+            lines.append(
+                f"{self.path}: {self.ignored:.1%} of the pixels hold {self.ignore_index}, which is ignore_index; they "
+                "count neither in training nor in any score"
+            )
+        return lines
 
 
 def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) -> MaskFolder:
     """Lists a folder and reads all of it once. ignore_index: 0 .. 255. workers: threads; None is one per core.
 
     Raises KamimError for a missing folder, an image without a mask or a mask without an image, files that cannot be
-    read, sizes that differ, and indices that name no class.
+    read, sizes that differ, indices that name no class, and masks that hold fewer than two classes.
     """
     for folder in (path, path / IMAGES, path / MASKS):
         if not folder.is_dir():
@@ -97,9 +122,25 @@ def open_mask_folder(path: Path, ignore_index: int, workers: int | None = None) 
     images = _paired(path, _by_stem(path / IMAGES, is_image), _by_stem(path / MASKS, lambda name: name[-4:] == ".png"))
     listed = MaskFolder(path, images, classes, ignore_index)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        digests = [hashlib.sha256("\n".join(classes).encode()).digest()]
-        digests += pool.map(lambda index: _checked(listed, index), range(len(listed)))
-    return MaskFolder(path, images, classes, ignore_index, hashlib.sha256(b"".join(digests)).hexdigest())
+        samples = list(pool.map(lambda index: _checked(listed, index), range(len(listed))))
+    of_samples, digests, pixels = zip(*samples, strict=True)
+    of_classes = hashlib.sha256("\n".join(classes).encode()).digest()
+    fingerprint = hashlib.sha256(b"".join((of_classes, *of_samples))).hexdigest()
+    counts = tuple(np.sum(pixels, axis=0).tolist())
+    opened = replace(listed, fingerprint=fingerprint, pixels=counts, digests=digests)
+    _check_two_classes(opened)
+    return opened
+
+
+def _check_two_classes(folder: MaskFolder) -> None:
+    held = [name for name, pixels in zip(folder.classes, folder.pixels[1:], strict=True) if pixels]
+    if len(held) < 2:
+        what = f"every pixel that is not ignored is of the class {held[0]}" if held else "every pixel is ignored"
+        raise KamimError(
+            f"{folder.path / MASKS}: {what}, and {folder.ignored:.1%} hold {folder.ignore_index}, which is "
+            f"ignore_index; a segmentation needs two classes. Masks of two classes hold 0 and 1, the indices of "
+            f"{CLASSES}; in masks of 0 and 255 write 1 for 255"
+        )
 
 
 def read_file(file: Path, parse: Callable[[bytes], T]) -> T:
@@ -144,12 +185,15 @@ def _paired(path: Path, images: Mapping[str, str], masks: Mapping[str, str]) -> 
     return tuple(images[stem] for stem in sorted(images))
 
 
-def _checked(folder: MaskFolder, index: int) -> bytes:
-    """Returns a digest of a sample's files. Raises KamimError if they are invalid."""
-    digest = hashlib.sha256(folder.images[index].encode(errors="surrogateescape"))
+def _checked(folder: MaskFolder, index: int) -> tuple[bytes, bytes, np.ndarray]:
+    """Returns digests of a sample's name and files and of its image alone, and its pixels as in MaskFolder.pixels.
+
+    Raises KamimError if the files are invalid.
+    """
+    digests = [folder.images[index].encode(errors="surrogateescape")]
 
     def hashed(parse: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray:
-        digest.update(hashlib.sha256(data).digest())
+        digests.append(hashlib.sha256(data).digest())
         return parse(data)
 
     image = read_file(folder.image_file(index), partial(hashed, decode))
@@ -157,4 +201,5 @@ def _checked(folder: MaskFolder, index: int) -> bytes:
     if image.shape[:2] != mask.shape:
         (h, w), (height, width) = mask.shape, image.shape[:2]
         raise KamimError(f"{folder.mask_file(index)}: is {w}x{h} px, its image {width}x{height} px; they must be equal")
-    return digest.digest()
+    pixels = np.bincount(mask.ravel() - UNLABELLED, minlength=1 + len(folder.classes))
+    return hashlib.sha256(b"".join(digests)).digest(), digests[1], pixels

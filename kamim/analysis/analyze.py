@@ -8,6 +8,7 @@ from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
 from kamim.analysis.request import Request, check_names
 from kamim.analysis.run import COMMAND, NUMBERS, PAGE, TITLE, analyse
 from kamim.evaluation.evaluated_model import load_model
+from kamim.models.file_kind import named
 from kamim.reporting import page
 from kamim.storage import lock
 from kamim.storage.ownership import check_results, refuse_links
@@ -15,9 +16,8 @@ from kamim.storage.store import Store
 
 
 def load_analysed_model(spec: str, seed: int) -> AnalysedModel:
-    """Loads NAME=CHECKPOINT, as load_model does, or timm:MODEL[@FILE]. Raises KamimError for anything else."""
-    check_names([spec])
-    name, _, source = spec.partition("=")
+    """Loads [NAME=]CHECKPOINT, as load_model does, or timm:MODEL[@FILE]. Raises KamimError for anything else."""
+    name, source = named(spec)
     if source.startswith("timm:"):
         encoder = timm_encoder(source.removeprefix("timm:"), seed)
         about = {"checkpoint": source, "architecture": source.removeprefix("timm:").partition("@")[0]}

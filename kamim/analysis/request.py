@@ -10,6 +10,7 @@ import numpy as np
 from kamim import KamimError
 from kamim.evaluation.results import Accuracy, Result
 from kamim.method import rng
+from kamim.models.file_kind import named
 from kamim.storage.escape import one_line
 from kamim.storage.store import Store
 
@@ -127,11 +128,11 @@ def _titles(wanted: tuple[str, ...], store: Store) -> tuple[str, ...]:
 
 
 def check_names(specs: Sequence[str]) -> None:
-    """Raises KamimError unless every checkpoint is given as NAME=CHECKPOINT, with a name of its own."""
-    names = [spec.partition("=")[0] for spec in specs]
-    for spec in specs:
-        name, _, source = spec.partition("=")
-        if not (name and source):
-            raise KamimError(f"checkpoint = {spec}: must be NAME=CHECKPOINT, such as KAMIM=runs/demo/kamim")
+    """Raises KamimError unless every checkpoint is given as [NAME=]CHECKPOINT, with a name of its own."""
+    names = [named(spec)[0] for spec in specs]
+    for name in names:
         if names.count(name) > 1:
-            raise KamimError(f"checkpoint = {name}=...: given twice; every checkpoint needs a name of its own")
+            raise KamimError(
+                f"checkpoint: {name} is the name of two; give each its own, as NAME=CHECKPOINT, such as "
+                "KAMIM=runs/demo/kamim"
+            )

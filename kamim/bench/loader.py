@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 
 from kamim.bench import baselines, peers, startup
-from kamim.bench.crops import PATCH_SIZE, RESOLUTION
+from kamim.bench.crops import PATCH_SIZE, RESOLUTION, for_any_crops
 from kamim.bench.originals import accepted, check_jpeg, read
 from kamim.bench.planes import planes_quality, write_planes
 from kamim.bench.rounds import Run, in_turn, paired
@@ -125,7 +125,7 @@ def ours(
     store: Images, keypoints: Keypoints | None, batch: int, workers: int, epochs: int, resolution: int = RESOLUTION
 ) -> Run:
     """Returns passes of kamim's loader. keypoints: None for images alone, as SimMIM needs them."""
-    counter = None if keypoints is None else CachedCounts(keypoints, "ring", PATCH_SIZE)
+    counter = None if keypoints is None else CachedCounts(for_any_crops(keypoints), "ring", PATCH_SIZE)
     plan = Plan(len(store.images.labels), batch, batch, seed=0, drop_last=False)
     loader = Loader(store, plan, resolution, crop=Crop(), counter=counter, workers=workers)
     passes: Iterator[int] = iter(range(1 << 30))

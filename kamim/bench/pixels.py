@@ -83,7 +83,7 @@ def _plain(pixels: np.ndarray, box: tuple[float, ...], side: int) -> np.ndarray:
     y, x = (2 * (start + length * steps) / whole - 1
             for start, length, whole in zip((top, left), (height, width), pixels.shape[:2], strict=True))  # fmt: skip
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
-    planes = torch.from_numpy(pixels).permute(2, 0, 1).double()
+    planes = torch.tensor(pixels).permute(2, 0, 1).double()
     sampled = grid_sample(planes[None], grid[None], padding_mode="border", align_corners=False)[0]
     return sampled.round().permute(1, 2, 0).numpy().astype(np.uint8)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim.bench.crops import PATCH_SIZE, RESOLUTION
+from kamim.bench.crops import PATCH_SIZE, RESOLUTION, for_any_crops
 from kamim.detectors import detector
 from kamim.storage import gaps, mmap_array
 from kamim.storage.store import (
@@ -62,7 +62,8 @@ def _elsewhere(call: str) -> float:
 def first_batch_seconds(path: str, started: float) -> float:
     """Returns the seconds from `started` (time.time()) to a store's first batch, with counts if it has keypoints."""
     store = Store(path)
-    counter = next((CachedCounts(store.keypoints(name), "ring", PATCH_SIZE) for name in store.detectors), None)
+    keypoints = (for_any_crops(store.keypoints(name)) for name in store.detectors)
+    counter = next((CachedCounts(of_detector, "ring", PATCH_SIZE) for of_detector in keypoints), None)
     batch = min(BATCH, len(store))
     next(Loader(store, Plan(len(store), batch, batch, seed=0), RESOLUTION, crop=Crop(), counter=counter).steps(0, 1))
     return time.time() - started

@@ -12,7 +12,7 @@ from kamim.cli.console import app, bar, check_checkpoints, check_store, out_cons
 @says_errors
 def analyze(
     checkpoint: Annotated[
-        list[str], typer.Option(help="NAME=RUN, NAME=random:RUN, NAME=timm:MODEL or NAME=timm:MODEL@FILE.safetensors.")
+        list[str], typer.Option(help="[NAME=]RUN, random:RUN, timm:MODEL or timm:MODEL@FILE.safetensors; repeatable.")
     ],
     store: Annotated[Path, typer.Option(help="Store with the images to analyse.")],
     out: Annotated[Path, typer.Option(help="Folder for figures, analysis.json and index.html.")],

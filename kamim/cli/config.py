@@ -52,9 +52,9 @@ def show(
         (kind, files[stem]) for at, kind in _kinds().items() if folder in ("", at) and stem in (files := presets(kind))
     ]
     if len(matches) != 1:
-        several = " and ".join(f"{kind.PRESETS}/{stem}" for kind, _ in matches)
-        how = f"is {several}; name one" if matches else "no such preset"
-        raise KamimError(f"{name}: {how}; `kamim config list` lists them")
+        several = " or ".join(f"`kamim config show {kind.PRESETS}/{stem}`" for kind, _ in matches)
+        how = f"is the name of {len(matches)} presets; type {several}" if matches else "no such preset"
+        raise KamimError(f"{name}: {how}{'' if matches else '; `kamim config list` lists them'}")
     ((kind, file),) = matches
     given = yaml.safe_load(file.read_text()) or {}
     own = {**given, **dict(flatten(given))}  # a key's value may be a mapping, such as a sweep's `pretrain`

@@ -1,5 +1,6 @@
 """Shared parts of all commands: consoles, the progress bar, printing of errors, and checks of paths."""
 
+import errno
 import faulthandler
 import functools
 import inspect
@@ -139,6 +140,23 @@ def as_typed(message: str, options: Mapping[str, str]) -> str:
     return _PARAMETER.sub(option, message)
 
 
+_REMEDIES = {
+    errno.EEXIST: "it is a file where a folder is needed, choose another path",
+    errno.ENOTDIR: "a file is where a folder is needed, choose another path",
+    errno.EACCES: "choose another path",
+    errno.EROFS: "choose another path",
+    errno.EFBIG: "raise the limit of this shell, `ulimit -f`",
+}
+
+
+def of_system(error: OSError) -> str:
+    """Returns the message of an error of the operating system: the path, if it names one, the reason and a remedy."""
+    reason = error.strerror or str(error)
+    if error.errno in _REMEDIES and reason == os.strerror(error.errno):
+        reason = f"{reason}; {_REMEDIES[error.errno]}"
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def says_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command: a KamimError becomes one line and exit code 1. Another exception is a bug with a traceback."""
 
@@ -151,7 +169,8 @@ def says_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (KamimError, OSError, MemoryError) as error:
             if _debug:
                 raise
-            line = as_typed(one_line(error), options_of(command))
+            text = of_system(error) if isinstance(error, OSError) else str(error)
+            line = as_typed(one_line(text), options_of(command))
             memory = "out of memory; " if isinstance(error, MemoryError) else ""
             err_console.print(f"error: {memory}{line}", style="red")
             raise typer.Exit(1) from None
@@ -359,10 +378,13 @@ def check_folder(option: str, file: Path | None) -> None:
     if file is None:
         return
     folder = file.absolute().parent
+    if file.is_dir():
+        raise KamimError(f"{option} {file}: is a folder; name a file")
     if not folder.is_dir():
         raise KamimError(f"{option} {file}: the folder {folder} does not exist")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise KamimError(f"{option} {file}: cannot be written to")
+    replaced = file.is_file() or not file.exists()  # another, such as /dev/stdout, is written to
+    if not os.access(folder if replaced else file, os.W_OK):
+        raise KamimError(f"{option} {file}: cannot be written to{f', as {folder} is not writable' * replaced}")
     if file.is_file():
         say(f"{option} {file}: exists and will be replaced")
 

@@ -82,8 +82,6 @@ def evaluate(
         return
     check_checkpoints(resolved.checkpoint)
     check_stores(resolved, chosen or MODES)
-    if resolved.train is not None and resolved.train == resolved.val and mode != "reconstruct":
-        say("train and val are one store: accuracies are on images that classifiers are trained on")
     try:
         with terminable(), bar("eval") as update:
             from kamim.evaluation.results import majority_lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import Strict, app, check_exists, check_folder, out_console, says_errors, write_json
+from kamim.cli.console import Strict, app, check_exists, out_console, say, says_errors, write_json
 from kamim.models.file_kind import ARCHITECTURE, check_weights, is_export
 
 if TYPE_CHECKING:
@@ -64,11 +64,12 @@ def export(
     check_exists("", checkpoint)
     if layout == "huggingface":
         _check_new(out)
-    elif out.suffix != ".safetensors":
-        raise KamimError(f"out = {out}: must end in .safetensors")
-    elif out.exists() and not is_export(out):
-        raise KamimError(f"out = {out}: exists already and is no export of kamim; choose another or remove it")
-    check_folder("--out", out)
+    elif out.suffix != ".safetensors" or out.is_dir():
+        raise KamimError(f"out = {out}: must be a file whose name ends in .safetensors")
+    elif out.exists():
+        if not is_export(out):
+            raise KamimError(f"out = {out}: exists already and is no export of kamim; choose another or remove it")
+        say(f"--out {out}: exists and will be replaced")
 
     from kamim.training.checkpoint import read
 

@@ -70,8 +70,11 @@ def _caption(weighting: Weighting) -> str:
     return f"{caption}, normalised" if weighting.normalize else caption
 
 
-def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: Path) -> None:
-    """Draws a sheet of `count` random crops as training sees them: image, remapped keypoints, weights."""
+def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: Path) -> str:
+    """Draws a sheet of `count` random crops as training sees them: image, remapped keypoints, weights.
+
+    Returns a line that compares W with that of keypoints detected on the crops' own pixels.
+    """
     from kamim.reporting import plots
     from pipelines.counts import CachedCounts
     from pipelines.loader import Crop, Loader
@@ -86,10 +89,21 @@ def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: P
     plan = Plan(len(store), count, count, seed)
     batch = next(iter(Loader(store, plan, job.resolution, crop=Crop(job.crop_scale), counter=fine).steps(0, 1)))
     assert batch.counts is not None
-    rows = []
+    rows, detected = [], []
     for i in range(count):
         bitmap = batch.counts[i].numpy() > 0
         w = keypoint_weights(kp.map_counts(bitmap, patch), patch, weighting.temperature, weighting.normalize)
+        detected.append(image_weights(batch.images[i].numpy(), weighting).weights)
         index = int(batch.indices[i])
         rows.append((f"{index} {store.class_of(index)}", batch.images[i].numpy(), bitmap, w))
     plots.weights_sheet(rows, patch, f"{store.path.name}: {_caption(weighting)}", file)
+    return _agreement(np.stack([row[3] for row in rows]), np.stack(detected))
+
+
+def _agreement(stored: np.ndarray, detected: np.ndarray) -> str:
+    """Compares W of stored keypoints with W of keypoints detected on the crops, both float32 [n, g, g]."""
+    means = f"mean W {stored.mean():.2f} of stored keypoints, {detected.mean():.2f} of keypoints detected on the crops"
+    if stored.std() == 0 or detected.std() == 0:
+        return means
+    correlation = float(np.corrcoef(stored.ravel(), detected.ravel())[0, 1])
+    return f"{means}; correlation {correlation:.2f}"

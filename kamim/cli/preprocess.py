@@ -65,7 +65,8 @@ def preprocess(
 
     Example: kamim preprocess imagefolder --source photos --out stores/photos
     """
-    from preprocess import sources
+    from kamim.storage.store import Store
+    from preprocess import exposure, sources
     from preprocess.build import Stopped, build, build_share, publish_shares, stopping
     from preprocess.estimate import describe
     from preprocess.plan import make_job
@@ -120,6 +121,8 @@ def preprocess(
     if not fresh:
         out_console.print(f"{out} is complete already")
     show_store(out)
+    for line in exposure.cautions(Store(out)):
+        say(f"caution: {line}")
 
 
 def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":

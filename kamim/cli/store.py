@@ -190,12 +190,13 @@ def preview(
     images: Annotated[int, typer.Option(min=1, help="Number of crops.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the crops.")] = 0,
 ) -> None:
-    """Draws random crops as training sees them, with keypoints and weights."""
+    """Draws random crops as training sees them, with keypoints and weights, and compares W with W of the pixels shown.
+
+    If the two differ much, W follows noise that the stored pixels no longer show.
+    """
     from kamim.cli import pictures
     from kamim.storage.store import Store
 
     check_picture("--out", out)
-    pictures.preview(
-        Store(path), weighting_of(detector, footprint, patch_size, temperature, normalize), images, seed, out
-    )
-    out_console.print(f"{out}")
+    weighting = weighting_of(detector, footprint, patch_size, temperature, normalize)
+    out_console.print(f"{out}: {pictures.preview(Store(path), weighting, images, seed, out)}")

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kamim.evaluation import figures
-from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.results import Result
 from kamim.reporting import page
+from kamim.reporting.intervals import with_wilson
 
 GAP = (
     "All of these read frozen features and differ in what they learn: kNN nothing, linear and mean a linear layer on "

@@ -1,5 +1,6 @@
 """Shared parts of the evaluation modes: loaders and features of samples, and the type of a task."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
 from kamim.evaluation.results import EvalSettings, Measured, SampleSet
 from kamim.models.readout import Readout
+from kamim.storage import overlap
 from kamim.training.data import whole_images
 from kamim.training.distributed import World
 from kamim.training.settings import Section
@@ -24,6 +26,7 @@ from pipelines.plan import Plan
 from pipelines.samples import Samples
 from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
+_LOG = logging.getLogger(__name__)
 Work = Callable[[Path, Progress], Measured]  # called with its folder
 
 
@@ -58,6 +61,11 @@ class EvalContext:
         )
         if train.classes != val.classes:
             raise KamimError(f"{val.path / CLASSES}: names other classes than {train.path / CLASSES}")
+        lines = [*train.cautions(), *val.cautions()]
+        if shared := len({*val.digests} & {*train.digests}):
+            lines.append(overlap.text(shared, len(val), f"{val.path} and {train.path}"))
+        for line in lines if self.world.is_main else ():
+            _LOG.warning("%s", line)
         return train, val
 
     def training(

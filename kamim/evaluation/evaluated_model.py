@@ -11,6 +11,7 @@ from kamim import KamimError
 from kamim.evaluation.config import CachedFeatures
 from kamim.models import interop
 from kamim.models.architectures import Positions, architecture
+from kamim.models.file_kind import named
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
 from kamim.storage.files import checksum
@@ -63,14 +64,9 @@ def load_evaluated_model(spec: str, strict: bool = False) -> EvaluatedModel:
 
     Raises KamimError if it does not exist and, if `strict`, if the newest checkpoint of a run is damaged.
     """
-    name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
-    if not source or (equals and not name):
-        raise KamimError(f"checkpoint = {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
-    kind = next((kind for kind in ("random", "pixels") if source.startswith(f"{kind}:")), "")
-    path = Path(source.removeprefix(f"{kind}:"))
-    name = name or f"{kind} {path.resolve().name}".strip()
-    if kind == "pixels":
-        config = checkpoint.read(path, strict).config
+    name, source = named(spec)
+    if source.startswith("pixels:"):
+        config = checkpoint.read(Path(source.removeprefix("pixels:")), strict).config
         stride = architecture(config.model.name).stride
         return EvaluatedModel(name, Pixels(stride), None, config.data.resolution, config.mask, Origin(source, "pixels"))
     loaded = load_model(source, strict)

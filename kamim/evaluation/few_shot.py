@@ -11,8 +11,8 @@ from kamim.evaluation.cached import CachedClassifiers
 from kamim.evaluation.config import FewShot
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
-from kamim.evaluation.intervals import estimate
 from kamim.evaluation.results import FewShotAccuracy, ShotAccuracy
+from kamim.reporting.intervals import estimate
 from kamim.training.trainer import Progress
 from pipelines.samples import n_per_class
 

@@ -111,6 +111,9 @@ class Leaderboard:
             if train is None:  # a mode that trains nothing joins a row with the same validation samples
                 train = next((of for *other, of, on in rows if (*other, on) == (*about, val)), None)
             row = rows.setdefault((*about, train, val), Row((train, val)))
+            if settings.weights is None and title in row.results and row.results[title].measured != result.measured:
+                about = (settings.checkpoint, settings.seed)  # such as pixels in patches of another size
+                row = rows.setdefault((*about, train, val), Row((train, val)))
             if title in row.results:
                 first = one_line(row.files[title])
                 self.repeated.append(f"{one_line(file)}: is of the same checkpoint and settings as {first}")
@@ -127,9 +130,13 @@ class Leaderboard:
 
 
 def _checkpoint(settings: EvalSettings) -> Any:
-    """Returns a checkpoint's identity: its weights' checksum, or the origin of untrained weights and pixels."""
-    unnamed = (settings.checkpoint, settings.architecture, settings.resolution, settings.run_seed)
-    return settings.weights or unnamed
+    """Returns a checkpoint's identity: its weights' checksum, or what determines pixels and untrained weights.
+
+    They are the same for several runs. Early versions did not record the seed of untrained weights.
+    """
+    known = settings.architecture == "pixels" or settings.run_seed is not None
+    origin = (settings.architecture, settings.resolution, settings.run_seed, None if known else settings.checkpoint)
+    return settings.weights or origin
 
 
 def _samples(samples: SampleSet | None) -> Any:

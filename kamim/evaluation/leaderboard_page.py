@@ -1,16 +1,18 @@
 """The page, Markdown and CSV of a leaderboard."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import kamim
-from kamim.evaluation.intervals import Estimate, estimate
 from kamim.evaluation.leaderboard import Leaderboard, Row, first_samples, joined, seeds
 from kamim.evaluation.modes import MODES
 from kamim.evaluation.report import CHOICE, chosen_on_val
-from kamim.evaluation.results import headline, score_text
+from kamim.evaluation.results import Result, headline, majority_lines, score_text
 from kamim.reporting import page
+from kamim.reporting.intervals import Estimate, estimate
 from kamim.reporting.table import Table, of_columns
 from kamim.storage import escape
 from kamim.storage.files import write_whole
@@ -29,24 +31,60 @@ Columns = list[tuple[str, list[str]]]
 Groups = Sequence[Sequence[Row]]  # rows that differ by seed only
 
 
-def checkpoints_table(board: Leaderboard, rows: Sequence[Row], digits: int | None = SHORT) -> Table:
-    """Returns a row for each checkpoint. digits: of checksums; None gives all of them, and scores as plain numbers."""
-    score = score_text if digits is None else headline
-    settings = [row.settings for row in rows]
-    columns: Columns = [
-        ("checkpoint", [row.names for row in rows]),
-        ("architecture", [s[0].architecture for s in settings]),
-        ("resolution", [_text(s[0].resolution) for s in settings]),
-        ("step", [str(s[0].step) for s in settings]),
-        ("seed", [_text(s[0].run_seed) for s in settings]),
-        ("evaluation seed", [str(s[0].seed) for s in settings]),
+def scores_table(board: Leaderboard, rows: Sequence[Row]) -> Table:
+    """Returns a row of scores for each checkpoint, accuracies with their Wilson intervals."""
+    seeds_of_runs = [_text(row.settings[0].run_seed) for row in rows]
+    return of_columns(
+        [("checkpoint", [row.names for row in rows]), ("seed", seeds_of_runs), *_scores_columns(board, rows, headline)]
+    )
+
+
+def checkpoints_table(rows: Sequence[Row]) -> Table:
+    """Returns a row for each checkpoint that tells what it is."""
+    weights = [(row.settings[0].weights or "")[:SHORT] for row in rows]
+    return of_columns([("checkpoint", [row.names for row in rows]), *_checkpoints_columns(rows), ("weights", weights)])
+
+
+def commands_table(rows: Sequence[Row]) -> Table:
+    """Returns the command lines that measured the results of each checkpoint."""
+    return of_columns([("checkpoint", [row.names for row in rows]), ("command", _commands(rows))])
+
+
+def full_table(board: Leaderboard, rows: Sequence[Row]) -> Table:
+    """Returns everything about each checkpoint in one row: whole checksums, scores as plain numbers."""
+    return of_columns(
+        [
+            ("checkpoint", [row.names for row in rows]),
+            *_checkpoints_columns(rows),
+            *_scores_columns(board, rows, score_text),
+            ("weights", [row.settings[0].weights or "" for row in rows]),
+            *_samples_columns(rows),
+            ("command", _commands(rows)),
+        ]
+    )
+
+
+def _checkpoints_columns(rows: Sequence[Row]) -> Columns:
+    settings = [row.settings[0] for row in rows]
+    return [
+        ("architecture", [one.architecture for one in settings]),
+        ("resolution", [_text(one.resolution) for one in settings]),
+        ("step", [str(one.step) for one in settings]),
+        ("seed", [_text(one.run_seed) for one in settings]),
+        ("evaluation seed", [str(one.seed) for one in settings]),
     ]
+
+
+def _scores_columns(board: Leaderboard, rows: Sequence[Row], text: Callable[[Result[Any]], str]) -> Columns:
+    columns = []
     for title in board.titles.values():
         of_mode = [row.results.get(title) for row in rows]
-        columns.append((title, ["" if result is None else score(result) for result in of_mode]))
-    columns += [("weights", [(s[0].weights or "")[:digits] for s in settings]), *_samples_columns(rows, digits)]
-    columns.append(("command", [joined((one.command or "" for one in s), "; ") for s in settings]))
-    return of_columns(columns)
+        columns.append((title, ["" if result is None else text(result) for result in of_mode]))
+    return columns
+
+
+def _commands(rows: Sequence[Row]) -> list[str]:
+    return [joined((one.command or "" for one in row.settings), "; ") for row in rows]
 
 
 def seeds_table(board: Leaderboard, groups: Groups) -> Table:
@@ -68,7 +106,7 @@ def seeds_numbers(board: Leaderboard, groups: Groups) -> Table:
             (f"{title}: standard deviation", ["" if e is None else _text(e.deviation, ".4f") for e in of_mode]),
             (f"{title}: runs", ["" if e is None else str(e.runs) for e in of_mode]),
         ]
-    return of_columns([*columns, *_samples_columns([group[0] for group in groups], None)])
+    return of_columns([*columns, *_samples_columns([group[0] for group in groups])])
 
 
 def recipes_table(board: Leaderboard) -> Table:
@@ -97,48 +135,81 @@ def save(board: Leaderboard, skipped: Sequence[str], out: Path) -> list[Path]:
 
     skipped: a line for each file that could not be read. Raises OSError if a file cannot be written.
     """
-    tables, left_out = dict(_tables(board)), [*skipped, *board.repeated]
-    parts = [page.paragraph(f"kamim {kamim.__version__}. {ABOUT}")]
-    if chosen_on_val(mode for mode, _ in board.titles):
-        parts.append(page.paragraph(CHOICE))
-    if left_out:
-        tables[f"Left out: {len(left_out)}"] = Table(("file",), tuple((line,) for line in left_out))
-    for title, table in tables.items():
-        parts += [page.heading(title), page.table(table.header, table.rows)]
+    about = [
+        f"kamim {kamim.__version__}. {ABOUT}",
+        *([CHOICE] if chosen_on_val(mode for mode, _ in board.titles) else []),
+    ]
+    blocks = [*_blocks(board)]
+    if left_out := [*skipped, *board.repeated]:
+        table = Table(("file",), tuple((line,) for line in left_out))
+        blocks.append(Block(f"Left out: {len(left_out)}", folded={"files": table}))
     rows = [row for section in board.sections for row in section]
     groups = [group for section in board.sections for group in board.repetitions(section)]
     texts = {
-        "table.md": "\n".join(f"## {escape.markdown(title)}\n\n{t.markdown()}" for title, t in tables.items()),
-        "table.csv": checkpoints_table(board, rows, digits=None).csv(),
+        "table.md": "\n".join(block.markdown() for block in blocks),
+        "table.csv": full_table(board, rows).csv(),
         **({"seeds.csv": seeds_numbers(board, groups).csv()} if groups else {}),
     }
     check_out(out)
     mark_results(out, COMMAND)
     (out / "seeds.csv").unlink(missing_ok=True)  # left from an earlier leaderboard
+    parts = [*map(page.paragraph, about), *(part for block in blocks for part in block.parts())]
+    if (commands := commands_table(rows)).header[1:]:
+        parts.append(page.folded("Command lines", page.table(commands.header, commands.rows)))
     page.save_page(TITLE, parts, out / "index.html")
     for name, text in texts.items():
         write_whole(out / name, text.encode())
     return [out / "index.html", *(out / name for name in texts)]
 
 
-def _tables(board: Leaderboard) -> Iterator[tuple[str, Table]]:
-    """Yields headings and tables: of the checkpoints and of their means for each section, then of the recipes."""
+@dataclass(frozen=True)
+class Block:
+    """A heading, paragraphs and a table; then tables by their names, which the page folds."""
+
+    title: str
+    table: Table | None = None
+    lines: Sequence[str] = ()
+    folded: Mapping[str, Table] = field(default_factory=dict)
+
+    def parts(self) -> Iterator[page.Part]:
+        """Yields the parts of the page."""
+        yield page.heading(self.title)
+        yield from map(page.paragraph, self.lines)
+        if self.table is not None:
+            yield page.table(self.table.header, self.table.rows)
+        for name, table in self.folded.items():
+            yield page.folded(name, page.table(table.header, table.rows))
+
+    def markdown(self) -> str:
+        """Returns the block in Markdown."""
+        tables = [*([] if self.table is None else [self.table]), *self.folded.values()]
+        texts = [f"## {escape.markdown(self.title)}\n", *(f"{escape.markdown(line)}\n" for line in self.lines)]
+        return "\n".join([*texts, *(table.markdown() for table in tables)])
+
+
+def _blocks(board: Leaderboard) -> Iterator[Block]:
+    """Yields the checkpoints and their means of each section, then the recipes."""
     for number, rows in enumerate(board.sections, 1):
-        yield f"{number}. {_heading(rows)}", checkpoints_table(board, rows)
+        lines = majority_lines(result for row in rows for result in row.results.values())
+        about = {"Checkpoints: architecture, step, seed, weights": checkpoints_table(rows)}
+        yield Block(f"{number}. {_heading(rows)}", scores_table(board, rows), lines, about)
         if groups := board.repetitions(rows):
-            yield f"{number}. {SEEDS}", seeds_table(board, groups)
+            yield Block(f"{number}. {SEEDS}", seeds_table(board, groups))
     if (recipes := recipes_table(board)).rows:
-        yield "Settings in which columns of one mode differ", recipes
+        yield Block("Settings in which columns of one mode differ", recipes)
 
 
 def _heading(rows: Sequence[Row]) -> str:
     """Names the samples of a section."""
     settings = [one for row in rows for one in row.settings]
-    samples = {verb: first_samples(settings, which) for verb, which in (("Trained", "train"), ("Evaluated", "val"))}
-    return "; ".join(
+    samples = {verb: first_samples(settings, which) for verb, which in (("trained", "train"), ("evaluated", "val"))}
+    texts = [
         f"{verb} on {of.store} ({of.dataset}, {of.images} images, {of.fingerprint[:SHORT]})"
-        for verb, of in samples.items() if of is not None
-    )  # fmt: skip
+        for verb, of in samples.items()
+        if of is not None
+    ]
+    heading = "; ".join(texts)
+    return heading[:1].upper() + heading[1:]
 
 
 def _settings_columns(groups: Groups) -> Columns:
@@ -149,13 +220,13 @@ def _settings_columns(groups: Groups) -> Columns:
     ]
 
 
-def _samples_columns(rows: Sequence[Row], digits: int | None) -> Columns:
+def _samples_columns(rows: Sequence[Row]) -> Columns:
     """Returns the columns of training and validation samples: the store's fingerprint and the number of images."""
     columns: Columns = []
     for which in ("train", "val"):
         samples = [first_samples(row.settings, which) for row in rows]
         columns += [
-            (which, ["" if of is None else of.fingerprint[:digits] for of in samples]),
+            (which, ["" if of is None else of.fingerprint for of in samples]),
             (f"{which} images", ["" if of is None else str(of.images) for of in samples]),
         ]
     return columns

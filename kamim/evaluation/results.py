@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from kamim import KamimError
-from kamim.evaluation.intervals import with_wilson
+from kamim.reporting.intervals import with_wilson
 from kamim.storage.flatten import inside
 from kamim.training.settings import Count, Fraction, Natural, NotNegative, Seed
 
@@ -325,9 +325,14 @@ class Segmentation:
         """The mean intersection over union."""
         return self.miou
 
+    @property
+    def classes(self) -> str:
+        """The number of classes that the mean is over, and of all."""
+        return f"{sum(iou is not None for iou in self.iou.values())} of {len(self.iou)}"
+
     def summary(self, images: int) -> str:
-        """Formats the mean intersection over union and the accuracy."""
-        return f"mIoU {self.miou:.2f} %, pixel accuracy {self.pixel_accuracy:.2f} %"
+        """Formats the mean intersection over union, its classes, and the accuracy."""
+        return f"mIoU {self.miou:.2f} % over {self.classes} classes, pixel accuracy {self.pixel_accuracy:.2f} %"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`kamim eval`: every check before any work; then one task after the other, each with its result in its own folder."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from kamim.evaluation.modes import MODES, read_file
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
 from kamim.reporting import page
-from kamim.storage import lock, ownership
+from kamim.storage import lock, overlap, ownership
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
 from kamim.storage.log_file import write_line
@@ -31,6 +32,7 @@ from pipelines.samples import all_samples, some_per_class
 
 COMMAND = "eval"
 PAGE, SETTINGS = "index.html", "settings.json"
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -51,6 +53,8 @@ def evaluate(
         models = [load_evaluated_model(spec, strict) for spec in config.checkpoint]
         tasks = tasks_of(config, modes, models, world)
         world.check_same({f"{t.settings.mode} {t.settings.name}": _identity(t.settings.as_json()) for t in tasks})
+        if world.is_main and any(task.majority_top1 is not None for task in tasks):
+            _warn_of_overlap(config)
         with _workplace(config.out, [model.name for model in models], world) as root:
             folders = [root / task.settings.name / task.settings.mode for task in tasks]
             for task, folder in zip(tasks, folders, strict=True):
@@ -68,6 +72,13 @@ def evaluate(
             if config.out is not None and world.is_main:
                 _report(config.out, [model.name for model in models])
         return results
+
+
+def _warn_of_overlap(config: Evaluation) -> None:
+    """Logs a warning if the training and the validation store share images."""
+    assert config.train is not None and config.val is not None
+    if line := overlap.caution(Store(config.train), Store(config.val)):
+        _LOG.warning("%s", line)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from kamim.evaluation import figures
-from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.paper import quoted
 from kamim.evaluation.results import (
     Accuracy,
@@ -24,6 +23,7 @@ from kamim.evaluation.results import (
     best_by_readout,
 )
 from kamim.reporting import page
+from kamim.reporting.intervals import with_wilson
 from kamim.reporting.plots import BRIGHTEST, attention_sheet, reconstruction_sheet, segmentation_sheet
 
 PAPER_HEADER = "paper's"
@@ -154,10 +154,10 @@ def reconstruction_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple
 def segmented(results: Sequence[Result[Segmentation]]) -> Iterator[page.Part]:
     """Yields a table of means, and one of every class."""
     yield page.table(
-        ("checkpoint", "protocol", "block", "epochs", "mIoU", "pixel accuracy"),
+        ("checkpoint", "protocol", "block", "epochs", "mIoU", "over classes", "pixel accuracy"),
         [
             (
-                s.name, s.protocol, _text(s.block), _text(s.epochs), _percent(measured.miou),
+                s.name, s.protocol, _text(s.block), _text(s.epochs), _percent(measured.miou), measured.classes,
                 _percent(measured.pixel_accuracy),
             ) for s, measured in ((r.settings, r.measured) for r in results)
         ],

@@ -25,7 +25,7 @@ from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.batch import normalise
 from pipelines.dense import DenseLoader
 from pipelines.loader import Crop
-from pipelines.plan import Plan
+from pipelines.plan import Plan, largest_batch
 from preprocess.masks import MaskFolder
 
 
@@ -37,7 +37,8 @@ def segment_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     width = _token_width(evaluated, block)
     if options.optim.batch_size > len(train):
         raise KamimError(
-            f"segment.optim.batch_size = {options.optim.batch_size}: more than the {len(train)} images of {train.path}"
+            f"segment.optim.batch_size = {options.optim.batch_size}: more than the {len(train)} images of "
+            f"{train.path}; set segment.optim.batch_size={largest_batch(len(train))}"
         )
     plan = Plan(
         len(train), options.optim.batch_size, options.optim.micro_batch, config.seed, rank=world.rank, world=world.size

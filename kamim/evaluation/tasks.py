@@ -43,7 +43,7 @@ from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.augment import Augment, mixed_batch
 from pipelines.batch import Batch, normalise
 from pipelines.loader import Crop, Loader
-from pipelines.plan import Plan
+from pipelines.plan import Plan, largest_batch
 from pipelines.samples import Samples
 
 NOT_COMPILED = Compute(compile=False)  # for a head, which takes little time
@@ -312,8 +312,9 @@ def _clipped(options: O, evaluated: EvaluatedModel) -> O:
 
 def _check_size(key: str, size: int, samples: Samples) -> None:
     """Raises KamimError if there are fewer training samples than `size`."""
-    if size > len(samples.numbers):
-        raise KamimError(f"{key} = {size}: more than the {len(samples.numbers)} training samples")
+    if size > (most := len(samples.numbers)):
+        remedy = f"set {key}=[{most}]" if key == "knn.k" else f"set {key}={largest_batch(most)}"
+        raise KamimError(f"{key} = {size}: more than the {most} training samples ({remedy})")
 
 
 def _check_average(options: Finetune, samples: Samples) -> None:

@@ -33,3 +33,16 @@ def is_export(file: Path) -> bool:
             return ARCHITECTURE in (opened.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def named(spec: str) -> tuple[str, str]:
+    """Splits [NAME=]CHECKPOINT into a name and the checkpoint; by default the name is the last part of its path.
+
+    Raises KamimError if one of them is empty.
+    """
+    name, equals, source = spec.partition("=") if "=" in spec else ("", "", spec)
+    if not source or (equals and not name):
+        raise KamimError(f"checkpoint = {spec}: must be [NAME=]CHECKPOINT, such as KAMIM=runs/demo/kamim")
+    kind = next((kind for kind in ("random", "pixels", "timm") if source.startswith(f"{kind}:")), "")
+    path = Path(source.removeprefix(f"{kind}:"))
+    return name or (path.name if kind == "timm" else f"{kind} {path.resolve().name}".strip()), source

@@ -51,7 +51,7 @@ def preprocessor(resolution: int) -> dict[str, Any]:
     mean and standard deviation. transformers antialiases where it shrinks an image, kamim does not.
     """
     return {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True,
+        "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, "do_resize": True,
         "size": {"height": resolution, "width": resolution}, "resample": BILINEAR,
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD),

@@ -137,6 +137,18 @@ class Job(pydantic.BaseModel):
         """Returns the array that holds the keypoints of a detector with these rules."""
         return GAPS if self.whole_pixels == "gaps" and rules.in_reading_order else POSITIONS
 
+    def other_crops(self, resolution: int, crop_scale: tuple[float, float] | None) -> str:
+        """Describes how crops differ from those that the keypoints are for; returns "" if they do not.
+
+        crop_scale: smallest and largest area; None for whole images.
+        """
+        own, other = [str(self.resolution)], [str(resolution)]
+        if crop_scale is not None:
+            own, other = [*own, str(list(self.crop_scale))], [*other, str(list(crop_scale))]
+        if own == other:
+            return ""
+        return f"resolution {' and crop scale '.join(own)}, not {' and '.join(other)}"
+
     def recipe(self, component: str) -> dict[str, Any]:
         """Returns the parameters that the component's bytes depend on."""
         names = {"resolution", "crop_scale"}
@@ -337,10 +349,12 @@ class Keypoints:
     """Read-only keypoints of one detector, of N images on V frames in G groups.
 
     frame: uint16 [N, V, 2] (height, width). array: POSITIONS or GAPS, whose rows hold them, see Job.keypoint_array.
-    Raises KamimError, naming the file and the fault, if they are damaged.
+    job: that of their store, None without one. Raises KamimError, naming the file and the fault, if they are damaged.
     """
 
-    def __init__(self, path: Path, detector: str, rules: Rules, array: KeypointArray):
+    def __init__(self, path: Path, detector: str, rules: Rules, array: KeypointArray, job: Job | None = None):
+        self.path = path.parent
+        self.job = job
         self.rules = rules
         self.array = array
         folder = path / detector
@@ -354,6 +368,24 @@ class Keypoints:
         for group in range(len(rules.groups)):  # several times as fast as a sum over a short last axis
             self._total += self._counts[..., group]
         self._rows = mmap_array.ArrayReader(folder / array.name, array.dtype, array.row_shape)
+
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """Raises KamimError if the keypoints are not of `images` images, or their frames are for other crops.
+
+        crop_scale: see Job.other_crops.
+        """
+        if images != len(self.frame):
+            raise KamimError(f"{self.path}: has keypoints of {len(self.frame)} images, the loader's store {images}")
+        if self.job is not None and (difference := self.job.other_crops(resolution, crop_scale)):
+            raise KamimError(
+                f"{self.path}: its keypoints are for {difference}; preprocess with --resolution and --crop-scale to "
+                "match, or count with OnlineCounts"
+            )
+
+    @property
+    def held(self) -> np.ndarray:
+        """The rows of each image on all frames, 0 for an image without keypoints: int64 [N]."""
+        return np.asarray(self._total.sum(axis=1))
 
     def image(self, index: int, frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keypoints of one frame of an image: (positions uint16 [K, 2], counts int [G]).
@@ -501,7 +533,8 @@ class Store:
         path = self._file(detector)
         rules = self.manifest.rules[detector]
         self._check_same()
-        reader = Keypoints(path.parent, detector, rules, self.manifest.job.keypoint_array(rules))
+        job = self.manifest.job
+        reader = Keypoints(path.parent, detector, rules, job.keypoint_array(rules), job)
         self._check_count(path, len(reader.frame))
         self._check_same()
         return reader
@@ -543,12 +576,23 @@ def manifest_bytes(path: Path) -> bytes:
     if not file.is_file() and (path / BACKUP).is_file():
         raise KamimError(f"{file}: is missing; put it back with `kamim store verify {path} --repair`")
     if not file.is_file():
-        raise KamimError(f"{path}: not a kamim store (no manifest.json); make one with `kamim preprocess`")
+        raise KamimError(f"{path}: not a kamim store (no manifest.json); {_how_to_make(path)}")
     if file.is_symlink():
         raise KamimError(f"{file}: is a link; {NO_LINKS}")
     if file.stat().st_size > MANIFEST_BYTES:
         raise KamimError(f"{file}: is larger than {MANIFEST_BYTES} bytes")
     return file.read_bytes()
+
+
+def _how_to_make(path: Path) -> str:
+    partial = path.with_name(f"{path.name}.partial")
+    if partial.is_dir():
+        return f"{partial} is unfinished: rerun the `kamim preprocess` command that writes it"
+    if path.is_dir():
+        return (
+            f"if it holds images, make a store of them with `kamim preprocess imagefolder --source {path} --out STORE`"
+        )
+    return "make one with `kamim preprocess`"
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:

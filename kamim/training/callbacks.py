@@ -43,6 +43,12 @@ class Probe:
     train: Samples
     val: Samples
 
+    @property
+    def majority_top1(self) -> float:
+        """top1, in per cent, of always answering the most frequent class of train's store."""
+        majority = np.bincount(self.train.store.images.labels).argmax()
+        return 100 * float((self.val.labels == int(majority)).double().mean())
+
 
 def open_probe(config: Pretrain) -> Probe | None:
     """Opens the stores of config.probe, if it is set. Raises KamimError if they do not suit a probe."""
@@ -108,6 +114,7 @@ def panel(config: Pretrain, model: Model, every: int, samples: Callable[[], Batc
 def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: torch.device) -> Callback:
     """Returns a callback that logs knn_top1: the top-1 accuracy (%) on val of a vote of NEIGHBOURS samples of train.
 
+    It also logs knn_low and knn_high, its Wilson interval, and knn_majority (Probe.majority_top1).
     every: steps between two probes. Features are those of `kamim eval --mode knn`, before it rounds them to bf16.
     """
     alone = World(0, 1, device)  # only the first process computes the probe
@@ -118,6 +125,8 @@ def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: 
         return _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
 
     def run(step: int, metrics: Metrics) -> None:
+        from kamim.reporting.intervals import wilson  # scipy takes a second to import
+
         with _eval_mode(model):
             train, train_labels = features(probe.train)
             val, val_labels = features(probe.val)
@@ -126,7 +135,9 @@ def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: 
             train, train_labels, val, val_labels, len(probe.train.classes), train.device, lambda done, total: None,
             ks=(k,),
         )  # fmt: skip
-        metrics.log({"knn_top1": accuracies[str(k)]["top1"]})
+        top1 = accuracies[str(k)]["top1"]
+        low, high = wilson(top1, len(val))
+        metrics.log({"knn_top1": top1, "knn_low": low, "knn_high": high, "knn_majority": probe.majority_top1})
 
     return Callback(every, run)
 

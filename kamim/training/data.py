@@ -6,17 +6,22 @@ import numpy as np
 import torch
 
 from kamim import KamimError
+from kamim.method.keypoints import map_counts
+from kamim.method.weighting import keypoint_weights
+from kamim.storage import overlap
 from kamim.storage.store import Store
 from kamim.training.config import Pretrain
 from kamim.training.distributed import World
 from kamim.training.run_folder import check_keypoints
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, OnlineCounts
-from pipelines.loader import Crop, Loader
-from pipelines.plan import Plan
+from pipelines.loader import CPU, Crop, Loader
+from pipelines.plan import Plan, largest_batch
 from pipelines.samples import Samples
 
 COARSE = 3  # blocks per side below which a mask has too few variants
+LOOKED_AT = 64  # crops whose weights are looked at before a run
+DIFFERS, FEW_CELLS = 1.01, 0.01  # W from which a cell counts as weighted, and the share of them below which few are
 
 
 def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
@@ -27,6 +32,11 @@ def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
     optim, data = config.optim, config.data
     counter = _counter(config, store, config.weighting.patch_size if config.weighting else 1)
     check_area(store, data.resolution, data.crop_scale[0])
+    if data.drop_last and optim.batch_size > len(store):
+        raise KamimError(
+            f"optim.batch_size = {optim.batch_size}: is more than the store's {len(store)} samples, so that an epoch "
+            f"has no complete batch; set optim.batch_size={largest_batch(len(store))} or less"
+        )
     plan = Plan(
         len(store), optim.batch_size, optim.micro_batch, config.seed, data.order, drop_last=data.drop_last,
         rank=world.rank, world=world.size,
@@ -78,7 +88,27 @@ def check_area(store: Store, resolution: int, smallest_crop: float) -> None:
 
 def cautions(config: Pretrain, store: Store) -> list[str]:
     """Returns warnings about a run that is possible, but probably not what is meant."""
-    return [line for line in (online_differs(config, store), coarse_mask(config)) if line]
+    lines = [online_differs(config, store), coarse_mask(config), few_weights(config, store)]
+    if config.probe is not None:
+        lines.append(overlap.caution(Store(config.probe.train), Store(config.probe.val)))
+    return [line for line in lines if line]
+
+
+def few_weights(config: Pretrain, store: Store) -> str:
+    """Returns a warning if W is 1 nearly everywhere in half of some crops or more, otherwise ""."""
+    if (weighting := config.weighting) is None:
+        return ""
+    counts = shown_samples(config, store, LOOKED_AT, CPU).counts
+    assert counts is not None
+    cells = np.stack([map_counts(bitmap > 0, weighting.patch_size) for bitmap in counts.numpy()])
+    weighted = keypoint_weights(cells, weighting.patch_size, weighting.temperature) > DIFFERS
+    flat = int((weighted.mean(axis=(1, 2)) < FEW_CELLS).sum())
+    if 2 * flat < len(cells):
+        return ""
+    return (
+        f"weighting: W is 1 nearly everywhere in {flat} of {len(cells)} crops, so that KAMIM trains as SimMIM on them; "
+        f"`kamim store preview {store.path} --out W.png` shows their {weighting.detector} keypoints and W"
+    )
 
 
 def coarse_mask(config: Pretrain) -> str:

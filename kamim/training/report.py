@@ -24,6 +24,7 @@ from kamim.training.settings import load
 PNG = b"\x89PNG\r\n\x1a\n"  # the signature of a PNG file
 POINTS = 100  # per curve; for more steps, each point is the mean of a group and a band its range
 COLUMNS = 3
+NEARLY_ALL = 0.99  # share of clipped steps that is explained
 Lines = Sequence[Mapping[str, float]]  # the lines of a metrics.jsonl
 STYLES = ("-", "--", ":")  # line styles, for more settings in one figure than there are colours
 PLATEAU = 0.02  # share of the uniform distance within which attention is on the plateau; the paper's KAMIM: 0.003
@@ -37,7 +38,7 @@ CURVES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "weights W": ({"weight_mean": "mean", "weight_max": "largest"}, "log"),
     "images per second": ({"images_per_second": ""}, "linear"),
     "data-wait, share of a step's time": ({"data_wait_share": ""}, "linear"),
-    "kNN, top-1 (%)": ({"knn_top1": ""}, "linear"),
+    "kNN, top-1 (%)": ({"knn_top1": "kNN", "knn_majority": "majority class"}, "linear"),
     "distance of attention from uniform (px)": ({"attention_selectivity": ""}, "log"),
     "effective rank (RankMe)": ({"rankme": ""}, "linear"),
     "uniformity": ({"uniformity": ""}, "linear"),
@@ -60,6 +61,7 @@ def save_report(run: Path) -> Path:
     shown = [file for file in sorted((run / PANELS).glob("step-*.png")) if _is_panel(file)]
     parts = [
         page.paragraph(_summary(config, lines, starts)),
+        *map(page.paragraph, _remarks(config, lines)),
         page.picture(page.png(curves(lines)), "curves", "By optimiser step. Bands: smallest and largest."),
         *_panels(shown),
         page.heading("Machines and configuration"),
@@ -193,6 +195,28 @@ def _plateau(config: Pretrain, lines: Sequence[Mapping[str, float]]) -> str:
     if left is None:
         return f" Attention has not left the plateau (docs/results.md): it is {last}, within {PLATEAU:.0%}."
     return f" Attention left the plateau by step {left:,}; it is {last} now."
+
+
+def _remarks(config: Pretrain, lines: Lines) -> list[str]:
+    """Returns what the share of clipped steps and the newest online probe mean."""
+    remarks = []
+    if (mean_of("clipped", lines) or 0) >= NEARLY_ALL:
+        remarks.append(
+            f"Nearly every step was clipped, so every gradient has the norm {config.optim.clip_grad:g} whatever the "
+            "size of the loss. That is usual for KAMIM, whose loss is W times as large as SimMIM's, and no fault; a "
+            "run that is compared with this one should be clipped as often."
+        )
+    probed = [line for line in lines if np.isfinite(line.get("knn_top1", np.nan)) and "knn_majority" in line]
+    if probed:
+        last = probed[-1]
+        better = last["knn_low"] > last["knn_majority"]
+        remarks.append(
+            f"Online probe after {int(last['step']) + 1} steps: kNN top-1 {last['knn_top1']:.2f} "
+            f"[{last['knn_low']:.1f}, {last['knn_high']:.1f}] %, Wilson's 95 % interval; always answering the most "
+            f"frequent class gives {last['knn_majority']:.2f} %. "
+            + ("" if better else "So the features do not tell the classes apart better than that, as far as it shows.")
+        )
+    return remarks
 
 
 def _is_panel(file: Path) -> bool:

@@ -27,15 +27,14 @@ NONFINITE = "nonfinite"  # holds the records of steps that were not finite
 
 def check_keypoints(config: Pretrain, store: Store) -> None:
     """Raises KamimError if a run needs keypoints that the store does not have, or has for other crops."""
-    weighting, job, data = config.weighting, store.manifest.job, config.data
+    weighting, data = config.weighting, config.data
     if weighting is None or weighting.keypoints == "online":
         return
     store.check_detector(weighting.detector)
-    if (job.resolution, job.crop_scale) != (data.resolution, data.crop_scale):
+    if difference := store.manifest.job.other_crops(data.resolution, data.crop_scale):
         raise KamimError(
-            f"data.store = {store.path}: its keypoints are for resolution {job.resolution} and crop scale "
-            f"{list(job.crop_scale)}, the run uses {data.resolution} and {list(data.crop_scale)}; preprocess "
-            "with --resolution and --crop-scale to match, or set weighting.keypoints=online"
+            f"data.store = {store.path}: its keypoints are for {difference}; preprocess with --resolution and "
+            "--crop-scale to match, or set weighting.keypoints=online"
         )
 
 
@@ -63,7 +62,7 @@ def check_free(config: Pretrain, store: Store, fresh: bool) -> None:
     if difference := _difference(configuration(config.out), config):
         raise KamimError(
             f"out = {config.out}: holds a run of another configuration ({difference}); choose another out=..., "
-            "or remove it"
+            f"or remove it{_how_to_train_on(load(Pretrain, file), config)}"
         )
     check_same_images(config.out, store)
 
@@ -172,6 +171,16 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
          "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+
+
+def _how_to_train_on(existing: Pretrain, requested: Pretrain) -> str:
+    """Returns what a user can do who asks for another length or schedule of the same run, otherwise ""."""
+    if dump(existing, exclude={**_FREE, "optim": True}) != dump(requested, exclude={**_FREE, "optim": True}):
+        return ""
+    return (
+        "; a schedule is fixed from a run's first step, so to train its weights further, begin another run from them "
+        f"with init_from={requested.out} out=..., whose optimiser, warm-up and cosine begin anew"
+    )
 
 
 def _difference(existing: Pretrain, requested: Pretrain) -> str:

@@ -31,7 +31,10 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 TAKEN = {"train": ("train",), "val": ("val", "test")}
+# Kinds of files that other data sets read.
+OTHERS = {"webdataset": (".tar",), "huggingface": (".parquet", ".arrow"), "cifar10": (".bin",)}
 BESIDE = "beside the class folders"  # images without a class
+LINKED = "links to folders of other classes"
 
 
 def list_images(source: Path | None, split: str) -> Source:
@@ -69,9 +72,17 @@ def list_images(source: Path | None, split: str) -> Source:
     if not items:
         raise KamimError(
             f"source = {printable(str(root))}: holds no images ({', '.join(sorted(SUFFIXES))}), "
-            "nor class folders of them"
+            f"nor class folders of them{_other_dataset(skipped)}"
         )
     return replace(listed_folder(root, classes, items, skipped), remark=_on_nested_folders(root, items))
+
+
+def _other_dataset(skipped: Counter[str]) -> str:
+    """Returns which data set reads the files that a folder holds in place of images, or ""."""
+    for dataset, kinds in OTHERS.items():
+        if found := [kind for kind in kinds if skipped[kind]]:
+            return f"; `kamim preprocess {dataset}` reads {found[0]} files"
+    return ""
 
 
 def _on_nested_folders(root: Path, items: list[Item]) -> str:
@@ -144,12 +155,18 @@ def images_in(root: Path, skipped: Counter[str], label_of: Callable[[str], int] 
 def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> list[Item]:
     """Lists the image files below root/name, sorted, and counts the other files in `skipped`.
 
-    Links are followed, and each folder is entered once. Raises OSError for a folder that cannot be listed.
+    Links are followed, and each folder is entered once. Links to folders of other labels, or to one that contains the
+    root, are counted in `skipped`. Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
     items: list[Item | None] = []
+    own = os.path.realpath(root / name)
     for parent, folders, files in os.walk(root / name, followlinks=True, onerror=_raise):
         real = os.path.realpath(parent)
+        if not _within(real, own) and _holds_other_labels(real, root, own):
+            skipped[LINKED] += 1
+            folders.clear()
+            continue
         if real in seen:
             folders.clear()
             continue
@@ -159,6 +176,17 @@ def images_below(root: Path, name: str, label: int, skipped: Counter[str]) -> li
         skipped.update(kind_of(f"{below}/{file}") for file in files if not is_image(f"{below}/{file}"))
         items += (file_item(str(root), f"{below}/{file}", label) for file in sorted(files))
     return [item for item in items if item]
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def _holds_other_labels(real: str, root: Path, own: str) -> bool:
+    """Returns whether a folder lies in another folder of the root than `own`, or contains the root."""
+    others = [os.path.realpath(entry) for entry in root.iterdir() if entry.is_dir()]
+    base = os.path.realpath(root)
+    return _within(base, real) or _within(real, base) or any(_within(real, other) for other in others if other != own)
 
 
 def _raise(error: OSError) -> None:

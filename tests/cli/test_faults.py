@@ -29,6 +29,7 @@ from kamim.storage.files import write_whole
 from kamim.storage.ownership import MARKER, lock_file
 from kamim.storage.store import Store
 from kamim.training import checkpoint, pretrain, run_folder
+from preprocess.build import Stopped
 
 runner = CliRunner()
 ODD = "o'd\"d\n\x1b[31m$x$"
@@ -48,7 +49,7 @@ def one_line(*arguments: str, code: int = 1) -> str:
     result = runner.invoke(app, arguments)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
-    besides = ("eval: ", "sweep: ", "analyze ", "train and val are one store")
+    besides = ("eval: ", "sweep: ", "analyze ")
     said = [line for line in result.stderr.splitlines() if not line.startswith(besides)]
     assert len(said) == 1, said
     return said[0]
@@ -137,7 +138,10 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
 
 
 def test_preprocessing_on_a_full_disk_can_go_on(folder: Path, tmp_path: Path) -> None:
-    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+    with (
+        full_disk(20_000),
+        pytest.raises(Stopped, match=r"limit of this shell .`ulimit -f`.; raise the limit and rerun"),
+    ):
         make_store(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("**/.*.safetensors.*"))
     assert len(Store(make_store(folder, tmp_path / "out"))) == 12
@@ -234,6 +238,44 @@ def test_what_cannot_be_written_is_told_before_any_work(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # another user's, or read-only
     assert "cannot be written to" in one_line(*evaluate, "--json", str(tmp_path / "x.json"))
     assert "cannot be written to" in one_line("store", "preview", path, "--out", str(tmp_path / "x.png"))
+
+
+def test_errors_of_the_system_name_the_path_and_a_remedy(
+    stores: dict[str, Path], class_folder: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, path = tmp_path / "file", str(stores["zarr"])
+    file.touch()
+    exists = f"error: {file}: File exists; it is a file where a folder is needed, choose another path"
+    short = ("data.resolution=64", "optim.batch_size=8", "compute.device=cpu")
+    assert one_line("pretrain", "-c", "demo", f"data.store={path}", f"out={file}", *short) == exists
+    assert one_line("weights", str(class_folder / "coffee/0.jpg"), "--plot", str(tmp_path)).endswith(
+        f"--plot {tmp_path}: is a folder; name a file"
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # another user's, or read-only
+    (tmp_path / "w.png").touch()  # would be replaced, for which the folder has to be writable
+    assert f"cannot be written to, as {tmp_path} is not writable" in one_line(
+        "weights", str(class_folder / "coffee/0.jpg"), "--plot", str(tmp_path / "w.png")
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied; choose another path"),
+        (OSError(errno.EFBIG, "File too large"), "File too large; raise the limit of this shell, `ulimit -f`"),
+        (OSError(errno.EFBIG, "needs 3 bytes: File too large", "/a"), "/a: needs 3 bytes: File too large"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_an_error_of_the_system_is_path_reason_and_remedy(error: OSError, said: str) -> None:
+    assert console.of_system(error) == said
+
+
+def test_export_makes_the_folder_above(imported: Path, tmp_path: Path) -> None:
+    for name, layout in (("a/b/x.safetensors", "timm"), ("c/d/hf", "huggingface")):
+        arguments = ["export", str(imported), "--layout", layout, "--out", str(tmp_path / name)]
+        assert runner.invoke(app, arguments).exit_code == 0
+        assert (tmp_path / name).exists()
 
 
 def test_outputs_may_be_called_anything(imported: Path, stores: dict[str, Path], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_commands_that_train_nothing_import_no_torch(
     ("pretrain -c demo out={out} data.store={store} weighting.detector=orb", "{store}: has no 'orb' keypoints, only"),
     ("pretrain -c demo out={store} data.store={store} weighting=null", "out = {store}: is a store"),
     ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
-    ("analyze --checkpoint {source} --store {store} --out {out}", "--checkpoint {source}: must be NAME=CHECKPOINT"),
+    ("analyze --checkpoint {source}= --store {store} --out {out}", "--checkpoint {source}=: must be [NAME=]CHECKPOINT"),
     ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee,tea,milk",
      "--classes coffee,tea,milk: 'tea' is not one of the 3 of {store} (astronaut, chelsea, coffee)"),
     ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee",
@@ -92,7 +92,7 @@ def test_commands_that_train_nothing_import_no_torch(
     ("import {none} --out {out}", "{none}: no such file or folder"),
     ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
     ("export {none} --out {out}", "{none}: no such file or folder"),
-    ("export {source} --out {out}", "--out {out}: must end in .safetensors"),
+    ("export {source} --out {out}", "--out {out}: must be a file whose name ends in .safetensors"),
     ("export {source} --layout huggingface --out {source}", "--out {source}: exists already"),
     ("doctor --store {none}", "{none}: not a kamim store"),
 ])  # fmt: skip
@@ -181,7 +181,10 @@ def test_config_show_names_value_default_and_meaning() -> None:
     assert "data.resolution = 96 (default 192)\n    Side of the crops in px." in result.output
     ambiguous = CliRunner().invoke(app, ["config", "show", "demo"])
     assert ambiguous.exit_code == 1
-    assert "demo: is pretrain/demo and eval/demo; name one" in ambiguous.output
+    assert (
+        "demo: is the name of 2 presets; type `kamim config show pretrain/demo` or `kamim config show eval/demo`"
+        in ambiguous.output
+    )
     sweep = CliRunner().invoke(app, ["config", "show", "table2"]).output
     assert "pretrain = {'preset': 'vit_base_kamim'}\n" in sweep
     assert "modes = ['linprobe'] (default [linprobe])\n" in sweep

@@ -518,8 +518,11 @@ def test_all_that_cannot_be_evaluated_is_named_at_once(stores: dict[str, Path], 
     with pytest.raises(KamimError) as caught:
         run(given, "finetune", "knn")
     finetune, knn = str(caught.value).split("; ")
-    assert finetune == "finetune.optim.batch_size = 100: more than the 24 training samples"
-    assert knn == "knn.k = 25: more than the 24 training samples"
+    assert (
+        finetune
+        == "finetune.optim.batch_size = 100: more than the 24 training samples (set finetune.optim.batch_size=16)"
+    )
+    assert knn == "knn.k = 25: more than the 24 training samples (set knn.k=[24])"
 
 
 @pytest.mark.parametrize("key", ["knn.k", "sweep.lrs", "sweep.poolings", "reconstruct.conventions", "checkpoint"])
@@ -538,7 +541,11 @@ def test_names_of_checkpoints(pretrained: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_command(
-    stores: dict[str, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stores: dict[str, Path],
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     command = ["eval", "--mode", "linprobe", "--checkpoint", f"KAMIM={pretrained}", "--train", str(stores["zarr"])]
     command += ["--val", str(stores["zarr"]), "--norm", "token", *SHORT]
@@ -549,7 +556,7 @@ def test_the_command(
     assert re.search(r"linprobe KAMIM \(step \d+\): top-1 [\d.]+ \[[\d.]+, [\d.]+\] %, top-5", shown.output)
     labels = Store(stores["zarr"]).images.labels
     assert f"majority class: top-1 {100 * np.bincount(labels).max() / len(labels):.2f} [" in shown.output
-    assert "train and val are one store" in shown.stderr
+    assert "24 of 24 validation images are training images too, byte for byte" in caplog.text
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["norm"] == "token"
     assert (result["command"], result["run_seed"]) == (shlex.join(["kamim", *command]), 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kamim.evaluation.intervals import estimate, paired_difference, wilson
+from kamim.reporting.intervals import estimate, paired_difference, wilson
 
 
 def test_wilson_is_the_published_formula() -> None:

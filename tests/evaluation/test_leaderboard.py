@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 from kamim import KamimError
 from kamim.cli import app
 from kamim.evaluation.leaderboard import Leaderboard, find
-from kamim.evaluation.leaderboard_page import checkpoints_table, recipes_table, save, seeds_numbers, seeds_table
+from kamim.evaluation.leaderboard_page import (
+    checkpoints_table,
+    full_table,
+    recipes_table,
+    save,
+    scores_table,
+    seeds_numbers,
+    seeds_table,
+)
 from kamim.storage.escape import printable, text_of
 from kamim.training import machine
 
@@ -55,8 +63,10 @@ def board(folder: Path, *contents: dict[str, Any]) -> Leaderboard:
 
 
 def cells(made: Leaderboard, section: int = 0) -> list[dict[str, str]]:
-    table = checkpoints_table(made, made.sections[section])
-    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    """The rows of the page's two tables of checkpoints, joined."""
+    tables = scores_table(made, made.sections[section]), checkpoints_table(made.sections[section])
+    scores, about = ([dict(zip(table.header, row, strict=True)) for row in table.rows] for table in tables)
+    return [{**of_scores, **of_checkpoint} for of_scores, of_checkpoint in zip(scores, about, strict=True)]
 
 
 def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
@@ -69,12 +79,12 @@ def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
     assert best == {
         "checkpoint": "b", "architecture": "vit_demo", "resolution": "64", "step": "2", "seed": "2",
         "evaluation seed": "0", "linear probe": "30.00 [14.9, 49.2]", "PSNR, honest (dB)": "17.50", "weights": "0" * 8,
-        "train": "acfff127", "train images": "24",
-        "val": "acfff127", "val images": "24", "command": "kamim eval b",
     }  # fmt: skip
     assert (second["checkpoint"], second["linear probe"], second["PSNR, honest (dB)"]) == ("a", "20.00 [9.2, 40.5]", "")
-    whole = checkpoints_table(made, made.sections[0], digits=None)
-    assert dict(zip(whole.header, whole.rows[0], strict=True))["weights"] == f"{2:064x}"
+    table = full_table(made, made.sections[0])
+    whole = dict(zip(table.header, table.rows[0], strict=True))
+    assert (whole["linear probe"], whole["weights"], whole["command"]) == ("30.00", f"{2:064x}", "kamim eval b")
+    assert (whole["val"][:8], len(whole["val"]), whole["val images"]) == ("acfff127", 64, "24")
 
 
 @pytest.mark.parametrize("other", [
@@ -86,7 +96,7 @@ def test_other_samples_are_in_another_section(other: dict[str, Any], tmp_path: P
     assert made.repeated == []
     save(made, [], tmp_path / "out")
     markdown = (tmp_path / "out/table.md").read_text()
-    assert len(re.findall(r"^## [12]\. Trained on .*; Evaluated on .*", markdown, re.MULTILINE)) == 2
+    assert len(re.findall(r"^## [12]\. Trained on .*; evaluated on .*", markdown, re.MULTILINE)) == 2
 
 
 def test_other_options_are_in_another_column(tmp_path: Path) -> None:
@@ -130,14 +140,48 @@ def test_means_are_over_runs_that_differ_by_seed_only(tmp_path: Path) -> None:
 
 
 def test_random_weights_of_several_seeds_have_a_mean(tmp_path: Path) -> None:
-    untrained = {"weights": None, "pretraining": None, "step": 0}
-    contents = [
-        {**result(f"r{seed}", seed, 10.0 + seed), **untrained, "checkpoint": f"random:runs/{seed}"} for seed in (0, 1)
-    ]
-    made = board(tmp_path, *contents, {**result("pixels", None, 5.0), **untrained, "checkpoint": "pixels:runs/0"})
+    contents = [untrained(f"r{seed}", seed, 10.0 + seed) for seed in (0, 1)]
+    made = board(tmp_path, *contents, untrained("pixels", None, 5.0))
     assert [row["seed"] for row in cells(made)] == ["1", "0", ""]
     ((group),) = made.repetitions(made.sections[0])
     assert seeds_table(made, [group]).rows == (("r1, r0", "0, 1", f"10.50 ± {2**-0.5:.2f}"),)
+
+
+def untrained(name: str, seed: int | None, top1: float, **changes: Any) -> dict[str, Any]:
+    """A result of raw pixels (seed None) or of random weights, of a run of the same name."""
+    kind = "pixels" if seed is None else "random"
+    origin = {"weights": None, "pretraining": None, "step": 0, "checkpoint": f"{kind}:runs/{name}"}
+    architecture = "pixels" if seed is None else "vit_demo"
+    return {**result(name, seed, top1, **changes), **origin, "architecture": architecture}
+
+
+def test_pixels_and_untrained_weights_of_several_runs_are_one_row(tmp_path: Path) -> None:
+    same = [untrained(name, seed, 10.0) for seed in (None, 1) for name in ("a", "b")]
+    made = board(tmp_path, *same, untrained("c", 2, 11.0))
+    assert [(row["checkpoint"], row["seed"]) for row in cells(made)] == [("c", "2"), ("a", ""), ("a", "1")]
+    assert len(made.repeated) == 2
+
+
+def test_pixels_that_were_measured_otherwise_keep_their_rows(tmp_path: Path) -> None:
+    """The size of their patches is that of the run's model, which results do not record."""
+    made = board(
+        tmp_path, untrained("a", None, 10.0), untrained("b", None, 12.0), untrained("c", None, 9.0, resolution=96)
+    )
+    assert [row["checkpoint"] for row in cells(made)] == ["b", "a", "c"] and made.repeated == []
+
+
+def test_the_page_and_the_table_have_the_majority_class_and_no_command_in_a_row(tmp_path: Path) -> None:
+    command = f"kamim eval {'x' * 3000}"
+    made = board(
+        tmp_path, *({**result(f"r{n}", n, 20.0 + n, majority_top1=37.5), "command": command} for n in range(3))
+    )
+    save(made, [], tmp_path / "out")
+    page, markdown, table = ((tmp_path / "out" / name).read_text() for name in ("index.html", "table.md", "table.csv"))
+    assert page.count("majority class: top-1 37.50 [") == markdown.count("majority class: top-1 37.50 [") == 1
+    assert command not in markdown and table.count(command) == 3
+    before, _, folded = page.partition("Command lines")
+    assert command not in before and folded.count(command) == 3
+    assert page.count("<details>") == 2 and max(map(len, markdown.splitlines())) < 200
 
 
 def test_runs_of_one_seed_have_no_mean(tmp_path: Path) -> None:
@@ -149,10 +193,10 @@ def test_runs_of_one_seed_have_no_mean(tmp_path: Path) -> None:
 def test_results_of_earlier_versions_are_blank(tmp_path: Path) -> None:
     made = board(tmp_path, *WRITTEN[:5])
     (row,) = cells(made)
-    assert "seed" not in row and "command" not in row
+    assert "seed" not in row and "command" not in full_table(made, made.sections[0]).header
     assert row["linear probe"] and row["PSNR, honest (dB)"]
     new = board(tmp_path / "both", {**WRITTEN[0], "run_seed": 3, "command": "kamim eval"}, *WRITTEN[1:5])
-    assert [(row["seed"], row["command"]) for row in cells(new)] == [("3", "kamim eval")]  # the same weights
+    assert [row["seed"] for row in cells(new)] == ["3"]  # the same weights
 
 
 def report(*arguments: Path | str) -> Any:

@@ -10,7 +10,6 @@ import pytest
 
 from kamim import KamimError
 from kamim.evaluation.config import MODES as NAMES
-from kamim.evaluation.intervals import with_wilson
 from kamim.evaluation.modes import MODES, read_result
 from kamim.evaluation.results import (
     Accuracy,
@@ -27,6 +26,7 @@ from kamim.evaluation.results import (
     headline,
     majority_lines,
 )
+from kamim.reporting.intervals import with_wilson
 
 WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
 """What version 0.2.0 wrote when results were dictionaries: every mode on a run, and a linear probe of pixels."""

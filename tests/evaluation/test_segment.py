@@ -1,6 +1,7 @@
 """The linear segmentation probe: equal to slow twins, end to end, resumed, and wrong input before any work."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +255,34 @@ def test_all_includes_it_if_its_folders_are_given_and_modes_of_stores_name_what_
         modes(val=None)
 
 
+def test_a_class_that_no_mask_holds_is_logged_for_each_folder(
+    pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "red\ngreen\nblue\ncar\n"
+    folders = write_scenes(tmp_path / "train", 8, 0, names), write_scenes(tmp_path / "val", 2, 1, names)
+    tasks_of(evaluation("x", folders), ["segment"], [load_evaluated_model(str(pretrained))], WORLD)
+    logged = [line for line in caplog.messages if "no mask holds" in line]
+    assert logged == [f"{folder}: no mask holds 1 of its 4 classes: car" for folder in folders]
+    assert not [line for line in caplog.messages if "training images too" in line]
+
+
+def test_images_in_both_folders_are_reported(
+    scenes: tuple[Path, Path], pretrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    val = write_scenes(tmp_path / "val", 3, 5)
+    for name in ("images", "masks"):
+        shutil.copy(scenes[0] / name / "4.png", val / name / "copy.png")
+    tasks_of(evaluation("x", (scenes[0], val)), ["segment"], [load_evaluated_model(str(pretrained))], WORLD)
+    assert f"1 of 4 validation images are training images too, byte for byte ({val} and {scenes[0]})" in caplog.text
+
+
 def test_the_command(scenes: tuple[Path, Path], pretrained: Path, tmp_path: Path) -> None:
     command = ["eval", "--mode", "segment", "--checkpoint", f"pixels:{pretrained}", *SHORT, "segment.optim.epochs=2"]
     command += [f"segment.train={scenes[0]}", f"segment.val={scenes[1]}", "--json", str(tmp_path / "r.json")]
     shown = runner.invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert "segment pixels run: mIoU " in shown.output and "on 7 images of 3 classes" in shown.output
+    assert " % over 3 of 3 classes, pixel accuracy " in shown.output
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["mode"] == "segment" and result["val"]["store"] == str(scenes[1])
     (scenes[1] / "masks/0.png").rename(scenes[1] / "masks/x.png")

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -449,6 +450,12 @@ def test_a_hugging_face_folder_prepares_images_as_kamim(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     larger = processor(images=np.zeros((50, 70, 3), np.uint8), return_tensors="pt")["pixel_values"]
     assert larger.shape == (1, 3, 96, 96)
+    for mode in ("L", "LA", "P", "RGBA", "CMYK"):
+        other = Image.fromarray(image).convert(mode)
+        found, expected = (
+            processor(images=one, return_tensors="pt")["pixel_values"] for one in (other, other.convert("RGB"))
+        )
+        torch.testing.assert_close(found, expected)
     encoder = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     with torch.no_grad():
         features = encoder(theirs).last_hidden_state

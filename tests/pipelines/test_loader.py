@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
+from kamim import KamimError
 from kamim.method import geometry
 from kamim.method.keypoints import keypoint_map, map_counts
 from kamim.storage.store import Store
@@ -263,3 +264,36 @@ def test_keypoint_map_of_an_uncropped_view_is_the_stored_one(store: Store) -> No
         inside = ((centres > 12) & (centres < 51)).all(axis=1)  # within every blind border but the largest octaves'
         expected = keypoint_map(centres[inside].astype(np.float32), 64, 64, "point")[13:50, 13:50]
         assert (expected & ~(batch["counts"][row][13:50, 13:50] > 0)).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("resolution", "crop", "said"),
+    [
+        (
+            128,
+            Crop(),
+            r"zarr: its keypoints are for resolution 64 and crop scale \[0.67, 1.0\], not 128 and \[0.67, 1.0\]",
+        ),
+        (128, None, "zarr: its keypoints are for resolution 64, not 128"),
+        (64, Crop((0.2, 1.0)), r"crop scale \[0.67, 1.0\], not 64 and \[0.2, 1.0\]"),
+        (68, Crop(), "patch_size = 8: must divide resolution = 68"),
+    ],
+)
+def test_keypoints_for_other_crops_are_refused(store: Store, resolution: int, crop: Crop | None, said: str) -> None:
+    """Their W would be wrong: they are remapped from frames of another scale."""
+    plan, counter = Plan(len(store), 6, 6, seed=0), CachedCounts(store.keypoints("fast"), "ring", 8)
+    with pytest.raises(KamimError, match=said):
+        Loader(store, plan, resolution, crop=crop, counter=counter)
+
+
+def test_keypoints_of_another_store_are_refused(store: Store, marked_store: Path) -> None:
+    counter = CachedCounts(Store(marked_store).keypoints("fast"), "ring", 8)
+    with pytest.raises(KamimError, match="marked: has keypoints of 12 images, the loader's store 24"):
+        Loader(store, Plan(len(store), 6, 6, seed=0), 64, crop=Crop(), counter=counter)
+
+
+def test_detection_on_the_crop_takes_any_crop_that_cells_divide(store: Store) -> None:
+    plan, counter = Plan(len(store), 6, 6, seed=0), OnlineCounts("fast", "ring", 8)
+    Loader(store, plan, 128, crop=Crop((0.2, 1.0)), counter=counter)
+    with pytest.raises(KamimError, match="must divide resolution = 100"):
+        Loader(store, plan, 100, crop=Crop(), counter=counter)

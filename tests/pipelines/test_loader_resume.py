@@ -126,6 +126,9 @@ class Watched:
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
 
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """Counts on any crop."""
+
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         self.events += [("counted", index) for index in crops.indices.tolist()]
         out[:] = 0
@@ -173,6 +176,9 @@ class Failing:
 
     def __init__(self, bad: set[int]):
         self.bad = bad
+
+    def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
+        """Counts on any crop."""
 
     def count(self, crops: Crops, scratch: Scratch, out: np.ndarray) -> None:
         if self.bad & set(crops.indices.tolist()):

@@ -221,3 +221,46 @@ def test_the_ignored_index_may_be_any(folder: Path) -> None:
     for file in (folder / "masks").iterdir():
         file.write_bytes(png(np.minimum(np.asarray(Image.open(file)), 3)))
     assert opened(folder, ignore_index=3).mask(2)[0, 0] == -1
+
+
+def of_values(folder: Path, *values: int) -> Path:
+    """Replaces every mask by one whose columns hold the values in turn, an equal number of pixels each."""
+    for file in (folder / "masks").iterdir():
+        height, width = np.asarray(Image.open(file)).shape
+        file.write_bytes(png(np.resize(np.array(values), (height, width))))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((0, 255), "every pixel that is not ignored is of the class sky, and 5"),
+        ((255,), "every pixel is ignored, and 100.0% hold 255, which is ignore_index"),
+        ((2,), "is of the class car, and 0.0% hold 255"),
+    ],
+)
+def test_masks_of_one_class_are_refused_and_two_values_are_explained(
+    folder: Path, values: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(KamimError, match=re.escape(said)) as caught:
+        opened(of_values(folder, *values))
+    assert "in masks of 0 and 255 write 1 for 255" in str(caught.value)
+
+
+def test_grey_levels_in_place_of_indices_are_explained(folder: Path) -> None:
+    with pytest.raises(KamimError, match=r"holds the index 128, .* a mask holds indices of classes.txt, not grey"):
+        opened(of_values(folder, 0, 128, 255))
+
+
+def test_classes_that_no_mask_holds_and_many_ignored_pixels_are_reported(folder: Path) -> None:
+    assert opened(of_values(folder, 0, 1, 2)).cautions() == []
+    masks = opened(of_values(folder, 0, 1, 255))
+    values = np.concatenate([np.asarray(Image.open(file)).ravel() for file in (folder / "masks").iterdir()])
+    assert masks.pixels == ((values == 255).sum(), (values == 0).sum(), (values == 1).sum(), 0)
+    absent, ignored = masks.cautions()
+    assert absent == f"{folder}: no mask holds 1 of its 3 classes: car"
+    assert ignored.startswith(f"{folder}: {(values == 255).mean():.1%} of the pixels hold 255, which is ignore_index")
+    assert opened(of_values(folder, 0, 1, 2), ignore_index=2).cautions() == [
+        f"{folder}: {1 / 3:.1%} of the pixels hold 2, which is ignore_index; they count neither in training nor in any "
+        "score"
+    ]

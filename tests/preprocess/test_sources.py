@@ -45,6 +45,32 @@ def test_classes_are_the_folders_sorted(tmp_path: Path) -> None:
     assert all(listed.read(item) == (tmp_path / item.key).read_bytes() for item in listed.items)
 
 
+@pytest.mark.parametrize(
+    ("target", "taken"),
+    [
+        ("..", []),  # the root, and so every class
+        ("../..", []),
+        (".", []),  # the class itself, of which nothing is listed twice
+        ("../b", []),
+        ("../b/deep", []),
+        ("../../else", ["a/link/1.jpg", "a/link/deep/2.jpg"]),
+        ("../../linked", ["a/link/own.jpg"]),  # holds the folder that c is a link to
+    ],
+)
+def test_a_link_in_a_class_brings_no_image_of_another_class(target: str, taken: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("a/1.jpg", "b/1.jpg", "b/deep/2.jpg", "../else/1.jpg", "../else/deep/2.jpg", "../linked/own.jpg"):
+        image(root / name)
+    image(tmp_path / "linked/c/1.jpg")
+    (root / "c").symlink_to(tmp_path / "linked/c")
+    (root / "a/link").symlink_to(target)
+    listed = list_source("imagefolder", root, "train")
+    expected = {"a/1.jpg": 0, **dict.fromkeys(taken, 0), "b/1.jpg": 1, "b/deep/2.jpg": 1, "c/1.jpg": 2}
+    assert {item.key: item.label for item in listed.items} == expected
+    assert len(listed.items) == len(expected)
+    assert listed.skipped.get("links to folders of other classes", 0) == (target not in (".", "../../else"))
+
+
 def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     for name in ("a/3.jpg", "a/deep/er/1.jpg", "a/deep/2.jpg", "b/1.jpg"):
         image(tmp_path / name)
@@ -207,14 +233,14 @@ def test_a_source_folder_may_have_any_name(tmp_path: Path) -> None:
 
 
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
-    image(tmp_path / "a/1.jpg")
-    (tmp_path / "a/again").symlink_to(tmp_path / "a", target_is_directory=True)
-    (tmp_path / "a/self.jpg").symlink_to("self.jpg")
+    root = tmp_path / "root"
+    image(root / "a/1.jpg")
+    (root / "a/again").symlink_to(root / "a", target_is_directory=True)
+    (root / "a/self.jpg").symlink_to("self.jpg")
     image(tmp_path / "elsewhere/deep/2.jpg")
-    (tmp_path / "a/linked").symlink_to(tmp_path / "elsewhere/deep", target_is_directory=True)
-    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "a", target_is_directory=True)
-    of_a = [key for key in keys(list_source("imagefolder", tmp_path, "train")) if key.startswith("a/")]
-    assert of_a == ["a/1.jpg", "a/self.jpg", "a/linked/2.jpg"]
+    (root / "a/linked").symlink_to(tmp_path / "elsewhere/deep", target_is_directory=True)
+    (tmp_path / "elsewhere/deep/back").symlink_to(root / "a", target_is_directory=True)
+    assert keys(list_source("imagefolder", root, "train")) == ["a/1.jpg", "a/self.jpg", "a/linked/2.jpg"]
 
 
 def test_a_dangling_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:

@@ -132,3 +132,14 @@ def test_ticks_are_at_whole_steps() -> None:
     lines = [{"step": i, "loss": 1.0, "loss_unweighted": 1.0} for i in range(3)]
     for figure in (report.curves(lines), report.comparison({"a": [lines]})):
         assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+
+def test_clipping_and_a_probe_below_the_majority_class_are_explained(tmp_path: Path) -> None:
+    probe = {"knn_top1": 30.0, "knn_low": 25.0, "knn_high": 36.0, "knn_majority": 33.0}
+    lines = [{"step": 0, "clipped": 1.0}, {"step": 1, "clipped": 1.0, **probe}]
+    clipped, probed = report._remarks(config(tmp_path / "run", tmp_path), lines)
+    assert clipped.startswith("Nearly every step was clipped, so every gradient has the norm 1 whatever")
+    assert "kNN top-1 30.00 [25.0, 36.0] %" in probed and "most frequent class gives 33.00 %" in probed
+    assert "do not tell the classes apart better" in probed
+    (better,) = report._remarks(config(tmp_path / "run", tmp_path), [{"step": 1, **probe, "knn_majority": 10.0}])
+    assert "do not tell" not in better

@@ -93,7 +93,7 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
         ),
         (
             ("data.resolution=96",),
-            "its keypoints are for resolution 64 and crop scale [0.67, 1.0], the run uses 96",
+            "its keypoints are for resolution 64 and crop scale [0.67, 1.0], not 96",
         ),
         (
             ("data.resolution=96", "weighting=null"),
@@ -117,7 +117,7 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
             "optim: a warm-up of 100 steps, a cosine to step 3 and 3 steps in all do not fit",
         ),
         (("init_from=/nowhere",), "init_from = /nowhere: "),
-        (("data.crop_scale=[0.5,1.0]",), "the run uses 64 and [0.5, 1.0]; preprocess with --resolution and --crop"),
+        (("data.crop_scale=[0.5,1.0]",), "not 64 and [0.5, 1.0]; preprocess with --resolution and --crop"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_any_work(

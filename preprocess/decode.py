@@ -143,7 +143,7 @@ def _markers(data: bytes) -> Markers:
     """Returns the markers of a JPEG. Raises Undecodable for one that libjpeg refuses."""
     markers: Markers = read_markers(np.frombuffer(data, np.uint8))
     if not markers.scans:
-        raise Undecodable("a JPEG that is damaged before its first scan")
+        raise Undecodable("a JPEG that is truncated or damaged before its first scan")
     return markers
 
 

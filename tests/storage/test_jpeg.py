@@ -29,7 +29,10 @@ def with_segment(file: bytes, marker: int, content: bytes) -> bytes:
 
 
 def markers(file: bytes) -> Markers:
-    return read_markers(np.frombuffer(file, np.uint8))
+    """As the compiled loop and as Python count them."""
+    compiled = read_markers(np.frombuffer(file, np.uint8))
+    assert read_markers.py_func(file) == compiled
+    return compiled
 
 
 @pytest.mark.parametrize(

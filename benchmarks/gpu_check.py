@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 
 from kamim.bench.train import Ours, bench
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import evaluate
-from kamim.training.config import Pretrain
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
+from kamim.evaluation.evaluate import evaluate
+from kamim.evaluation.options import Evaluation
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from pipelines.augment import mixed_batch
 from pipelines.batch import Batch
 from preprocess.build import build

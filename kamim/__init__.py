@@ -25,14 +25,14 @@ _PUBLIC = {
     "OnlineCounts": "pipelines.counts",
     "keypoint_weights": "kamim.method.weighting",
     "counts_to_weights": "kamim.method.weighting",
-    "masked_l1": "kamim.method.objective",
+    "masked_l1": "kamim.method.loss",
     "MaskedImageModel": "kamim.models.masked_image_model",
     "Trainer": "kamim.training.trainer",
-    "Pretrain": "kamim.training.config",
-    "Evaluation": "kamim.evaluation.config",
-    "load": "kamim.training.settings",
+    "Pretrain": "kamim.config.pretrain",
+    "Evaluation": "kamim.evaluation.options",
+    "load": "kamim.config.schema",
     "pretrain": "kamim.training.pretrain",
-    "evaluate": "kamim.evaluation.run",
+    "evaluate": "kamim.evaluation.evaluate",
 }
 
 __all__ = ["KamimError", "__version__", *_PUBLIC]

@@ -12,8 +12,8 @@ from kamim.method.kernels import kernel
 from kamim.method.simd import pointer8, prefetch, stream64
 from kamim.storage.store import FORMATS
 from pipelines.crop import crop_resize, lies_within
-from pipelines.planes import WOVEN, crop_planes, stored_planes
 from pipelines.turbojpeg import decode_planes
+from pipelines.ycbcr import WOVEN, crop_planes, stored_planes
 
 _RAW, _YUV420 = FORMATS.index("raw"), FORMATS.index("yuv420")
 _LINE = 64  # bytes of a cache line

@@ -32,7 +32,7 @@ from pipelines.chunk import crop_chunk
 from pipelines.counts import Counter, Crops, Scratch
 from pipelines.crop import crop_resize
 from pipelines.plan import MicroBatch, Plan
-from pipelines.planes import WOVEN
+from pipelines.ycbcr import WOVEN
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 libjpeg-turbo's TurboJPEG library (Debian: libturbojpeg0, conda: libjpeg-turbo) is called through the addresses of its
 functions, so that a loop over many images never enters Python. Decoding to planes skips libjpeg's upsampling of chroma
-and its conversion to RGB, which pipelines.planes does for the pixels of the crop alone.
+and its conversion to RGB, which pipelines.ycbcr does for the pixels of the crop alone.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from numba import carray
 from kamim.method.kernels import kernel
 from kamim.method.simd import call, pointer8
 from kamim.storage.jpeg import read_markers, takes_long
-from pipelines.planes import Planes
+from pipelines.ycbcr import Planes
 
 LIBRARY = "libturbojpeg.so.0"  # version 1.4 (2015) or later
 _YCBCR, _GREY = 1, 2  # of enum TJCS in turbojpeg.h

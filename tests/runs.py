@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
+from kamim.runtime.distributed import World
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain
-from kamim.training.distributed import World
-from kamim.training.settings import load
 
 WORLD = World(0, 1, torch.device("cpu"))
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from kamim.analysis import figures as analysis
 from kamim.cli import app, console
 from kamim.cli.console import bar
-from kamim.evaluation import figures as evaluation
+from kamim.evaluation.report import figures as evaluation
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
@@ -257,7 +257,7 @@ def test_nobody_else_prints() -> None:
 
     Two modules are scripts that run in a separate process and print for their caller.
     """
-    scripts = ("preprocess.sources.devkit", "preprocess.sources.footers")
+    scripts = ("preprocess.sources.devkit", "preprocess.sources.parquet_footers")
     for file in (file for file in MODULES if name(file) not in scripts):
         for node in ast.walk(ast.parse(file.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kamim.config.pretrain import Pretrain
+from kamim.runtime import distributed, machine
+from kamim.runtime.distributed import World
 from kamim.storage.store import Store
-from kamim.training import distributed, machine
-from kamim.training.config import Pretrain
 from kamim.training.data import cautions, training_loader
-from kamim.training.distributed import World
 from kamim.training.pretrain import build_trainer
 from kamim.training.trainer import should_compile
 from pipelines.batch import Batch

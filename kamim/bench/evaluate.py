@@ -20,17 +20,17 @@ from kamim import KamimError
 from kamim.bench.baselines import one_thread
 from kamim.bench.originals import accepted, check_jpeg
 from kamim.bench.rounds import Run, even_batch, interleaved, paired
+from kamim.config.pretrain import Compute
 from kamim.evaluation.attentive import CachedTokens, build_head, fitted
-from kamim.evaluation.classify import make_optimizer
-from kamim.evaluation.config import Attentive, AttentivePooling, SweepOptim
+from kamim.evaluation.classifier_training import make_optimizer
+from kamim.evaluation.options import Attentive, AttentivePooling, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
 from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, depth, resolve, width
+from kamim.runtime.distributed import World
 from kamim.storage.store import ImageReader, Store
-from kamim.training.config import Compute
-from kamim.training.distributed import World
 from pipelines.augment import Augment, mixed_batch
 from pipelines.loader import Loader
 from pipelines.plan import Plan

@@ -31,17 +31,17 @@ from kamim import KamimError
 from kamim.bench.baselines import ReferenceDataset, one_thread
 from kamim.bench.crops import PATCH_SIZE, RESOLUTION
 from kamim.bench.rounds import Run, interleaved, paired
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
+from kamim.method.loss import masked_l1
 from kamim.method.masking import masked_count
-from kamim.method.objective import masked_l1
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.runtime import machine
+from kamim.runtime.distributed import World
 from kamim.storage.store import Store
-from kamim.training import machine
-from kamim.training.config import Pretrain
 from kamim.training.data import training_loader
-from kamim.training.distributed import World
 from kamim.training.metrics import Metrics, TimedBatches, sinks
 from kamim.training.pretrain import build_trainer
-from kamim.training.settings import load
 from kamim.training.trainer import Trainer, autocast, by_step
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source

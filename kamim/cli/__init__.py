@@ -4,7 +4,7 @@ import os
 
 # Imported to register their commands, in the order of --help.
 from kamim.cli import (  # isort: skip  # noqa: F401
-    preprocess, store, pretrain, config, report, sweep, evaluate, analyze, exchange, bench, doctor, demo,
+    preprocess, store, pretrain, config, report, sweep, evaluate, analyze, import_export, bench, doctor, demo,
 )  # fmt: skip
 from kamim.cli.console import RESUMABLE, app
 

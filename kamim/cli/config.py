@@ -8,7 +8,7 @@ from kamim import KamimError
 from kamim.cli.console import app, out_console, says_errors
 
 if TYPE_CHECKING:
-    from kamim.training.settings import Section
+    from kamim.config.schema import Section
 
 config_app = typer.Typer(no_args_is_help=True, help="List presets and explain their keys.")
 app.add_typer(config_app, name="config")
@@ -16,9 +16,9 @@ app.add_typer(config_app, name="config")
 
 def _kinds() -> dict[str, "type[Section]"]:
     """Returns the kinds of presets, by their folder in configs/."""
-    from kamim.evaluation.config import Evaluation
-    from kamim.evaluation.grid import Grid
-    from kamim.training.config import Pretrain
+    from kamim.config.pretrain import Pretrain
+    from kamim.evaluation.options import Evaluation
+    from kamim.sweep.grid import Grid
 
     return {kind.PRESETS: kind for kind in (Pretrain, Evaluation, Grid)}
 
@@ -27,7 +27,7 @@ def _kinds() -> dict[str, "type[Section]"]:
 @says_errors
 def list_presets() -> None:
     """Lists the presets of `kamim pretrain`, `kamim eval` and `kamim sweep`."""
-    from kamim.training.settings import presets
+    from kamim.config.schema import presets
 
     for folder, kind in _kinds().items():
         for name in presets(kind):
@@ -44,8 +44,8 @@ def show(
     """Prints every key of a preset: its value, its default if that differs, and its meaning."""
     import yaml
 
+    from kamim.config.schema import document, presets
     from kamim.storage.flatten import flatten
-    from kamim.training.settings import document, presets
 
     folder, _, stem = name.rpartition("/")
     matches = [

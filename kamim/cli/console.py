@@ -37,11 +37,11 @@ from kamim.cli.time_left import TimeLeft
 from kamim.storage.escape import one_line, printable, shortened
 
 if TYPE_CHECKING:
-    from kamim.evaluation.config import Evaluation
-    from kamim.evaluation.position import Position
+    from kamim.config.pretrain import Pretrain
+    from kamim.config.schema import Section
+    from kamim.evaluation.options import Evaluation
+    from kamim.evaluation.task_progress import Position
     from kamim.storage.store import Store
-    from kamim.training.config import Pretrain
-    from kamim.training.settings import Section
 
 
 class _Console(Console):
@@ -297,16 +297,16 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the res
 
 def print_config(config: "Section") -> None:
     """Prints a configuration as YAML, which -c reads back."""
-    from kamim.training.settings import dump
+    from kamim.config.schema import dump
 
     for line in dump(config).splitlines():
         out_console.print(line)
 
 
 def weighting_of(detector: str, footprint: str, patch_size: int, temperature: float, normalize: bool = False) -> Any:
-    """Returns the kamim.training.config.Weighting that the options describe."""
-    from kamim.training.config import Weighting
-    from kamim.training.settings import load
+    """Returns the kamim.config.pretrain.Weighting that the options describe."""
+    from kamim.config.pretrain import Weighting
+    from kamim.config.schema import load
 
     keys = {
         "detector": detector,
@@ -349,7 +349,7 @@ def check_run(config: "Pretrain") -> "Store":
 
 def check_stores(config: "Evaluation", modes: Sequence[str]) -> None:
     """Checks an evaluation's stores, without torch. Raises KamimError if one is missing, or if their classes differ."""
-    from kamim.evaluation.config import UNCLASSIFIED
+    from kamim.evaluation.options import UNCLASSIFIED
     from kamim.storage.store import Store
     from pipelines.labels import check_labels
 

@@ -11,15 +11,15 @@ from kamim import KamimError
 from kamim.analysis.analyze import run_analysis
 from kamim.analysis.request import Request
 from kamim.cli import pictures
-from kamim.evaluation.config import Evaluation
+from kamim.config.pretrain import Pretrain, Weighting
+from kamim.config.schema import load
+from kamim.evaluation.evaluate import evaluate
+from kamim.evaluation.options import Evaluation
 from kamim.evaluation.results import Accuracy, Result, headline
-from kamim.evaluation.run import evaluate
 from kamim.storage.ownership import check_results, everything, mark_results, refuse_links
 from kamim.storage.store import MANIFEST, Store
 from kamim.training import metrics
-from kamim.training.config import Pretrain, Weighting
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from kamim.training.trainer import Progress
 from preprocess.build import build
 from preprocess.plan import make_job

@@ -24,8 +24,8 @@ def doctor(
 
     Example: kamim doctor -c vit_base_kamim --store stores/imagenet-train
     """
-    from kamim.training.config import Pretrain
-    from kamim.training.settings import load
+    from kamim.config.pretrain import Pretrain
+    from kamim.config.schema import load
 
     resolved = None
     if config is not None or overrides:

@@ -23,7 +23,7 @@ from kamim.cli.console import (
     terminable,
     write_json,
 )
-from kamim.training.rendezvous import ends_all_ranks
+from kamim.runtime.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:
     from kamim.evaluation.results import Result
@@ -62,8 +62,8 @@ def evaluate(
 
     Example: kamim eval --mode knn --checkpoint runs/kamim --train stores/imagenet-train --val stores/imagenet-val
     """
-    from kamim.evaluation.config import MODES, Evaluation
-    from kamim.training.settings import load
+    from kamim.config.schema import load
+    from kamim.evaluation.options import MODES, Evaluation
 
     check_folder("--json", json_out)
     chosen = None if mode == "all" else [name for name in MODES if name == mode]
@@ -84,8 +84,8 @@ def evaluate(
     check_stores(resolved, chosen or MODES)
     try:
         with terminable(), bar("eval") as update:
+            from kamim.evaluation.evaluate import evaluate as evaluate_all
             from kamim.evaluation.results import majority_lines
-            from kamim.evaluation.run import evaluate as evaluate_all
 
             results = evaluate_all(resolved, chosen, update.of_task, strict)
     except KeyboardInterrupt:

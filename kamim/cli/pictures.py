@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kamim import KamimError
+from kamim.config.pretrain import Weighting
 from kamim.detectors import detector, opencv
 from kamim.method import geometry
 from kamim.method import keypoints as kp
 from kamim.method.weighting import density, keypoint_weights, weights
-from kamim.training.config import Weighting
 from preprocess.resize import resize_plain
 
 if TYPE_CHECKING:

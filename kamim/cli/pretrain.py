@@ -24,7 +24,7 @@ from kamim.cli.console import (
     terminable,
     write_json,
 )
-from kamim.training.rendezvous import ends_all_ranks
+from kamim.runtime.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:
     from kamim.storage.store import Store
@@ -50,9 +50,9 @@ def pretrain(
 
     Example: kamim pretrain -c vit_base_kamim weighting.temperature=0.5 out=runs/t05
     """
-    from kamim.training.config import Pretrain
+    from kamim.config.pretrain import Pretrain
+    from kamim.config.schema import load
     from kamim.training.run_folder import check_free
-    from kamim.training.settings import load
 
     resolved = load(Pretrain, config, overrides or ())
     if show_config:

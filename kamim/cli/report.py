@@ -55,8 +55,8 @@ def evaluations(
     for folder in folders:
         check_exists("", folder)
 
-    from kamim.evaluation.leaderboard import Leaderboard, find
-    from kamim.evaluation.leaderboard_page import check_out, save
+    from kamim.evaluation.report.leaderboard import Leaderboard, find
+    from kamim.evaluation.report.leaderboard_page import check_out, save
 
     check_out(out)
     results, skipped = find(folders)

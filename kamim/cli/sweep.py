@@ -21,7 +21,7 @@ from kamim.cli.console import (
     shard_of,
     terminable,
 )
-from kamim.training.rendezvous import ends_all_ranks
+from kamim.runtime.rendezvous import ends_all_ranks
 
 
 @app.command()
@@ -42,8 +42,8 @@ def sweep(
 
     Example: kamim sweep table2 pretrain.optim.epochs=20 out=runs/short
     """
-    from kamim.evaluation.grid import Grid, evaluation, points, pretraining
-    from kamim.training.settings import load
+    from kamim.config.schema import load
+    from kamim.sweep.grid import Grid, evaluation, points, pretraining
 
     grid = load(Grid, file, overrides or ())
     if show_config:
@@ -56,8 +56,8 @@ def sweep(
     check_stores(evaluation(grid, points(grid)), grid.modes)
     try:
         with terminable(), bar("sweep") as update:
-            from kamim.evaluation.grid_table import runs_table
-            from kamim.evaluation.run_grid import run_grid
+            from kamim.sweep.sweep import run_grid
+            from kamim.sweep.table import runs_table
 
             results = run_grid(grid, update.of_task, share)
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from statistics import fmean
 
-from kamim.evaluation.position import Position
+from kamim.evaluation.task_progress import Position
 
 
 class TimeLeft:

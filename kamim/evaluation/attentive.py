@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kamim import KamimError
-from kamim.evaluation.config import Attentive, AttentiveOptim, AttentivePooling
-from kamim.training.distributed import World
+from kamim.evaluation.options import Attentive, AttentiveOptim, AttentivePooling
+from kamim.runtime.distributed import World
 from kamim.training.trainer import Batches
 from pipelines.batch import Batch, upload
 from pipelines.plan import Plan

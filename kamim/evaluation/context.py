@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.evaluation.config import ClassifierOptim, Evaluation
+from kamim.config.schema import Section
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
+from kamim.evaluation.mask_folder import CLASSES, MaskFolder, open_mask_folder
+from kamim.evaluation.options import ClassifierOptim, Evaluation
 from kamim.evaluation.results import EvalSettings, Measured, SampleSet
 from kamim.models.readout import Readout
+from kamim.runtime.distributed import World
 from kamim.storage import overlap
 from kamim.training.data import whole_images
-from kamim.training.distributed import World
-from kamim.training.settings import Section
 from kamim.training.trainer import Progress
 from pipelines.labels import check_labels
 from pipelines.loader import Augment, Crop, Loader
 from pipelines.plan import Plan
 from pipelines.samples import Samples
-from preprocess.masks import CLASSES, MaskFolder, open_mask_folder
 
 _LOG = logging.getLogger(__name__)
 Work = Callable[[Path, Progress], Measured]  # called with its folder

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from kamim.evaluation.cached import CachedClassifiers
 from kamim.evaluation.context import EvalContext, Task, features_of, task
+from kamim.evaluation.corrupted_images import STRENGTHS, Corruption
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
+from kamim.evaluation.few_label_classifiers import CachedClassifiers
 from kamim.evaluation.results import CorruptedAccuracy, Robustness
 from kamim.training.trainer import Progress
-from pipelines.corruptions import STRENGTHS, Corruption
 from pipelines.loader import Loader
 
 

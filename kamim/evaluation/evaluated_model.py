@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kamim import KamimError
-from kamim.evaluation.config import CachedFeatures
+from kamim.config.pretrain import Mask, Pretrain
+from kamim.evaluation.options import CachedFeatures
 from kamim.models import interop
 from kamim.models.architectures import Positions, architecture
 from kamim.models.file_kind import named
@@ -16,7 +17,6 @@ from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage import store
 from kamim.storage.files import checksum
 from kamim.training import checkpoint
-from kamim.training.config import Mask, Pretrain
 from kamim.training.model import Model, build_model
 from pipelines.plan import Plan
 
@@ -139,7 +139,7 @@ PRETRAINING: Any = {  # keys of Pretrain that shape a run
 
 
 def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
-    """Returns the pretraining keys that kamim.evaluation.paper compares, or None if kamim did not train it.
+    """Returns the pretraining keys that kamim.evaluation.report.paper compares, or None if kamim did not train it.
 
     If its store is not on this machine, the keys that are read from it are None: dataset, samples, images (how they are
     encoded), and complete, whether it is trained to its last step.

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kamim.config.pretrain import Compute
+from kamim.evaluation.dense import DenseLoader
 from kamim.models.readout import Encoder, Readout, blocks, fixed
+from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.storage.ownership import open_own
-from kamim.training.config import Compute
-from kamim.training.distributed import World
 from kamim.training.trainer import Progress, autocast
 from pipelines.batch import normalise
-from pipelines.dense import DenseLoader
 from pipelines.loader import Loader
 
 SAVE_EVERY = 100  # steps between two records of the progress

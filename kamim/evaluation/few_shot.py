@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.evaluation.cached import CachedClassifiers
-from kamim.evaluation.config import FewShot
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.few_label_classifiers import CachedClassifiers
+from kamim.evaluation.options import FewShot
 from kamim.evaluation.results import FewShotAccuracy, ShotAccuracy
 from kamim.reporting.intervals import estimate
 from kamim.training.trainer import Progress

@@ -1,6 +1,6 @@
 """The evaluation modes: MODES holds every property of a mode except its options.
 
-A new mode is an entry here, a name in kamim.evaluation.config.ModeName, and a section of options in Evaluation.
+A new mode is an entry here, a name in kamim.evaluation.options.ModeName, and a section of options in Evaluation.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 
 from kamim import KamimError
 from kamim.evaluation import sections, tasks
-from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.corruptions import corruptions_task
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.few_shot import few_shot_task
+from kamim.evaluation.options import Evaluation
 from kamim.evaluation.results import (
     Accuracy,
     AttentiveAccuracy,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from kamim.config.pretrain import Compute
 from kamim.models.readout import Encoder, Readout, fixed, prefix, tokens_after
-from kamim.training.config import Compute
 from kamim.training.trainer import should_compile
 
 
@@ -39,7 +39,7 @@ class Head(nn.Module):
     """
 
     def __init__(self, readout: Readout, shape: torch.Size, classes: int, init_std: float | None = None):
-        """Takes the shape of one image's features, [F] or [N, D]. init_std: see kamim.evaluation.config.Linprobe."""
+        """Takes the shape of one image's features, [F] or [N, D]. init_std: see kamim.evaluation.options.Linprobe."""
         super().__init__()
         self.joint = nn.LayerNorm(list(shape)) if readout.norm == "joint" else None
         self.batch = nn.BatchNorm1d(shape[-1], 1e-6, affine=False) if readout.norm == "batch" else nn.Identity()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kamim import KamimError
+from kamim.config.pretrain import Optim
 from kamim.evaluation.results import SweepRow
 from kamim.method import rng
 from kamim.models.readout import Readout
 from kamim.models.target_rank import target_rank
 from kamim.training import schedule
-from kamim.training.config import Optim
 
 GROUP_BYTES = 4 << 30  # limit of the features, parameters and scores that are trained together
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from kamim import KamimError
+from kamim.config.schema import Count, Fraction, Natural, NotNegative, Seed
 from kamim.reporting.intervals import with_wilson
 from kamim.storage.flatten import inside
-from kamim.training.settings import Count, Fraction, Natural, NotNegative, Seed
 
 MAX_DEPTH = 8  # levels of nested settings; those of this version have 3
 
@@ -65,7 +65,7 @@ class EvalSettings:
     None for untrained or foreign weights; versions differ in its keys, so it stays a mapping. run_seed is the seed of
     the run that a checkpoint is of, or with which random weights are drawn; None for raw pixels and foreign weights.
     seed is that of the evaluation. command is the command line of the process that finished the result (see
-    kamim.training.machine.command_line), and None before that. train is None for modes that train nothing. options are
+    kamim.runtime.machine.command_line), and None before that. train is None for modes that train nothing. options are
     the mode's section of the configuration. The OPTIONAL settings are left out of the JSON if they are None. Early
     versions did not write resolution, batch_size, run_seed and command.
     """

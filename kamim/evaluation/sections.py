@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kamim.evaluation import figures
-from kamim.evaluation.paper import quoted
+from kamim.evaluation.report import figures
+from kamim.evaluation.report.paper import quoted
 from kamim.evaluation.results import (
     Accuracy,
     AttentiveAccuracy,

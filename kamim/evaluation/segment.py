@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from kamim.config.pretrain import Compute
+from kamim.evaluation.mask_folder import UNLABELLED
 from kamim.evaluation.results import Segmentation
 from kamim.models.readout import Encoder, token_map
-from kamim.training.config import Compute
-from kamim.training.distributed import World
+from kamim.runtime.distributed import World
 from kamim.training.trainer import Losses, autocast, should_compile
 from pipelines.batch import Batch, normalise
-from preprocess.masks import UNLABELLED
 
 STRIP_VALUES = 1 << 24  # logits that are upsampled at once
 

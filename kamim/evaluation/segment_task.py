@@ -11,22 +11,22 @@ from torch.nn.functional import interpolate
 
 from kamim import KamimError
 from kamim.evaluation import segment
-from kamim.evaluation.classify import make_optimizer
+from kamim.evaluation.classifier_training import make_optimizer
 from kamim.evaluation.context import EvalContext, Task
+from kamim.evaluation.dense import DenseLoader
 from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.mask_folder import MaskFolder
 from kamim.evaluation.results import EvalSettings, SampleSet, Segmentation
 from kamim.evaluation.sections import PICTURE
 from kamim.evaluation.segment import FrozenTokens, PixelCrossEntropy, SegmentationHead
 from kamim.models.readout import resolve, token_map
+from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep
-from kamim.training.distributed import World
 from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.batch import normalise
-from pipelines.dense import DenseLoader
 from pipelines.loader import Crop
 from pipelines.plan import Plan, largest_batch
-from preprocess.masks import MaskFolder
 
 
 def segment_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:

@@ -14,15 +14,15 @@ from torch import Tensor
 from kamim import KamimError
 from kamim.evaluation import logistic
 from kamim.evaluation.context import EvalContext, Task
+from kamim.evaluation.cue_conflict import open_cue_conflicts
+from kamim.evaluation.dense import DenseLoader
 from kamim.evaluation.evaluated_model import EvaluatedModel
 from kamim.evaluation.features import extract
 from kamim.evaluation.results import EvalSettings, SampleSet, ShapeBias
 from kamim.training.trainer import Progress
-from pipelines.dense import DenseLoader
 from pipelines.labels import check_labels
 from pipelines.loader import Loader
 from pipelines.plan import Plan
-from preprocess.cue_conflict import open_cue_conflicts
 
 
 def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:

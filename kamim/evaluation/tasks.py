@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from kamim import KamimError
-from kamim.evaluation import attentive, finetune, paper, probe
+from kamim.config.pretrain import Compute
+from kamim.evaluation import attentive, finetune, probe
 from kamim.evaluation.attentive import CachedTokens
-from kamim.evaluation.classify import CrossEntropy, Finish, Read, accuracy, make_optimizer
-from kamim.evaluation.config import Attentive, ClassifierOptim, Finetune, Linprobe
+from kamim.evaluation.classifier_training import CrossEntropy, Finish, Read, accuracy, make_optimizer
 from kamim.evaluation.context import EvalContext, Task, features_of, task
 from kamim.evaluation.evaluated_model import EvaluatedModel
+from kamim.evaluation.options import Attentive, ClassifierOptim, Finetune, Linprobe
 from kamim.evaluation.probe_sweep import sweep
 from kamim.evaluation.reconstruct import CONVENTIONS
+from kamim.evaluation.report import paper
 from kamim.evaluation.results import (
     Accuracy,
     AttentiveAccuracy,
@@ -33,12 +35,11 @@ from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, has_class_token, resolve, width
+from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep, Kind
-from kamim.training.config import Compute
 from kamim.training.data import whole_images
-from kamim.training.distributed import World
-from kamim.training.reconstruction import Reconstruction, reconstruct
+from kamim.training.objective import Reconstruction, reconstruct
 from kamim.training.trainer import Progress, Run, Trainer, parallel
 from pipelines.augment import Augment, mixed_batch
 from pipelines.batch import Batch, normalise

@@ -12,7 +12,7 @@ from kamim import KamimError
 from kamim.storage.ownership import lock_file, open_own
 
 if TYPE_CHECKING:
-    from kamim.training.distributed import World
+    from kamim.runtime.distributed import World
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Windows drive has one letter

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from kamim import KamimError
+from kamim.config.pretrain import Compute, Pretrain
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
 from kamim.models.attention import selectivity
 from kamim.models.knn import knn
 from kamim.models.label_free import measures
 from kamim.models.readout import Readout, blocks, fixed, resolve
+from kamim.runtime.distributed import World
 from kamim.storage.store import Store
-from kamim.training.config import Compute, Pretrain
 from kamim.training.data import check_area, shown_samples, whole_images
-from kamim.training.distributed import World
 from kamim.training.metrics import Metrics
 from kamim.training.model import Model
-from kamim.training.reconstruction import masked_error, reconstruct
+from kamim.training.objective import masked_error, reconstruct
 from kamim.training.trainer import Callback, Trainer, autocast
 from pipelines.batch import Batch, normalise
 from pipelines.labels import check_labels

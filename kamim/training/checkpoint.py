@@ -28,16 +28,16 @@ from torch.optim import Optimizer
 
 import kamim
 from kamim import KamimError
+from kamim.config.pretrain import Pretrain, patches_that_fit
+from kamim.config.schema import load
 from kamim.models.architectures import architecture
 from kamim.models.interop import Foreign
 from kamim.storage import lock
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, fsync, make_durable
 from kamim.storage.ownership import discard_unfinished, holds_only, refuse_links, unfinished
-from kamim.training.config import Pretrain, patches_that_fit
 from kamim.training.model import Model, build_model
 from kamim.training.run_folder import CHECKPOINTS
-from kamim.training.settings import load
 
 FORMAT = 1
 STATE = "state.json"

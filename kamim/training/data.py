@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from kamim import KamimError
+from kamim.config.pretrain import Pretrain
 from kamim.method.keypoints import map_counts
 from kamim.method.weighting import keypoint_weights
+from kamim.runtime.distributed import World
 from kamim.storage import overlap
 from kamim.storage.store import Store
-from kamim.training.config import Pretrain
-from kamim.training.distributed import World
 from kamim.training.run_folder import check_keypoints
 from pipelines.batch import Batch
 from pipelines.counts import CachedCounts, Counter, OnlineCounts

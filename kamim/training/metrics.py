@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from kamim import KamimError
+from kamim.config.pretrain import Log
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
 from kamim.storage.log_file import write_line
-from kamim.training.config import Log
 from kamim.training.nonfinite import Diverged
 from kamim.training.run_folder import LOG, METRICS, PANELS, TENSORBOARD, WANDB_ID
 

@@ -1,8 +1,8 @@
 """The model of a pretraining."""
 
+from kamim.config.pretrain import Decoder, Pretrain
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
-from kamim.training.config import Decoder, Pretrain
 
 Model = MaskedImageModel | MaskedAutoencoder
 """A module (images, mask) -> reconstruction, with an `encoder`, a `name` and a `resolution` in px."""

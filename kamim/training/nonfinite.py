@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kamim import KamimError
+from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
-from kamim.training.distributed import World
 from kamim.training.run_folder import NONFINITE
 from pipelines.batch import Batch
 

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from kamim import KamimError
+from kamim.config.pretrain import Decoder, Pretrain
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
+from kamim.runtime import distributed, machine
+from kamim.runtime.distributed import World
 from kamim.storage import lock, log_file
 from kamim.storage.store import Store
-from kamim.training import callbacks, checkpoint, distributed, machine, metrics, run_folder
-from kamim.training.config import Decoder, Pretrain
+from kamim.training import callbacks, checkpoint, metrics, run_folder
 from kamim.training.data import cautions, training_loader
-from kamim.training.distributed import World
 from kamim.training.model import Model, build_model
 from kamim.training.nonfinite import NonFiniteGuard
-from kamim.training.reconstruction import Reconstruction, masked_error, reconstruct
+from kamim.training.objective import Reconstruction, masked_error, reconstruct
 from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
 from pipelines.batch import Batch
 from pipelines.loader import Loader

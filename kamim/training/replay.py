@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kamim.method.objective import masked_l1
+from kamim.config.pretrain import Pretrain
+from kamim.method.loss import masked_l1
+from kamim.runtime import distributed, machine
+from kamim.runtime.distributed import World
 from kamim.storage.store import Store
-from kamim.training import distributed, machine
-from kamim.training.config import Pretrain
 from kamim.training.data import training_loader
-from kamim.training.distributed import World
 from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
 from kamim.training.run_folder import nonfinite_steps, step_to_replay
 from kamim.training.trainer import Trainer, by_step

@@ -11,15 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kamim import KamimError
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models.attention import uniform_distance
 from kamim.reporting import page
 from kamim.reporting.plots import COLOURS, label_log_axis, panels, styled
+from kamim.runtime import machine
 from kamim.storage.escape import literal
 from kamim.storage.flatten import flat_text
-from kamim.training import machine, metrics
-from kamim.training.config import Pretrain
+from kamim.training import metrics
 from kamim.training.run_folder import CONFIG, METRICS, PANELS, REPORT, check_links
-from kamim.training.settings import load
 
 PNG = b"\x89PNG\r\n\x1a\n"  # the signature of a PNG file
 POINTS = 100  # per curve; for more steps, each point is the mean of a group and a band its range

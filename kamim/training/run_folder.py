@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kamim import KamimError
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import dump, load
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
 from kamim.storage.ownership import names_in, refuse_links
 from kamim.storage.store import IMAGES, MANIFEST, Store
-from kamim.training.config import Pretrain
-from kamim.training.settings import dump, load
 from pipelines.plan import Plan
 
 if TYPE_CHECKING:
-    from kamim.training.distributed import World
+    from kamim.runtime.distributed import World
 
 CONFIG = "config.yaml"
 TRAINED_ON = "store.json"  # what a run's store held when the run began

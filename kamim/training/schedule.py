@@ -3,7 +3,7 @@
 from timm.scheduler import CosineLRScheduler
 from torch.optim import Optimizer
 
-from kamim.training.config import Optim
+from kamim.config.pretrain import Optim
 
 
 def cosine(optimizer: Optimizer, optim: Optim, steps_per_epoch: int) -> CosineLRScheduler:

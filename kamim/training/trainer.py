@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kamim import KamimError
+from kamim.config.pretrain import Compute, Log, Optim
+from kamim.runtime import machine
+from kamim.runtime.distributed import World
 from kamim.storage.log_file import write_line
-from kamim.training import checkpoint, machine, schedule
-from kamim.training.config import Compute, Log, Optim
-from kamim.training.distributed import World
+from kamim.training import checkpoint, schedule
 from kamim.training.metrics import Metrics, TimedBatches, check_finite, sinks, warn
 from kamim.training.nonfinite import NonFinite, NonFiniteGuard
 from kamim.training.run_folder import LOG

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from kamim import KamimError
-from preprocess.sources import footers
+from preprocess.sources import parquet_footers as footers
 from preprocess.sources.base import (
     CHANGED,
     Item,

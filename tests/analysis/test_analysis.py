@@ -29,6 +29,8 @@ from kamim.analysis.plan import plan
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures
 from kamim.analysis.run import file_stem
 from kamim.cli import app
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models.attention import (
     attention_distance,
     blocks,
@@ -40,8 +42,6 @@ from kamim.models.attention import (
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.reporting import page
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain
-from kamim.training.settings import load
 from pipelines.batch import Batch, normalise
 
 SIDE, PATCH = 12, 16

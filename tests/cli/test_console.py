@@ -14,7 +14,7 @@ from kamim.cli import console
 from kamim.cli.evaluate import evaluate
 from kamim.cli.preprocess import preprocess
 from kamim.cli.time_left import TimeLeft
-from kamim.evaluation.position import Position
+from kamim.evaluation.task_progress import Position
 
 
 def test_each_task_of_a_bar_has_a_time_left_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

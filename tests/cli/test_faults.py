@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kamim.analysis import analyze as analysis
 from kamim.cli import app, console
-from kamim.evaluation import run as evaluation
+from kamim.evaluation import evaluate as evaluation
 from kamim.evaluation.features import reserve
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel

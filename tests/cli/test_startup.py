@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import kamim
 from kamim.cli import app
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.grid import Grid
-from kamim.training.config import Pretrain
-from kamim.training.settings import Section, document, load, presets
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import Section, document, load, presets
+from kamim.evaluation.options import Evaluation
+from kamim.sweep.grid import Grid
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "timm", "matplotlib", "torchvision", "tensorboard"}

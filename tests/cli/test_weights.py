@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from kamim.cli import app
 from kamim.cli.pictures import image_weights, largest_crop
+from kamim.config.pretrain import Weighting
 from kamim.method import geometry
 from kamim.reporting import plots
-from kamim.training.config import Weighting
 
 
 def test_the_smallest_density_and_its_effect_are_printed(tmp_path: Path) -> None:

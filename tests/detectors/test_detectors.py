@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 import kamim.detectors
 from kamim.cli import app
 from kamim.cli.pictures import image_weights
+from kamim.config.pretrain import Weighting
+from kamim.config.schema import load
 from kamim.detectors import DETECTORS, detect_packed, detector, names, opencv
 from kamim.method.geometry import whole_views
 from kamim.method.keypoints import Group, Rules, quantise
 from kamim.storage.store import Store
-from kamim.training.config import Weighting
-from kamim.training.settings import load
 from pipelines.counts import Crops, OnlineCounts, Scratch
 
 SHARED = Path(__file__).parents[3] / "shared/data/imagenet-sample/train"

@@ -10,22 +10,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.evaluation import attentive
 from kamim.evaluation.attentive import CachedTokens, build_head, even_micro_batch, fitted
-from kamim.evaluation.config import Attentive, AttentiveOptim, Evaluation
 from kamim.evaluation.context import EvalContext
+from kamim.evaluation.evaluate import evaluate
 from kamim.evaluation.evaluated_model import planned_model
 from kamim.evaluation.modes import MODES
-from kamim.evaluation.run import evaluate
+from kamim.evaluation.options import Attentive, AttentiveOptim, Evaluation
 from kamim.method import rng
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, fixed, prefix, tokens_after, width
 from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training import checkpoint, schedule
-from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from kamim.training.trainer import Trainer
 from pipelines.plan import Plan
 from pipelines.samples import all_samples

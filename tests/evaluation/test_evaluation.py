@@ -24,23 +24,24 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
-from kamim.evaluation import classify, probe
-from kamim.evaluation.classify import make_optimizer
-from kamim.evaluation.config import ClassifierOptim, Evaluation
+from kamim.config.pretrain import Compute, Pretrain
+from kamim.config.schema import load
+from kamim.evaluation import classifier_training as classify
+from kamim.evaluation import probe
+from kamim.evaluation.classifier_training import make_optimizer
 from kamim.evaluation.context import EvalContext
+from kamim.evaluation.evaluate import _context, evaluate
 from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
 from kamim.evaluation.finetune import Classifier, ModelEma, parameter_groups
 from kamim.evaluation.modes import MODES
+from kamim.evaluation.options import ClassifierOptim, Evaluation
 from kamim.evaluation.results import Accuracy
-from kamim.evaluation.run import _context, evaluate
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, blocks, fixed, resolve, tokens_after
+from kamim.runtime.distributed import World
 from kamim.storage.store import Store
 from kamim.training import checkpoint
-from kamim.training.config import Compute, Pretrain
-from kamim.training.distributed import World
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from kamim.training.trainer import Run, Trainer
 from pipelines.batch import Batch, normalise
 from pipelines.samples import Samples, all_samples
@@ -426,7 +427,7 @@ def test_a_result_is_not_made_twice_nor_taken_for_another(
     assert run(config, "knn") == first
     with pytest.raises(ValueError, match=r"\(seed 0 there, 1 requested\); remove it, or choose another folder"):
         run(evaluation(pretrained, stores["zarr"], "seed=1", out=tmp_path / "out"), "knn")
-    monkeypatch.setattr("kamim.evaluation.run._run", None)  # the second is looked at before the first begins
+    monkeypatch.setattr("kamim.evaluation.evaluate._run", None)  # the second is looked at before the first begins
     two = {"checkpoint": (f"new={pretrained}", str(pretrained)), "out": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"holds another evaluation \(batch_size 10 there, 9 requested\)"):
         run(evaluation("", stores["zarr"], "batch_size=9", **two), "knn")

@@ -11,15 +11,15 @@ from runs import quiet
 from sklearn.linear_model import LogisticRegression
 
 from kamim import KamimError
+from kamim.config.schema import load
 from kamim.evaluation import few_shot, logistic
-from kamim.evaluation.config import Evaluation, FewShot
-from kamim.evaluation.run import _context, evaluate
+from kamim.evaluation.corrupted_images import KINDS, Corruption
+from kamim.evaluation.evaluate import _context, evaluate
+from kamim.evaluation.options import Evaluation, FewShot
 from kamim.models.readout import Pixels
-from kamim.training.distributed import World
+from kamim.runtime.distributed import World
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from pipelines.batch import normalise
-from pipelines.corruptions import KINDS, Corruption
 from pipelines.samples import n_per_class
 
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_classes_without_images_do_not_count() -> None:
 def test_what_cannot_be_measured_is_refused_before_any_work(
     stores: dict[str, Path], pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kamim.evaluation.run._run", None)
+    monkeypatch.setattr("kamim.evaluation.evaluate._run", None)
     store = stores["zarr"]
     for mode, config, message in (
         ("few-shot", evaluation(pretrained, store, "few_shot.per_class=[9]"), "the smallest class has 8 images"),

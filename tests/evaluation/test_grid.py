@@ -14,15 +14,16 @@ from runs import losses
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.evaluation import grid, leaderboard, leaderboard_page
-from kamim.evaluation import run_grid as compose
-from kamim.evaluation.grid import Grid
-from kamim.evaluation.grid_table import SweepResults, differences_table, runs_table, settings_table
-from kamim.evaluation.paper import PRETRAINING, TABLE_2
-from kamim.evaluation.position import Position
+from kamim.config.schema import load
+from kamim.evaluation.report import leaderboard, leaderboard_page
+from kamim.evaluation.report.paper import PRETRAINING, TABLE_2
 from kamim.evaluation.results import Accuracy, EvalSettings, Result, SampleSet
-from kamim.training import distributed
-from kamim.training.settings import load
+from kamim.evaluation.task_progress import Position
+from kamim.runtime import distributed
+from kamim.sweep import grid
+from kamim.sweep import sweep as compose
+from kamim.sweep.grid import Grid
+from kamim.sweep.table import SweepResults, differences_table, runs_table, settings_table
 
 TABLE2 = Path(__file__).parents[2] / "configs/sweeps/table2.yaml"
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
-from kamim.evaluation.leaderboard import Leaderboard, find
-from kamim.evaluation.leaderboard_page import (
+from kamim.evaluation.report.leaderboard import Leaderboard, find
+from kamim.evaluation.report.leaderboard_page import (
     checkpoints_table,
     full_table,
     recipes_table,
@@ -26,8 +26,8 @@ from kamim.evaluation.leaderboard_page import (
     seeds_numbers,
     seeds_table,
 )
+from kamim.runtime import machine
 from kamim.storage.escape import printable, text_of
-from kamim.training import machine
 
 WRITTEN: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures/results.json").read_text())
 VAL = {"store": "stores/other", "dataset": "imagefolder", "images": 24, "fingerprint": "cd" * 32}

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from kamim.evaluation import evaluated_model, paper, tasks
-from kamim.evaluation.config import Evaluation
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
+from kamim.evaluation import evaluated_model, tasks
 from kamim.evaluation.modes import read_result
-from kamim.evaluation.report import CHOICE, save_report
+from kamim.evaluation.options import Evaluation
+from kamim.evaluation.report import paper
+from kamim.evaluation.report.page import CHOICE, save_report
 from kamim.evaluation.results import EvalSettings
 from kamim.reporting import page
 from kamim.reporting.plots import reconstruction_sheet
 from kamim.storage.flatten import flatten
 from kamim.training.checkpoint import Checkpoint
-from kamim.training.config import Pretrain
 from kamim.training.run_folder import _FREE
-from kamim.training.settings import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 READ = {"block": 8, "pooling": "mean", "norm": "none"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kamim import KamimError
-from kamim.evaluation.config import MODES as NAMES
 from kamim.evaluation.modes import MODES, read_result
+from kamim.evaluation.options import MODES as NAMES
 from kamim.evaluation.results import (
     Accuracy,
     CorruptedAccuracy,

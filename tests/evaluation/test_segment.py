@@ -17,18 +17,18 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
+from kamim.config.pretrain import Compute, Pretrain
+from kamim.config.schema import load
 from kamim.evaluation import segment
-from kamim.evaluation.config import Evaluation
+from kamim.evaluation.evaluate import evaluate, tasks_of
 from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
-from kamim.evaluation.run import evaluate, tasks_of
+from kamim.evaluation.options import Evaluation
 from kamim.evaluation.segment import PixelCrossEntropy, SegmentationHead, predictions, segmentation
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, token_map
+from kamim.runtime.distributed import World
 from kamim.training import checkpoint
-from kamim.training.config import Compute, Pretrain
-from kamim.training.distributed import World
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from kamim.training.trainer import Trainer
 from pipelines.batch import Batch
 
@@ -215,7 +215,7 @@ def test_a_stopped_training_goes_on_to_the_same_result(
 def test_what_cannot_be_segmented_is_refused_before_any_work(
     scenes: tuple[Path, Path], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kamim.evaluation.run._run", None)
+    monkeypatch.setattr("kamim.evaluation.evaluate._run", None)
     other = write_scenes(tmp_path / "other", 1, 2, names="red\ngreen\ncyan\n")
     spec = str(pretrained)
     for config, message in (

@@ -12,11 +12,11 @@ from runs import config as pretraining
 from runs import quiet
 
 from kamim import KamimError
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import evaluate
+from kamim.config.schema import load
+from kamim.evaluation.evaluate import evaluate
+from kamim.evaluation.options import Evaluation
 from kamim.evaluation.shape_bias import decisions, shape_bias
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 
 COLOURS = {"cat": (220, 30, 30), "dog": (30, 220, 30), "car": (30, 30, 220)}
 CATEGORIES = "shape_bias.categories={cat: [cat], dog: [dog], car: [car]}"
@@ -93,7 +93,7 @@ def test_a_probe_that_sees_colours_decides_for_the_texture(
 def test_what_cannot_be_decided_is_refused_before_any_work(
     store: Path, conflicts: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kamim.evaluation.run._run", None)
+    monkeypatch.setattr("kamim.evaluation.evaluate._run", None)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/cat1-dog1.jpg").write_bytes(b"")
     for config, message in (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kamim.evaluation import probe_sweep as module
-from kamim.evaluation.config import SweepOptim
+from kamim.evaluation.options import SweepOptim
 from kamim.evaluation.probe_sweep import Probes, sweep
 from kamim.evaluation.results import SweepRow, best_by_readout, best_row
 from kamim.method import rng

@@ -13,7 +13,7 @@ import torch
 
 from kamim.detectors import DETECTORS, detector
 from kamim.method import keypoints as kp
-from kamim.method.objective import masked_l1
+from kamim.method.loss import masked_l1
 from kamim.method.weighting import counts_to_weights
 from pipelines.batch import normalise
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kamim.method.objective import masked_l1
+from kamim.method.loss import masked_l1
 from kamim.method.weighting import counts_to_weights, keypoint_weights, weights
 
 

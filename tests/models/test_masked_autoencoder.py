@@ -10,7 +10,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.method.objective import masked_l1, masked_l2, normalise_patches
+from kamim.method.loss import masked_l1, masked_l2, normalise_patches
 from kamim.models import interop
 from kamim.models.mae_layout import DecoderSize
 from kamim.models.masked_autoencoder import MaskedAutoencoder

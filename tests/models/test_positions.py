@@ -9,15 +9,15 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models import hugging_face, interop
 from kamim.models.architectures import architecture
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.positions import sincos_table
 from kamim.models.readout import tokens_after
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain
 from kamim.training.pretrain import build_optimizer
-from kamim.training.settings import load
 
 
 def slow_sincos(width: int, grid: int) -> list[list[float]]:

@@ -12,12 +12,13 @@ from runs import WORLD, config
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from kamim.evaluation import classify, finetune
+from kamim.config.pretrain import Compute, Optim
+from kamim.evaluation import classifier_training as classify
+from kamim.evaluation import finetune
 from kamim.method import rng
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.stochastic_depth import DropPath, draw_paths
 from kamim.training.checkpoint import Keep
-from kamim.training.config import Compute, Optim
 from kamim.training.metrics import read
 from kamim.training.pretrain import MaskedReconstruction, pretrain
 from kamim.training.replay import replay

@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models.architectures import architecture
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.readout import Readout, check, prefix, tokens_after
-from kamim.training.config import Pretrain
-from kamim.training.settings import load
 
 VITS = {  # name: resolution, prefix tokens, patch
     "vit_small_patch14_reg4_dinov2": (56, 5, 14),  # class token and registers, layer scale

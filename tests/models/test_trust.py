@@ -19,14 +19,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kamim.cli import app
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models import architectures, interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.files import checksum
 from kamim.training import checkpoint, metrics
-from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain as pretrain_run
 from kamim.training.run_folder import NONFINITE
-from kamim.training.settings import load
 from preprocess.sources import list_source
 
 runner = CliRunner()

@@ -8,7 +8,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage import data
 
-from pipelines.corruptions import BLUR, CONTRAST, KINDS, NOISE, QUALITY, STRENGTHS, Corruption
+from kamim.evaluation.corrupted_images import BLUR, CONTRAST, KINDS, NOISE, QUALITY, STRENGTHS, Corruption
 
 PHOTO = np.ascontiguousarray(data.astronaut()[:224, 100:324])
 

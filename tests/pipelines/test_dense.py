@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from kamim import KamimError
+from kamim.evaluation.dense import DenseLoader, crop_nearest
 from kamim.method import geometry
-from pipelines.dense import DenseLoader, crop_nearest
 from pipelines.loader import Crop, SampleError
 from pipelines.plan import Plan
 

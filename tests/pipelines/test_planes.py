@@ -16,7 +16,7 @@ from kamim.storage.store import FORMATS
 from pipelines import turbojpeg
 from pipelines.chunk import crop_chunk
 from pipelines.crop import crop_resize
-from pipelines.planes import WOVEN, Planes, crop_planes
+from pipelines.ycbcr import WOVEN, Planes, crop_planes
 
 needs_library = pytest.mark.skipif(turbojpeg.library() is None, reason="libturbojpeg is not installed")
 BLOCKS = [*turbojpeg._BLOCKS]

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from kamim import KamimError
+from kamim.evaluation.mask_folder import MaskFolder, open_mask_folder
 from kamim.storage.store import LARGEST_IMAGE
 from preprocess.decode import Undecodable, decode_mask
-from preprocess.masks import MaskFolder, open_mask_folder
 
 CASES = int(os.environ.get("KAMIM_FUZZ_CASES", "300"))
 NAMES = "sky\nroad\ncar\n"

@@ -12,8 +12,8 @@ from skimage import data
 from typer.testing import CliRunner
 
 from kamim.cli import app
+from kamim.config.pretrain import Pretrain, Weighting
 from kamim.storage.store import Store
-from kamim.training.config import Pretrain, Weighting
 from kamim.training.data import check_area, online_differs
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan

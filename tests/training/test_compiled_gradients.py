@@ -7,7 +7,7 @@ import torch
 from runs import WORLD
 from torch import Tensor, nn
 
-from kamim.training.config import Compute
+from kamim.config.pretrain import Compute
 from kamim.training.trainer import parallel
 
 

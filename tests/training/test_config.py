@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from kamim import KamimError
-from kamim.evaluation.config import Evaluation
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import dump, load
+from kamim.evaluation.options import Evaluation
 from kamim.training.checkpoint import Checkpoint
-from kamim.training.config import Pretrain
 from kamim.training.data import coarse_mask
-from kamim.training.settings import dump, load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

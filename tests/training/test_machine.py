@@ -7,13 +7,13 @@ import pytest
 import torch
 from runs import WORLD, config
 
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import evaluate
+from kamim.config.schema import load
+from kamim.evaluation.evaluate import evaluate
+from kamim.evaluation.options import Evaluation
+from kamim.runtime import machine
 from kamim.storage.store import Store
-from kamim.training import machine
 from kamim.training.data import training_loader
 from kamim.training.pretrain import build_trainer
-from kamim.training.settings import load
 
 
 @pytest.fixture(autouse=True)

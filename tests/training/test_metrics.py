@@ -17,8 +17,9 @@ from runs import WORLD, board, config, quiet
 
 from kamim import KamimError
 from kamim.cli.console import metrics_line
-from kamim.training import machine, metrics
-from kamim.training.config import Log
+from kamim.config.pretrain import Log
+from kamim.runtime import machine
+from kamim.training import metrics
 from kamim.training.metrics import Metrics, TimedBatches
 from kamim.training.pretrain import pretrain
 

@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from runs import WORLD, board, config, quiet, weights
 
-from kamim.evaluation.config import Evaluation
-from kamim.evaluation.run import evaluate
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
+from kamim.evaluation.evaluate import evaluate
+from kamim.evaluation.options import Evaluation
 from kamim.models.label_free import effective_rank, uniformity
 from kamim.models.readout import tokens_after
 from kamim.reporting import plots
 from kamim.storage.store import Store
 from kamim.training import checkpoint, metrics, report
-from kamim.training.config import Pretrain
 from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 from pipelines.batch import normalise
 from pipelines.counts import Crops
 from pipelines.loader import Loader

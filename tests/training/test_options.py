@@ -11,16 +11,16 @@ from runs import WORLD, config, losses, quiet, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kamim.config.pretrain import Compute, Pretrain
+from kamim.config.schema import load
 from kamim.evaluation.evaluated_model import load_evaluated_model
-from kamim.method.objective import denormalise_patches, normalise_patches
+from kamim.method.loss import denormalise_patches, normalise_patches
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.training import checkpoint
-from kamim.training.config import Compute, Pretrain
+from kamim.training.objective import Reconstruction
 from kamim.training.pretrain import build_optimizer, pretrain
-from kamim.training.reconstruction import Reconstruction
-from kamim.training.settings import load
 from kamim.training.trainer import autocast, parallel
 from pipelines.batch import normalise
 

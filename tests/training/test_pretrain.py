@@ -17,11 +17,11 @@ from conftest import make_store
 from runs import WORLD, config, losses, quiet, weights
 from skimage import data
 
+from kamim.config.pretrain import Optim, Pretrain
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
 from kamim.training import checkpoint, run_folder, schedule
-from kamim.training.config import Optim, Pretrain
 from kamim.training.data import training_loader
 from kamim.training.pretrain import build_trainer, pretrain
 from kamim.training.trainer import Batches, Outcome

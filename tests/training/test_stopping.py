@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kamim.cli import RESUMABLE, app
+from kamim.config.pretrain import Pretrain
+from kamim.runtime.distributed import World
 from kamim.training import checkpoint
-from kamim.training.config import Pretrain
-from kamim.training.distributed import World
 from pipelines.loader import Loader
 
 GIVEN = (

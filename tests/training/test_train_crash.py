@@ -16,11 +16,11 @@ from camera import Camera, watched
 from conftest import full_disk
 from safetensors.torch import load_file
 
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.models import architectures
 from kamim.training import checkpoint, metrics
-from kamim.training.config import Pretrain
 from kamim.training.pretrain import pretrain
-from kamim.training.settings import load
 
 SMALL: Mapping[str, architectures.Architecture] = {
     **architectures.ARCHITECTURES,

@@ -9,9 +9,9 @@ import pydantic
 from pydantic import Field
 
 from kamim import KamimError
+from kamim.config.pretrain import Compute, Optim
+from kamim.config.schema import Count, Fraction, Natural, NotEmpty, NotNegative, Positive, Section, Seed
 from kamim.models.architectures import Norm, Pooling
-from kamim.training.config import Compute, Optim
-from kamim.training.settings import Count, Fraction, Natural, NotEmpty, NotNegative, Positive, Section, Seed
 
 CorruptionName = Literal["noise", "blur", "contrast", "jpeg"]
 BlockName = Count | Literal["paper", "last"]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import kamim
-from kamim.evaluation.comparison import compared
 from kamim.evaluation.modes import MODES
-from kamim.evaluation.paper import quoted
+from kamim.evaluation.report.comparison import compared
+from kamim.evaluation.report.paper import quoted
 from kamim.evaluation.results import EvalSettings, Result, headline, majority_lines
 from kamim.evaluation.sections import PAPER_HEADER
 from kamim.reporting import page
@@ -30,7 +30,7 @@ def save_report(
 ) -> None:
     """Writes one self-contained page, with the checkpoints in the order of `results`. pictures: (PNG, caption) by mode.
 
-    The paper's numbers appear next to ours if the setting is the same (kamim.evaluation.paper.quoted).
+    The paper's numbers appear next to ours if the setting is the same (kamim.evaluation.report.paper.quoted).
     """
     about = (
         f"kamim {kamim.__version__}. Accuracies are top-1 in per cent on the validation store, unless named, with "

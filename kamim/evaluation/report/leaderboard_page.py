@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import kamim
-from kamim.evaluation.leaderboard import Leaderboard, Row, first_samples, joined, seeds
 from kamim.evaluation.modes import MODES
-from kamim.evaluation.report import CHOICE, chosen_on_val
+from kamim.evaluation.report.leaderboard import Leaderboard, Row, first_samples, joined, seeds
+from kamim.evaluation.report.page import CHOICE, chosen_on_val
 from kamim.evaluation.results import Result, headline, majority_lines, score_text
 from kamim.reporting import page
 from kamim.reporting.intervals import Estimate, estimate

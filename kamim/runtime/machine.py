@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import kamim
+from kamim.runtime.distributed import World
 from kamim.storage.escape import printable
 from kamim.storage.ownership import append
-from kamim.training.distributed import World
 from kamim.training.run_folder import STARTS
 from pipelines import turbojpeg
 
@@ -56,7 +56,7 @@ def keep_memory() -> None:
 
 
 def use_threads(threads: int | None) -> None:
-    """Sets the number of threads of torch's operations on a CPU; None: see kamim.training.config.Compute."""
+    """Sets the number of threads of torch's operations on a CPU; None: see kamim.config.pretrain.Compute."""
     openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list by nesting level; torch has one level
     default = int(openmp) if openmp.isdecimal() else len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(default, 1))

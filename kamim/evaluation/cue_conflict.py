@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from kamim import KamimError
+from kamim.evaluation.mask_folder import UNLABELLED, read_file
 from kamim.method.geometry import stored_size
 from preprocess.decode import decode
-from preprocess.masks import UNLABELLED, read_file
 from preprocess.resize import resize_antialiased
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
@@ -26,7 +26,7 @@ _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
 class CueConflicts:
     """Images, sorted by name. shapes, textures: the categories of each. fingerprint: a digest of names and files.
 
-    It is a pipelines.dense.DenseSource whose pixels have no class.
+    It is a kamim.evaluation.dense.DenseSource whose pixels have no class.
     """
 
     path: Path

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kamim import KamimError
+from kamim.runtime import rendezvous
 from kamim.storage.escape import one_line
 from kamim.storage.flatten import flat_text
-from kamim.training import rendezvous
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kamim.evaluation import grid, grid_table
+from kamim.evaluation.evaluate import evaluate, tasks_of
 from kamim.evaluation.evaluated_model import load_evaluated_model, planned_model
-from kamim.evaluation.grid import Grid, GridPoint
-from kamim.evaluation.grid_table import SweepResults
 from kamim.evaluation.modes import MODES, read_file
-from kamim.evaluation.position import Position
 from kamim.evaluation.results import FILE, Result
-from kamim.evaluation.run import evaluate, tasks_of
+from kamim.evaluation.task_progress import Position
 from kamim.reporting import page
+from kamim.runtime import distributed
+from kamim.runtime.distributed import World
 from kamim.storage.ownership import check_results, mark_results, refuse_links
-from kamim.training import distributed, pretrain
-from kamim.training.distributed import World
+from kamim.sweep import grid
+from kamim.sweep import table as grid_table
+from kamim.sweep.grid import Grid, GridPoint
+from kamim.sweep.table import SweepResults
+from kamim.training import pretrain
 from kamim.training.run_folder import is_run
 from kamim.training.trainer import Progress
 

@@ -9,12 +9,12 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kamim.evaluation.config import ClassifierOptim
+from kamim.config.pretrain import Compute
+from kamim.evaluation.options import ClassifierOptim
 from kamim.evaluation.results import Accuracy
 from kamim.models.stochastic_depth import draw_paths
 from kamim.models.target_rank import target_rank
-from kamim.training.config import Compute
-from kamim.training.distributed import World
+from kamim.runtime.distributed import World
 from kamim.training.trainer import Losses, autocast
 from pipelines.batch import Batch
 

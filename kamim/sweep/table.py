@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kamim.evaluation.grid import Grid, GridPoint, baselines, points
 from kamim.evaluation.modes import MODES
-from kamim.evaluation.report import CHOICE, chosen_on_val
+from kamim.evaluation.report.page import CHOICE, chosen_on_val
 from kamim.evaluation.results import Result, headline, majority_lines
 from kamim.evaluation.sections import PAPER_HEADER, quote
 from kamim.reporting import page
 from kamim.reporting.intervals import Estimate, estimate, paired_difference
 from kamim.reporting.table import Table, of_columns
 from kamim.storage.files import write_whole
+from kamim.sweep.grid import Grid, GridPoint, baselines, points
 from kamim.training import metrics, report
 from kamim.training.report import Lines
 

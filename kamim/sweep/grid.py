@@ -14,10 +14,10 @@ import pydantic
 from pydantic import Field
 
 from kamim import KamimError
-from kamim.evaluation.config import Evaluation, ModeName
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import NotEmpty, Section, load
+from kamim.evaluation.options import Evaluation, ModeName
 from kamim.storage.flatten import flatten
-from kamim.training.config import Pretrain
-from kamim.training.settings import NotEmpty, Section, load
 
 Value = bool | int | float | str | None
 Baseline = Literal["pixels", "random"]

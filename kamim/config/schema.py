@@ -1,7 +1,7 @@
 """Reads configurations: YAML files and key=value overrides become typed sections, checked before any work.
 
 An unknown key, a wrong type or an impossible combination raises KamimError, one line with the key, its value and what
-is allowed. The sections are defined in kamim.training.config and kamim.evaluation.config.
+is allowed. The sections are defined in kamim.config.pretrain and kamim.evaluation.options.
 """
 
 import re
@@ -17,8 +17,8 @@ from pydantic import AfterValidator, Field
 
 import kamim
 from kamim import KamimError
+from kamim.config.yaml_values import parse
 from kamim.storage.escape import one_line
-from kamim.training.yaml_values import parse
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]

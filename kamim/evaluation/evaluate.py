@@ -10,22 +10,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kamim import KamimError
-from kamim.evaluation import report
-from kamim.evaluation.config import Evaluation
 from kamim.evaluation.context import EvalContext, Task
 from kamim.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from kamim.evaluation.modes import MODES, read_file
-from kamim.evaluation.position import Position
+from kamim.evaluation.options import Evaluation
+from kamim.evaluation.report import page as report
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
+from kamim.evaluation.task_progress import Position
 from kamim.reporting import page
+from kamim.runtime import distributed, machine
+from kamim.runtime.distributed import World
 from kamim.storage import lock, overlap, ownership
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
 from kamim.storage.log_file import write_line
 from kamim.storage.store import Store
-from kamim.training import distributed, machine
 from kamim.training.data import check_area
-from kamim.training.distributed import World
 from kamim.training.run_folder import LOG
 from kamim.training.trainer import Progress
 from pipelines.samples import all_samples, some_per_class

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kamim.evaluation.corrupted_images import STRENGTHS
 from kamim.evaluation.results import FewShotAccuracy, KnnAccuracy, Robustness, SweepRow, best_by_readout
 from kamim.reporting.plots import GREY, depth_axis, look, panels, styled
 from kamim.storage.escape import literal
-from pipelines.corruptions import STRENGTHS
 
 DASHES: Sequence[Any] = ("-", "--", ":", "-.")
 CLASSIFIERS: Mapping[str, Any] = {"linear": "-", "knn": "--"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kamim.evaluation import figures
+from kamim.evaluation.report import figures
 from kamim.evaluation.results import Result
 from kamim.reporting import page
 from kamim.reporting.intervals import with_wilson

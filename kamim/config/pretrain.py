@@ -11,12 +11,7 @@ import pydantic
 from pydantic import Field
 
 from kamim import KamimError
-from kamim.detectors import names as detector_names
-from kamim.method.geometry import CROP_RATIO
-from kamim.method.keypoints import FOOTPRINTS
-from kamim.method.masking import masked_count
-from kamim.models.architectures import Positions, architecture, check_maskable, check_patches
-from kamim.training.settings import (
+from kamim.config.schema import (
     Beta,
     Count,
     Duration,
@@ -29,6 +24,11 @@ from kamim.training.settings import (
     in_steps,
     one_of,
 )
+from kamim.detectors import names as detector_names
+from kamim.method.geometry import CROP_RATIO
+from kamim.method.keypoints import FOOTPRINTS
+from kamim.method.masking import masked_count
+from kamim.models.architectures import Positions, architecture, check_maskable, check_patches
 
 
 class Model(Section):

@@ -18,9 +18,9 @@ from kamim.evaluation.report import page as report
 from kamim.evaluation.results import ABOUT, FILE, EvalSettings, Result
 from kamim.evaluation.task_progress import Position
 from kamim.reporting import page
-from kamim.runtime import distributed, machine
+from kamim.runtime import distributed, lock, machine
 from kamim.runtime.distributed import World
-from kamim.storage import lock, overlap, ownership
+from kamim.storage import overlap, ownership
 from kamim.storage.files import write_whole
 from kamim.storage.flatten import flat_text
 from kamim.storage.log_file import write_line

@@ -1,14 +1,11 @@
 """The machine that a result was computed on, and process-wide settings of memory and threads."""
 
 import ctypes
-import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,7 @@ from typing import Any
 import torch
 
 import kamim
-from kamim.runtime.distributed import World
 from kamim.storage.escape import printable
-from kamim.storage.ownership import append
-from kamim.training.run_folder import STARTS
 from pipelines import turbojpeg
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -60,29 +54,6 @@ def use_threads(threads: int | None) -> None:
     openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list by nesting level; torch has one level
     default = int(openmp) if openmp.isdecimal() else len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(default, 1))
-
-
-def log_start(run: Path, step: int, steps: int, world: World) -> None:
-    """Appends a line to RUN/starts.jsonl: time, first step, number of steps, and the machine."""
-    run.mkdir(parents=True, exist_ok=True)
-    start = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
-        "device": world.device.type, "processes": world.size, **describe(),
-    }  # fmt: skip
-    file = run / STARTS
-    cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
-    append(file, ("\n" if cut_off else "") + json.dumps(start) + "\n")
-
-
-def starts(run: Path) -> list[dict[str, Any]]:
-    """Reads RUN/starts.jsonl, oldest first, without damaged lines; returns [] if there is no file."""
-    file, records = run / STARTS, []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        with suppress(ValueError, RecursionError):  # a crash, a full disk or an untrusted file
-            record = json.loads(line)
-            if isinstance(record, dict) and all(type(record.get(key)) is int for key in ("step", "steps", "processes")):
-                records.append(record)
-    return records
 
 
 def _version(library: str) -> str | None:

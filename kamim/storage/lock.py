@@ -6,14 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kamim import KamimError
 from kamim.storage.ownership import lock_file, open_own
-
-if TYPE_CHECKING:
-    from kamim.runtime.distributed import World
-
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Windows drive has one letter
 
@@ -28,29 +23,23 @@ def check_local(name: str, out: Path) -> None:
 
 
 @contextmanager
-def alone(out: Path, name: str, world: "World | None" = None) -> Iterator[None]:
-    """Holds the lock of `out` in the context (in the first process of `world`), so that no other command writes there.
+def alone(out: Path, name: str) -> Iterator[None]:
+    """Holds the lock of `out` in the context, so that no other command writes there.
 
-    name: of the parameter that gives `out`, in errors. Raises KamimError, in every process of `world`, if another
-    command holds the lock or `out` cannot be locked.
+    name: of the parameter that gives `out`, in errors. Raises KamimError if another command holds the lock or `out`
+    cannot be locked.
     """
     check_local(name, out)
     file = lock_file(out.resolve())
-    problem = ""
+    busy = f"{name} = {out}: another process works there now; wait until it is done, or choose another"
     with ExitStack() as stack:
-        if world is None or world.is_main:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                busy = f"{name} = {out}: another process works there now; wait until it is done, or choose another"
-                stack.enter_context(held(file, busy))
-            except KamimError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{name} = {out}: {file} cannot be created or locked: {error.strerror}; choose another"
-        if world is not None:
-            problem = world.gather(problem)[0]
-        if problem:
-            raise KamimError(problem)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(file, busy))
+        except OSError as error:
+            raise KamimError(
+                f"{name} = {out}: {file} cannot be created or locked: {error.strerror}; choose another"
+            ) from error
         yield
 
 

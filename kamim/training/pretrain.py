@@ -12,9 +12,9 @@ from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
-from kamim.runtime import distributed, machine
+from kamim.runtime import distributed, lock, machine
 from kamim.runtime.distributed import World
-from kamim.storage import lock, log_file
+from kamim.storage import log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, metrics, run_folder
 from kamim.training.data import cautions, training_loader

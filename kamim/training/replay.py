@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kamim.config.pretrain import Pretrain
 from kamim.method.loss import masked_l1
-from kamim.runtime import distributed, machine
+from kamim.runtime import distributed
 from kamim.runtime.distributed import World
 from kamim.storage.store import Store
+from kamim.training import starts
 from kamim.training.data import training_loader
 from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
 from kamim.training.run_folder import nonfinite_steps, step_to_replay
@@ -62,7 +63,7 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
         trainer = build_trainer(config.model_copy(update={"on_nonfinite": "skip", "out": run}), loader, world)
         began = _bring_to(step, trainer, config)
         ranks = nonfinite_steps(run).get(step) or next(
-            (s["processes"] for s in reversed(machine.starts(run)) if s["step"] <= step), 1
+            (s["processes"] for s in reversed(starts.read(run)) if s["step"] <= step), 1
         )
         loss, samples = torch.zeros((), device=world.device), []
         for batch in _of_ranks(config, store, step, ranks, world.device):

@@ -16,10 +16,9 @@ from kamim.config.schema import load
 from kamim.models.attention import uniform_distance
 from kamim.reporting import page
 from kamim.reporting.plots import COLOURS, label_log_axis, panels, styled
-from kamim.runtime import machine
 from kamim.storage.escape import literal
 from kamim.storage.flatten import flat_text
-from kamim.training import metrics
+from kamim.training import metrics, starts
 from kamim.training.run_folder import CONFIG, METRICS, PANELS, REPORT, check_links
 
 PNG = b"\x89PNG\r\n\x1a\n"  # the signature of a PNG file
@@ -58,15 +57,15 @@ def save_report(run: Path) -> Path:
     check_links(run)
     if not (run / CONFIG).is_file() or not (lines := metrics.read(run)):
         raise KamimError(f"{run}: holds no run with a step done (config.yaml, metrics.jsonl); give a run's folder")
-    config, starts = load(Pretrain, run / CONFIG), machine.starts(run)
+    config, started = load(Pretrain, run / CONFIG), starts.read(run)
     shown = [file for file in sorted((run / PANELS).glob("step-*.png")) if _is_panel(file)]
     parts = [
-        page.paragraph(_summary(config, lines, starts)),
+        page.paragraph(_summary(config, lines, started)),
         *map(page.paragraph, _remarks(config, lines)),
         page.picture(page.png(curves(lines)), "curves", "By optimiser step. Bands: smallest and largest."),
         *_panels(shown),
         page.heading("Machines and configuration"),
-        _starts(starts),
+        _starts(started),
         page.folded("Configuration", page.table(("key", "value"), flat_text(config.model_dump(mode="json")))),
     ]
     page.save_page(f"Run {run.resolve().name}", parts, run / REPORT)
@@ -162,14 +161,14 @@ def _curve(axes: Axes, xy: np.ndarray, colour: str, label: str) -> None:
     axes.plot(*middle.T, color=colour, label=label, marker="o" if len(xy) < 30 else "")
 
 
-def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], starts: Sequence[Mapping[str, Any]]) -> str:
+def _summary(config: Pretrain, lines: Sequence[Mapping[str, float]], started: Sequence[Mapping[str, Any]]) -> str:
     weighting, last = config.weighting, lines[-1]
     method = config.title
     if weighting is not None:
         method += (
             f" ({weighting.detector}, {weighting.footprint}, w_ps {weighting.patch_size}, T {weighting.temperature:g})"
         )
-    done, total = int(last["step"]) + 1, starts[-1]["steps"] if starts else None
+    done, total = int(last["step"]) + 1, started[-1]["steps"] if started else None
     state = "done" if done == total else f"at {done} of {total or 'unknown'} steps"
     clipped = mean_of("clipped", lines)
     rate = np.median([line.get("images_per_second", np.nan) for line in lines])
@@ -240,11 +239,11 @@ def _steps(file: Path) -> str:
     return f"After {int(file.stem.removeprefix('step-'))} steps."
 
 
-def _starts(starts: Sequence[Mapping[str, Any]]) -> page.Part:
+def _starts(started: Sequence[Mapping[str, Any]]) -> page.Part:
     """Returns a table with a column for every start of the run."""
-    names = dict.fromkeys(name for start in starts for name in start)
-    rows = [(name, *(_text(start.get(name)) for start in starts)) for name in names]
-    return page.table(("", *(f"start {i}" for i in range(1, len(starts) + 1))), [row for row in rows if any(row[1:])])
+    names = dict.fromkeys(name for start in started for name in start)
+    rows = [(name, *(_text(start.get(name)) for start in started)) for name in names]
+    return page.table(("", *(f"start {i}" for i in range(1, len(started) + 1))), [row for row in rows if any(row[1:])])
 
 
 def _text(value: Any) -> str:

@@ -24,10 +24,9 @@ from torch.optim import Optimizer
 
 from kamim import KamimError
 from kamim.config.pretrain import Compute, Log, Optim
-from kamim.runtime import machine
 from kamim.runtime.distributed import World
 from kamim.storage.log_file import write_line
-from kamim.training import checkpoint, schedule
+from kamim.training import checkpoint, schedule, starts
 from kamim.training.metrics import Metrics, TimedBatches, check_finite, sinks, warn
 from kamim.training.nonfinite import NonFinite, NonFiniteGuard
 from kamim.training.run_folder import LOG
@@ -139,7 +138,7 @@ class Trainer:
         if first > total:
             raise KamimError(f"{run.out}: its newest checkpoint is of step {first}, but the run has {total} steps")
         if world.is_main:
-            machine.log_start(run.out, first, total, world)
+            starts.log(run.out, first, total, world)
         logs = sinks(run.out, first, run.log, run.config) if world.is_main else ()
         with stop_requested() as stop, Metrics(logs, self._check) as metrics, self._saved_if_not_finite(metrics):
             batches = TimedBatches(self.batches(first, total))

@@ -18,8 +18,7 @@ from runs import WORLD, board, config, quiet
 from kamim import KamimError
 from kamim.cli.console import metrics_line
 from kamim.config.pretrain import Log
-from kamim.runtime import machine
-from kamim.training import metrics
+from kamim.training import metrics, starts
 from kamim.training.metrics import Metrics, TimedBatches
 from kamim.training.pretrain import pretrain
 
@@ -131,10 +130,10 @@ def test_every_start_is_noted(resumed: Path) -> None:
 
 def test_a_start_cut_off_spoils_no_other(tmp_path: Path) -> None:
     for step in (0, 4):
-        machine.log_start(tmp_path, step, 8, WORLD)
+        starts.log(tmp_path, step, 8, WORLD)
         with (tmp_path / "starts.jsonl").open("a") as file:
             file.write('{"time": "2026-')  # as a machine that goes down may leave it
-    assert [start["step"] for start in machine.starts(tmp_path)] == [0, 4]
+    assert [start["step"] for start in starts.read(tmp_path)] == [0, 4]
 
 
 def test_a_run_stopped_by_a_signal_has_every_step_once(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -40,9 +40,16 @@ def make_store(out: Path, resolution: int) -> Path:
     """Builds a store of the sample photographs' training patches, for crops of `resolution` px."""
     source = list_source("sample", None, "train")
     job = make_job(
-        "sample", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
-        resolution=resolution, crop_scale=(0.67, 1.0),
-    )  # fmt: skip
+        "sample",
+        "train",
+        source,
+        detectors=("fast",),
+        images="zarr",
+        encoding="jpeg",
+        quality=90,
+        resolution=resolution,
+        crop_scale=(0.67, 1.0),
+    )
     build(job, source, out, workers=8, strict=True, progress=lambda done, total: None)
     return out
 
@@ -57,26 +64,45 @@ def same_losses(folder: Path) -> dict[str, Any]:
     data = make_store(folder / "small", 96)
     by_device = {}
     for name, device, precision, compiled in (
-        ("cpu", "cpu", "fp32", "false"), ("cuda_fp32", "cuda", "fp32", "false"), ("cuda_bf16", "cuda", "bf16", "true")
-    ):  # fmt: skip
-        config = load(Pretrain, None, [
-            f"data.store={data}", "data.resolution=96", "model.name=vit_demo", f"out={folder / name}", "optim.epochs=1",
-            "optim.batch_size=85", "optim.warmup_epochs=0", f"compute.device={device}",
-            f"compute.precision={precision}", f"compute.compile={compiled}",
-        ])  # fmt: skip
+        ("cpu", "cpu", "fp32", "false"),
+        ("cuda_fp32", "cuda", "fp32", "false"),
+        ("cuda_bf16", "cuda", "bf16", "true"),
+    ):
+        config = load(
+            Pretrain,
+            None,
+            [
+                f"data.store={data}",
+                "data.resolution=96",
+                "model.name=vit_demo",
+                f"out={folder / name}",
+                "optim.epochs=1",
+                "optim.batch_size=85",
+                "optim.warmup_epochs=0",
+                f"compute.device={device}",
+                f"compute.precision={precision}",
+                f"compute.compile={compiled}",
+            ],
+        )
         pretrain(config, lambda *_: None)
         by_device[name] = np.array(losses(folder / name))
-    return {
-        name: float(np.abs(by_device[name] / by_device["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")
-    }  # fmt: skip
+    return {name: float(np.abs(by_device[name] / by_device["cpu"] - 1).max()) for name in ("cuda_fp32", "cuda_bf16")}
 
 
 def synchronisations(folder: Path) -> list[str]:
     """Returns the operations that wait for the device in ten steps of a small ViT, after a first pass; none should."""
-    config = load(Pretrain, None, [
-        f"data.store={folder / 'small'}", "data.resolution=96", "model.name=vit_demo", f"out={folder / 'waits'}",
-        "optim.batch_size=64", "optim.micro_batch=32",
-    ])  # fmt: skip
+    config = load(
+        Pretrain,
+        None,
+        [
+            f"data.store={folder / 'small'}",
+            "data.resolution=96",
+            "model.name=vit_demo",
+            f"out={folder / 'waits'}",
+            "optim.batch_size=64",
+            "optim.micro_batch=32",
+        ],
+    )
     ours = Ours(config, 10)
     list(ours())
     with warnings.catch_warnings(record=True) as recorded:
@@ -102,17 +128,27 @@ def training(folder: Path) -> dict[str, Any]:
     """Runs `kamim bench train` of a ViT-B at 192 px, compiled, bf16, and adds each aim with its result."""
     source = list_source("imagefolder", photographs(folder / "photographs", 2048), "train")
     job = make_job(
-        "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
-        resolution=192, crop_scale=(0.67, 1.0),
-    )  # fmt: skip
+        "imagefolder",
+        "train",
+        source,
+        detectors=("fast",),
+        images="zarr",
+        encoding="jpeg",
+        quality=90,
+        resolution=192,
+        crop_scale=(0.67, 1.0),
+    )
     build(job, source, folder / "large", workers=8, strict=True, progress=lambda done, total: None)
     result = bench(folder / "large", source, "vit_base", 512, 30, 3, lambda done, total: None)
-    return {**result, "aims": {
-        "FLOP utilisation, at least 0.45": result["flop_utilisation"]["kamim"],
-        "data-wait share, less than 0.02": result["data_wait_share"]["kamim"],
-        "over the plain loop, at least 2": result["ratios"]["kamim_over_plain"],
-        "KAMIM over SimMIM, at least 0.99": result["ratios"]["kamim_over_simmim"],
-    }}  # fmt: skip
+    return {
+        **result,
+        "aims": {
+            "FLOP utilisation, at least 0.45": result["flop_utilisation"]["kamim"],
+            "data-wait share, less than 0.02": result["data_wait_share"]["kamim"],
+            "over the plain loop, at least 2": result["ratios"]["kamim_over_plain"],
+            "KAMIM over SimMIM, at least 0.99": result["ratios"]["kamim_over_simmim"],
+        },
+    }
 
 
 def same_mixing() -> dict[str, Any]:
@@ -129,19 +165,36 @@ def same_mixing() -> dict[str, Any]:
 def same_evaluation(folder: Path) -> dict[str, Any]:
     """Returns the main result of every mode on the CPU and on cuda, for the run and the store of same_losses."""
     main_result = {
-        "linprobe": lambda m: m.top1, "finetune": lambda m: m.top1, "knn": lambda m: m.k[5].top1,
-        "probe-sweep": lambda m: m.best.top1, "reconstruct": lambda m: m.honest.psnr,
-        "few-shot": lambda m: m.shots[0].linear, "corruptions": lambda m: m.mean_linear,
-    }  # fmt: skip
+        "linprobe": lambda m: m.top1,
+        "finetune": lambda m: m.top1,
+        "knn": lambda m: m.k[5].top1,
+        "probe-sweep": lambda m: m.best.top1,
+        "reconstruct": lambda m: m.honest.psnr,
+        "few-shot": lambda m: m.shots[0].linear,
+        "corruptions": lambda m: m.mean_linear,
+    }
     by_device: dict[str, Any] = {}
     for device in ("cpu", "cuda"):
-        config = load(Evaluation, None, [
-            f"checkpoint=[run={folder / 'cpu'}]", f"train={folder / 'small'}", f"val={folder / 'small'}",
-            f"compute.device={device}", "compute.precision=fp32", "compute.compile=false", "sweep.optim.batch_size=64",
-            "sweep.optim.epochs=1", "sweep.optim.warmup_epochs=0",
-            *(f"{mode}.optim.{key}" for mode in ("linprobe", "finetune")
-              for key in ("batch_size=64", "epochs=2", "warmup_epochs=0")),
-        ])  # fmt: skip
+        config = load(
+            Evaluation,
+            None,
+            [
+                f"checkpoint=[run={folder / 'cpu'}]",
+                f"train={folder / 'small'}",
+                f"val={folder / 'small'}",
+                f"compute.device={device}",
+                "compute.precision=fp32",
+                "compute.compile=false",
+                "sweep.optim.batch_size=64",
+                "sweep.optim.epochs=1",
+                "sweep.optim.warmup_epochs=0",
+                *(
+                    f"{mode}.optim.{key}"
+                    for mode in ("linprobe", "finetune")
+                    for key in ("batch_size=64", "epochs=2", "warmup_epochs=0")
+                ),
+            ],
+        )
         start = time.perf_counter()
         results = evaluate(config, None, lambda title: lambda *_: None)
         by_device[device] = {r.settings.mode: main_result[r.settings.mode](r.measured) for r in results} | {
@@ -160,12 +213,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         result = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "losses": same_losses(Path(folder)), "synchronisations": synchronisations(Path(folder)),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "losses": same_losses(Path(folder)),
+            "synchronisations": synchronisations(Path(folder)),
             "mixing": same_mixing(),
             "evaluation": same_evaluation(Path(folder)),
             "training": training(Path(folder)),
-        }  # fmt: skip
+        }
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -33,12 +33,19 @@ RESUMABLE = 75  # kamim's exit code for "stopped, rerun to resume"
 PIECE = 15 << 20
 SHORT = {"epochs": 2, "warmup_epochs": 1, "batch_size": 64, "micro_batch": 64}
 TINY = [
-    "pretrain.model.name=vit_demo", "pretrain.data.resolution=64", "pretrain.compute.device=cpu",
-    "evaluation.compute.device=cpu", "evaluation.per_class=20",
-    *(f"{section}.optim.{key}={value}" for key, value in SHORT.items()
-      for section in ("pretrain", "evaluation.linprobe", "evaluation.attentive")),
-    "evaluation.sweep.optim.epochs=2", "evaluation.sweep.optim.batch_size=64",
-]  # fmt: skip
+    "pretrain.model.name=vit_demo",
+    "pretrain.data.resolution=64",
+    "pretrain.compute.device=cpu",
+    "evaluation.compute.device=cpu",
+    "evaluation.per_class=20",
+    *(
+        f"{section}.optim.{key}={value}"
+        for key, value in SHORT.items()
+        for section in ("pretrain", "evaluation.linprobe", "evaluation.attentive")
+    ),
+    "evaluation.sweep.optim.epochs=2",
+    "evaluation.sweep.optim.batch_size=64",
+]
 TINY_AXES = "axes=[{name: method, variants: {simmim: {weighting: null}}}]"  # no ViT-B on a CPU
 
 
@@ -96,10 +103,27 @@ def preprocess(study: Study, name: str, images: Path, resolution: int) -> bool:
     """Both splits' stores, raw: decoding costs more than memory at this size."""
     for split in ("train", "val"):
         out = study.work / f"stores/{name}-{split}"
-        if not study.stage(f"{name}-{split}", kamim(
-            "preprocess", "imagefolder", "--source", images / split, "--split", split, "--out", out,
-            "--resolution", resolution, "--detectors", "fast", "--encoding", "raw", "--images", "zarr",
-        )):  # fmt: skip
+        if not study.stage(
+            f"{name}-{split}",
+            kamim(
+                "preprocess",
+                "imagefolder",
+                "--source",
+                images / split,
+                "--split",
+                split,
+                "--out",
+                out,
+                "--resolution",
+                resolution,
+                "--detectors",
+                "fast",
+                "--encoding",
+                "raw",
+                "--images",
+                "zarr",
+            ),
+        ):
             return False
     return True
 
@@ -108,11 +132,17 @@ def sweep(study: Study, name: str, data: str, tiny: bool) -> bool:
     """`kamim sweep NAME` on the stores of `data`, below `work`."""
     stores = [f"{split}={study.work}/stores/{data}-{split}" for split in ("train", "val")]
     small = [*TINY, *([TINY_AXES] if name == "cifar10_gpu" else [])] if tiny else []
-    return study.stage(name, kamim(
-        "sweep", name, f"pretrain.data.store={study.work}/stores/{data}-train",
-        *(f"{section}.{store}" for section in ("pretrain.probe", "evaluation") for store in stores),
-        f"out={study.work / name}", *small,
-    ))  # fmt: skip
+    return study.stage(
+        name,
+        kamim(
+            "sweep",
+            name,
+            f"pretrain.data.store={study.work}/stores/{data}-train",
+            *(f"{section}.{store}" for section in ("pretrain.probe", "evaluation") for store in stores),
+            f"out={study.work / name}",
+            *small,
+        ),
+    )
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -127,16 +157,23 @@ def save_outputs(study: Study, out: Path, encoder: str) -> None:
     check = study.work / "gpu_check.json"
     about = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-        "stages": study.stages, "gpu_check": json.loads(check.read_text()) if check.exists() else None,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "stages": study.stages,
+        "gpu_check": json.loads(check.read_text()) if check.exists() else None,
         "results": results,
-    }  # fmt: skip
+    }
     (out / "summary.json").write_text(json.dumps(about, indent=1))
     kept = [
-        file for file in sorted(study.work.rglob("*"))
-        if file.is_file() and file.suffix in (".json", ".jsonl", ".md", ".html", ".yaml", ".log", ".png", ".csv")
-        and "stores" not in file.parts and "checkpoints" not in file.parts and file.stat().st_size < 4 << 20
-    ]  # fmt: skip
+        file
+        for file in sorted(study.work.rglob("*"))
+        if file.is_file()
+        and file.suffix in (".json", ".jsonl", ".md", ".html", ".yaml", ".log", ".png", ".csv")
+        and "stores" not in file.parts
+        and "checkpoints" not in file.parts
+        and file.stat().st_size < 4 << 20
+    ]
     with tarfile.open(out / "results.tar.gz", "w:gz") as tar:
         for file in kept:
             tar.add(file, file.relative_to(study.work))
@@ -169,9 +206,10 @@ def main() -> None:
     complete = complete and sweep(study, "imagenette_gpu", "imagenette", given.tiny)
     if complete:
         named = [f"--checkpoint={run.name}={run}" for run in runs_of(given.work / "imagenette_gpu")]
-        complete = study.stage("figures", kamim(
-            "analyze", *named, "--store", given.work / "stores/imagenette-val", "--out", given.work / "figures",
-        ))  # fmt: skip
+        complete = study.stage(
+            "figures",
+            kamim("analyze", *named, "--store", given.work / "stores/imagenette-val", "--out", given.work / "figures"),
+        )
     if complete and given.cifar is not None:
         complete = preprocess(study, "cifar10", given.cifar, resolution) and sweep(
             study, "cifar10_gpu", "cifar10", given.tiny

@@ -34,9 +34,11 @@ from pipelines.loader import Crop, Loader
 from pipelines.plan import CHUNK, Plan
 
 SETTINGS = {  # order and whether samples are announced
-    "shuffled, no read-ahead": ("shuffled", False), "shuffled": ("shuffled", True),
-    "chunked, no read-ahead": ("chunked", False), "chunked": ("chunked", True),
-}  # fmt: skip
+    "shuffled, no read-ahead": ("shuffled", False),
+    "shuffled": ("shuffled", True),
+    "chunked, no read-ahead": ("chunked", False),
+    "chunked": ("chunked", True),
+}
 RESOLUTION, BATCH = 192, 256
 CLASSES, IMAGENET = 1000, 1_281_167
 
@@ -79,11 +81,14 @@ def load(folder: Path, order: str, announced: bool, seconds: float) -> dict[str,
             break
     requests, loaded = (after - earlier for after, earlier in zip(reads(folder), before, strict=True))
     return {
-        "images_per_second": count / elapsed, "first_batch_seconds": first, "images": count,
+        "images_per_second": count / elapsed,
+        "first_batch_seconds": first,
+        "images": count,
         "processor_us": (time.process_time() - processor) / count * 1e6,
         "major_faults_per_image": (resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults) / count,
-        "requests_per_image": requests / count, "kb_per_image": loaded / count / 1e3,
-    }  # fmt: skip
+        "requests_per_image": requests / count,
+        "kb_per_image": loaded / count / 1e3,
+    }
 
 
 def reads(folder: Path) -> tuple[int, int]:

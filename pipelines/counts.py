@@ -65,9 +65,25 @@ class Counter(Protocol):
 
 @kernel
 def _remapped_counts(
-    coded, addresses, counts, borders, caps, snap, frames, sizes, views, side, table, runs, patch_size, decoded, points,
-    bitmap, dots, out,
-):  # fmt: skip
+    coded,
+    addresses,
+    counts,
+    borders,
+    caps,
+    snap,
+    frames,
+    sizes,
+    views,
+    side,
+    table,
+    runs,
+    patch_size,
+    decoded,
+    points,
+    bitmap,
+    dots,
+    out,
+):
     """Counts remapped keypoints. addresses [n], counts [n, G]: see Keypoints; frames, sizes [n, 2], views [n, 6].
 
     coded: whether addresses are of gaps. decoded: room for their positions.
@@ -83,9 +99,7 @@ def _remapped_counts(
             positions = decoded[:decoded_count]  # at most counts[i], a number of bytes, to which remap clips
         else:
             positions = carray(pointer16(addresses[i]), (total, 2))
-        kept = kp.remap(
-            positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points
-        )  # fmt: skip
+        kept = kp.remap(positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points)
         if snap:
             kp.raster_whole(points, kept, side, side, table, runs, bitmap, dots)
         else:
@@ -116,10 +130,23 @@ class CachedCounts:
         if (most := int(counts.sum(axis=1).max())) > len(scratch.points):
             scratch.points, scratch.positions = np.empty((most, 2), np.int32), np.empty((most, 2), np.uint16)
         _remapped_counts(
-            self._keypoints.array == GAPS, addresses, counts, *self._rules, offered[np.arange(len(chosen)), chosen],
-            crops.sizes, crops.views, side, self._table, self._runs, self.patch_size, scratch.positions, scratch.points,
-            scratch.bitmap, scratch.dots, out,
-        )  # fmt: skip
+            self._keypoints.array == GAPS,
+            addresses,
+            counts,
+            *self._rules,
+            offered[np.arange(len(chosen)), chosen],
+            crops.sizes,
+            crops.views,
+            side,
+            self._table,
+            self._runs,
+            self.patch_size,
+            scratch.positions,
+            scratch.points,
+            scratch.bitmap,
+            scratch.dots,
+            out,
+        )
 
     def will_need(self, indices: np.ndarray) -> None:
         """See Counter."""

@@ -91,9 +91,17 @@ def crop_resize(pixels, view, out):
     last = np.empty(3 * width + _SLACK, np.uint8)
     resized = np.empty((2, row_bytes), np.uint16)
     _resize(
-        pixels.reshape(pixels.size), 3 * pixels.shape[1], view, offset, weight, near, far, last, resized,
+        pixels.reshape(pixels.size),
+        3 * pixels.shape[1],
+        view,
+        offset,
+        weight,
+        near,
+        far,
+        last,
+        resized,
         out.reshape(side, row_bytes),
-    )  # fmt: skip
+    )
 
 
 @bare_kernel

@@ -102,10 +102,18 @@ class Loader:
     """
 
     def __init__(
-        self, store: Images, plan: Plan, resolution: int, *, crop: Crop | None = None, counter: Counter | None = None,
-        augment: Augment | None = None, workers: int | None = None, device: torch.device = CPU,
+        self,
+        store: Images,
+        plan: Plan,
+        resolution: int,
+        *,
+        crop: Crop | None = None,
+        counter: Counter | None = None,
+        augment: Augment | None = None,
+        workers: int | None = None,
+        device: torch.device = CPU,
         on_error: OnError = "stop",
-    ):  # fmt: skip
+    ):
         self.plan = plan
         self.step = 0
         self.skipped = 0
@@ -203,10 +211,15 @@ class Loader:
             indices = self._without_bad(indices, slot)
         n = len(indices)
         return Batch(
-            images=slot.images[:n], counts=None if slot.counts is None else slot.counts[:n],
-            labels=torch.from_numpy(self._images.labels[indices]), indices=indices,
-            epoch=part.epoch, step=part.step, last=part.last, share=part.share,
-        )  # fmt: skip
+            images=slot.images[:n],
+            counts=None if slot.counts is None else slot.counts[:n],
+            labels=torch.from_numpy(self._images.labels[indices]),
+            indices=indices,
+            epoch=part.epoch,
+            step=part.step,
+            last=part.last,
+            share=part.share,
+        )
 
     def _without_bad(self, indices: np.ndarray, slot: _Slot) -> np.ndarray:
         """Moves the rows of the samples that could be loaded to the front, and returns their numbers."""
@@ -245,9 +258,18 @@ class Loader:
         """Makes the crops, until stopped, and returns which of them failed: bool [n]."""
         images, indices, failed = self._images, crops.indices, np.zeros(len(crops.indices), np.bool_)
         crop_chunk(
-            FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices], crops.sizes,
-            crops.views, scratch.turbo, scratch.resized, scratch.crop, crops.pixels, failed, stopped,
-        )  # fmt: skip
+            FORMATS.index(images.encoding),
+            images.addresses(indices),
+            images.lengths[indices],
+            crops.sizes,
+            crops.views,
+            scratch.turbo,
+            scratch.resized,
+            scratch.crop,
+            crops.pixels,
+            failed,
+            stopped,
+        )
         return failed
 
     def _crop_alone(self, crops: Crops, scratch: "_ThreadScratch") -> None:

@@ -16,9 +16,21 @@ from torchvision.transforms.v2 import TrivialAugmentWide
 from kamim.method.kernels import kernel
 
 OPS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
-)  # fmt: skip
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
 BINS = 31
 _IDENTITY, _ROTATE, _COLOR, _CONTRAST, _SHARPNESS, _AUTOCONTRAST, _EQUALIZE = 0, 5, 7, 8, 9, 12, 13
 _MOVES, _MAPS, _MIXES = OPS[1:6], ("Brightness", "Posterize", "Solarize"), ("Color", "Contrast", "Sharpness")

@@ -35,9 +35,11 @@ class Samples:
         """The record of the samples in a result."""
         manifest = self.store.manifest
         return {
-            "store": str(self.store.path), "dataset": manifest.job.dataset, "images": len(self.numbers),
+            "store": str(self.store.path),
+            "dataset": manifest.job.dataset,
+            "images": len(self.numbers),
             "fingerprint": manifest.source,
-        }  # fmt: skip
+        }
 
 
 def all_samples(store: Store) -> Samples:

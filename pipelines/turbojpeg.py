@@ -103,6 +103,4 @@ def decode_planes(turbo, address, length, height, width):
     if call(turbo.functions[2], data + arguments) != 0:
         return False, planes
     block_height, block_width = _BLOCKS[header[2]]
-    return True, Planes(
-        turbo.room, height, width, stride, planes.cb, planes.cr, stride, block_height, block_width
-    )  # fmt: skip
+    return True, Planes(turbo.room, height, width, stride, planes.cb, planes.cr, stride, block_height, block_width)

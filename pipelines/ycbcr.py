@@ -174,9 +174,16 @@ def _blend_rows(resized, rows, chroma_rows, flip_v, results):
         upper, lower, weight = _row_pair(rows, o)
         c_upper, c_lower, c_weight = _row_pair(chroma_rows, o)
         _to_rgb(
-            luma[upper], luma[lower], weight, cb[c_upper], cb[c_lower], cr[c_upper], cr[c_lower], c_weight,
+            luma[upper],
+            luma[lower],
+            weight,
+            cb[c_upper],
+            cb[c_lower],
+            cr[c_upper],
+            cr[c_lower],
+            c_weight,
             results[side - 1 - o if flip_v else o],
-        )  # fmt: skip
+        )
 
 
 @bare_kernel

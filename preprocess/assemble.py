@@ -156,14 +156,19 @@ def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Pat
         hashes |= {component: plan.store.shards[component] for component in plan.keep}
         checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
     return Manifest(
-        schema_version=store.SCHEMA_VERSION, kamim_version=kamim.__version__, job=job, count=sum(counts),
-        classes=plan.source.classes, rejects=job.items - sum(counts),
+        schema_version=store.SCHEMA_VERSION,
+        kamim_version=kamim.__version__,
+        job=job,
+        count=sum(counts),
+        classes=plan.source.classes,
+        rejects=job.items - sum(counts),
         stored_area=None if job.encoding == "original" else geometry.stored_area(job.resolution, job.crop_scale),
         rules={name: rules[name] for name in job.detectors},
-        opencv={component: opencv[component] for component in job.components}, shard_counts=tuple(counts),
+        opencv={component: opencv[component] for component in job.components},
+        shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},
         checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),
-    )  # fmt: skip
+    )
 
 
 def take_apart(opened: Store, component: str) -> Callable[[int], bytes]:

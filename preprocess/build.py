@@ -35,9 +35,16 @@ class Stopped(RuntimeError):
 
 
 def build(
-    job: Job, source: Source, out: Path, *, workers: int, strict: bool, progress: Progress,
-    cluster: str | None = None, say: Say = lambda line: None,
-) -> bool:  # fmt: skip
+    job: Job,
+    source: Source,
+    out: Path,
+    *,
+    workers: int,
+    strict: bool,
+    progress: Progress,
+    cluster: str | None = None,
+    say: Say = lambda line: None,
+) -> bool:
     """Runs the job, or the rest of it. Returns False if `out` is already this job's store.
 
     Raises KamimError if `out` or its partial state belongs to another job, if no image is readable, if the source has
@@ -56,9 +63,17 @@ def build(
 
 
 def build_share(
-    job: Job, source: Source, out: Path, *, share: tuple[int, int], workers: int, strict: bool, progress: Progress,
-    cluster: str | None = None, say: Say = lambda line: None,
-) -> None:  # fmt: skip
+    job: Job,
+    source: Source,
+    out: Path,
+    *,
+    share: tuple[int, int],
+    workers: int,
+    strict: bool,
+    progress: Progress,
+    cluster: str | None = None,
+    say: Say = lambda line: None,
+) -> None:
     """Builds the i-th of n shares of the shards, (i, n) = share, 1 <= i <= n, while other processes build theirs."""
     space = Workspace(out)
     with space.locked(shared=True), stopping():
@@ -130,9 +145,15 @@ def stopping() -> Iterator[None]:
 
 
 def make_shards(
-    plan: BuildPlan, space: Workspace, numbers: Collection[int], workers: int, cluster: str | None, strict: bool,
-    progress: Progress, shared: bool = False,
-) -> ShardFiles:  # fmt: skip
+    plan: BuildPlan,
+    space: Workspace,
+    numbers: Collection[int],
+    workers: int,
+    cluster: str | None,
+    strict: bool,
+    progress: Progress,
+    shared: bool = False,
+) -> ShardFiles:
     """Returns the shard files of `numbers`, after building those that are missing or damaged and checking each."""
     folders = plan.folders(space)
     space.claim(plan.job, plan.source_hashes, folders.values(), shared)

@@ -30,18 +30,31 @@ SHARD_SIZE = 128
 SMALL = 96  # px: images whose sides are all shorter are stored raw by default
 LOOKED_AT = 8  # images that are decoded to detect whether a source has small images
 DEFAULTS: dict[str, Any] = {
-    "fingerprint": "stat", "quality": 90, "resize": "bicubic", "resolution": 192, "crop_scale": (0.67, 1.0),
+    "fingerprint": "stat",
+    "quality": 90,
+    "resize": "bicubic",
+    "resolution": 192,
+    "crop_scale": (0.67, 1.0),
     "whole_pixels": "gaps",
-}  # fmt: skip
+}
 IDENTITY = ("dataset", "split", "fingerprint", "shard_size")  # these never change in a store
 REMEDY = "put it right with `kamim store verify {} --repair`"
 
 
 def make_job(
-    dataset: str, split: str, source: Source, *, detectors: Sequence[str], out: Path | None = None,
-    images: str = "auto", fingerprint: str | None = None, encoding: store.Encoding | Literal["auto"] | None = None,
-    quality: int | None = None, resolution: int | None = None, crop_scale: tuple[float, float] | None = None,
-) -> Job:  # fmt: skip
+    dataset: str,
+    split: str,
+    source: Source,
+    *,
+    detectors: Sequence[str],
+    out: Path | None = None,
+    images: str = "auto",
+    fingerprint: str | None = None,
+    encoding: store.Encoding | Literal["auto"] | None = None,
+    quality: int | None = None,
+    resolution: int | None = None,
+    crop_scale: tuple[float, float] | None = None,
+) -> Job:
     """Checks the parameters; missing ones come from `out`, begun or finished, or from DEFAULTS.
 
     images: ffcv, zarr, or auto: as in `out` if it holds the encoding, else ffcv if it imports and holds it, else zarr.
@@ -50,9 +63,13 @@ def make_job(
     """
     before = None if out is None else _job_at(Workspace(out))
     given = {
-        "fingerprint": fingerprint, "encoding": encoding, "quality": quality, "resolution": resolution,
-        "crop_scale": crop_scale, "images": None if images == "auto" else images,
-    }  # fmt: skip
+        "fingerprint": fingerprint,
+        "encoding": encoding,
+        "quality": quality,
+        "resolution": resolution,
+        "crop_scale": crop_scale,
+        "images": None if images == "auto" else images,
+    }
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     defaults = DEFAULTS | {"images": "ffcv" if has_ffcv else "zarr", "encoding": "auto", "shard_size": SHARD_SIZE}
     fixed = before.model_dump(include=set(defaults)) if before else defaults
@@ -64,9 +81,13 @@ def make_job(
         small = is_small(source, geometry.stored_area(fixed["resolution"], fixed["crop_scale"]))
         fixed["encoding"] = "raw" if small else "jpeg"
     return Job(
-        dataset=dataset, split=split, items=len(source.items), detectors=tuple(detectors), opencv=cv2.__version__,
+        dataset=dataset,
+        split=split,
+        items=len(source.items),
+        detectors=tuple(detectors),
+        opencv=cv2.__version__,
         **fixed,
-    )  # fmt: skip
+    )
 
 
 def is_small(source: Source, stored_area: float) -> bool:

@@ -49,23 +49,24 @@ def record(
 def image_rows(data: np.ndarray, size: Sequence[int], label: int) -> Rows:
     """Returns one image as rows of the component `images`."""
     return {
-        "data": data, "length": np.array([len(data)], np.int64), "size": np.array([size], np.int64),
+        "data": data,
+        "length": np.array([len(data)], np.int64),
+        "size": np.array([size], np.int64),
         "label": np.array([label], np.int64),
-    }  # fmt: skip
+    }
 
 
-def keypoint_rows(
-    array: KeypointArray, per_frame: Sequence[tuple[np.ndarray, np.ndarray]], frames: np.ndarray
-) -> Rows:  # fmt: skip
+def keypoint_rows(array: KeypointArray, per_frame: Sequence[tuple[np.ndarray, np.ndarray]], frames: np.ndarray) -> Rows:
     """Returns one image's keypoints as rows of a detector's component.
 
     array: POSITIONS or GAPS. per_frame: see stored_keypoints. frames: int [V, 2], their (height, width).
     """
     rows, counts = zip(*per_frame, strict=True)
     return {
-        array.name: np.concatenate(rows), "counts": np.stack(counts)[None].astype(np.int64),
+        array.name: np.concatenate(rows),
+        "counts": np.stack(counts)[None].astype(np.int64),
         "frame": frames[None].astype(np.uint16),
-    }  # fmt: skip
+    }
 
 
 def _array(job: Job, name: str) -> KeypointArray:

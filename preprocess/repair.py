@@ -22,9 +22,7 @@ from preprocess.verify import LINK, SEALED, STRANGE, Problem, problems
 from preprocess.workspace import Workspace
 
 
-def repair(
-    path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say
-) -> list[Problem]:  # fmt: skip
+def repair(path: Path, source: Callable[[Job], Source], *, workers: int, progress: Progress, say: Say) -> list[Problem]:
     """Repairs the files of a store and returns their faults. source: lists a job's source, if needed.
 
     Raises KamimError if neither the store nor the source is sufficient to restore it; and Stopped.

@@ -109,9 +109,12 @@ def _of_long_scans(images: ImageReader) -> Iterator[Problem]:
 
 
 def _of_shard(
-    manifest: Manifest, images: ImageReader, keypoints: Mapping[str, Keypoints],
-    shards: Mapping[str, Callable[[int], bytes]], number: int,
-) -> list[Problem]:  # fmt: skip
+    manifest: Manifest,
+    images: ImageReader,
+    keypoints: Mapping[str, Keypoints],
+    shards: Mapping[str, Callable[[int], bytes]],
+    number: int,
+) -> list[Problem]:
     """Returns the faults of a shard's images, and of components whose shard does not match its recorded checksum."""
     first = sum(manifest.shard_counts[:number])
     damage = [

@@ -44,9 +44,16 @@ def build_store(source: Path, out: Path, backend: str = "zarr", detectors: tuple
     """A store of 64 px crops of an image folder, in one worker process."""
     listed = list_source("imagefolder", source, "train")
     job = make_job(
-        "imagefolder", "train", listed, detectors=detectors, images=backend, encoding="jpeg", quality=90,
-        resolution=64, crop_scale=(0.67, 1.0),
-    )  # fmt: skip
+        "imagefolder",
+        "train",
+        listed,
+        detectors=detectors,
+        images=backend,
+        encoding="jpeg",
+        quality=90,
+        resolution=64,
+        crop_scale=(0.67, 1.0),
+    )
     build(job, listed, out, workers=1, strict=True, progress=lambda done, total: None)
     return out
 
@@ -110,17 +117,30 @@ class Inline(ThreadPoolExecutor):
 
 
 def plan_job(
-    source: Path, backend: str = "zarr", *, shard_size: int = 5, detectors: tuple[str, ...] = ("fast",),
-    encoding: Encoding | None = "jpeg", quality: int = 90, resolution: int = 64,
-) -> tuple[Job, Source]:  # fmt: skip
+    source: Path,
+    backend: str = "zarr",
+    *,
+    shard_size: int = 5,
+    detectors: tuple[str, ...] = ("fast",),
+    encoding: Encoding | None = "jpeg",
+    quality: int = 90,
+    resolution: int = 64,
+) -> tuple[Job, Source]:
     """The job that makes a small store of an image folder, and its listed source."""
     listed = list_source("imagefolder", source, "train")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("preprocess.plan.SHARD_SIZE", shard_size)
         job = make_job(
-            "imagefolder", "train", listed, detectors=detectors, images=backend, encoding=encoding, quality=quality,
-            resolution=resolution, crop_scale=(0.67, 1.0),
-        )  # fmt: skip
+            "imagefolder",
+            "train",
+            listed,
+            detectors=detectors,
+            images=backend,
+            encoding=encoding,
+            quality=quality,
+            resolution=resolution,
+            crop_scale=(0.67, 1.0),
+        )
     return job, listed
 
 

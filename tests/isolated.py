@@ -99,8 +99,11 @@ def repair(path: Path, source: Path) -> Outcome:
 
 
 STEPS: dict[str, Callable[[Path, Path], Outcome]] = {
-    "load": load, "preview": preview, "verify": verify, "repair": repair,
-}  # fmt: skip
+    "load": load,
+    "preview": preview,
+    "verify": verify,
+    "repair": repair,
+}
 
 
 def isolated(steps: Sequence[str], path: Path, source: Path) -> dict[str, Outcome]:

@@ -17,10 +17,19 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 def config(out: Path, store: Path, *more: str) -> Pretrain:
     given = (
-        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}", "seed=3",
-        "optim.batch_size=12", "optim.micro_batch=12", "optim.epochs=4", "optim.warmup_epochs=1", "compute.device=cpu",
+        f"data.store={store}",
+        "data.resolution=64",
+        "data.workers=1",
+        "model.name=vit_demo",
+        f"out={out}",
+        "seed=3",
+        "optim.batch_size=12",
+        "optim.micro_batch=12",
+        "optim.epochs=4",
+        "optim.warmup_epochs=1",
+        "compute.device=cpu",
         "checkpoint_epochs=1",
-    )  # fmt: skip
+    )
     return load(Pretrain, None, [*given, *more])
 
 

@@ -19,8 +19,10 @@ INLINE = re.compile(r"`((?:torchrun [^`]*-m )?kamim [^`]*)`")
 # What stands for something in a command -> what a command line could hold in its place.
 PLACEHOLDERS = {"[--json]": "--json", "$mode": "knn", "$SLURM_ARRAY_TASK_ID/64": "1/64", "N": "3", "W.png": "w.png"}
 ELLIPSIS = {  # what `...` leaves out
-    "preprocess": ["--source", "s", "--out", "o"], "pretrain": ["-c", "demo"], "eval": ["--val", "v", "--out", "o"],
-}  # fmt: skip
+    "preprocess": ["--source", "s", "--out", "o"],
+    "pretrain": ["-c", "demo"],
+    "eval": ["--val", "v", "--out", "o"],
+}
 YAML = re.compile(r"^```(?:yaml)?\n# (\S+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # a file for -c
 COMMANDS = typer.main.get_command(app)
 
@@ -114,10 +116,14 @@ def test_an_example_of_help_is_a_command(example: str, tmp_path: Path, monkeypat
         assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize(("command", "given"), [
-    ("pretrain", ["-c", "demo"]), ("eval", ["-c", "linprobe", "--checkpoint", "x", "--val", "y"]),
-    ("sweep", ["table2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("pretrain", ["-c", "demo"]),
+        ("eval", ["-c", "linprobe", "--checkpoint", "x", "--val", "y"]),
+        ("sweep", ["table2"]),
+    ],
+)
 def test_keys_that_help_names_are_keys(command: str, given: list[str]) -> None:
     shown = " ".join(re.sub(r"[│╭╰─╮╯]", " ", CliRunner().invoke(app, [command, "--help"]).output).split())
     (key,) = re.findall(r"overrides, such as ([\w.]+=[\w.-]+)", shown)
@@ -129,14 +135,23 @@ def test_keys_that_help_names_are_keys(command: str, given: list[str]) -> None:
 TINY = {
     "preprocess": ["--workers", "1", "--resolution", "64"],
     "pretrain": [
-        "model.name=vit_demo", "data.resolution=64", "optim.batch_size=8", "optim.duration=2 steps",
-        "optim.warmup=1 steps", "panel_epochs=null", "compute.device=cpu", "data.workers=1",
+        "model.name=vit_demo",
+        "data.resolution=64",
+        "optim.batch_size=8",
+        "optim.duration=2 steps",
+        "optim.warmup=1 steps",
+        "panel_epochs=null",
+        "compute.device=cpu",
+        "data.workers=1",
     ],
     "eval": [
-        "linprobe.optim.epochs=2", "linprobe.optim.warmup_epochs=1", "linprobe.optim.batch_size=8",
-        "compute.device=cpu", "workers=1",
+        "linprobe.optim.epochs=2",
+        "linprobe.optim.warmup_epochs=1",
+        "linprobe.optim.batch_size=8",
+        "compute.device=cpu",
+        "workers=1",
     ],
-}  # fmt: skip
+}
 
 
 def test_the_readmes_commands_run(class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,10 +36,24 @@ from kamim.storage.store import Store, seal
 from kamim.training import checkpoint, metrics
 
 HOSTILE = (
-    r"$\bad$", "\x1b[31mred\x1b[0m", "[bold]rich[/]", ":smile:", "=HYPERLINK(1)", "@SUM(1)",
-    "<script>alert(1)</script>", "_hidden", "two\nlines", "\u202egnp.exe", "\x9b31m", "caf\udce9", "\ud800", "\x00",
-    "|", "'=1", "100 %s {0}",
-)  # fmt: skip
+    r"$\bad$",
+    "\x1b[31mred\x1b[0m",
+    "[bold]rich[/]",
+    ":smile:",
+    "=HYPERLINK(1)",
+    "@SUM(1)",
+    "<script>alert(1)</script>",
+    "_hidden",
+    "two\nlines",
+    "\u202egnp.exe",
+    "\x9b31m",
+    "caf\udce9",
+    "\ud800",
+    "\x00",
+    "|",
+    "'=1",
+    "100 %s {0}",
+)
 UNSAFE = re.compile("[^\\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -88,20 +102,25 @@ def test_every_figure_takes_names_as_text() -> None:
     row = SweepRow(1, "mean", "none", 0.1, 1.0, 2.0)
     image = np.zeros((2, 8, 8, 3), np.uint8)
     of_classes = [
-        analysis.classes({bad: {**classes, "xy": xy[:, 0]}}), analysis.two_images({bad: pair}),
+        analysis.classes({bad: {**classes, "xy": xy[:, 0]}}),
+        analysis.two_images({bad: pair}),
         analysis.many_images({bad: tokens}),
-    ]  # fmt: skip
+    ]
     drawn = [
-        *of_classes, analysis.transformation({bad: flat}),
+        *of_classes,
+        analysis.transformation({bad: flat}),
         analysis.fourier({bad: {"curves": [depth] * 2, "frequency": [depth] * 2}}),
-        analysis.by_depth({bad: curve}, "px", "uniform {:.0f} {grid}"), analysis.weight_correlation({bad: curve}),
+        analysis.by_depth({bad: curve}, "px", "uniform {:.0f} {grid}"),
+        analysis.weight_correlation({bad: curve}),
         analysis.maps({bad: {"maps": np.ones((2, 1, 4, 4))}}, image, [(0.5, 0.5)]),
-        analysis.features({bad: {"rank": depth, "uniformity": depth}}), analysis.similarity({bad: {bad: np.eye(3)}}),
+        analysis.features({bad: {"rank": depth, "uniformity": depth}}),
+        analysis.similarity({bad: {bad: np.eye(3)}}),
         analysis.probe({bad: {"block": [1, 2], "top1": [1.0, 2.0]}}),
-        analysis.reconstructions(image, image[..., 0] > 0, [(bad, image)], bad), evaluation.depth({bad: [row]}),
+        analysis.reconstructions(image, image[..., 0] > 0, [(bad, image)], bad),
+        evaluation.depth({bad: [row]}),
         evaluation.neighbours({bad: KnnAccuracy({5: Accuracy(1.0, 2.0)})}),
         evaluation.poolings({bad: {"mean": 1.0, "ep": 2.0}}),
-    ]  # fmt: skip
+    ]
     for number, figure in enumerate(drawn):
         figure.savefig(io.BytesIO(), format="png", dpi=20)
         texts = [text.get_text().strip() for text in figure.findobj(Text)]
@@ -155,10 +174,13 @@ def test_warnings_are_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_pages_and_tables_hold_text(tmp_path: Path) -> None:
     parts = [
-        page.paragraph("".join(HOSTILE)), page.heading("".join(HOSTILE)), page.bullets(HOSTILE),
-        page.table(HOSTILE, [HOSTILE]), page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]),
+        page.paragraph("".join(HOSTILE)),
+        page.heading("".join(HOSTILE)),
+        page.bullets(HOSTILE),
+        page.table(HOSTILE, [HOSTILE]),
+        page.picture(b"", "\"'" + HOSTILE[0], HOSTILE[6]),
         page.folded(HOSTILE[6], page.paragraph(HOSTILE[6])),
-    ]  # fmt: skip
+    ]
     page.save_page("".join(HOSTILE), parts, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text and UNSAFE.search(text) is None and 'alt="&#34;&#39;' in text
@@ -235,14 +257,36 @@ def test_commands_show_hostile_names(hostile_store: Path, tmp_path: Path) -> Non
         "preview": ["store", "preview", store, "--out", f"{tmp_path}/p.png"],
         "lacks": ["store", "preview", store, "--out", f"{tmp_path}/p.png", "--detector", "orb"],
         "analyze": [
-            "analyze", *(part for spec in named for part in ("--checkpoint", spec)), "--store", store, "--out", out,
-            "--images", "8", "--figures", "2,9",
+            "analyze",
+            *(part for spec in named for part in ("--checkpoint", spec)),
+            "--store",
+            store,
+            "--out",
+            out,
+            "--images",
+            "8",
+            "--figures",
+            "2,9",
         ],
         "eval": [
-            "eval", "--mode", "knn", "--checkpoint", named[0], "--checkpoint", named[1], "--val", store,
-            "--train", store, "--out", f"{tmp_path}/evaluation", "per_class=4", "knn.k=[3]", "compute.device=cpu",
+            "eval",
+            "--mode",
+            "knn",
+            "--checkpoint",
+            named[0],
+            "--checkpoint",
+            named[1],
+            "--val",
+            store,
+            "--train",
+            store,
+            "--out",
+            f"{tmp_path}/evaluation",
+            "per_class=4",
+            "knn.k=[3]",
+            "compute.device=cpu",
         ],
-    }  # fmt: skip
+    }
     for what, arguments in commands.items():
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == (1 if what == "lacks" else 0), (what, result.output)

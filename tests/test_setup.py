@@ -10,12 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STUBS = {
-    "id": "echo 1000", "pkg-config": "exit 1", "sudo": 'echo "sudo $*" >>"$CALLS"', "apt-get": "exit 0",
+    "id": "echo 1000",
+    "pkg-config": "exit 1",
+    "sudo": 'echo "sudo $*" >>"$CALLS"',
+    "apt-get": "exit 0",
     "python": """case "$1$2" in
 -mvenv) mkdir -p .venv/bin; for name in python pip; do
     printf '#!/bin/sh\\n' >.venv/bin/$name; chmod +x .venv/bin/$name; done ;;
 esac""",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("typed", "installs"), [(None, False), ("\n", False), ("n\n", False), ("y\n", True)])
@@ -28,14 +31,23 @@ def test_sudo_is_used_after_a_yes_only(typed: str | None, installs: bool, tmp_pa
     for name, code in STUBS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{code}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python",
-           "CALLS": str(tmp_path / "calls")}  # fmt: skip
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": "python",
+        "CALLS": str(tmp_path / "calls"),
+    }
     main, terminal = pty.openpty()
     os.write(main, (typed or "").encode())
     done = subprocess.run(
-        ["bash", str(tmp_path / "clone/.ci/setup")], env=env, text=True, capture_output=True, check=False, timeout=60,
+        ["bash", str(tmp_path / "clone/.ci/setup")],
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=60,
         stdin=subprocess.DEVNULL if typed is None else terminal,
-    )  # fmt: skip
+    )
     os.close(main)
     os.close(terminal)
     assert done.returncode == 0, done.stderr

@@ -130,9 +130,14 @@ def query_cell(query: tuple[float, float], grid: int) -> tuple[int, int]:
 
 
 def collect_samples(
-    model: AnalysedModel, batches: Images, layer: int | None, head: int | None, queries: Sequence[tuple[float, float]],
-    device: torch.device, progress: Progress,
-) -> Samples:  # fmt: skip
+    model: AnalysedModel,
+    batches: Images,
+    layer: int | None,
+    head: int | None,
+    queries: Sequence[tuple[float, float]],
+    device: torch.device,
+    progress: Progress,
+) -> Samples:
     """Collects tokens and maps. layer: see token_block and attention_block. head: from 1, None for the mean."""
     kept: dict[str, list[Tensor]] = {"tokens": [], "before": [], "after": [], "maps": []}
     shown, block = token_block(model.depth, layer), attention_block(model.depth, layer)

@@ -146,14 +146,19 @@ def numbers(
 def draw(drawn: dict[str, Tables], shown: np.ndarray, queries: tuple[tuple[float, float], ...]) -> dict[str, Figure]:
     """Draws all figures except 2. shown: uint8 [n, R, R, 3], figure 5's images."""
     pictures: dict[str, Callable[[Tables], Figure]] = {
-        "3": figures.classes, "4": figures.fourier,
+        "3": figures.classes,
+        "4": figures.fourier,
         "5": partial(figures.maps, shown=shown, queries=queries),
         "6": partial(figures.by_depth, label="attention distance (px)", uniform=UNIFORM_DISTANCE),
         "7": partial(figures.by_depth, label="normalised mutual information", uniform=UNIFORM_NMI),
-        "8": figures.transformation, "9": figures.two_images, "10": figures.many_images,
-        "features": figures.features, "cka": figures.similarity, "weights": figures.weight_correlation,
+        "8": figures.transformation,
+        "9": figures.two_images,
+        "10": figures.many_images,
+        "features": figures.features,
+        "cka": figures.similarity,
+        "weights": figures.weight_correlation,
         "probe": figures.probe,
-    }  # fmt: skip
+    }
     return {figure: pictures[figure](table) for figure, table in drawn.items()}
 
 
@@ -213,19 +218,28 @@ def analyse(models: list[AnalysedModel], store: Store, request: Request, out: Pa
     for stem, picture in pictures.items():
         page.save_figure(picture, out / stem)
     about = {
-        "kamim": kamim.__version__, "store": str(store.path), "seed": request.seed, "classes": chosen.titles,
-        "images": chosen.curves, "token_images": chosen.samples, "layer": request.layer, "head": request.head,
-        "queries": request.queries, "mask_ratio": MASK_RATIO, "notes": notes,
-    }  # fmt: skip
+        "kamim": kamim.__version__,
+        "store": str(store.path),
+        "seed": request.seed,
+        "classes": chosen.titles,
+        "images": chosen.curves,
+        "token_images": chosen.samples,
+        "layer": request.layer,
+        "head": request.head,
+        "queries": request.queries,
+        "mask_ratio": MASK_RATIO,
+        "notes": notes,
+    }
     checkpoints = {m.name: {**m.about, "resolution": m.resolution} for m in models}
     page.save_numbers(
-        {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": drawn},
-        out / NUMBERS,
+        {"about": about, "checkpoints": checkpoints, "uniform_attention": closeness, "figures": drawn}, out / NUMBERS
     )
     captioned = [
         page.picture((out / f"{stem}.png").read_bytes(), stem, caption)
-        for figure, caption in CAPTIONS.items() for stem in pictures if stem.startswith(file_stem(figure))
-    ]  # fmt: skip
+        for figure, caption in CAPTIONS.items()
+        for stem in pictures
+        if stem.startswith(file_stem(figure))
+    ]
     parts = [page.paragraph(_about(models, store, chosen)), page.bullets(lines), *captioned]
     page.save_page(TITLE, parts, out / PAGE)
     return lines

@@ -76,18 +76,26 @@ def one_thread(_: int) -> None:
 def reference(source: Source, batch: int, workers: int) -> Run:
     """Returns a pass of the released code's method on the original files, with one worker process per core."""
     loader = torch.utils.data.DataLoader(
-        ReferenceDataset(source), even_batch(len(source.items), batch, workers), shuffle=True, num_workers=workers,
-        persistent_workers=True, worker_init_fn=one_thread,
-    )  # fmt: skip
+        ReferenceDataset(source),
+        even_batch(len(source.items), batch, workers),
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+        worker_init_fn=one_thread,
+    )
     return lambda: sum(len(images) for images, _ in loader)
 
 
 def torchvision_jpeg(store: Store, batch: int, workers: int) -> Run:
     """Returns a pass of decode_jpeg and RandomResizedCrop in a DataLoader with one process per core; no keypoints."""
     loader = torch.utils.data.DataLoader(
-        StoredDataset(store), even_batch(len(store), batch, workers), shuffle=True, num_workers=workers,
-        persistent_workers=True, worker_init_fn=one_thread,
-    )  # fmt: skip
+        StoredDataset(store),
+        even_batch(len(store), batch, workers),
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+        worker_init_fn=one_thread,
+    )
     return lambda: sum(len(images) for images in loader)
 
 
@@ -131,6 +139,10 @@ def _stock_loader(file: str, batch: int, workers: int) -> Any:
 
     decoder = RandomResizedCropRGBImageDecoder((RESOLUTION, RESOLUTION), scale=SCALE, ratio=RATIO)
     return FfcvLoader(
-        file, batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, os_cache=True,
+        file,
+        batch_size=batch,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
         pipelines={"image": [decoder, ToTensor()], "label": [IntDecoder(), ToTensor()]},
-    )  # fmt: skip
+    )

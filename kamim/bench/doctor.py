@@ -109,9 +109,14 @@ def _model_rate(config: Pretrain, batches: Loader, batch: Batch, world: World) -
     size, count = min(BATCH[kind], len(batch)), STEPS[kind]
     counts = None if batch.counts is None else batch.counts[:size].clone()
     loaded = replace(
-        batch, images=batch.images[:size].clone(), counts=counts, labels=batch.labels[:size], last=True, share=1.0,
+        batch,
+        images=batch.images[:size].clone(),
+        counts=counts,
+        labels=batch.labels[:size],
+        last=True,
+        share=1.0,
         indices=batch.indices[:size],
-    ).to(world.device)  # fmt: skip
+    ).to(world.device)
     trainer = build_trainer(config, batches, world)
     start = 0.0
     for step in range(2 + count):

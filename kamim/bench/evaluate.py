@@ -74,9 +74,12 @@ def torchvision_rate(
 ) -> Callable[[], int]:
     """Returns a pass of a DataLoader with one worker process per core."""
     loader = torch.utils.data.DataLoader(
-        TorchvisionDataset(decode, count, resolution, augmented), even_batch(count, batch, workers),
-        num_workers=workers, persistent_workers=True, worker_init_fn=one_thread,
-    )  # fmt: skip
+        TorchvisionDataset(decode, count, resolution, augmented),
+        even_batch(count, batch, workers),
+        num_workers=workers,
+        persistent_workers=True,
+        worker_init_fn=one_thread,
+    )
     return lambda: sum(len(images) for images in loader)
 
 
@@ -129,9 +132,14 @@ def attentive_rate(name: AttentivePooling, tokens: Tensor) -> Callable[[], int]:
 
 
 def bench(
-    store: Store, source: Source, model: str, resolution: int, batch: int, rounds: int,
+    store: Store,
+    source: Source,
+    model: str,
+    resolution: int,
+    batch: int,
+    rounds: int,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Returns images per second (medians of the rounds), ratios, and hours of a sweep and of one probe, on the CPU.
 
     Attentive probes train on noise in place of the tokens of ATTENTIVE_IMAGES images, which takes as long.
@@ -178,9 +186,14 @@ def bench(
             "ep_over_mean_time": paired(rates["mean"], rates["ep"]),
             "abmilp_over_mean_time": paired(rates["mean"], rates["abmilp"]),
         },
-        "hours": {"probe": probe_hours, "sweep": sweep_hours}, "block": block, "model": model, "rounds": rates,
-        "workers": workers, "batch": batch, "sweep": {**SWEEP, "readouts": readouts},
-    }  # fmt: skip
+        "hours": {"probe": probe_hours, "sweep": sweep_hours},
+        "block": block,
+        "model": model,
+        "rounds": rates,
+        "workers": workers,
+        "batch": batch,
+        "sweep": {**SWEEP, "readouts": readouts},
+    }
 
 
 def _sweep_seconds(width: int) -> float:
@@ -189,7 +202,14 @@ def _sweep_seconds(width: int) -> float:
     labels = torch.arange(SWEEP["images"]) % SWEEP["classes"]
     start = time.perf_counter()
     sweep(
-        {Readout(1, "mean", "none"): (features, features[:1])}, labels, labels[:1], SWEEP["classes"],
-        [0.1] * SWEEP["lrs"], SweepOptim(epochs=SWEEP["epochs"]), 0, torch.device("cpu"), lambda done, total: None,
-    )  # fmt: skip
+        {Readout(1, "mean", "none"): (features, features[:1])},
+        labels,
+        labels[:1],
+        SWEEP["classes"],
+        [0.1] * SWEEP["lrs"],
+        SweepOptim(epochs=SWEEP["epochs"]),
+        0,
+        torch.device("cpu"),
+        lambda done, total: None,
+    )
     return time.perf_counter() - start

@@ -41,9 +41,13 @@ class FidelityCase:
 
 
 def fidelity(
-    source: Source, detectors: Sequence[str], setting: FidelityCase, images: int, crops: int,
+    source: Source,
+    detectors: Sequence[str],
+    setting: FidelityCase,
+    images: int,
+    crops: int,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Compares `crops` random crops of each of `images` images, spread evenly over the source.
 
     Returns keypoints: a row per (detector, footprint) with correlations of W and density, L1 of W / mean W, and means
@@ -54,9 +58,14 @@ def fidelity(
         raise KamimError(f"images = {images}: {source.location} has {len(source.items)}")
     chosen = np.linspace(0, len(source.items) - 1, images).astype(int)
     job = make_job(
-        "imagefolder", "train", source, detectors=detectors, images="zarr", resolution=setting.resolution,
+        "imagefolder",
+        "train",
+        source,
+        detectors=detectors,
+        images="zarr",
+        resolution=setting.resolution,
         crop_scale=setting.crop_scale,
-    )  # fmt: skip
+    )
     held: dict[str, list[int]] = {name: [] for name in detectors}
     stored: list[StoredImage] = []
     on_stored: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -119,7 +128,7 @@ def _counts(
     height, width = pixels.shape[:2]
     (view,) = geometry.crop_views(
         np.array([[height, width]]), setting.crop_scale, geometry.CROP_RATIO, SEED, epoch, np.array([index])
-    )  # fmt: skip
+    )
     crop = _crop(pixels, view, setting.resolution)
     moved = _crop(pixels, _moved(view, height, width), setting.resolution)
     counts = {}

@@ -77,15 +77,22 @@ def bench(
     return {
         "small_images_per_thread": float(1e6 / np.median(processor[:, 0])),
         "python_us_per_image": float(np.median(processor[:, 0] - processor[:, 1])),
-        "decoder": "planes" if turbojpeg.library() else "pixels", "pixels": quality, "small_rounds": small_rates,
-        "images_per_second": medians, "ratios": ratios(rates, small_rates, finer_rates), "rounds": rates,
-        "finer_rounds": finer_rates, "workers": workers, "batch": batch, "startup": startup.measure(store),
-    }  # fmt: skip
+        "decoder": "planes" if turbojpeg.library() else "pixels",
+        "pixels": quality,
+        "small_rounds": small_rates,
+        "images_per_second": medians,
+        "ratios": ratios(rates, small_rates, finer_rates),
+        "rounds": rates,
+        "finer_rounds": finer_rates,
+        "workers": workers,
+        "batch": batch,
+        "startup": startup.measure(store),
+    }
 
 
 def baseline_runs(
     stack: ExitStack, store: Store, source: Source, folder: Path, batch: int, workers: int
-) -> dict[str, Run]:  # fmt: skip
+) -> dict[str, Run]:
     """Returns the runs of other methods, and ours on FFCV's files with ffcv; `stack` ends their processes."""
     runs = {
         "reference": baselines.reference(source, batch, workers),
@@ -104,16 +111,18 @@ def baseline_runs(
 
 def ratios(
     rates: Mapping[str, Sequence[float]], small: Mapping[str, Sequence[float]], finer: Mapping[str, Sequence[float]]
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Returns the ratios of the runs that took part: the median of the rounds' ratios, from rates by round."""
     pairs = {
-        "ratio_to_reference": ("fast", "reference"), "ratio_to_jpeg_decode": ("fast", "jpeg_decode"),
+        "ratio_to_reference": ("fast", "reference"),
+        "ratio_to_jpeg_decode": ("fast", "jpeg_decode"),
         "ratio_to_torchvision_jpeg": ("simmim", "torchvision_jpeg"),
-        "ratio_to_stock_ffcv": ("fast", "short_side_stock_ffcv"), "raw_over_jpeg": ("raw", "fast"),
+        "ratio_to_stock_ffcv": ("fast", "short_side_stock_ffcv"),
+        "raw_over_jpeg": ("raw", "fast"),
         "yuv420_over_jpeg": ("yuv420", "fast"),
         "ratio_to_stock_ffcv_same_file": ("short_side", "short_side_stock_ffcv"),
         **{f"ratio_to_{name}": ("simmim", name) for name in peers.PEERS},
-    }  # fmt: skip
+    }
     return {
         **{name: paired(rates[a], rates[b]) for name, (a, b) in pairs.items() if {a, b} <= rates.keys()},
         **{f"{name}_over_simmim": paired(finer[name], finer["simmim"]) for name in finer if name != "simmim"},

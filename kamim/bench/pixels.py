@@ -80,8 +80,10 @@ def _plain(pixels: np.ndarray, box: tuple[float, ...], side: int) -> np.ndarray:
     """Resizes a box (top, left, height, width, in px) bilinearly without antialiasing: uint8 [side, side, 3]."""
     top, left, height, width = box
     steps = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    y, x = (2 * (start + length * steps) / whole - 1
-            for start, length, whole in zip((top, left), (height, width), pixels.shape[:2], strict=True))  # fmt: skip
+    y, x = (
+        2 * (start + length * steps) / whole - 1
+        for start, length, whole in zip((top, left), (height, width), pixels.shape[:2], strict=True)
+    )
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
     planes = torch.tensor(pixels).permute(2, 0, 1).double()
     sampled = grid_sample(planes[None], grid[None], padding_mode="border", align_corners=False)[0]

@@ -55,9 +55,16 @@ def bench(
         )
     shards = [items[part * size : (part + 1) * size] for part in range(PARTS)]
     job = make_job(
-        "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90,
-        resolution=RESOLUTION, crop_scale=SCALE,
-    )  # fmt: skip
+        "imagefolder",
+        "train",
+        source,
+        detectors=("fast",),
+        images="zarr",
+        encoding="jpeg",
+        quality=90,
+        resolution=RESOLUTION,
+        crop_scale=SCALE,
+    )
     measured: list[Seconds] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -167,6 +174,9 @@ def _report(measured: Sequence[Seconds], images: int) -> dict[str, Any]:
         "two_workers_over_one_busiest": paired(rounds["workers_2_busiest"], rounds["workers_1_busiest"]),
     }
     return {
-        "images_per_second": medians, "ratios": ratios, "rounds": rounds, "images": images,
+        "images_per_second": medians,
+        "ratios": ratios,
+        "rounds": rounds,
+        "images": images,
         "machine": machine.describe(LIBRARIES),
-    }  # fmt: skip
+    }

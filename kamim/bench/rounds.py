@@ -9,9 +9,7 @@ from functools import partial
 Run = Callable[[], int]  # one measured pass; returns its number of images
 
 
-def interleaved(
-    runs: Mapping[str, Run], rounds: int, progress: Callable[[int, int], None]
-) -> dict[str, list[float]]:  # fmt: skip
+def interleaved(runs: Mapping[str, Run], rounds: int, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
     """Returns images per second of wall time, of every run in each of `rounds` rounds.
 
     A first round compiles and warms up, and is not counted. progress: called with (passes done, passes in total).
@@ -30,7 +28,7 @@ def interleaved(
 
 def in_turn(
     groups: Sequence[tuple[Mapping[str, Run], int]], progress: Callable[[int, int], None]
-) -> list[dict[str, list[float]]]:  # fmt: skip
+) -> list[dict[str, list[float]]]:
     """Returns `interleaved` of each group of (runs, rounds), one group after the other."""
     passes = [len(runs) * (rounds + 1) for runs, rounds in groups]
     rates = []

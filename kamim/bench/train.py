@@ -103,9 +103,14 @@ class Plain:
         self._config, self._device = config, _device()
         dataset = OnlineDataset(source, length * config.optim.batch_size)
         self._loader: Any = torch.utils.data.DataLoader(
-            dataset, config.optim.batch_size, shuffle=True, num_workers=len(os.sched_getaffinity(0)),
-            persistent_workers=True, pin_memory=self._device.type == "cuda", worker_init_fn=one_thread,
-        )  # fmt: skip
+            dataset,
+            config.optim.batch_size,
+            shuffle=True,
+            num_workers=len(os.sched_getaffinity(0)),
+            persistent_workers=True,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=one_thread,
+        )
 
     @cached_property
     def _model_and_optimizer(self) -> tuple[Any, torch.optim.Optimizer]:
@@ -141,10 +146,17 @@ def hugging_face(name: str) -> Any:
     if not isinstance(encoder, VisionTransformer):
         raise KamimError(f"model = {name}: must be a ViT")
     width, heads = encoder.embed_dim, encoder.blocks[0].attn.num_heads
-    return ViTForMaskedImageModeling(ViTConfig(
-        hidden_size=width, num_hidden_layers=len(encoder.blocks), num_attention_heads=heads,
-        intermediate_size=4 * width, image_size=RESOLUTION, patch_size=16, encoder_stride=16,
-    ))  # fmt: skip
+    return ViTForMaskedImageModeling(
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=len(encoder.blocks),
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            image_size=RESOLUTION,
+            patch_size=16,
+            encoder_stride=16,
+        )
+    )
 
 
 def flops(name: str) -> int:
@@ -206,9 +218,15 @@ def _measure() -> tuple[float, int]:
 
 
 def bench(
-    store: Path, source: Source, name: str, batch: int, length: int, rounds: int, progress: Callable[[int, int], None],
+    store: Path,
+    source: Source,
+    name: str,
+    batch: int,
+    length: int,
+    rounds: int,
+    progress: Callable[[int, int], None],
     overrides: tuple[str, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Returns medians of the rounds.
 
     batch: images per step; length: steps per pass; overrides: of Pretrain, for our loops only. Raises KamimError if the
@@ -218,9 +236,13 @@ def bench(
         raise KamimError(f"steps = {length}: must be 2 or more; the first one's wait is not counted")
     hugging_face(name)
     settings = [
-        f"data.store={store}", f"data.resolution={RESOLUTION}", f"model.name={name}", f"optim.batch_size={batch}",
-        f"optim.micro_batch={batch}", f"weighting.patch_size={PATCH_SIZE}",
-    ]  # fmt: skip
+        f"data.store={store}",
+        f"data.resolution={RESOLUTION}",
+        f"model.name={name}",
+        f"optim.batch_size={batch}",
+        f"optim.micro_batch={batch}",
+        f"weighting.patch_size={PATCH_SIZE}",
+    ]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         kamim, simmim, plain = (
             load(Pretrain, None, [*settings, f"out={folder}/{of}", *more])
@@ -229,11 +251,13 @@ def bench(
         for config in (kamim, simmim):
             Ours(config, length)  # raises KamimError here, before it is raised in another process
         loops = {
-            of: Measured(make, length * batch, stack) for of, make in (
-                ("kamim", partial(Ours, kamim, length)), ("simmim", partial(Ours, simmim, length)),
+            of: Measured(make, length * batch, stack)
+            for of, make in (
+                ("kamim", partial(Ours, kamim, length)),
+                ("simmim", partial(Ours, simmim, length)),
                 ("plain", partial(Plain, source, plain, length)),
             )
-        }  # fmt: skip
+        }
         rates = interleaved({**loops, "matmul": matmul()}, rounds, progress)
     medians = {of: statistics.median(of_rounds) for of, of_rounds in rates.items()}
     arithmetic, each = medians.pop("matmul"), flops(name)
@@ -246,9 +270,14 @@ def bench(
         "flop_utilisation": {of: rate * each / arithmetic for of, rate in medians.items()},
         "data_wait_share": {of: statistics.median(loop.shares[1:]) for of, loop in loops.items()},
         "peak_memory_gb": {of: loop.memory / 1e9 for of, loop in loops.items()},
-        "matmul_flops_per_second": arithmetic, "flops_per_image": each, "rounds": rates, "model": name,
-        "batch": batch, "steps": length, "machine": machine.describe(),
-    }  # fmt: skip
+        "matmul_flops_per_second": arithmetic,
+        "flops_per_image": each,
+        "rounds": rates,
+        "model": name,
+        "batch": batch,
+        "steps": length,
+        "machine": machine.describe(),
+    }
 
 
 def _device() -> torch.device:

@@ -4,8 +4,19 @@ import os
 
 # Imported to register their commands, in the order of --help.
 from kamim.cli import (  # isort: skip  # noqa: F401
-    preprocess, store, pretrain, config, report, sweep, evaluate, analyze, import_export, bench, doctor, demo,
-)  # fmt: skip
+    preprocess,
+    store,
+    pretrain,
+    config,
+    report,
+    sweep,
+    evaluate,
+    analyze,
+    import_export,
+    bench,
+    doctor,
+    demo,
+)
 from kamim.cli.console import RESUMABLE, app
 
 __all__ = ["RESUMABLE", "app", "main"]

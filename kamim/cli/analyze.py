@@ -52,9 +52,15 @@ def analyze(
     chosen = {"queries": tuple(parse_query(text) for text in query)} if query else {}
     probes = tuple(result for file in probe or () for result in read_probes(file))
     request = Request(
-        figures=parse_figures(figures), images=images, classes=tuple(filter(None, map(str.strip, classes.split(",")))),
-        layer=layer, head=head, seed=seed, probes=probes, **chosen,
-    )  # fmt: skip
+        figures=parse_figures(figures),
+        images=images,
+        classes=tuple(filter(None, map(str.strip, classes.split(",")))),
+        layer=layer,
+        head=head,
+        seed=seed,
+        probes=probes,
+        **chosen,
+    )
     check_names(checkpoint)
     choose(request, Store(store))
 

@@ -19,15 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 from typer.models import OptionInfo
 
@@ -214,9 +206,14 @@ def bar(title: str, images: int = 0) -> Iterator["Update"]:
     Without a terminal, it prints a line at every tenth, and at the beginning of every task of many.
     """
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), _Position(), _Rate(),
-        _Left(), TextColumn("{task.fields[note]}", markup=False),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        _Position(),
+        _Rate(),
+        _Left(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*columns, console=err_console, disable=not (err_console.is_terminal and is_main())) as progress:
         yield Update(progress, add_bar(progress, title, images))
 

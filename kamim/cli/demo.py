@@ -10,9 +10,7 @@ from kamim.cli.console import app, bar, out_console, says_errors
 
 @app.command()
 @says_errors
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for stores, runs and pictures.")] = Path("runs/demo"),
-) -> None:
+def demo(out: Annotated[Path, typer.Option(help="Folder for stores, runs and pictures.")] = Path("runs/demo")) -> None:
     """Runs the whole pipeline on sample photographs on a CPU: preprocess, two pretrainings, three probes, pictures."""
     from kamim.cli.demo_run import run_demo
 

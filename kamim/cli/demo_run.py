@@ -84,9 +84,17 @@ def _named(update: Update, name: str) -> Progress:
 def _preprocess(split: str, store: Path, resolution: int, update: Update) -> None:
     source = list_source("sample", None, split)
     job = make_job(
-        "sample", split, source, detectors=DETECTORS, images="auto", encoding="jpeg", quality=90,
-        resolution=resolution, crop_scale=(0.67, 1.0), out=store,
-    )  # fmt: skip
+        "sample",
+        split,
+        source,
+        detectors=DETECTORS,
+        images="auto",
+        encoding="jpeg",
+        quality=90,
+        resolution=resolution,
+        crop_scale=(0.67, 1.0),
+        out=store,
+    )
     store.parent.mkdir(parents=True, exist_ok=True)
     build(job, source, store, workers=2, strict=True, progress=lambda done, total: update(done, total, split))
 

@@ -73,10 +73,11 @@ def evaluate(
     conventions = None if convention is None else f"[{convention}]"
     shorthands = {"linprobe.norm": norm, "linprobe.protocol": protocol, "reconstruct.conventions": conventions}
     resolved = load(
-        Evaluation, config,
+        Evaluation,
+        config,
         [*(overrides or ()), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)],
         {key: value for key, value in named.items() if value is not None},
-    )  # fmt: skip
+    )
     if show_config:
         print_config(resolved)
         return

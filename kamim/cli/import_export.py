@@ -150,5 +150,5 @@ def _export_timm(saved: "Checkpoint", out: Path) -> None:
         options += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={known.norm_eps})"
     out_console.print(
         f"{out}: timm.create_model('{known.timm_name}', img_size={saved.config.data.resolution}, "
-        f"num_classes=0{options}, checkpoint_path={str(out)!r})",
+        f"num_classes=0{options}, checkpoint_path={str(out)!r})"
     )

@@ -81,10 +81,18 @@ def preprocess(
     workers = workers or len(os.sched_getaffinity(0))
     listed = sources.list_source(dataset, source, split)
     job = make_job(
-        dataset, split, listed, detectors=tuple(filter(None, map(str.strip, detectors.split(",")))), images=images,
-        encoding=_encoding(images_as, encoding), quality=quality, resolution=resolution,
-        crop_scale=None if crop_scale is None else _pair(crop_scale), fingerprint=fingerprint, out=out,
-    )  # fmt: skip
+        dataset,
+        split,
+        listed,
+        detectors=tuple(filter(None, map(str.strip, detectors.split(",")))),
+        images=images,
+        encoding=_encoding(images_as, encoding),
+        quality=quality,
+        resolution=resolution,
+        crop_scale=None if crop_scale is None else _pair(crop_scale),
+        fingerprint=fingerprint,
+        out=out,
+    )
     if job.fingerprint == "content":
         say("reading the whole source first, to detect changes (--fingerprint content)")
     fresh = True
@@ -100,9 +108,16 @@ def preprocess(
                 fresh = publish_shares(job, listed, out)
             elif share is not None:
                 build_share(
-                    job, listed, out, share=share, workers=workers, strict=strict, progress=update, cluster=cluster,
+                    job,
+                    listed,
+                    out,
+                    share=share,
+                    workers=workers,
+                    strict=strict,
+                    progress=update,
+                    cluster=cluster,
                     say=say,
-                )  # fmt: skip
+                )
             else:
                 fresh = build(
                     job, listed, out, workers=workers, strict=strict, progress=update, cluster=cluster, say=say

@@ -112,11 +112,14 @@ def replay(
     _print_worst(replayed, store, files)
     samples = [
         {
-            "index": s.index, "class": store.class_of(s.index) or None, "file": files and files[s.index],
-            "loss": s.loss, "weight_max": s.weight_max,
+            "index": s.index,
+            "class": store.class_of(s.index) or None,
+            "file": files and files[s.index],
+            "loss": s.loss,
+            "weight_max": s.weight_max,
         }
         for s in replayed.samples
-    ]  # fmt: skip
+    ]
     write_json(out, {"step": replayed.step, "loss": replayed.loss, "samples": samples})
     if plot is not None:
         _draw_worst(replayed, title, plot)

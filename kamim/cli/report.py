@@ -18,9 +18,10 @@ class _RunUnlessNamed(TyperGroup):
 
 
 report_app = typer.Typer(
-    cls=_RunUnlessNamed, no_args_is_help=True,
+    cls=_RunUnlessNamed,
+    no_args_is_help=True,
     help="Write the page of a pretraining run, kamim report RUN, or of many evaluations, kamim report eval DIR...",
-)  # fmt: skip
+)
 app.add_typer(report_app, name="report")
 
 

@@ -165,9 +165,12 @@ def _repair(path: Path, source: Path | None, workers: int) -> None:
     try:
         with terminable(), bar(f"repair {path}", images=1) as update:
             repaired = repair(
-                path, lambda job: list_source(job.dataset, source, job.split),
-                workers=workers or len(os.sched_getaffinity(0)), progress=update, say=err_console.print,
-            )  # fmt: skip
+                path,
+                lambda job: list_source(job.dataset, source, job.split),
+                workers=workers or len(os.sched_getaffinity(0)),
+                progress=update,
+                say=err_console.print,
+            )
     except (KeyboardInterrupt, Stopped) as error:
         err_console.print(f"stopped: {error or 'rerun the command to resume'}")
         raise typer.Exit(RESUMABLE) from None

@@ -33,8 +33,7 @@ def sweep(
         list[str] | None, typer.Argument(help="key=value overrides, such as pretrain.optim.lr=1e-3")
     ] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(help="I/N: every N-th run from the I-th on, next to processes with the others."),
+        str | None, typer.Option(help="I/N: every N-th run from the I-th on, next to processes with the others.")
     ] = None,
     show_config: PrintConfig = False,
 ) -> None:

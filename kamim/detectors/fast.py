@@ -58,9 +58,23 @@ def _score(image, threshold, score):
         d1, d2, d3, out = image[y + 1], image[y + 2], image[y + 3], score[y]
         for x in range(width - 2 * BORDER):  # the column is x + 3, so that LLVM knows that no index is negative
             arc = _brightest_arc(
-                d3[x + 3], d3[x + 4], d2[x + 5], d1[x + 6], row[x + 6], u1[x + 6], u2[x + 5], u3[x + 4],
-                u3[x + 3], u3[x + 2], u2[x + 1], u1[x], row[x], d1[x], d2[x + 1], d3[x + 2],
-            )  # fmt: skip
+                d3[x + 3],
+                d3[x + 4],
+                d2[x + 5],
+                d1[x + 6],
+                row[x + 6],
+                u1[x + 6],
+                u2[x + 5],
+                u3[x + 4],
+                u3[x + 3],
+                u3[x + 2],
+                u2[x + 1],
+                u1[x],
+                row[x],
+                d1[x],
+                d2[x + 1],
+                d3[x + 2],
+            )
             contrast = np.uint8(_max(arc, row[x + 3]) - row[x + 3])
             out[x + 3] = _max(out[x + 3], np.uint8(contrast - 1) if contrast > threshold else np.uint8(0))
 

@@ -133,7 +133,7 @@ class CachedTokens:
         size = max(min(batch_size, len(self._labels)), world.size)
         return Plan(
             len(self._labels), size, size, seed=0, order="stored", drop_last=False, rank=world.rank, world=world.size
-        )  # fmt: skip
+        )
 
     def batches(self, plan: Plan) -> Batches:
         """Returns the micro-batches of a plan of the N rows, without images: their indices are row numbers."""
@@ -161,8 +161,9 @@ def attention_maps(heads: Mapping[AttentivePooling, AttentiveHead], tokens: Tens
     with torch.no_grad():
         return {
             name: head.pooling.attention(tokens.float()).unflatten(2, (side, side)).cpu()
-            for name, head in heads.items() if not isinstance(head.pooling, MeanPooling)
-        }  # fmt: skip
+            for name, head in heads.items()
+            if not isinstance(head.pooling, MeanPooling)
+        }
 
 
 def fitted(options: Attentive, samples: int) -> Attentive:

@@ -71,6 +71,4 @@ def make_optimizer(groups: list[dict[str, Any]], optim: ClassifierOptim) -> torc
 def _lars_parts(group: dict[str, Any]) -> list[dict[str, Any]]:
     """Splits a group as MAE does: matrices adapt the rate even without decay; vectors have no decay or adaptation."""
     matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) == wide] for wide in (True, False))
-    return [
-        {**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0},
-    ]  # fmt: skip
+    return [{**group, "params": matrices, "always_adapt": True}, {**group, "params": vectors, "weight_decay": 0.0}]

@@ -69,18 +69,32 @@ class EvalContext:
         return train, val
 
     def training(
-        self, samples: Samples, resolution: int, optim: ClassifierOptim, crop: Crop | None = None,
+        self,
+        samples: Samples,
+        resolution: int,
+        optim: ClassifierOptim,
+        crop: Crop | None = None,
         augment: Augment | None = None,
-    ) -> Loader:  # fmt: skip
+    ) -> Loader:
         """Loads shuffled samples in steps of optim.batch_size."""
         plan = Plan(
-            len(samples.numbers), optim.batch_size, optim.micro_batch, self.config.seed, rank=self.world.rank,
-            world=self.world.size, listed=samples.numbers,
-        )  # fmt: skip
+            len(samples.numbers),
+            optim.batch_size,
+            optim.micro_batch,
+            self.config.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            listed=samples.numbers,
+        )
         return Loader(
-            samples.store, plan, resolution, crop=crop, augment=augment, workers=self.config.workers,
+            samples.store,
+            plan,
+            resolution,
+            crop=crop,
+            augment=augment,
+            workers=self.config.workers,
             device=self.world.device,
-        )  # fmt: skip
+        )
 
     def in_order(self, samples: Samples, resolution: int) -> Loader:
         """Loads every sample once, as a whole image."""
@@ -112,9 +126,18 @@ class Task:
 
 
 def task(
-    mode: str, context: EvalContext, evaluated: EvaluatedModel, run: Work, *, protocol: str, options: Section,
-    readout: Readout | None = None, epochs: int | None = None, mask_ratio: float | None = None, trains: bool = True,
-) -> Task:  # fmt: skip
+    mode: str,
+    context: EvalContext,
+    evaluated: EvaluatedModel,
+    run: Work,
+    *,
+    protocol: str,
+    options: Section,
+    readout: Readout | None = None,
+    epochs: int | None = None,
+    mask_ratio: float | None = None,
+    trains: bool = True,
+) -> Task:
     """Builds a task whose settings are the checkpoint, the stores, the seed, and those of the mode.
 
     options: the mode's section of the configuration. trains: whether the result depends on the training store.
@@ -122,12 +145,21 @@ def task(
     trained = context.train if trains else None
     train = None if trained is None else SampleSet(**trained.about)
     settings = EvalSettings(
-        mode=mode, name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
-        seed=context.config.seed, batch_size=context.config.batch_size, train=train,
-        val=SampleSet(**context.val.about), classes=len((trained or context.val).classes), protocol=protocol,
-        **({} if readout is None else asdict(readout)), epochs=epochs, mask_ratio=mask_ratio,
+        mode=mode,
+        name=evaluated.name,
+        **asdict(evaluated.origin),
+        resolution=evaluated.resolution,
+        seed=context.config.seed,
+        batch_size=context.config.batch_size,
+        train=train,
+        val=SampleSet(**context.val.about),
+        classes=len((trained or context.val).classes),
+        protocol=protocol,
+        **({} if readout is None else asdict(readout)),
+        epochs=epochs,
+        mask_ratio=mask_ratio,
         options=options.model_dump(mode="json"),
-    )  # fmt: skip
+    )
     return Task(settings, run, context.majority_top1 if trains else None)
 
 
@@ -140,8 +172,14 @@ def features_of(
         loader = context.in_order(samples, evaluated.resolution)
         features.append(
             extract(
-                evaluated.encoder, readouts, loader, samples.numbers, context.config.compute, context.world,
-                folder / name, progress,
+                evaluated.encoder,
+                readouts,
+                loader,
+                samples.numbers,
+                context.config.compute,
+                context.world,
+                folder / name,
+                progress,
             )
-        )  # fmt: skip
+        )
     return features

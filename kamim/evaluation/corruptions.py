@@ -28,16 +28,24 @@ def corruptions_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         for kind in options.kinds:
             for strength in STRENGTHS:
                 loader = Loader(
-                    context.val.store, plan, evaluated.resolution, augment=Corruption(kind, strength),
-                    workers=config.workers, device=context.world.device,
-                )  # fmt: skip
+                    context.val.store,
+                    plan,
+                    evaluated.resolution,
+                    augment=Corruption(kind, strength),
+                    workers=config.workers,
+                    device=context.world.device,
+                )
                 features = extract(
-                    evaluated.encoder, [readout], loader, context.val.numbers, config.compute, context.world,
-                    folder / f"{kind}-{strength}", progress,
-                )  # fmt: skip
+                    evaluated.encoder,
+                    [readout],
+                    loader,
+                    context.val.numbers,
+                    config.compute,
+                    context.world,
+                    folder / f"{kind}-{strength}",
+                    progress,
+                )
                 rows.append(CorruptedAccuracy(kind, strength, *classifiers.top1(features[readout], context.val.labels)))
         return Robustness(*classifiers.top1(clean, context.val.labels), tuple(rows))
 
-    return task(
-        "corruptions", context, evaluated, run, protocol="imagenet-c", options=options, readout=readout
-    )  # fmt: skip
+    return task("corruptions", context, evaluated, run, protocol="imagenet-c", options=options, readout=readout)

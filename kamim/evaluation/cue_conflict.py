@@ -58,9 +58,10 @@ def open_cue_conflicts(path: Path, categories: Container[str]) -> CueConflicts:
     files = [(f"{file.parent.name}/{file.name}", _NAME.fullmatch(file.name)) for file in sorted(path.glob("*/*.png"))]
     images = [(name, *match.groups()) for name, match in files if match and match[1] == name.partition("/")[0]]
     chosen = [
-        (name, shape, texture) for name, shape, texture in images
+        (name, shape, texture)
+        for name, shape, texture in images
         if shape != texture and shape in categories and texture in categories
-    ]  # fmt: skip
+    ]
     if not chosen:
         raise KamimError(
             f"{path}: {len(images)} images are named SHAPE/SHAPE<n>-TEXTURE<m>.png, none of which conflicts in two of "

@@ -67,9 +67,15 @@ class DenseLoader:
                 for row in range(len(part.indices)):
                     images[row], labels[row] = next(samples)
                 yield Batch(
-                    upload(images, self.device), None, upload(labels, self.device), part.indices, part.epoch,
-                    part.step, part.last, part.share,
-                )  # fmt: skip
+                    upload(images, self.device),
+                    None,
+                    upload(labels, self.device),
+                    part.indices,
+                    part.epoch,
+                    part.step,
+                    part.last,
+                    part.share,
+                )
 
     def _load(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the crop of (epoch, sample): uint8 [R, R, 3] and int16 [R, R]."""

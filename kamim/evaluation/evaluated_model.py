@@ -71,9 +71,14 @@ def load_evaluated_model(spec: str, strict: bool = False) -> EvaluatedModel:
         return EvaluatedModel(name, Pixels(stride), None, config.data.resolution, config.mask, Origin(source, "pixels"))
     loaded = load_model(source, strict)
     return EvaluatedModel(
-        name, loaded.model.encoder, loaded.model if loaded.has_head else None, loaded.model.resolution, loaded.mask,
-        loaded.origin, loaded.damaged,
-    )  # fmt: skip
+        name,
+        loaded.model.encoder,
+        loaded.model if loaded.has_head else None,
+        loaded.model.resolution,
+        loaded.mask,
+        loaded.origin,
+        loaded.damaged,
+    )
 
 
 def planned_model(name: str, config: Pretrain) -> EvaluatedModel:
@@ -109,9 +114,12 @@ def load_model(source: str, strict: bool = False) -> LoadedModel:
         makes_pixels = saved.has_head and not saved.config.norm_pix_loss
         seed = None if saved.step == 0 else saved.config.seed  # imported weights are of step 0
         origin = replace(
-            _origin(str(saved.path), saved.config), step=saved.step, weights=saved.weights,
-            pretraining=_pretraining(saved), run_seed=seed,
-        )  # fmt: skip
+            _origin(str(saved.path), saved.config),
+            step=saved.step,
+            weights=saved.weights,
+            pretraining=_pretraining(saved),
+            run_seed=seed,
+        )
         return LoadedModel(saved.build_model(), makes_pixels, saved.config.mask, origin, saved.damaged)
     torch.manual_seed(saved.config.seed)
     origin = replace(_origin(source, saved.config), run_seed=saved.config.seed)
@@ -133,9 +141,13 @@ def _foreign(path: Path, file: Path) -> LoadedModel:
 
 PRETRAINING: Any = {  # keys of Pretrain that shape a run
     "data": {"resolution", "crop_scale", "crop_ratio", "flip_v", "flip_h", "drop_last", "order", "on_error"},
-    "model": {"drop_path"}, "mask": True,
-    "weighting": True, "optim": True, "norm_pix_loss": True, "init_from": True,
-}  # fmt: skip
+    "model": {"drop_path"},
+    "mask": True,
+    "weighting": True,
+    "optim": True,
+    "norm_pix_loss": True,
+    "init_from": True,
+}
 
 
 def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
@@ -159,8 +171,12 @@ def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
         complete = saved.step == steps
     later = {"positions": config.model.positions, "decoder": config.decoder and config.decoder.model_dump(mode="json")}
     return {
-        "method": config.title.lower(), "dataset": dataset, "samples": samples,
-        "images": images, "complete": complete, "epochs": config.optim.duration or config.optim.epochs,
+        "method": config.title.lower(),
+        "dataset": dataset,
+        "samples": samples,
+        "images": images,
+        "complete": complete,
+        "epochs": config.optim.duration or config.optim.epochs,
         **config.model_dump(mode="json", include=PRETRAINING),
         **{key: value for key, value in later.items() if value is not None},  # results of before do not have them
-    }  # fmt: skip
+    }

@@ -24,9 +24,15 @@ SAVE_EVERY = 100  # steps between two records of the progress
 
 
 def extract(
-    encoder: Encoder, readouts: Sequence[Readout], loader: Loader | DenseLoader, samples: np.ndarray,
-    compute: Compute, world: World, folder: Path, progress: Progress,
-) -> dict[Readout, Tensor]:  # fmt: skip
+    encoder: Encoder,
+    readouts: Sequence[Readout],
+    loader: Loader | DenseLoader,
+    samples: np.ndarray,
+    compute: Compute,
+    world: World,
+    folder: Path,
+    progress: Progress,
+) -> dict[Readout, Tensor]:
     """Computes every readout's features, bfloat16 [N, D], of the N samples with the ascending numbers `samples`.
 
     One epoch of the loader covers the samples, and each rank writes its own rows. The features are memory-mapped from

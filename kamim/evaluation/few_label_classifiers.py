@@ -33,7 +33,14 @@ class CachedClassifiers:
         """Returns the accuracies of the regression and of the neighbours on other samples, in per cent."""
         k = min(self.k, len(self.labels))
         accuracies = knn(
-            self.features, self.labels, features, labels, self.classes, self.device, lambda done, total: None, [k],
+            self.features,
+            self.labels,
+            features,
+            labels,
+            self.classes,
+            self.device,
+            lambda done, total: None,
+            [k],
             self.temperature,
-        )  # fmt: skip
+        )
         return self.regression.accuracy(features, labels), accuracies[str(k)]["top1"]

@@ -39,10 +39,14 @@ def few_shot_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             linear, neighbours = map(estimate, zip(*accuracies, strict=True))
             shots.append(
                 ShotAccuracy(
-                    per_class, len(subsets[0]), linear.mean, linear.deviation or 0.0, neighbours.mean,
+                    per_class,
+                    len(subsets[0]),
+                    linear.mean,
+                    linear.deviation or 0.0,
+                    neighbours.mean,
                     neighbours.deviation or 0.0,
                 )
-            )  # fmt: skip
+            )
         return FewShotAccuracy(tuple(shots))
 
     return task("few-shot", context, evaluated, run, protocol="msn", options=options, readout=readout)
@@ -60,7 +64,11 @@ def _drawn(labels: Tensor, options: FewShot, seed: int) -> list[tuple[int | None
         raise KamimError(f"few_shot.per_class = {list(options.per_class)}: the smallest class has {smallest} images")
     everything = [torch.arange(len(labels))]
     return [
-        (n, everything if n is None else [
-            torch.from_numpy(n_per_class(labels.numpy(), n, seed + draw)) for draw in range(options.draws)
-        ]) for n in possible
-    ]  # fmt: skip
+        (
+            n,
+            everything
+            if n is None
+            else [torch.from_numpy(n_per_class(labels.numpy(), n, seed + draw)) for draw in range(options.draws)],
+        )
+        for n in possible
+    ]

@@ -62,28 +62,42 @@ class Mode(Generic[M]):
 MODES: Mapping[str, Mode[Any]] = {
     "linprobe": Mode(tasks.linprobe_task, Accuracy, "Linear probe", "linear probe", sections.classified),
     "finetune": Mode(
-        tasks.finetune_task, Accuracy, "Fine-tuning", "fine-tuned", sections.classified,
+        tasks.finetune_task,
+        Accuracy,
+        "Fine-tuning",
+        "fine-tuned",
+        sections.classified,
         applies=lambda evaluated: not isinstance(evaluated.encoder, Pixels),
     ),
     "knn": Mode(
         tasks.knn_task, KnnAccuracy, "Nearest neighbours", "kNN, best k on val", sections.neighbours, chosen_on_val=True
     ),
     "attentive": Mode(
-        tasks.attentive_task, AttentiveAccuracy, "Attentive probes", "attentive (ep)", sections.attentive_probes,
+        tasks.attentive_task,
+        AttentiveAccuracy,
+        "Attentive probes",
+        "attentive (ep)",
+        sections.attentive_probes,
         pictures=sections.attention_sheets,
     ),
     "probe-sweep": Mode(
         tasks.sweep_task, SweepAccuracy, "Probe sweep", "probe sweep, best on val", sections.swept, chosen_on_val=True
     ),
     "reconstruct": Mode(
-        tasks.reconstruct_task, Reconstructions, "Reconstruction", "PSNR, honest (dB)", sections.reconstructed,
-        applies=lambda evaluated: (
-            evaluated.model is not None and evaluated.resolution % evaluated.mask.patch_size == 0
-        ),
+        tasks.reconstruct_task,
+        Reconstructions,
+        "Reconstruction",
+        "PSNR, honest (dB)",
+        sections.reconstructed,
+        applies=lambda evaluated: evaluated.model is not None and evaluated.resolution % evaluated.mask.patch_size == 0,
         pictures=sections.reconstruction_sheets,
     ),
     "segment": Mode(
-        segment_task, Segmentation, "Semantic segmentation", "segmentation, mIoU", sections.segmented,
+        segment_task,
+        Segmentation,
+        "Semantic segmentation",
+        "segmentation, mIoU",
+        sections.segmented,
         configured=lambda config: config.segment.train is not None and config.segment.val is not None,
         pictures=sections.segmentation_sheets,
     ),
@@ -92,10 +106,14 @@ MODES: Mapping[str, Mode[Any]] = {
         corruptions_task, Robustness, "Corrupted images", "linear, corrupted images", sections.corrupted
     ),
     "shape-bias": Mode(
-        shape_bias_task, ShapeBias, "Shape or texture", "shape bias", sections.shape_biases,
+        shape_bias_task,
+        ShapeBias,
+        "Shape or texture",
+        "shape bias",
+        sections.shape_biases,
         configured=lambda config: config.shape_bias.images is not None,
     ),
-}  # fmt: skip
+}
 
 
 def read_result(content: Any) -> Result[Any]:

@@ -16,9 +16,17 @@ from kamim.models.architectures import Norm, Pooling
 CorruptionName = Literal["noise", "blur", "contrast", "jpeg"]
 BlockName = Count | Literal["paper", "last"]
 ModeName = Literal[
-    "linprobe", "finetune", "knn", "attentive", "probe-sweep", "reconstruct", "segment", "few-shot", "corruptions",
+    "linprobe",
+    "finetune",
+    "knn",
+    "attentive",
+    "probe-sweep",
+    "reconstruct",
+    "segment",
+    "few-shot",
+    "corruptions",
     "shape-bias",
-]  # fmt: skip
+]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 UNCLASSIFIED = ("reconstruct", "segment", "shape-bias")  # modes that predict no label of the validation store
 
@@ -55,25 +63,50 @@ class SweepOptim(Optim):
     min_lr: NotNegative = 0.0
 
 
-PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
-    "paper": {},
-    # He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A.1 and main_linprobe.py.
-    "mae": {
-        "block": "last", "pooling": "cls", "norm": "batch", "augment": "crop", "init_std": 0.01,
-        "optim": {
-            "algorithm": "lars", "lr": 6.4, "weight_decay": 0.0, "clip_grad": None, "batch_size": 16384,
-            "micro_batch": 2048, "epochs": 90, "warmup_lr": 0.0, "min_lr": 0.0,
+PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "paper": {},
+        # He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A.1 and main_linprobe.py.
+        "mae": {
+            "block": "last",
+            "pooling": "cls",
+            "norm": "batch",
+            "augment": "crop",
+            "init_std": 0.01,
+            "optim": {
+                "algorithm": "lars",
+                "lr": 6.4,
+                "weight_decay": 0.0,
+                "clip_grad": None,
+                "batch_size": 16384,
+                "micro_batch": 2048,
+                "epochs": 90,
+                "warmup_lr": 0.0,
+                "min_lr": 0.0,
+            },
         },
-    },
-    # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
-    "dinov2": {
-        "block": "last", "pooling": "cls_mean", "norm": "final", "augment": "crop", "init_std": 0.01,
-        "optim": {
-            "algorithm": "sgd", "lr": 0.01, "weight_decay": 0.0, "clip_grad": None, "batch_size": 1024,
-            "micro_batch": 1024, "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0,
+        # Oquab et al., DINOv2, appendix B.3: without its search over learning rates, which is --mode probe-sweep.
+        "dinov2": {
+            "block": "last",
+            "pooling": "cls_mean",
+            "norm": "final",
+            "augment": "crop",
+            "init_std": 0.01,
+            "optim": {
+                "algorithm": "sgd",
+                "lr": 0.01,
+                "weight_decay": 0.0,
+                "clip_grad": None,
+                "batch_size": 1024,
+                "micro_batch": 1024,
+                "epochs": 10,
+                "warmup_epochs": 0,
+                "warmup_lr": 0.0,
+                "min_lr": 0.0,
+            },
         },
-    },
-})  # fmt: skip
+    }
+)
 
 
 class Linprobe(Section):
@@ -136,11 +169,13 @@ class CachedFeatures(Section):
     """The norm of the features: none; token, a LayerNorm without affine; or final, the encoder's own."""
 
 
-KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType({
-    "linprobe": {},
-    # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
-    "dino": {"k": (10, 20, 100, 200), "block": "last", "pooling": "cls", "norm": "final"},
-})  # fmt: skip
+KNN_PROTOCOLS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "linprobe": {},
+        # Caron et al., Emerging Properties in Self-Supervised Vision Transformers, and eval_knn.py.
+        "dino": {"k": (10, 20, 100, 200), "block": "last", "pooling": "cls", "norm": "final"},
+    }
+)
 
 
 class Knn(CachedFeatures):

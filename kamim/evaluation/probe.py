@@ -58,9 +58,8 @@ class Head(nn.Module):
 
 
 def build_head(
-    frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device,
-    init_std: float | None = None,
-) -> Head:  # fmt: skip
+    frozen: Frozen, readout: Readout, resolution: int, classes: int, device: torch.device, init_std: float | None = None
+) -> Head:
     """Builds a head for the features that `frozen` returns for images of resolution x resolution px."""
     shape = frozen(torch.zeros(1, 3, resolution, resolution, device=device)).shape[1:]
     return Head(readout, shape, classes, init_std).to(device)

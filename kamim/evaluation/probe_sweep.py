@@ -27,9 +27,16 @@ Features = Mapping[Readout, tuple[Tensor, Tensor]]  # train [N, D] and val [M, D
 
 
 def sweep(
-    features: Features, train_labels: Tensor, val_labels: Tensor, classes: int, lrs: Sequence[float], optim: Optim,
-    seed: int, device: torch.device, progress: Callable[[int, int], None],
-) -> list[SweepRow]:  # fmt: skip
+    features: Features,
+    train_labels: Tensor,
+    val_labels: Tensor,
+    classes: int,
+    lrs: Sequence[float],
+    optim: Optim,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> list[SweepRow]:
     """Trains and measures a probe for every readout and learning rate. labels: int64 [N], [M].
 
     Each probe ends with the weights, up to float rounding, that it would have if it were trained alone: an nn.Linear

@@ -40,11 +40,16 @@ def classified(results: Sequence[Result[Accuracy]]) -> Iterator[page.Part]:
         header,
         [
             (
-                s.name, s.protocol, *(_text(value) for value in (s.block, s.pooling, s.norm, s.epochs)),
-                with_wilson(measured.top1, s.val.images), quote(s, "top1"), _percent(measured.top5),
-            ) for s, measured in ((r.settings, r.measured) for r in results)
+                s.name,
+                s.protocol,
+                *(_text(value) for value in (s.block, s.pooling, s.norm, s.epochs)),
+                with_wilson(measured.top1, s.val.images),
+                quote(s, "top1"),
+                _percent(measured.top5),
+            )
+            for s, measured in ((r.settings, r.measured) for r in results)
         ],
-    )  # fmt: skip
+    )
 
 
 def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[page.Part]:
@@ -53,12 +58,20 @@ def attentive_probes(results: Sequence[Result[AttentiveAccuracy]]) -> Iterator[p
         ("checkpoint", "pooling", "block", "norm", "epochs", "samples a step", "rate", "top-1", "top-5"),
         [
             (
-                s.name, name, _text(s.block), _text(s.norm), _text(s.epochs), _text(s.options["optim"]["batch_size"]),
-                f"{s.options['optim']['lr']:g}", with_wilson(accuracy.top1, s.val.images), _percent(accuracy.top5),
-            ) for s, measured in ((r.settings, r.measured) for r in results)
+                s.name,
+                name,
+                _text(s.block),
+                _text(s.norm),
+                _text(s.epochs),
+                _text(s.options["optim"]["batch_size"]),
+                f"{s.options['optim']['lr']:g}",
+                with_wilson(accuracy.top1, s.val.images),
+                _percent(accuracy.top5),
+            )
+            for s, measured in ((r.settings, r.measured) for r in results)
             for name, accuracy in measured.poolings.items()
         ],
-    )  # fmt: skip
+    )
 
 
 def attention_sheets(folders: Sequence[tuple[str, Path]]) -> Iterator[tuple[bytes, str]]:
@@ -86,12 +99,17 @@ def neighbours(results: Sequence[Result[KnnAccuracy]]) -> Iterator[page.Part]:
         ("checkpoint", "protocol", "block", "pooling", "norm", *(f"top-1, k = {k}" for k in ks), "top-5, largest k"),
         [
             (
-                s.name, s.protocol, _text(s.block), _text(s.pooling), _text(s.norm),
+                s.name,
+                s.protocol,
+                _text(s.block),
+                _text(s.pooling),
+                _text(s.norm),
                 *(with_wilson(accuracies[k].top1, s.val.images) if k in accuracies else "" for k in ks),
                 _percent(accuracies[max(accuracies)].top5),
-            ) for s, accuracies in ((r.settings, r.measured.k) for r in results)
+            )
+            for s, accuracies in ((r.settings, r.measured.k) for r in results)
         ],
-    )  # fmt: skip
+    )
     figure = figures.neighbours({r.settings.name: r.measured for r in results})
     yield page.picture(page.png(figure), "kNN accuracy by k", "Top-1 by the number of neighbours that vote.")
 
@@ -157,11 +175,17 @@ def segmented(results: Sequence[Result[Segmentation]]) -> Iterator[page.Part]:
         ("checkpoint", "protocol", "block", "epochs", "mIoU", "over classes", "pixel accuracy"),
         [
             (
-                s.name, s.protocol, _text(s.block), _text(s.epochs), _percent(measured.miou), measured.classes,
+                s.name,
+                s.protocol,
+                _text(s.block),
+                _text(s.epochs),
+                _percent(measured.miou),
+                measured.classes,
                 _percent(measured.pixel_accuracy),
-            ) for s, measured in ((r.settings, r.measured) for r in results)
+            )
+            for s, measured in ((r.settings, r.measured) for r in results)
         ],
-    )  # fmt: skip
+    )
     classes = dict.fromkeys(name for r in results for name in r.measured.iou)
     rows = [(name, *(_share(r.measured.iou.get(name)) for r in results)) for name in classes]
     yield page.folded("IoU by class", page.table(("class", *(r.settings.name for r in results)), rows))
@@ -191,11 +215,19 @@ def few_labels(results: Sequence[Result[FewShotAccuracy]]) -> Iterator[page.Part
         ("checkpoint", "block", "pooling", "norm", "labels of a class", "images", "linear, top-1", "kNN, top-1"),
         [
             (
-                s.name, _text(s.block), _text(s.pooling), _text(s.norm), str(shot.per_class or "all"),
-                str(shot.images), _spread(shot.linear, shot.linear_spread), _spread(shot.knn, shot.knn_spread),
-            ) for s, shots in ((r.settings, r.measured.shots) for r in results) for shot in shots
+                s.name,
+                _text(s.block),
+                _text(s.pooling),
+                _text(s.norm),
+                str(shot.per_class or "all"),
+                str(shot.images),
+                _spread(shot.linear, shot.linear_spread),
+                _spread(shot.knn, shot.knn_spread),
+            )
+            for s, shots in ((r.settings, r.measured.shots) for r in results)
+            for shot in shots
         ],
-    )  # fmt: skip
+    )
     figure = figures.few_labels({r.settings.name: (r.settings.classes, r.measured) for r in results})
     caption = "Top-1 by labelled images of each class; mean and standard deviation over draws of the images."
     yield page.picture(page.png(figure), "accuracy by labels", caption)

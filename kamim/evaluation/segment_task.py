@@ -53,13 +53,23 @@ def segment_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         network = parallel(head, config.compute.model_copy(update={"compile": False}), world)
         groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
         training = Run(
-            folder, "segment", options.model_dump(mode="json"), options.optim, plan.steps_per_epoch,
-            options.checkpoint_epochs * plan.steps_per_epoch, Keep(1),
-        )  # fmt: skip
+            folder,
+            "segment",
+            options.model_dump(mode="json"),
+            options.optim,
+            plan.steps_per_epoch,
+            options.checkpoint_epochs * plan.steps_per_epoch,
+            Keep(1),
+        )
         trainer = Trainer(
-            training, head, network, make_optimizer(groups, options.optim),
-            PixelCrossEntropy(network, read, config.compute), loader.steps, world,
-        )  # fmt: skip
+            training,
+            head,
+            network,
+            make_optimizer(groups, options.optim),
+            PixelCrossEntropy(network, read, config.compute),
+            loader.steps,
+            world,
+        )
         if not trainer.fit(progress).finished:
             raise KeyboardInterrupt
         whole = _in_order(val, np.arange(len(val)), options.optim.micro_batch, evaluated, context, world)
@@ -70,10 +80,19 @@ def segment_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         return segment.segmentation(confusion, val.classes, options.ignore_index)
 
     settings = EvalSettings(
-        mode="segment", name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
-        seed=config.seed, train=_samples(train), val=_samples(val), classes=len(val.classes), protocol="dinov3",
-        block=block, epochs=options.optim.epochs, options=options.model_dump(mode="json"),
-    )  # fmt: skip
+        mode="segment",
+        name=evaluated.name,
+        **asdict(evaluated.origin),
+        resolution=evaluated.resolution,
+        seed=config.seed,
+        train=_samples(train),
+        val=_samples(val),
+        classes=len(val.classes),
+        protocol="dinov3",
+        block=block,
+        epochs=options.optim.epochs,
+        options=options.model_dump(mode="json"),
+    )
     return Task(settings, run)
 
 
@@ -100,16 +119,27 @@ def _in_order(
 ) -> DenseLoader:
     """Loads the chosen samples once, as whole images, in steps of `size` on each rank."""
     plan = Plan(
-        len(chosen), max(min(size * world.size, len(chosen)), world.size), size, seed=0, order="stored",
-        drop_last=False, rank=world.rank, world=world.size, listed=chosen,
-    )  # fmt: skip
+        len(chosen),
+        max(min(size * world.size, len(chosen)), world.size),
+        size,
+        seed=0,
+        order="stored",
+        drop_last=False,
+        rank=world.rank,
+        world=world.size,
+        listed=chosen,
+    )
     return DenseLoader(folder, plan, evaluated.resolution, None, context.config.workers, world.device)
 
 
 def _keep_picture(
-    file: Path, context: EvalContext, evaluated: EvaluatedModel, val: MaskFolder, head: SegmentationHead,
+    file: Path,
+    context: EvalContext,
+    evaluated: EvaluatedModel,
+    val: MaskFolder,
+    head: SegmentationHead,
     read: FrozenTokens,
-) -> None:  # fmt: skip
+) -> None:
     """Writes some validation images, evenly spaced, with their true and their predicted classes."""
     count = min(context.config.segment.shown, len(val))
     chosen, alone = np.linspace(0, len(val) - 1, count).astype(np.int64), World(0, 1, context.world.device)
@@ -118,7 +148,10 @@ def _keep_picture(
         logits: Tensor = interpolate(head(read(normalise(batch.images))), batch.labels.shape[1:], mode="bilinear")
     arrays = io.BytesIO()
     np.savez_compressed(
-        arrays, images=batch.images.cpu(), truth=batch.labels.short().cpu(),
-        predicted=logits.argmax(dim=1).short().cpu(), classes=np.array(val.classes),
-    )  # fmt: skip
+        arrays,
+        images=batch.images.cpu(),
+        truth=batch.labels.short().cpu(),
+        predicted=logits.argmax(dim=1).short().cpu(),
+        classes=np.array(val.classes),
+    )
     write_whole(file, arrays.getvalue())

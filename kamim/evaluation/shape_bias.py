@@ -54,11 +54,19 @@ def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         return shape_bias(images.shapes, images.textures, decided)
 
     settings = EvalSettings(
-        mode="shape-bias", name=evaluated.name, **asdict(evaluated.origin), resolution=evaluated.resolution,
-        seed=config.seed, batch_size=config.batch_size, train=SampleSet(**samples.about),
-        val=SampleSet(str(images.path), "cue-conflict", len(images), images.fingerprint), classes=len(members),
-        protocol="geirhos", **asdict(readout), options=options.model_dump(mode="json"),
-    )  # fmt: skip
+        mode="shape-bias",
+        name=evaluated.name,
+        **asdict(evaluated.origin),
+        resolution=evaluated.resolution,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        train=SampleSet(**samples.about),
+        val=SampleSet(str(images.path), "cue-conflict", len(images), images.fingerprint),
+        classes=len(members),
+        protocol="geirhos",
+        **asdict(readout),
+        options=options.model_dump(mode="json"),
+    )
     return Task(settings, run)
 
 
@@ -94,6 +102,9 @@ def shape_bias(shapes: Sequence[str], textures: Sequence[str], decided: Sequence
 
     everything, categories = np.ones(len(shapes), bool), np.array(shapes)
     return ShapeBias(
-        int(by_shape.sum()), int(by_texture.sum()), int((~by_shape & ~by_texture).sum()),
-        {name: bias(categories == name) for name in sorted(set(shapes))}, bias(everything),
-    )  # fmt: skip
+        int(by_shape.sum()),
+        int(by_texture.sum()),
+        int((~by_shape & ~by_texture).sum()),
+        {name: bias(categories == name) for name in sorted(set(shapes))},
+        bias(everything),
+    )

@@ -23,14 +23,7 @@ from kamim.evaluation.options import Attentive, ClassifierOptim, Finetune, Linpr
 from kamim.evaluation.probe_sweep import sweep
 from kamim.evaluation.reconstruct import CONVENTIONS
 from kamim.evaluation.report import paper
-from kamim.evaluation.results import (
-    Accuracy,
-    AttentiveAccuracy,
-    KnnAccuracy,
-    Reconstructions,
-    SweepAccuracy,
-    best_row,
-)
+from kamim.evaluation.results import Accuracy, AttentiveAccuracy, KnnAccuracy, Reconstructions, SweepAccuracy, best_row
 from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
@@ -69,16 +62,27 @@ def linprobe_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         network = parallel(head, NOT_COMPILED, context.world)
         groups = [{"params": list(head.parameters()), "weight_decay": options.optim.weight_decay}]
         trainer = Trainer(
-            _run("linprobe", folder, options, loader, Keep(1)), head, network, make_optimizer(groups, options.optim),
-            CrossEntropy(network, frozen, finish, config.compute, config.seed), loader.steps, context.world,
-        )  # fmt: skip
+            _run("linprobe", folder, options, loader, Keep(1)),
+            head,
+            network,
+            make_optimizer(groups, options.optim),
+            CrossEntropy(network, frozen, finish, config.compute, config.seed),
+            loader.steps,
+            context.world,
+        )
         _fit(trainer, progress)
         return _accuracy(context, evaluated, head, frozen)
 
     return task(
-        "linprobe", context, evaluated, run, protocol=options.protocol, options=options, readout=readout,
+        "linprobe",
+        context,
+        evaluated,
+        run,
+        protocol=options.protocol,
+        options=options,
+        readout=readout,
         epochs=options.optim.epochs,
-    )  # fmt: skip
+    )
 
 
 def attentive_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
@@ -123,15 +127,26 @@ def attentive_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         return AttentiveAccuracy({name: measure(head) for name, head in heads.items()})
 
     return task(
-        "attentive", context, evaluated, run, protocol="ep", options=options, readout=readout,
+        "attentive",
+        context,
+        evaluated,
+        run,
+        protocol="ep",
+        options=options,
+        readout=readout,
         epochs=options.optim.epochs,
-    )  # fmt: skip
+    )
 
 
 def _fit_head(
-    context: EvalContext, options: Attentive, name: str, head: nn.Module, train: CachedTokens, folder: Path,
+    context: EvalContext,
+    options: Attentive,
+    name: str,
+    head: nn.Module,
+    train: CachedTokens,
+    folder: Path,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Trains one attentive probe, or the rest of its training."""
     config, optim, world = context.config, options.optim, context.world
     plan = train.shuffled(optim, config.seed, world)
@@ -170,11 +185,15 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         network = parallel(model, config.compute, context.world)
         loader, finish = _training("paper", context, samples, evaluated.resolution, options.optim)
         trainer = Trainer(
-            _run("finetune", folder, options, loader, Keep(options.keep_checkpoints)), ema, network,
+            _run("finetune", folder, options, loader, Keep(options.keep_checkpoints)),
+            ema,
+            network,
             make_optimizer(groups, options.optim),
-            CrossEntropy(network, _identity, finish, config.compute, config.seed), loader.steps, context.world,
+            CrossEntropy(network, _identity, finish, config.compute, config.seed),
+            loader.steps,
+            context.world,
             after_update=ema.update,
-        )  # fmt: skip
+        )
         _fit(trainer, progress)
         return _accuracy(context, evaluated, ema.best, _identity)
 
@@ -190,9 +209,16 @@ def knn_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     def run(folder: Path, progress: Progress) -> KnnAccuracy:
         train, val = features_of(context, evaluated, [readout], folder, progress)
         accuracies = knn(
-            train[readout], samples.labels, val[readout], context.val.labels, len(samples.classes),
-            context.world.device, lambda done, total: progress(done, total, {}), options.k, options.temperature,
-        )  # fmt: skip
+            train[readout],
+            samples.labels,
+            val[readout],
+            context.val.labels,
+            len(samples.classes),
+            context.world.device,
+            lambda done, total: progress(done, total, {}),
+            options.k,
+            options.temperature,
+        )
         return KnnAccuracy({int(k): Accuracy(**accuracy) for k, accuracy in accuracies.items()})
 
     return task("knn", context, evaluated, run, protocol=options.protocol, options=options, readout=readout)
@@ -203,19 +229,28 @@ def sweep_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     options, samples, encoder = context.config.sweep, context.labelled(), evaluated.encoder
     _check_size("sweep.optim.batch_size", options.optim.batch_size, samples)
     readouts = [
-        Readout(block, pooling, norm) for block in range(1, depth(encoder) + 1) for pooling in options.poolings
-        for norm in options.norms if pooling != "cls" or has_class_token(encoder)
-    ]  # fmt: skip
+        Readout(block, pooling, norm)
+        for block in range(1, depth(encoder) + 1)
+        for pooling in options.poolings
+        for norm in options.norms
+        if pooling != "cls" or has_class_token(encoder)
+    ]
     if not readouts:
         raise KamimError(f"sweep.poolings = {list(options.poolings)}: {evaluated.name} has no class token; add mean")
 
     def run(folder: Path, progress: Progress) -> SweepAccuracy:
         train, val = features_of(context, evaluated, readouts, folder, progress)
         rows = sweep(
-            {readout: (train[readout], val[readout]) for readout in readouts}, samples.labels, context.val.labels,
-            len(samples.classes), options.lrs, options.optim, context.config.seed, context.world.device,
+            {readout: (train[readout], val[readout]) for readout in readouts},
+            samples.labels,
+            context.val.labels,
+            len(samples.classes),
+            options.lrs,
+            options.optim,
+            context.config.seed,
+            context.world.device,
             lambda done, total: progress(done, total, {}),
-        )  # fmt: skip
+        )
         return SweepAccuracy(tuple(rows), best_row(rows))
 
     return task("probe-sweep", context, evaluated, run, protocol="sweep", options=options, epochs=options.optim.epochs)

@@ -9,10 +9,16 @@ from kamim import KamimError
 ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
 WEIGHTS = "weights are .safetensors files, or state dicts that torch.save wrote"
 _KINDS = {
-    b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image", b"GIF8": "a GIF image", b"%PDF": "a PDF document",
-    b"\x1f\x8b": "a gzip archive", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"<": "a web page or XML",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"GIF8": "a GIF image",
+    b"%PDF": "a PDF document",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"<": "a web page or XML",
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched (git lfs pull)",
-}  # fmt: skip
+}
 
 
 def check_weights(path: Path) -> None:

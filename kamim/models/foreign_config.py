@@ -52,9 +52,10 @@ def read_hints(file: Path) -> Hints:
         if key in content and not (type(content[key]) is int and content[key] > 0):
             raise _unlike(file, content, key, "must be a whole number above 0")
     return Hints(
-        norm_eps=None if eps is None else float(eps), heads=content.get("num_attention_heads"),
+        norm_eps=None if eps is None else float(eps),
+        heads=content.get("num_attention_heads"),
         decoder_heads=content.get("decoder_num_attention_heads"),
-    )  # fmt: skip
+    )
 
 
 def _unlike(file: Path, content: dict[str, Any], key: str, allowed: str) -> KamimError:

@@ -51,11 +51,17 @@ def preprocessor(resolution: int) -> dict[str, Any]:
     mean and standard deviation. transformers antialiases where it shrinks an image, kamim does not.
     """
     return {
-        "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"height": resolution, "width": resolution}, "resample": BILINEAR,
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD),
-    }  # fmt: skip
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": resolution, "width": resolution},
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
 
 
 def to_hugging_face(state: State, name: str, resolution: int, has_head: bool) -> tuple[dict[str, Any], State]:
@@ -68,24 +74,26 @@ def to_hugging_face(state: State, name: str, resolution: int, has_head: bool) ->
         encoder = MaskedImageModel(name, resolution).encoder
     known = architecture(name)
     _check_plain(name, encoder, state)
-    config: dict[str, Any] = {
-        "image_size": resolution, "patch_size": known.patch_size, "encoder_stride": known.stride,
-    }  # fmt: skip
+    config: dict[str, Any] = {"image_size": resolution, "patch_size": known.patch_size, "encoder_stride": known.stride}
     if isinstance(encoder, VisionTransformer):
         kind, prefix, inner = "vit", "ViT", "attention"
         block = encoder.blocks[0]
         config |= {
-            "hidden_size": encoder.embed_dim, "num_hidden_layers": len(encoder.blocks),
-            "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
+            "hidden_size": encoder.embed_dim,
+            "num_hidden_layers": len(encoder.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "intermediate_size": block.mlp.fc1.out_features,
             "layer_norm_eps": encoder.norm.eps,
-        }  # fmt: skip
+        }
     else:
         kind, prefix, inner = "swin", "Swin", "self"
         config |= {
-            "embed_dim": encoder.embed_dim, "depths": [len(layer.blocks) for layer in encoder.layers],
+            "embed_dim": encoder.embed_dim,
+            "depths": [len(layer.blocks) for layer in encoder.layers],
             "num_heads": [layer.blocks[0].attn.num_heads for layer in encoder.layers],
-            "window_size": encoder.layers[0].blocks[0].window_size[0], "layer_norm_eps": encoder.norm.eps,
-        }  # fmt: skip
+            "window_size": encoder.layers[0].blocks[0].window_size[0],
+            "layer_norm_eps": encoder.norm.eps,
+        }
     config |= {"model_type": kind, "architectures": [f"{prefix}{'ForMaskedImageModeling' if has_head else 'Model'}"]}
     weights: State = {}
     for ours, value in state.items():
@@ -113,7 +121,7 @@ def _check_plain(name: str, encoder: VisionTransformer | SwinTransformer, state:
             and not encoder.no_embed_class
             and all(type(b) is Block and type(b.attn) is Attention and type(b.mlp) is Mlp for b in encoder.blocks)
             and type(encoder.blocks[0].mlp.act) is nn.GELU
-        )  # fmt: skip
+        )
     if not plain:
         kind = "Swin" if isinstance(encoder, SwinTransformer) else "ViT"
         raise KamimError(f"a {name} has parts that Hugging Face's {kind} does not have; export it in timm's layout")

@@ -44,11 +44,20 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 OPTIONS: list[Any] = [Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # Models of timm that public checkpoints are of, beside the presets. Any other is read if it is named.
 PUBLIC = (
-    "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224",
-    "vit_huge_patch14_224", "vit_small_patch8_224", "vit_base_patch8_224", "swin_tiny_patch4_window7_224",
-    "swin_small_patch4_window7_224", "swin_base_patch4_window7_224", "swin_large_patch4_window7_224",
-    "swin_base_patch4_window12_384", "swin_large_patch4_window12_384",
-)  # fmt: skip
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_large_patch16_224",
+    "vit_huge_patch14_224",
+    "vit_small_patch8_224",
+    "vit_base_patch8_224",
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
+    "swin_base_patch4_window7_224",
+    "swin_large_patch4_window7_224",
+    "swin_base_patch4_window12_384",
+    "swin_large_patch4_window12_384",
+)
 MAX_TENSORS, MAX_NAME = 10_000, 500  # tensors of a file, and characters of a name; the largest public ViTs have 1,000
 TIMM_EPS, HUGGING_FACE_EPS = 1e-6, 1e-12  # of a ViT's LayerNorms, by default
 HEAD_WIDTH = 64  # features of an attention head of a ViT, by Vaswani et al. 2017 and nearly all models since
@@ -421,12 +430,14 @@ def _kind(state: State) -> _Kind:
         raise KamimError(f"{PATCHES} is {list(state[PATCHES].shape)}, a ViT's or Swin's has 4 dimensions")
     registers = state.get("encoder.reg_token")
     return _Kind(
-        swin=any(name.startswith("encoder.layers.") for name in state), width=state[PATCHES].shape[0],
+        swin=any(name.startswith("encoder.layers.") for name in state),
+        width=state[PATCHES].shape[0],
         blocks=len({name.partition(".norm1.")[0] for name in state if ".norm1." in name}),
         patch=state[PATCHES].shape[-1],
         registers=registers.shape[1] if registers is not None and registers.ndim == 3 else 0,
-        layer_scale=any(name.endswith(".ls1.gamma") for name in state), shared_bias=SHARED_BIAS in state,
-    )  # fmt: skip
+        layer_scale=any(name.endswith(".ls1.gamma") for name in state),
+        shared_bias=SHARED_BIAS in state,
+    )
 
 
 def _window(state: State) -> int | None:
@@ -470,9 +481,11 @@ def _architecture(state: State, resolution: int | None, hints: Hints, assumed: H
         facts = _facts(name, known := known.with_positions("relative" if kind.shared_bias else None))
         usual = None if kind.swin else kind.width // HEAD_WIDTH
         lost = (
-            (heads or usual) not in (None, facts.heads), bool(resolution and resolution % known.multiple),
-            facts.window != window, eps not in (None, facts.norm_eps),
-        )  # fmt: skip
+            (heads or usual) not in (None, facts.heads),
+            bool(resolution and resolution % known.multiple),
+            facts.window != window,
+            eps not in (None, facts.norm_eps),
+        )
         if facts.kind == kind and (chosen is None or lost < chosen[0]):
             chosen = lost, name, facts
             if not any(lost):
@@ -492,13 +505,16 @@ def _architecture(state: State, resolution: int | None, hints: Hints, assumed: H
     if hints.heads is None and hints.architecture is None and not kind.swin and not kind.shared_bias:
         _LOG.warning(
             "weights do not hold their number of heads; %d are assumed, those of a %s; name the model if it has others",
-            facts.heads, name,
-        )  # fmt: skip
+            facts.heads,
+            name,
+        )
     if lost[3] and (hints.norm_eps or hints.architecture is None):
         _LOG.warning(
             "LayerNorm's epsilon is %g in a %s, %g is expected of this file; features differ a little",
-            facts.norm_eps, name, eps,
-        )  # fmt: skip
+            facts.norm_eps,
+            name,
+            eps,
+        )
     return name
 
 
@@ -562,8 +578,11 @@ def _report_windows(state: State, fitted: State, model: MaskedImageModel) -> Non
             old, new = ((math.isqrt(len(table)) + 1) // 2 for table in (state[name], fitted[name]))
             _LOG.warning(
                 "tables of position biases are interpolated from windows of %s tokens to %s, those of a %s at %s px",
-                old, new, model.name, model.resolution,
-            )  # fmt: skip
+                old,
+                new,
+                model.name,
+                model.resolution,
+            )
             return
 
 

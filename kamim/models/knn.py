@@ -16,9 +16,17 @@ _LOW = 0xFFFFFFFF
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, classes: int, device: torch.device,
-    progress: Callable[[int, int], None], ks: Sequence[int] = KS, temperature: float = TEMPERATURE, tile: int = TILE,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    classes: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    tile: int = TILE,
+) -> dict[str, dict[str, float]]:
     """Returns top1 and top5 on val, in per cent, by k (as text, for JSON).
 
     train: [N, D], val: [M, D], any float type, memory-mapped or not; labels: int64. A neighbour votes for its class

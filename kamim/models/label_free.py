@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 
 UNIFORMITY_T = 2.0  # Wang and Isola 2020
-ALPHA_RANKS = (
-    4,
-    100,
-)  # of the eigenvalues that alpha is fitted to: the default of alpha-ReQ's code
+ALPHA_RANKS = (4, 100)  # of the eigenvalues that alpha is fitted to: the default of alpha-ReQ's code
 
 
 def centred(features: Tensor) -> Tensor:
@@ -63,5 +60,7 @@ def measures(features: Tensor) -> dict[str, float]:
     if not features.isfinite().all():
         return dict.fromkeys(("rankme", "uniformity", "alpha_req"), float("nan"))
     return {
-        "rankme": effective_rank(features), "uniformity": uniformity(features), "alpha_req": spectral_decay(features),
-    }  # fmt: skip
+        "rankme": effective_rank(features),
+        "uniformity": uniformity(features),
+        "alpha_req": spectral_decay(features),
+    }

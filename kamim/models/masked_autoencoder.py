@@ -24,9 +24,15 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(
-        self, name: str, resolution: int, drop_path: float = 0.0, positions: Positions | None = None, width: int = 512,
-        depth: int = 8, heads: int = 16,
-    ):  # fmt: skip
+        self,
+        name: str,
+        resolution: int,
+        drop_path: float = 0.0,
+        positions: Positions | None = None,
+        width: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+    ):
         super().__init__()
         check_maskable(name, positions)
         self.name = name

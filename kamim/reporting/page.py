@@ -31,9 +31,13 @@ def _printable(value: Any) -> Any:
 
 
 _TEMPLATE = Environment(
-    loader=PackageLoader("kamim.reporting"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
-    trim_blocks=True, lstrip_blocks=True,
-).get_template("page.html")  # fmt: skip
+    loader=PackageLoader("kamim.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_printable,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).get_template("page.html")
 
 
 def _render(macro: str, *arguments: Any) -> Part:

@@ -25,11 +25,21 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-    "figure.constrained_layout.w_pad": 0.08, "lines.linewidth": 1.6, "lines.markersize": 4.5, "pdf.fonttype": 42,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "figure.constrained_layout.w_pad": 0.08,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "pdf.fonttype": 42,
     "axes.prop_cycle": cycler(color=COLOURS),
-}  # fmt: skip
+}
 styled = matplotlib.rc_context(STYLE)
 RING_COLOUR = np.array([230, 159, 0], np.uint8)  # Okabe and Ito's orange
 MASK_GREY = 128
@@ -173,9 +183,13 @@ def segmentation_sheet(
 
 
 def panel_sheet(
-    originals: np.ndarray, masks: np.ndarray, reconstructions: np.ndarray, bitmaps: np.ndarray | None,
-    weights: np.ndarray | None, caption: str,
-) -> Figure:  # fmt: skip
+    originals: np.ndarray,
+    masks: np.ndarray,
+    reconstructions: np.ndarray,
+    bitmaps: np.ndarray | None,
+    weights: np.ndarray | None,
+    caption: str,
+) -> Figure:
     """As reconstruction_sheet, of one model, with the maps F (bool [N, R, R]) and W ([N, g, g]), if given."""
     rows = _reconstructions(originals, masks, [("reconstructed", reconstructions)])
     if bitmaps is not None and weights is not None:

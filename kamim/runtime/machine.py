@@ -23,11 +23,14 @@ LIBRARIES = ("torch", "timm", "numpy", "numba", "opencv-python", "simplejpeg")
 def describe(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
     """Returns names and versions of hardware and libraries, for JSON. gpus: torch's names. libturbojpeg: its file."""
     return {
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "python": platform.python_version(), "kamim": kamim.__version__, **{name: _version(name) for name in libraries},
+        "python": platform.python_version(),
+        "kamim": kamim.__version__,
+        **{name: _version(name) for name in libraries},
         "libturbojpeg": None if (library := turbojpeg.library()) is None else library._name,
-    }  # fmt: skip
+    }
 
 
 def command_line() -> str | None:

@@ -64,9 +64,14 @@ class ArrayWriter:
 
     def __init__(self, group: "zarr.Group", name: str, row_shape: tuple[int, ...], dtype: Any, page_rows: int):
         self._array = group.create_array(
-            name, shape=(0, *row_shape), dtype=dtype, chunks=(page_rows, *row_shape), compressors=None,
-            fill_value=0, config={"write_empty_chunks": True},
-        )  # fmt: skip
+            name,
+            shape=(0, *row_shape),
+            dtype=dtype,
+            chunks=(page_rows, *row_shape),
+            compressors=None,
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
         self._page = np.zeros((page_rows, *row_shape), dtype)
         self._pages = 0
         self._used = 0
@@ -148,11 +153,17 @@ def _metadata(dtype: Any, shape: Sequence[int], chunks: Sequence[int]) -> dict[s
     dtype = np.dtype(dtype)
     codec = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
     return {
-        "zarr_format": 3, "node_type": "array", "attributes": {}, "shape": [*shape], "data_type": dtype.name,
+        "zarr_format": 3,
+        "node_type": "array",
+        "attributes": {},
+        "shape": [*shape],
+        "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*chunks]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0, "codecs": [codec], "storage_transformers": [],
-    }  # fmt: skip
+        "fill_value": 0,
+        "codecs": [codec],
+        "storage_transformers": [],
+    }
 
 
 def _lengths(path: Path, fields: dict[str, Any], axes: int) -> tuple[list[int], list[int]]:

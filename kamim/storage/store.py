@@ -324,9 +324,12 @@ def image_faults(images: ImageReader, classes: int) -> dict[str, np.ndarray]:
 
 
 def write_zarr_images(
-    path: Path, images: Iterable[tuple[np.ndarray, int, int, int, bool]], total_bytes: int, encoding: str,
+    path: Path,
+    images: Iterable[tuple[np.ndarray, int, int, int, bool]],
+    total_bytes: int,
+    encoding: str,
     largest: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Writes images.zarr from (bytes uint8 [n], height, width, label, raw) of every image. encoding: one of FORMATS.
 
     total_bytes: bytes of all images. largest: bytes of the largest image; required if it may exceed a page.
@@ -334,9 +337,7 @@ def write_zarr_images(
     group = mmap_array.create_group(path, {"encoding": encoding})
     page_bytes = mmap_array.page_rows(total_bytes, max(IMAGE_PAGE_BYTES, mmap_array.power_of_two(largest)))
     writer = mmap_array.ArrayWriter(group, "data", (), np.uint8, page_bytes)
-    rows = [
-        (writer.append(data), len(data), height, width, label) for data, height, width, label, _ in images
-    ]  # fmt: skip
+    rows = [(writer.append(data), len(data), height, width, label) for data, height, width, label, _ in images]
     writer.close()
     table = np.array(rows, np.int64).reshape(-1, 5)
     mmap_array.create(group, "start", table[:, 0])
@@ -431,9 +432,12 @@ def keypoint_faults(keypoints: Keypoints) -> dict[str, np.ndarray]:
 
 
 def write_keypoints(
-    path: Path, detector: str, array: KeypointArray,
-    images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], total_rows: int,
-) -> None:  # fmt: skip
+    path: Path,
+    detector: str,
+    array: KeypointArray,
+    images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    total_rows: int,
+) -> None:
     """Writes keypoints.zarr/<detector> from (rows, counts, frames) of every image.
 
     rows: of the array, one frame after the other; counts: int64 [V, G], of rows; frames: uint16 [V, 2].

@@ -47,9 +47,7 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
             point.name: [row for row in grid.baselines(sweep) if row.checkpoint.endswith(f":{point.checkpoint}")]
             for point in mine
         }
-        kinds = tuple(
-            kind for point in mine for kind in (PRETRAIN, *sweep.modes * (1 + len(baselines[point.name])))
-        )  # fmt: skip
+        kinds = tuple(kind for point in mine for kind in (PRETRAIN, *sweep.modes * (1 + len(baselines[point.name]))))
         done = 0
         for point in mine:
             config, position = grid.pretraining(sweep, point), Position(1, f"pretrain {point.name}", PRETRAIN)

@@ -108,8 +108,9 @@ def save(sweep: SweepResults) -> None:
     if any(len(group) > 1 for group in groups.values()):
         tables = {
             "Mean and standard deviation over seeds": settings_table(sweep),
-            "Differences, with 95 % intervals over seeds": differences_table(sweep), **tables,
-        }  # fmt: skip
+            "Differences, with 95 % intervals over seeds": differences_table(sweep),
+            **tables,
+        }
     write_whole(out / TABLES[1], "\n".join(f"{title}\n\n{t.markdown()}" for title, t in tables.items()).encode())
     parts = [page.paragraph("Top-1 in per cent on the validation store; that of a run with Wilson's 95 % interval.")]
     parts += map(page.paragraph, majority_lines(sweep.by_point.values()))

@@ -103,9 +103,13 @@ def panel(config: Pretrain, model: Model, every: int, samples: Callable[[], Batc
             counts = np.stack([map_counts(f, weighting.patch_size) for f in bitmaps])
             weights = keypoint_weights(counts, weighting.patch_size, weighting.temperature, weighting.normalize)
         figure = plots.panel_sheet(
-            batch.images.cpu().numpy(), reconstruction.masked_pixels.cpu().numpy(),
-            reconstruction.pixels(config.normalised_patches).cpu().numpy(), bitmaps, weights, f"after {step} steps",
-        )  # fmt: skip
+            batch.images.cpu().numpy(),
+            reconstruction.masked_pixels.cpu().numpy(),
+            reconstruction.pixels(config.normalised_patches).cpu().numpy(),
+            bitmaps,
+            weights,
+            f"after {step} steps",
+        )
         metrics.panel(step, plots.pixels(figure))
 
     return Callback(every, run)
@@ -132,9 +136,15 @@ def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: 
             val, val_labels = features(probe.val)
         k = min(NEIGHBOURS, len(train))
         accuracies = knn(
-            train, train_labels, val, val_labels, len(probe.train.classes), train.device, lambda done, total: None,
+            train,
+            train_labels,
+            val,
+            val_labels,
+            len(probe.train.classes),
+            train.device,
+            lambda done, total: None,
             ks=(k,),
-        )  # fmt: skip
+        )
         top1 = accuracies[str(k)]["top1"]
         low, high = wilson(top1, len(val))
         metrics.log({"knn_top1": top1, "knn_low": low, "knn_high": high, "knn_majority": probe.majority_top1})

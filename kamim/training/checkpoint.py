@@ -151,16 +151,20 @@ def tidy(run: Path, step: int, keep: Keep) -> None:
 def save_imported(out: Path, weights: Foreign) -> Path:
     """Writes imported weights as a checkpoint at `out`. Raises KamimError if `out` exists."""
     given: dict[str, Any] = {
-        "data": {"store": "imported", "resolution": weights.resolution}, "out": out,
+        "data": {"store": "imported", "resolution": weights.resolution},
+        "out": out,
         "model": {"name": weights.architecture, "positions": weights.positions},
         **patches_that_fit(weights.architecture, weights.resolution),
-    }  # fmt: skip
+    }
     if weights.decoder is not None:  # its authors' recipe, which the file does not hold
         patch = architecture(weights.architecture).patch_size
         given |= {
-            "method": "mae", "decoder": asdict(weights.decoder), "mask": {"patch_size": patch, "ratio": 0.75},
-            "norm_pix_loss": True, "weighting": None,
-        }  # fmt: skip
+            "method": "mae",
+            "decoder": asdict(weights.decoder),
+            "mask": {"patch_size": patch, "ratio": 0.75},
+            "norm_pix_loss": True,
+            "weighting": None,
+        }
     config = load(Pretrain, None, given=given)
     with lock.alone(out, "out"):
         if out.exists():
@@ -188,10 +192,15 @@ def _write(
         for name, tensors in files.items():
             save_tensors(tensors, partial / name)
         state = {
-            "format": FORMAT, "kamim": kamim.__version__, "torch": torch.__version__, "kind": kind,
-            "step": step, "config": config, "has_head": has_head,
+            "format": FORMAT,
+            "kamim": kamim.__version__,
+            "torch": torch.__version__,
+            "kind": kind,
+            "step": step,
+            "config": config,
+            "has_head": has_head,
             "checksums": {name: checksum(partial / name) for name in files},
-        }  # fmt: skip
+        }
         (partial / STATE).write_text(json.dumps(state, indent=2))
         make_durable(partial)
     except OSError as error:

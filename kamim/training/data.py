@@ -38,13 +38,25 @@ def training_loader(config: Pretrain, store: Store, world: World) -> Loader:
             f"has no complete batch; set optim.batch_size={largest_batch(len(store))} or less"
         )
     plan = Plan(
-        len(store), optim.batch_size, optim.micro_batch, config.seed, data.order, drop_last=data.drop_last,
-        rank=world.rank, world=world.size,
-    )  # fmt: skip
+        len(store),
+        optim.batch_size,
+        optim.micro_batch,
+        config.seed,
+        data.order,
+        drop_last=data.drop_last,
+        rank=world.rank,
+        world=world.size,
+    )
     return Loader(
-        store, plan, data.resolution, crop=_crop(config), counter=counter, workers=data.workers,
-        on_error=data.on_error, device=world.device,
-    )  # fmt: skip
+        store,
+        plan,
+        data.resolution,
+        crop=_crop(config),
+        counter=counter,
+        workers=data.workers,
+        on_error=data.on_error,
+        device=world.device,
+    )
 
 
 def shown_samples(config: Pretrain, store: Store, count: int, device: torch.device) -> Batch:
@@ -54,22 +66,39 @@ def shown_samples(config: Pretrain, store: Store, count: int, device: torch.devi
     chosen = np.linspace(0, len(store) - 1, count).astype(np.int64)
     plan = Plan(count, count, count, config.seed, order="stored", listed=chosen)
     loader = Loader(
-        store, plan, config.data.resolution, crop=_crop(config), counter=_counter(config, store, 1), workers=1,
-        on_error=config.data.on_error, device=device,
-    )  # fmt: skip
+        store,
+        plan,
+        config.data.resolution,
+        crop=_crop(config),
+        counter=_counter(config, store, 1),
+        workers=1,
+        on_error=config.data.on_error,
+        device=device,
+    )
     return next(iter(loader.steps(0, 1)))
 
 
 def whole_images(
-    samples: Samples, resolution: int, batch_size: int, workers: int | None, world: World,
+    samples: Samples,
+    resolution: int,
+    batch_size: int,
+    workers: int | None,
+    world: World,
     on_error: Literal["stop", "skip"] = "stop",
-) -> Loader:  # fmt: skip
+) -> Loader:
     """Returns the loader of evaluation: every sample once, in order, as a whole image of resolution x resolution px."""
     size = max(min(batch_size, len(samples.numbers)), world.size)
     plan = Plan(
-        len(samples.numbers), size, size, seed=0, order="stored", drop_last=False, rank=world.rank, world=world.size,
+        len(samples.numbers),
+        size,
+        size,
+        seed=0,
+        order="stored",
+        drop_last=False,
+        rank=world.rank,
+        world=world.size,
         listed=samples.numbers,
-    )  # fmt: skip
+    )
     return Loader(samples.store, plan, resolution, workers=workers, on_error=on_error, device=world.device)
 
 

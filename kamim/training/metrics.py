@@ -198,7 +198,7 @@ def read(run: Path) -> list[dict[str, float]]:
     return [
         {name: math.nan if value is None else value for name, value in values.items()}
         for _, values in _lines(run / METRICS)
-    ]  # fmt: skip
+    ]
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

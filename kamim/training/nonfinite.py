@@ -72,10 +72,13 @@ class NonFiniteGuard:
             self._skipped = 0
             return None
         file = self._run / NONFINITE / f"step-{step:08d}.json"
-        parts = self._world.gather([
-            {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
-            for recent, epoch, indices, loss in self._recent if recent == step
-        ])  # fmt: skip
+        parts = self._world.gather(
+            [
+                {"epoch": epoch, "indices": indices.tolist(), "loss": float(loss)}
+                for recent, epoch, indices, loss in self._recent
+                if recent == step
+            ]
+        )
         message = f"step {step}: {'the loss' if name == 'loss' else 'the norm of the gradient'} is {value}"
         if self._world.is_main:
             record = {"step": step, "seed": self._seed, **values, "ranks": parts}

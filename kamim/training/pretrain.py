@@ -111,11 +111,15 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
     optimizer = build_optimizer(config, model)
     per_epoch = loader.plan.steps_per_epoch
     run = Run(
-        config.out, "pretrain", config.model_dump(mode="json"), config.optim, per_epoch,
+        config.out,
+        "pretrain",
+        config.model_dump(mode="json"),
+        config.optim,
+        per_epoch,
         every=config.checkpoint_epochs * per_epoch,
         keep=checkpoint.Keep(config.keep_checkpoints, (config.keep_every_epochs or 0) * per_epoch or None),
         log=config.log,
-    )  # fmt: skip
+    )
     guard = NonFiniteGuard(optimizer, config.on_nonfinite, config.out, config.seed, world)
     objective = MaskedReconstruction(config, network)
     return Trainer(run, model, network, optimizer, objective, loader.steps, world, guard=guard)
@@ -201,7 +205,5 @@ def build_optimizer(config: Pretrain, model: Model) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for name, p in named if decays(name, p) == decayed], "weight_decay": decayed * optim.weight_decay}
         for decayed in (True, False)
-    ]  # fmt: skip
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True
-    )  # fmt: skip
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True)

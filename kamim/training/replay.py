@@ -106,8 +106,12 @@ def _samples(config: Pretrain, trainer: Trainer, batch: Batch) -> tuple[Tensor, 
     masked = result.masked_pixels.cpu().numpy()
     return whole, [
         Sample(
-            int(batch.indices[i]), float(losses[i]), None if weights is None else float(weights[i].max()),
-            images[i].copy(), pixels[i], masked[i],
+            int(batch.indices[i]),
+            float(losses[i]),
+            None if weights is None else float(weights[i].max()),
+            images[i].copy(),
+            pixels[i],
+            masked[i],
         )
         for i in range(len(batch))
-    ]  # fmt: skip
+    ]

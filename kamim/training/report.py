@@ -76,9 +76,10 @@ def save_report(run: Path) -> Path:
 def curves(lines: Sequence[Mapping[str, float]], columns: int = COLUMNS) -> Figure:
     """Draws one panel for each kind of logged number. lines: the lines of metrics.jsonl."""
     drawn = {
-        title: (known, scale) for title, (names, scale) in CURVES.items()
+        title: (known, scale)
+        for title, (names, scale) in CURVES.items()
         if (known := {name: label for name, label in names.items() if any(name in line for line in lines)})
-    }  # fmt: skip
+    }
     rows = -(-len(drawn) // columns)
     figure, grid = panels(columns, rows, side=3.4, height=2.4)
     for axes, (title, (names, scale)) in zip(grid.flat, drawn.items(), strict=False):
@@ -105,9 +106,10 @@ def comparison(settings: Mapping[str, Sequence[Lines]]) -> Figure:
     """
     drawn = {"loss_unweighted": "loss without weights (Eq. 1)", "knn_top1": "kNN probe, top-1 (%)"}
     drawn = {
-        name: title for name, title in drawn.items()
+        name: title
+        for name, title in drawn.items()
         if any(name in line for runs in settings.values() for lines in runs for line in lines)
-    }  # fmt: skip
+    }
     figure, grid = panels(max(len(drawn), 1), side=5.2, height=3.6)
     for axes, (name, title) in zip(grid.flat, drawn.items(), strict=False):
         for i, (setting, runs) in enumerate(settings.items()):
@@ -128,8 +130,9 @@ def _band(axes: Axes, name: str, runs: Sequence[Lines], colour: str, style: str,
     curves = np.stack([[part.mean(axis=0) for part in _parts(xy[:shared])] for xy in logged])
     middle = curves.mean(axis=0)
     if len(curves) > 1:
-        axes.fill_between(middle[:, 0], curves[..., 1].min(axis=0), curves[..., 1].max(axis=0), color=colour, alpha=0.2,
-                          linewidth=0)  # fmt: skip
+        axes.fill_between(
+            middle[:, 0], curves[..., 1].min(axis=0), curves[..., 1].max(axis=0), color=colour, alpha=0.2, linewidth=0
+        )
     marker = "o" if len(middle) < 30 else ""
     axes.plot(*middle.T, color=colour, linestyle=style, marker=marker, label=literal(label))
 

@@ -125,9 +125,12 @@ def _contents(store: Store) -> dict[str, Any]:
     manifest = store.manifest
     shards = "".join(manifest.shards[IMAGES]).encode()
     return {
-        "images": manifest.count, "encoding": manifest.job.encoding, "resolution": manifest.job.resolution,
-        "crop_scale": list(manifest.job.crop_scale), "images_sha256": hashlib.sha256(shards).hexdigest(),
-    }  # fmt: skip
+        "images": manifest.count,
+        "encoding": manifest.job.encoding,
+        "resolution": manifest.job.resolution,
+        "crop_scale": list(manifest.job.crop_scale),
+        "images_sha256": hashlib.sha256(shards).hexdigest(),
+    }
 
 
 def nonfinite_steps(run: Path) -> dict[int, int]:
@@ -168,9 +171,20 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
 
 # Keys that a resumed run may change. compute and optim.micro_batch change rounding and precision, on_nonfinite what
 # follows a step that is not finite; the others change nothing of what is trained.
-_FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
-         "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
-         "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+_FREE = {
+    "out": True,
+    "checkpoint_epochs": True,
+    "keep_checkpoints": True,
+    "keep_every_epochs": True,
+    "compute": True,
+    "on_nonfinite": True,
+    "log": True,
+    "panel_epochs": True,
+    "probe": True,
+    "label_free": True,
+    "data": {"workers"},
+    "optim": {"micro_batch"},
+}
 
 
 def _how_to_train_on(existing: Pretrain, requested: Pretrain) -> str:

@@ -14,6 +14,11 @@ def cosine(optimizer: Optimizer, optim: Optim, steps_per_epoch: int) -> CosineLR
     """
     _, warmup, end = optim.schedule(steps_per_epoch)
     return CosineLRScheduler(
-        optimizer, t_initial=end - warmup if optim.COSINE_AFTER_WARMUP else end, lr_min=optim.min_lr, warmup_t=warmup,
-        warmup_lr_init=optim.warmup_lr, warmup_prefix=optim.COSINE_AFTER_WARMUP, t_in_epochs=False,
-    )  # fmt: skip
+        optimizer,
+        t_initial=end - warmup if optim.COSINE_AFTER_WARMUP else end,
+        lr_min=optim.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=optim.warmup_lr,
+        warmup_prefix=optim.COSINE_AFTER_WARMUP,
+        t_in_epochs=False,
+    )

@@ -16,9 +16,13 @@ def log(run: Path, step: int, steps: int, world: World) -> None:
     """Appends a line to RUN/starts.jsonl: time, first step, number of steps, and the machine."""
     run.mkdir(parents=True, exist_ok=True)
     start = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "steps": steps,
-        "device": world.device.type, "processes": world.size, **describe(),
-    }  # fmt: skip
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "steps": steps,
+        "device": world.device.type,
+        "processes": world.size,
+        **describe(),
+    }
     file = run / STARTS
     cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
     append(file, ("\n" if cut_off else "") + json.dumps(start) + "\n")

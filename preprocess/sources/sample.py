@@ -15,11 +15,24 @@ from preprocess.sources.base import Item, Source
 # Photographs in the wheels of scikit-image and scikit-learn, large and varied enough to cut patches from.
 PHOTOGRAPHS = {
     "skimage.data": (
-        "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-        "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "retina.jpg",
+        "rocket.jpg",
     ),
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
-}  # fmt: skip
+}
 PATCHES = {"train": 150, "val": 50}  # per photograph
 PATCH_SIDES = (72, 112)
 VAL_SHARE = 1 / 3  # share of the longer side; training patches come from the rest, so no pixel is in both splits

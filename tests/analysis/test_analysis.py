@@ -17,14 +17,7 @@ from typer.testing import CliRunner
 from kamim.analysis import embed, measures, tables
 from kamim.analysis.analysed_model import AnalysedModel, timm_encoder
 from kamim.analysis.analyze import load_analysed_model
-from kamim.analysis.collect import (
-    Curves,
-    attention_block,
-    collect_curves,
-    collect_samples,
-    query_cell,
-    token_block,
-)
+from kamim.analysis.collect import Curves, attention_block, collect_curves, collect_samples, query_cell, token_block
 from kamim.analysis.plan import plan
 from kamim.analysis.request import FIGURES, Chosen, Request, parse_figures
 from kamim.analysis.run import file_stem
@@ -130,9 +123,7 @@ def slow_nmi(attention: np.ndarray) -> float:
     n = len(attention)
     joint = (attention + 1e-8) / (attention + 1e-8).sum(axis=1, keepdims=True) / n
     key = joint.sum(axis=0)
-    information = sum(
-        joint[q, k] * np.log(joint[q, k] / (key[k] / n)) for q in range(n) for k in range(n)
-    )  # fmt: skip
+    information = sum(joint[q, k] * np.log(joint[q, k] / (key[k] / n)) for q in range(n) for k in range(n))
     return information / np.sqrt(np.log(n) * -(key * np.log(key)).sum())
 
 
@@ -356,9 +347,7 @@ def test_curves_do_not_depend_on_batches_and_kept_numbers_are_few() -> None:
         at = [slice(i, i + size) for i in range(0, 6, size)]
         return [Batch(pixels[s], counts[s], torch.zeros(0), np.arange(6)[s], 0, 0, True, 1.0) for s in at]
 
-    whole, parts = (
-        collect_curves(model, batches(size), torch.device("cpu"), lambda _: None) for size in (6, 2)
-    )  # fmt: skip
+    whole, parts = (collect_curves(model, batches(size), torch.device("cpu"), lambda _: None) for size in (6, 2))
     for one, other in zip(tables.attention(model, whole, 0), tables.attention(model, parts, 0), strict=True):
         for key in ("mean", "spread"):
             if key in one:
@@ -455,9 +444,21 @@ def analyze(*arguments: str) -> str:
 
 def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path], tmp_path: Path) -> None:
     given = (
-        "--checkpoint", f"A={runs['vit_demo']}", "--checkpoint", f"B=random:{runs['vit_demo']}",
-        "--store", str(stores["zarr"]), "--images", "20", "--query", "0.1,0.9", "--layer", "2", "--head", "3",
-    )  # fmt: skip
+        "--checkpoint",
+        f"A={runs['vit_demo']}",
+        "--checkpoint",
+        f"B=random:{runs['vit_demo']}",
+        "--store",
+        str(stores["zarr"]),
+        "--images",
+        "20",
+        "--query",
+        "0.1,0.9",
+        "--layer",
+        "2",
+        "--head",
+        "3",
+    )
     probes = [tmp_path / "block-6.json", tmp_path / "block-3.json"]
     (probe,) = (r for r in json.loads(RESULTS.read_text()) if (r["mode"], r["name"]) == ("linprobe", "KAMIM"))
     for file, block, top1 in zip(probes, (6, 3), (51.5, 40.0), strict=True):
@@ -547,8 +548,9 @@ def test_figures_and_json() -> None:
     assert parse_figures("all") is None
     assert parse_figures("10, 2,cka") == ("2", "10", "cka")
     assert page.plain({"a": np.array([1.5, np.nan]), "b": (np.int64(3), "x", None)}) == {
-        "a": [1.5, None], "b": [3, "x", None],
-    }  # fmt: skip
+        "a": [1.5, None],
+        "b": [3, "x", None],
+    }
 
 
 def test_an_analysed_model_knows_its_tokens(runs: dict[str, Path]) -> None:

@@ -53,9 +53,11 @@ def test_one_bar_shows_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
             now += 2 if kind == "knn" else 6.4
             move(done, 5, {"loss": 0.5} if kind == "linprobe" else {})
     assert [line for line in lines if "step" not in line] == [
-        "eval: task 2 of 5: knn b", "eval: task 3 of 5: linprobe b, at least 0:00:11 left",
-        "eval: task 4 of 5: knn c, 0:00:44 left", "eval: task 5 of 5: linprobe c, 0:00:33 left",
-    ]  # fmt: skip
+        "eval: task 2 of 5: knn b",
+        "eval: task 3 of 5: linprobe b, at least 0:00:11 left",
+        "eval: task 4 of 5: knn c, 0:00:44 left",
+        "eval: task 5 of 5: linprobe c, 0:00:33 left",
+    ]
     of_second = [line for line in lines if "knn b" in line and "step" in line]
     # 4 s are left of this task, a kNN takes 11 s as far as this one tells, and the probes are unknown.
     assert of_second[0] == "eval: task 2 of 5: knn b, at least 0:00:15 left, step 3 of 5"
@@ -111,17 +113,22 @@ def test_a_task_of_one_step_is_told_even_after_another(monkeypatch: pytest.Monke
     assert [line.rpartition(", ")[2] for line in lines] == ["train", "val"]
 
 
-@pytest.mark.parametrize(("message", "line"), [
-    ("resolution = 8: must be 16 to 1024", "--resolution 8: must be 16 to 1024"),
-    ("crop_scale = 2.0,1.0: needs 0 < smallest", "--crop-scale 2.0,1.0: needs 0 < smallest"),
-    ("encoding = raw: images for resolution = 900; take encoding=jpeg", "--encoding raw: images for --resolution 900; "
-     "take --encoding jpeg"),
-    ("source: is missing", "--source: is missing"),
-    ("dataset: needs source=DIR", "dataset: needs --source DIR"),  # an argument has no option
-    ("data.resolution = 8: must be", "data.resolution = 8: must be"),  # a key of a configuration
-    ("unknown = 1: resolution: 3", "unknown = 1: resolution: 3"),
-    ("/a/out=3/b: damaged", "/a/out=3/b: damaged"),  # a path
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("resolution = 8: must be 16 to 1024", "--resolution 8: must be 16 to 1024"),
+        ("crop_scale = 2.0,1.0: needs 0 < smallest", "--crop-scale 2.0,1.0: needs 0 < smallest"),
+        (
+            "encoding = raw: images for resolution = 900; take encoding=jpeg",
+            "--encoding raw: images for --resolution 900; take --encoding jpeg",
+        ),
+        ("source: is missing", "--source: is missing"),
+        ("dataset: needs source=DIR", "dataset: needs --source DIR"),  # an argument has no option
+        ("data.resolution = 8: must be", "data.resolution = 8: must be"),  # a key of a configuration
+        ("unknown = 1: resolution: 3", "unknown = 1: resolution: 3"),
+        ("/a/out=3/b: damaged", "/a/out=3/b: damaged"),  # a path
+    ],
+)
 def test_parameters_become_options(message: str, line: str) -> None:
     assert console.as_typed(message, console.options_of(preprocess)) == line
 
@@ -135,8 +142,9 @@ def test_options_have_the_names_that_are_typed() -> None:
 def test_a_configuration_that_is_printed_is_read_back(tmp_path: Path) -> None:
     for command, given in {
         "eval": ["--checkpoint", "a=run", "--train", "t", "--val", "v", "knn.k=[3, 4]"],
-        "sweep": ["table2", "out=elsewhere"], "pretrain": ["-c", "demo", "seed=7"],
-    }.items():  # fmt: skip
+        "sweep": ["table2", "out=elsewhere"],
+        "pretrain": ["-c", "demo", "seed=7"],
+    }.items():
         first = CliRunner().invoke(kamim.cli.app, [command, *given, "--print-config"])
         assert first.exit_code == 0, first.output
         (tmp_path / "config.yaml").write_text(first.stdout)
@@ -154,7 +162,11 @@ def test_threads_that_wait_sleep(given: str | None, used: str, monkeypatch: pyte
         monkeypatch.delenv("OMP_WAIT_POLICY")
     kamim.cli.main()
     assert os.environ["OMP_WAIT_POLICY"] == used
-    assert subprocess.run(
-        [sys.executable, "-c", "import sys, kamim.cli; sys.exit('torch' in sys.modules)"],
-        check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ).returncode == 0  # fmt: skip
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", "import sys, kamim.cli; sys.exit('torch' in sys.modules)"],
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ).returncode
+        == 0
+    )

@@ -90,9 +90,20 @@ def test_an_evaluation_on_a_full_disk_is_one_line_and_goes_on(
     imported: Path, stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (
-        "eval", "--mode", "knn", "--checkpoint", f"A={imported}", "--train", str(stores["zarr"]), "--val",
-        str(stores["zarr"]), "--out", str(tmp_path / "out"), "knn.k=[3]", "compute.device=cpu",
-    )  # fmt: skip
+        "eval",
+        "--mode",
+        "knn",
+        "--checkpoint",
+        f"A={imported}",
+        "--train",
+        str(stores["zarr"]),
+        "--val",
+        str(stores["zarr"]),
+        "--out",
+        str(tmp_path / "out"),
+        "knn.k=[3]",
+        "compute.device=cpu",
+    )
     with full_disk(4096):
         assert "6-mean-none: needs 6,144 bytes: File too large" in one_line(*arguments)
     assert runner.invoke(app, arguments).exit_code == 0
@@ -114,11 +125,22 @@ def test_a_disk_that_fills_up_is_named_with_its_file(
             page.save_numbers({"a": 1}, tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []
     commands = {
-        "figure-02-64px.png": ("analyze", "--figures", "2", "--checkpoint", f"A={imported}", "--store",
-                               str(stores["zarr"]), "--images", "8", "--out", str(tmp_path / "an")),
+        "figure-02-64px.png": (
+            "analyze",
+            "--figures",
+            "2",
+            "--checkpoint",
+            f"A={imported}",
+            "--store",
+            str(stores["zarr"]),
+            "--images",
+            "8",
+            "--out",
+            str(tmp_path / "an"),
+        ),
         "x.safetensors": ("export", str(imported), "--out", str(tmp_path / "x.safetensors")),
         "model.safetensors": ("export", str(imported), "--layout", "huggingface", "--out", str(tmp_path / "hf")),
-    }  # fmt: skip
+    }
     with full_disk(4096):
         for name, arguments in commands.items():
             assert name in one_line(*arguments)
@@ -183,14 +205,22 @@ def test_a_file_that_is_cut_while_it_is_mapped_leaves_a_word(tmp_path: Path) -> 
 def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp_path: Path) -> None:
     at = {name: str(tmp_path / name) for name in ("eval", "an", "x.safetensors", "hf", "import", "sweep")}
     spec, path = f"A={imported}", str(stores["zarr"])
-    (tmp_path / "sweep.yaml").write_text(json.dumps({
-        "pretrain": {"data": {"store": path, "resolution": 64}, "model": {"name": "vit_demo"},
-                     "compute": {"device": "cpu"},
-                     "optim": {"batch_size": 12, "micro_batch": 12, "epochs": 1, "warmup_epochs": 0}},
-        "axes": [{"key": "weighting.temperature", "name": "t", "values": [0.25]}],
-        "evaluation": {"train": path, "val": path, "compute": {"device": "cpu"}, "knn": {"k": [3]}},
-        "modes": ["knn"], "out": at["sweep"],
-    }))  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(
+        json.dumps(
+            {
+                "pretrain": {
+                    "data": {"store": path, "resolution": 64},
+                    "model": {"name": "vit_demo"},
+                    "compute": {"device": "cpu"},
+                    "optim": {"batch_size": 12, "micro_batch": 12, "epochs": 1, "warmup_epochs": 0},
+                },
+                "axes": [{"key": "weighting.temperature", "name": "t", "values": [0.25]}],
+                "evaluation": {"train": path, "val": path, "compute": {"device": "cpu"}, "knn": {"k": [3]}},
+                "modes": ["knn"],
+                "out": at["sweep"],
+            }
+        )
+    )
     weights = imported / "model.safetensors"
     commands = {
         "eval": ["eval", "--mode", "knn", "--checkpoint", spec, "--train", path, "--val", path, "--out", at["eval"]],
@@ -199,7 +229,7 @@ def test_two_commands_on_one_output(imported: Path, stores: dict[str, Path], tmp
         "hf": ["export", str(imported), "--layout", "huggingface", "--out", at["hf"]],
         "import": ["import", str(weights), "--out", at["import"]],
         "sweep": ["sweep", str(tmp_path / "sweep.yaml")],
-    }  # fmt: skip
+    }
     locked = {name: tmp_path / name for name in commands}
     locked |= {"eval": tmp_path / "eval/A", "sweep": tmp_path / "sweep/t0.25"}  # others may work beside these
     for name, command in commands.items():
@@ -287,7 +317,7 @@ def test_outputs_may_be_called_anything(imported: Path, stores: dict[str, Path],
         "x.safetensors": ["export", str(imported), "--out", str(out / "x.safetensors")],
         "hf/config.json": ["export", str(imported), "--layout", "huggingface", "--out", str(out / "hf")],
         "i/state.json": ["import", str(imported / "model.safetensors"), "--out", str(out / "i")],
-    }  # fmt: skip
+    }
     for name, command in commands.items():
         result = runner.invoke(app, command)
         assert result.exit_code == 0, result.output

@@ -23,10 +23,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_store_that_is_not_there_says_what_is(class_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "two.partial").mkdir()
     for path, said in (
-        (
-            tmp_path / "two",
-            f"{tmp_path}/two.partial is unfinished: rerun the `kamim preprocess` command",
-        ),
+        (tmp_path / "two", f"{tmp_path}/two.partial is unfinished: rerun the `kamim preprocess` command"),
         (class_folder, f"`kamim preprocess imagefolder --source {class_folder} --out STORE`"),
         (tmp_path / "none", "make one with `kamim preprocess`"),
     ):
@@ -67,13 +64,7 @@ def test_a_batch_that_is_too_large_says_what_to_type(stores: dict[str, Path], tm
 
 
 @pytest.mark.parametrize(
-    ("spec", "name"),
-    [
-        ("runs/a", "a"),
-        ("K=runs/a", "K"),
-        ("random:runs/a", "random a"),
-        ("timm:vit_tiny", "vit_tiny"),
-    ],
+    ("spec", "name"), [("runs/a", "a"), ("K=runs/a", "K"), ("random:runs/a", "random a"), ("timm:vit_tiny", "vit_tiny")]
 )
 def test_a_checkpoint_has_a_name_without_one(spec: str, name: str) -> None:
     assert named(spec) == (name, spec.partition("=")[2] or spec)

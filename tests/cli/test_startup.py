@@ -34,22 +34,32 @@ finally:
 @pytest.mark.parametrize(
     "command",
     [
-        "--help", "--version", "config list", "config show vit_base_kamim", "weights {image}", "store info {store}",
+        "--help",
+        "--version",
+        "config list",
+        "config show vit_base_kamim",
+        "weights {image}",
+        "store info {store}",
         "store verify {store} --deep",
         "preprocess imagefolder --source {source} --out {out} --workers 1 --detectors fast,sift",
     ],
-)  # fmt: skip
+)
 def test_commands_that_train_nothing_import_no_torch(
     command: str, stores: dict[str, Path], class_folder: Path, tmp_path: Path
 ) -> None:
     paths = {
-        "image": next(class_folder.glob("*/*.jpg")), "store": stores["zarr"], "source": class_folder,
+        "image": next(class_folder.glob("*/*.jpg")),
+        "store": stores["zarr"],
+        "source": class_folder,
         "out": tmp_path / "out",
-    }  # fmt: skip
+    }
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "modules"), *command.format(**paths).split()],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     imported = set(json.loads((tmp_path / "modules").read_text()))
     assert not HEAVY & imported
@@ -57,45 +67,64 @@ def test_commands_that_train_nothing_import_no_torch(
         assert "scipy.linalg" not in imported, "numba imports it with the first compiled loop, which takes 0.4 s"
 
 
-@pytest.mark.parametrize(("command", "line"), [
-    ("eval --mode lineprobe", "--mode lineprobe: must be one of linprobe,"),
-    ("eval --val {store}", "--checkpoint: is missing"),
-    ("eval --checkpoint x=random:{none} --val {store}", "--checkpoint x=random:{none}: no such file or folder"),
-    ("eval --checkpoint {image} --train {store} --val {store}", "{image}: is a JPEG image; weights are .safetensors"),
-    ("import {image} --out {out}", "{image}: is a JPEG image; weights are .safetensors files, or state dicts that"),
-    ("eval --checkpoint {source} --train {none} --val {store}", "{none}: not a kamim store"),
-    ("eval --checkpoint {source} --val {store} knn.kk=3", "knn.kk: unknown key; allowed are"),
-    ("eval --checkpoint {source} --val {store}", "--train: is missing; this mode needs a store to train on"),
-    ("eval --checkpoint {source} --train {store} --val {marked}", "--val {marked}: its 1 classes are not the 3 of"),
-    ("sweep table9", "-c table9: neither a file nor a preset"),
-    ("sweep table2 out={out}", "stores/imagenet-train: not a kamim store"),
-    ("pretrain -c demo out={out} data.store={none}", "{none}: not a kamim store"),
-    ("pretrain -c demo out={out} data.store={store} init_from={none}", "init_from = {none}: no such file or folder"),
-    ("pretrain -c demo out={out} data.store={store}", "data.store = {store}: its keypoints are for resolution"),
-    ("pretrain -c demo out={out} data.store={store} weighting.detector=orb", "{store}: has no 'orb' keypoints, only"),
-    ("pretrain -c demo out={store} data.store={store} weighting=null", "out = {store}: is a store"),
-    ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
-    ("analyze --checkpoint {source}= --store {store} --out {out}", "--checkpoint {source}=: must be [NAME=]CHECKPOINT"),
-    ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee,tea,milk",
-     "--classes coffee,tea,milk: 'tea' is not one of the 3 of {store} (astronaut, chelsea, coffee)"),
-    ("analyze --checkpoint x={source} --store {store} --out {out} --classes coffee",
-     "--classes coffee: must be 3 different ones"),
-    ("analyze --checkpoint x={source} --store {store} --out {out} --images 25", "--images 25: {store} has 24"),
-    ("analyze --checkpoint x={source} --store {store} --out {out} --figures 11", "--figures 11: '11' is none"),
-    ("report {none}", "{none}: no such file or folder"),
-    ("report eval {source} {none}", "{none}: no such file or folder"),
-    ("replay {none}", "{none}: no such file or folder"),
-    ("replay {source}", "{source}: not a run of `kamim pretrain`"),
-    ("replay {run}", "{run}: all recorded losses are finite; give the --step N to replay, 0 to 1"),
-    ("replay {run} --step 2", "--step 2: the run has steps 0 to 1"),
-    ("replay {run} --step 1 --source {out}", "--source {out}: no such folder"),
-    ("import {none} --out {out}", "{none}: no such file or folder"),
-    ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
-    ("export {none} --out {out}", "{none}: no such file or folder"),
-    ("export {source} --out {out}", "--out {out}: must be a file whose name ends in .safetensors"),
-    ("export {source} --layout huggingface --out {source}", "--out {source}: exists already"),
-    ("doctor --store {none}", "{none}: not a kamim store"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("eval --mode lineprobe", "--mode lineprobe: must be one of linprobe,"),
+        ("eval --val {store}", "--checkpoint: is missing"),
+        ("eval --checkpoint x=random:{none} --val {store}", "--checkpoint x=random:{none}: no such file or folder"),
+        (
+            "eval --checkpoint {image} --train {store} --val {store}",
+            "{image}: is a JPEG image; weights are .safetensors",
+        ),
+        ("import {image} --out {out}", "{image}: is a JPEG image; weights are .safetensors files, or state dicts that"),
+        ("eval --checkpoint {source} --train {none} --val {store}", "{none}: not a kamim store"),
+        ("eval --checkpoint {source} --val {store} knn.kk=3", "knn.kk: unknown key; allowed are"),
+        ("eval --checkpoint {source} --val {store}", "--train: is missing; this mode needs a store to train on"),
+        ("eval --checkpoint {source} --train {store} --val {marked}", "--val {marked}: its 1 classes are not the 3 of"),
+        ("sweep table9", "-c table9: neither a file nor a preset"),
+        ("sweep table2 out={out}", "stores/imagenet-train: not a kamim store"),
+        ("pretrain -c demo out={out} data.store={none}", "{none}: not a kamim store"),
+        (
+            "pretrain -c demo out={out} data.store={store} init_from={none}",
+            "init_from = {none}: no such file or folder",
+        ),
+        ("pretrain -c demo out={out} data.store={store}", "data.store = {store}: its keypoints are for resolution"),
+        (
+            "pretrain -c demo out={out} data.store={store} weighting.detector=orb",
+            "{store}: has no 'orb' keypoints, only",
+        ),
+        ("pretrain -c demo out={store} data.store={store} weighting=null", "out = {store}: is a store"),
+        ("analyze --checkpoint x={none} --store {store} --out {out}", "--checkpoint x={none}: no such file or folder"),
+        (
+            "analyze --checkpoint {source}= --store {store} --out {out}",
+            "--checkpoint {source}=: must be [NAME=]CHECKPOINT",
+        ),
+        (
+            "analyze --checkpoint x={source} --store {store} --out {out} --classes coffee,tea,milk",
+            "--classes coffee,tea,milk: 'tea' is not one of the 3 of {store} (astronaut, chelsea, coffee)",
+        ),
+        (
+            "analyze --checkpoint x={source} --store {store} --out {out} --classes coffee",
+            "--classes coffee: must be 3 different ones",
+        ),
+        ("analyze --checkpoint x={source} --store {store} --out {out} --images 25", "--images 25: {store} has 24"),
+        ("analyze --checkpoint x={source} --store {store} --out {out} --figures 11", "--figures 11: '11' is none"),
+        ("report {none}", "{none}: no such file or folder"),
+        ("report eval {source} {none}", "{none}: no such file or folder"),
+        ("replay {none}", "{none}: no such file or folder"),
+        ("replay {source}", "{source}: not a run of `kamim pretrain`"),
+        ("replay {run}", "{run}: all recorded losses are finite; give the --step N to replay, 0 to 1"),
+        ("replay {run} --step 2", "--step 2: the run has steps 0 to 1"),
+        ("replay {run} --step 1 --source {out}", "--source {out}: no such folder"),
+        ("import {none} --out {out}", "{none}: no such file or folder"),
+        ("import {source} --out {source}", "--out {source}: exists already; choose another or remove it"),
+        ("export {none} --out {out}", "{none}: no such file or folder"),
+        ("export {source} --out {out}", "--out {out}: must be a file whose name ends in .safetensors"),
+        ("export {source} --layout huggingface --out {source}", "--out {source}: exists already"),
+        ("doctor --store {none}", "{none}: not a kamim store"),
+    ],
+)
 def test_a_mistake_is_told_before_torch_is_imported(
     command: str, line: str, stores: dict[str, Path], marked_store: Path, class_folder: Path, tmp_path: Path
 ) -> None:
@@ -111,9 +140,12 @@ def test_a_mistake_is_told_before_torch_is_imported(
     )
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "modules"), *command.format(**paths).split()],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.stderr.startswith(f"error: {line.format(**paths)}")
     assert done.stderr.count("\n") == 1
     assert not HEAVY & set(json.loads((tmp_path / "modules").read_text()))
@@ -122,8 +154,11 @@ def test_a_mistake_is_told_before_torch_is_imported(
 def test_public_names_are_imported_when_they_are_used() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys, kamim; assert 'numpy' not in sys.modules; print(kamim.Store.__module__)"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
     assert done.stdout == "kamim.storage.store\n", done.stderr
     for name in kamim.__all__:
         assert getattr(kamim, name) is not None
@@ -135,23 +170,32 @@ def test_a_wheel_works_without_its_clone(tmp_path: Path) -> None:
     """Its presets are found by name, in an empty folder."""
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("kamim-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    modules = {file.relative_to(ROOT) for package in ("kamim", "preprocess", "pipelines")
-               for file in (ROOT / package).rglob("*.py")}  # fmt: skip
+    modules = {
+        file.relative_to(ROOT)
+        for package in ("kamim", "preprocess", "pipelines")
+        for file in (ROOT / package).rglob("*.py")
+    }
     assert modules <= {file.relative_to(tmp_path / "site") for file in (tmp_path / "site").rglob("*.py")}
     assert (tmp_path / "site/kamim/py.typed").is_file()
     assert (tmp_path / "site/kamim/reporting/templates/page.html").is_file()
     (tmp_path / "empty").mkdir()
     for command in (["config", "list"], ["pretrain", "-c", "demo", "--print-config"]):
         done = subprocess.run(
-            [sys.executable, "-m", "kamim", *command], cwd=tmp_path / "empty", capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "kamim", *command],
+            cwd=tmp_path / "empty",
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert "demo" in done.stdout
 

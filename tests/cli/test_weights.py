@@ -57,9 +57,10 @@ def test_normalised_weights_have_mean_1_in_every_picture(
         assert command[0] != "weights" or ", divided by its mean" in done.output
 
 
-@pytest.mark.parametrize(("height", "width", "box"), [
-    (200, 240, (0, 0, 200, 240)), (100, 400, (0, 133, 100, 133)), (401, 90, (140, 0, 120, 90)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(200, 240, (0, 0, 200, 240)), (100, 400, (0, 133, 100, 133)), (401, 90, (140, 0, 120, 90))],
+)
 def test_resolution_shows_the_largest_crop_of_training(height: int, width: int, box: tuple[int, ...]) -> None:
     photo = cv2.resize(data.astronaut(), (width, height))
     top, left, h, w = box
@@ -83,12 +84,15 @@ def test_a_resolution_has_whole_cells(tmp_path: Path) -> None:
     assert done.stderr == "error: --resolution 190: must be a multiple of --patch-size 8\n"
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    ("{folder}/a.png --plot {folder}/w.txt", "--plot {folder}/w.txt: must end in .png"),
-    ("{folder}/a.png --plot {folder}/none/w.png", "--plot {folder}/none/w.png: the folder {folder}/none does"),
-    ("{folder}/a.png --out {folder}/none/w.npy", "--out {folder}/none/w.npy: the folder {folder}/none does"),
-    ("{folder}", "{folder}: is a folder, not an image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("{folder}/a.png --plot {folder}/w.txt", "--plot {folder}/w.txt: must end in .png"),
+        ("{folder}/a.png --plot {folder}/none/w.png", "--plot {folder}/none/w.png: the folder {folder}/none does"),
+        ("{folder}/a.png --out {folder}/none/w.npy", "--out {folder}/none/w.npy: the folder {folder}/none does"),
+        ("{folder}", "{folder}: is a folder, not an image"),
+    ],
+)
 def test_a_mistake_is_one_line(arguments: str, line: str, tmp_path: Path) -> None:
     """And nothing is computed before it."""
     Image.fromarray(data.astronaut()[:64, :64]).save(tmp_path / "a.png")

@@ -46,9 +46,12 @@ def assert_fast_is_opencvs(rgb: np.ndarray) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 90), st.integers(1, 90), st.sampled_from([2, 11, 12, 30, 256]), st.sampled_from([0, 0.6, 2]),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from([2, 11, 12, 30, 256]),
+    st.sampled_from([0, 0.6, 2]),
     st.integers(0, 2**32 - 1),
-)  # fmt: skip
+)
 def test_fast_on_random_images(height: int, width: int, levels: int, blur: float, seed: int) -> None:
     """Few levels make contrasts at the threshold and equal scores; blur makes long arcs."""
     random = np.random.default_rng(seed)

@@ -143,8 +143,11 @@ def test_under_autocast_only_the_pooling_is_rounded() -> None:
 def test_a_head_begins_as_the_code_of_efficient_probing() -> None:
     head = build_head("ep", 384, 10, 32, 1, seed=0)
     assert sorted(name for name, _ in head.named_parameters()) == [
-        "linear.bias", "linear.weight", "pooling.queries", "pooling.value.weight",
-    ]  # fmt: skip
+        "linear.bias",
+        "linear.weight",
+        "pooling.queries",
+        "pooling.value.weight",
+    ]
     assert head.pooling.queries.shape == (32, 384)
     assert float(head.pooling.queries.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert (head.batch.eps, head.batch.affine) == (1e-6, False)
@@ -315,8 +318,13 @@ def test_a_result_names_all_that_led_to_it(
 ) -> None:
     _, result = evaluated
     assert [result[key] for key in ("mode", "protocol", "block", "pooling", "norm", "epochs")] == [
-        "attentive", "ep", 6, "tokens", "none", 6,
-    ]  # fmt: skip
+        "attentive",
+        "ep",
+        6,
+        "tokens",
+        "none",
+        6,
+    ]
     assert list(result["poolings"]) == ["ep", "abmilp", "mean"]
     assert (result["options"]["optim"]["batch_size"], result["options"]["optim"]["lr"]) == (24, 4 * 24 / 256)
     assert run(evaluation(pretrained, store, "attentive.blr=4")) == result
@@ -330,8 +338,10 @@ def test_the_page_has_the_attention_and_the_comparison(
     out, _ = evaluated
     with np.load(out / "run/attentive/attention.npz") as arrays:
         assert {name: arrays[name].shape for name in arrays.files} == {
-            "originals": (6, 64, 64, 3), "ep": (6, 32, 4, 4), "abmilp": (6, 1, 4, 4),
-        }  # fmt: skip
+            "originals": (6, 64, 64, 3),
+            "ep": (6, 32, 4, 4),
+            "abmilp": (6, 1, 4, 4),
+        }
         np.testing.assert_allclose(arrays["ep"].sum(axis=(2, 3)), 1, rtol=1e-5)
     alone = (out / "index.html").read_text()
     assert "<th>samples a step</th><th>rate</th>" in alone and "<td>24</td><td>0.375</td>" in alone
@@ -344,9 +354,13 @@ def test_the_page_has_the_attention_and_the_comparison(
 
 @pytest.mark.parametrize("pooling", ["ep", "abmilp"])
 def test_a_stopped_probe_resumes_to_the_same_result(
-    pooling: str, evaluated: tuple[Path, dict[str, Any]], pretrained: Path, store: Path, tmp_path: Path,
+    pooling: str,
+    evaluated: tuple[Path, dict[str, Any]],
+    pretrained: Path,
+    store: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     given = ("attentive.blr=4", "attentive.checkpoint_epochs=1", f"attentive.poolings=[{pooling}]")
     config = evaluation(pretrained, store, *given, out=tmp_path)
     train_step = Trainer.train_step

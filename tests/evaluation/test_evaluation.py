@@ -233,21 +233,37 @@ def test_the_moving_average_is_that_of_the_steps() -> None:
 def pretrained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     given = [
-        f"data.store={stores['zarr']}", "data.resolution=64", "model.name=vit_demo", f"out={out}",
-        "optim.batch_size=12", "optim.epochs=1", "optim.warmup_epochs=0", "compute.device=cpu",
-    ]  # fmt: skip
+        f"data.store={stores['zarr']}",
+        "data.resolution=64",
+        "model.name=vit_demo",
+        f"out={out}",
+        "optim.batch_size=12",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0",
+        "compute.device=cpu",
+    ]
     pretrain(load(Pretrain, None, given), lambda *_: None)
     return out
 
 
 SHORT = (
-    "compute.device=cpu", "knn.k=[1,5]", "batch_size=10", "sweep.optim.batch_size=12", "sweep.optim.epochs=2",
-    "few_shot.draws=2", "corruptions.kinds=[noise]",
-    *(f"{mode}.optim.{option}" for mode in ("linprobe", "finetune")
-      for option in ("batch_size=12", "epochs=2", "warmup_epochs=0")),
-    "attentive.poolings=[abmilp]", "attentive.optim.epochs=2", "attentive.optim.warmup_epochs=0",
+    "compute.device=cpu",
+    "knn.k=[1,5]",
+    "batch_size=10",
+    "sweep.optim.batch_size=12",
+    "sweep.optim.epochs=2",
+    "few_shot.draws=2",
+    "corruptions.kinds=[noise]",
+    *(
+        f"{mode}.optim.{option}"
+        for mode in ("linprobe", "finetune")
+        for option in ("batch_size=12", "epochs=2", "warmup_epochs=0")
+    ),
+    "attentive.poolings=[abmilp]",
+    "attentive.optim.epochs=2",
+    "attentive.optim.warmup_epochs=0",
     "attentive.optim.micro_batch=12",
-)  # fmt: skip
+)
 
 
 def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evaluation:
@@ -370,14 +386,20 @@ def test_baselines(stores: dict[str, Path], pretrained: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("linprobe", ()), ("linprobe", ("linprobe.protocol=mae",)), ("linprobe", ("linprobe.protocol=dinov2",)),
+        ("linprobe", ()),
+        ("linprobe", ("linprobe.protocol=mae",)),
+        ("linprobe", ("linprobe.protocol=dinov2",)),
         ("finetune", ("finetune.ema=0.9", "finetune.layer_decay=0.7")),
     ],
-)  # fmt: skip
+)
 def test_a_stopped_evaluation_goes_on_to_the_same_result(
-    mode: str, options: tuple[str, ...], stores: dict[str, Path], pretrained: Path, tmp_path: Path,
+    mode: str,
+    options: tuple[str, ...],
+    stores: dict[str, Path],
+    pretrained: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     more = (f"{mode}.checkpoint_epochs=1", *options)
     (undisturbed,) = run(evaluation(pretrained, stores["zarr"], *more, out=tmp_path / "a"), mode)
     train_step = Trainer.train_step

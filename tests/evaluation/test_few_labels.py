@@ -33,9 +33,12 @@ def pretrained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def evaluation(spec: Path | str, store: Path, *more: str, **given: Any) -> Evaluation:
-    return load(Evaluation, None, [*more, "workers=1", "compute.device=cpu"], {
-        "checkpoint": (str(spec),), "train": store, "val": store, **given,
-    })  # fmt: skip
+    return load(
+        Evaluation,
+        None,
+        [*more, "workers=1", "compute.device=cpu"],
+        {"checkpoint": (str(spec),), "train": store, "val": store, **given},
+    )
 
 
 def run(config: Evaluation, mode: str) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
         ("few-shot", evaluation(pretrained, store, train=None), "train: is missing"),
         ("few-shot", evaluation(f"pixels:{pretrained}", store, "few_shot.pooling=cls"), "no class token"),
         ("corruptions", evaluation(pretrained, store, val=None), "val: is missing"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(KamimError, match=message):
             run(config, mode)
     with pytest.raises(KamimError, match="fog"):

@@ -33,18 +33,25 @@ def small(out: Path, store: Path) -> dict[str, Any]:
     optim = {"batch_size": 12, "micro_batch": 12, "epochs": 2, "warmup_epochs": 0}
     return {
         "pretrain": {
-            "data": {"store": str(store), "resolution": 64, "workers": 1}, "model": {"name": "vit_demo"},
-            "compute": {"device": "cpu"}, "optim": optim, "panel_epochs": None, "checkpoint_epochs": 1,
+            "data": {"store": str(store), "resolution": 64, "workers": 1},
+            "model": {"name": "vit_demo"},
+            "compute": {"device": "cpu"},
+            "optim": optim,
+            "panel_epochs": None,
+            "checkpoint_epochs": 1,
         },
         "axes": [
             {"key": "weighting.patch_size", "name": "ps", "values": [8, 16]},
             {"key": "weighting.temperature", "name": "t", "values": [0.25, 1.0]},
         ],
         "evaluation": {
-            "train": str(store), "val": str(store), "compute": {"device": "cpu"}, "linprobe": {"optim": optim},
+            "train": str(store),
+            "val": str(store),
+            "compute": {"device": "cpu"},
+            "linprobe": {"optim": optim},
         },
         "out": str(out),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +83,30 @@ def results_of(given: Grid) -> list[Result[Accuracy]]:
     for point in grid.points(given):
         config = grid.pretraining(given, point).model_dump(mode="json")
         settings = EvalSettings(
-            mode="linprobe", name=point.name, checkpoint=f"runs/{point.name}", architecture="vit_base", step=62500,
-            weights=None, pretraining={
-                **{key: config[key] for key in PRETRAINING if key in config}, "weighting": config["weighting"],
-                "dataset": "imagenet", "samples": 1_281_167, "images": "jpeg", "complete": True,
+            mode="linprobe",
+            name=point.name,
+            checkpoint=f"runs/{point.name}",
+            architecture="vit_base",
+            step=62500,
+            weights=None,
+            pretraining={
+                **{key: config[key] for key in PRETRAINING if key in config},
+                "weighting": config["weighting"],
+                "dataset": "imagenet",
+                "samples": 1_281_167,
+                "images": "jpeg",
+                "complete": True,
             },
-            seed=0, train=SampleSet("train", "imagenet", 1_281_167, ""), val=SampleSet("val", "imagenet", 50_000, ""),
-            classes=1000, protocol="paper", block=8, pooling="mean", norm="none",
+            seed=0,
+            train=SampleSet("train", "imagenet", 1_281_167, ""),
+            val=SampleSet("val", "imagenet", 50_000, ""),
+            classes=1000,
+            protocol="paper",
+            block=8,
+            pooling="mean",
+            norm="none",
             options=evaluation.linprobe.model_dump(mode="json"),
-        )  # fmt: skip
+        )
         results.append(Result(settings, Accuracy(1.5, 5.0)))
     return results
 
@@ -94,9 +116,11 @@ def test_the_papers_numbers_stand_beside_the_same_settings_alone() -> None:
     made = runs_table(SweepResults(given, results_of(given)))
     assert made.header[:3] == ("weighting.patch_size", "weighting.temperature", "linear probe")
     assert dict(zip(made.header, made.rows[1], strict=True)) == {
-        "weighting.patch_size": "8", "weighting.temperature": "0.25", "linear probe": "1.50 [1.4, 1.6]",
+        "weighting.patch_size": "8",
+        "weighting.temperature": "0.25",
+        "linear probe": "1.50 [1.4, 1.6]",
         "linear probe, paper's": "33.97 (Table 1)",
-    }  # fmt: skip
+    }
     assert [row[3].split()[0] for row in made.rows] == [f"{linprobe:.2f}" for linprobe, _ in TABLE_2.values()]
     assert made.markdown().splitlines()[3] == "| 8 | 0.25 | 1.50 [1.4, 1.6] | 33.97 (Table 1) |"
     short = load(Grid, TABLE2, ["pretrain.optim.epochs=50"])
@@ -203,8 +227,11 @@ def test_baselines_have_the_modes_that_apply_to_them(studied: SweepResults) -> N
 def test_seeds_are_averaged_and_differences_are_paired(studied: SweepResults) -> None:
     rows = {row[0]: row for row in settings_table(studied).rows}
     assert {name: row[1] for name, row in rows.items()} == {
-        "simmim": "2", "point": "2", "raw pixels": "1", "random weights": "2"
-    }  # fmt: skip
+        "simmim": "2",
+        "point": "2",
+        "raw pixels": "1",
+        "random weights": "2",
+    }
     scores = {
         method: np.array([studied.by_point[f"seed{seed}_{method}", "knn"].measured.score for seed in (0, 1)])
         for method in ("simmim", "point")
@@ -241,11 +268,13 @@ def test_a_leaderboard_finds_the_seeds_of_a_sweep(studied: SweepResults) -> None
 @pytest.mark.parametrize(
     "axis",
     [
-        {"name": "a"}, {"name": "a", "key": "seed"}, {"name": "a", "values": [1]},
+        {"name": "a"},
+        {"name": "a", "key": "seed"},
+        {"name": "a", "values": [1]},
         {"name": "a", "key": "seed", "values": [1], "variants": {"x": {"seed": 1}}},
         {"name": "a", "key": "seed", "variants": {"x": {"seed": 1}}},
     ],
-)  # fmt: skip
+)
 def test_an_axis_has_values_or_variants(axis: dict[str, Any], store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a key and values, or variants"):
         load(Grid, None, given={**small(tmp_path, store), "axes": [axis]})

@@ -71,15 +71,25 @@ def cells(made: Leaderboard, section: int = 0) -> list[dict[str, str]]:
 
 def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
     made = board(
-        tmp_path, result("a", 1, 20.0), result("b", 2, 30.0), result("b", 2, 17.5, "reconstruct", train=None),
+        tmp_path,
+        result("a", 1, 20.0),
+        result("b", 2, 30.0),
+        result("b", 2, 17.5, "reconstruct", train=None),
         result("c", 3, 0.0, "reconstruct", train=None),
-    )  # fmt: skip
+    )
     assert [len(section) for section in made.sections] == [2, 1]  # c was trained on nothing
     best, second = cells(made)
     assert best == {
-        "checkpoint": "b", "architecture": "vit_demo", "resolution": "64", "step": "2", "seed": "2",
-        "evaluation seed": "0", "linear probe": "30.00 [14.9, 49.2]", "PSNR, honest (dB)": "17.50", "weights": "0" * 8,
-    }  # fmt: skip
+        "checkpoint": "b",
+        "architecture": "vit_demo",
+        "resolution": "64",
+        "step": "2",
+        "seed": "2",
+        "evaluation seed": "0",
+        "linear probe": "30.00 [14.9, 49.2]",
+        "PSNR, honest (dB)": "17.50",
+        "weights": "0" * 8,
+    }
     assert (second["checkpoint"], second["linear probe"], second["PSNR, honest (dB)"]) == ("a", "20.00 [9.2, 40.5]", "")
     table = full_table(made, made.sections[0])
     whole = dict(zip(table.header, table.rows[0], strict=True))
@@ -87,9 +97,9 @@ def test_a_row_is_a_checkpoint_and_the_best_comes_first(tmp_path: Path) -> None:
     assert (whole["val"][:8], len(whole["val"]), whole["val images"]) == ("acfff127", 64, "24")
 
 
-@pytest.mark.parametrize("other", [
-    {"val": VAL}, {"val__images": 12}, {"train": {**VAL, "fingerprint": "ab" * 32}}, {"train__images": 12},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other", [{"val": VAL}, {"val__images": 12}, {"train": {**VAL, "fingerprint": "ab" * 32}}, {"train__images": 12}]
+)
 def test_other_samples_are_in_another_section(other: dict[str, Any], tmp_path: Path) -> None:
     made = board(tmp_path, result("a", 1, 20.0), result("a", 1, 30.0, **other), result("b", 2, 40.0, **other))
     assert [[row.names for row in section] for section in made.sections] == [["a"], ["b", "a"]]
@@ -115,12 +125,14 @@ def test_means_are_over_runs_that_differ_by_seed_only(tmp_path: Path) -> None:
     scores = {0: 20.0, 1: 23.5, 2: 21.25}
     contents = [
         *(result(f"s{seed}", seed, score) for seed, score in scores.items()),
-        result("s0", 0, 12.0, "reconstruct", train=None), result("s1", 1, 14.0, "reconstruct", train=None),
-        result("longer", 4, 50.0, pretraining__epochs=2), result("temperature", 5, 60.0,
-                                                                 pretraining__weighting__temperature=1.0),
-        result("step", 6, 70.0, step=3), {**result("old", 7, 80.0), "run_seed": None},
+        result("s0", 0, 12.0, "reconstruct", train=None),
+        result("s1", 1, 14.0, "reconstruct", train=None),
+        result("longer", 4, 50.0, pretraining__epochs=2),
+        result("temperature", 5, 60.0, pretraining__weighting__temperature=1.0),
+        result("step", 6, 70.0, step=3),
+        {**result("old", 7, 80.0), "run_seed": None},
         result("elsewhere", 8, 90.0, val=VAL),
-    ]  # fmt: skip
+    ]
     random.Random(0).shuffle(contents)
     made = board(tmp_path, *contents)
     section = next(section for section in made.sections if len(section) > 1)
@@ -206,12 +218,18 @@ def report(*arguments: Path | str) -> Any:
 def test_damaged_results_are_named_and_counted(tmp_path: Path) -> None:
     board(tmp_path, result("a", 1, 20.0), result("a", 1, 20.0), result("b", 2, 30.0))
     damaged = {
-        "cut": '{"mode": "knn"', "mode": '{"mode": "telepathy"}', "list": "[]", "deep": "[" * 100_000, "bytes": b"\xff",
-        "over": json.dumps(result("c", 3, 100.5)), "under": json.dumps(result("c", 3, -0.5)),
+        "cut": '{"mode": "knn"',
+        "mode": '{"mode": "telepathy"}',
+        "list": "[]",
+        "deep": "[" * 100_000,
+        "bytes": b"\xff",
+        "over": json.dumps(result("c", 3, 100.5)),
+        "under": json.dumps(result("c", 3, -0.5)),
         "none": json.dumps(result("c", 3, 50.0, val__images=0)),
-        "nan": json.dumps(result("c", 3, float("nan"))), "keys": '{"mode": "knn", "name": "x"}',
+        "nan": json.dumps(result("c", 3, float("nan"))),
+        "keys": '{"mode": "knn", "name": "x"}',
         "empty": json.dumps({**result("d", 4, 0.0, "knn"), "k": {}}),
-    }  # fmt: skip
+    }
     for name, content in damaged.items():
         (tmp_path / "damaged" / name).mkdir(parents=True)
         data = content if isinstance(content, bytes) else content.encode()
@@ -334,12 +352,14 @@ def test_nested_folders_count_once_and_files_follow_the_results(
     monkeypatch.chdir(tmp_path)
     done = report(".", tmp_path, tmp_path / "eval00", "eval00/run/linprobe")
     assert done.exit_code == 0 and done.stderr == ""
-    assert done.stdout.split() == [f"leaderboard/{name}" for name in ("index.html", "table.md", "table.csv",
-                                                                     "seeds.csv")]  # fmt: skip
+    assert done.stdout.split() == [
+        f"leaderboard/{name}" for name in ("index.html", "table.md", "table.csv", "seeds.csv")
+    ]
     rows = list(csv.DictReader((tmp_path / "leaderboard/table.csv").open(newline="")))
     assert [(row["checkpoint"], row["linear probe"], row["weights"]) for row in rows] == [
-        ("b", "30.00", f"{2:064x}"), ("a", "20.00", f"{1:064x}")
-    ]  # fmt: skip
+        ("b", "30.00", f"{2:064x}"),
+        ("a", "20.00", f"{1:064x}"),
+    ]
     assert report("eval00").exit_code == 0
     assert not (tmp_path / "leaderboard/seeds.csv").exists()
 
@@ -353,7 +373,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
             "val": {"store": name, "dataset": name, "images": 24, "fingerprint": name},
         }
         for number, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     board(tmp_path, *contents)
     done = report(tmp_path, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output

@@ -48,10 +48,17 @@ def test_honest_equals_scikit_image(sample) -> None:
     assert found.psnr == pytest.approx(expected, abs=1e-5)
     maps = [
         structural_similarity(
-            a, b, data_range=1.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+            a,
+            b,
+            data_range=1.0,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
             full=True,
-        )[1] for a, b in zip(target, shown, strict=True)
-    ]  # fmt: skip
+        )[1]
+        for a, b in zip(target, shown, strict=True)
+    ]
     assert found.ssim == pytest.approx(np.stack(maps)[hidden].mean(), abs=1e-5)
 
 

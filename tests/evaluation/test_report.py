@@ -53,13 +53,21 @@ def options(mode: str, *overrides: str) -> dict[str, Any]:
 def about(name: str = "KAMIM", **changes: Any) -> dict[str, Any]:
     """A checkpoint just as the paper's ViT-B, evaluated on ImageNet."""
     return {
-        "name": name, "checkpoint": f"runs/{name}/checkpoints/step-62500", "architecture": "vit_base", "step": 62500,
-        "weights": "ab" * 32, "reconstructs": True, "seed": 0, "classes": 1000, "protocol": "paper", "options": {},
+        "name": name,
+        "checkpoint": f"runs/{name}/checkpoints/step-62500",
+        "architecture": "vit_base",
+        "step": 62500,
+        "weights": "ab" * 32,
+        "reconstructs": True,
+        "seed": 0,
+        "classes": 1000,
+        "protocol": "paper",
+        "options": {},
         "pretraining": pretraining(),
         "train": {"store": "stores/train", "dataset": "imagenet", "images": 1_281_167, "fingerprint": "cd" * 32},
         "val": {"store": "stores/val", "dataset": "imagenet", "images": 50_000, "fingerprint": "ef" * 32},
         **changes,
-    }  # fmt: skip
+    }
 
 
 def linprobe(*overrides: str, **changes: Any) -> dict[str, Any]:
@@ -132,17 +140,41 @@ def test_presets_are_quoted(preset: str) -> None:
 
 
 OTHER_RUNS = {  # every key that shapes a run, and another value than the paper's
-    "data.resolution": "96", "data.crop_scale": "[0.2, 1.0]", "data.crop_ratio": "[1.0, 1.0]", "data.flip_v": "false",
-    "data.flip_h": "false", "data.order": "chunked", "data.on_error": "skip",
-    "model.drop_path": "0.1", "model.positions": "sincos", "method": "mae",
-    "mask.patch_size": "16", "mask.ratio": "0.75", "weighting.detector": "akaze",
-    "weighting.footprint": "point", "weighting.patch_size": "24", "weighting.temperature": "0.3",
-    "weighting.keypoints": "online", "weighting.normalize": "true", "optim.lr": "1e-4", "optim.weight_decay": "0.1",
-    "optim.betas": "[0.9, 0.95]", "optim.clip_grad": "5.0", "optim.batch_size": "4096", "optim.epochs": "200",
-    "optim.warmup_epochs": "5", "optim.cosine_epochs": "90", "optim.warmup_lr": "0", "optim.min_lr": "0",
-    "optim.duration": "62500 steps", "optim.warmup": "1 epochs", "optim.cosine": "50 epochs",
-    "optim.decay_all": "false", "norm_pix_loss": "true", "init_from": "x.pth",
-}  # fmt: skip
+    "data.resolution": "96",
+    "data.crop_scale": "[0.2, 1.0]",
+    "data.crop_ratio": "[1.0, 1.0]",
+    "data.flip_v": "false",
+    "data.flip_h": "false",
+    "data.order": "chunked",
+    "data.on_error": "skip",
+    "model.drop_path": "0.1",
+    "model.positions": "sincos",
+    "method": "mae",
+    "mask.patch_size": "16",
+    "mask.ratio": "0.75",
+    "weighting.detector": "akaze",
+    "weighting.footprint": "point",
+    "weighting.patch_size": "24",
+    "weighting.temperature": "0.3",
+    "weighting.keypoints": "online",
+    "weighting.normalize": "true",
+    "optim.lr": "1e-4",
+    "optim.weight_decay": "0.1",
+    "optim.betas": "[0.9, 0.95]",
+    "optim.clip_grad": "5.0",
+    "optim.batch_size": "4096",
+    "optim.epochs": "200",
+    "optim.warmup_epochs": "5",
+    "optim.cosine_epochs": "90",
+    "optim.warmup_lr": "0",
+    "optim.min_lr": "0",
+    "optim.duration": "62500 steps",
+    "optim.warmup": "1 epochs",
+    "optim.cosine": "50 epochs",
+    "optim.decay_all": "false",
+    "norm_pix_loss": "true",
+    "init_from": "x.pth",
+}
 ELSEWHERE = {"data.store", "model.name", "decoder", "seed", "data.drop_last"}  # compared by other means, or free
 
 
@@ -172,10 +204,18 @@ def test_online_keypoints_are_the_released_codes_on_originals_alone() -> None:
 
 
 OTHER_OPTIONS = {  # likewise of an evaluation; `optim` of both
-    "optim.algorithm": "sgd", "optim.lr": "1e-3", "optim.weight_decay": "0", "optim.betas": "[0.9, 0.95]",
-    "optim.clip_grad": "1.0", "optim.batch_size": "1024", "optim.epochs": "90", "optim.warmup_epochs": "5",
-    "optim.cosine_epochs": "90", "optim.warmup_lr": "0", "optim.min_lr": "0",
-}  # fmt: skip
+    "optim.algorithm": "sgd",
+    "optim.lr": "1e-3",
+    "optim.weight_decay": "0",
+    "optim.betas": "[0.9, 0.95]",
+    "optim.clip_grad": "1.0",
+    "optim.batch_size": "1024",
+    "optim.epochs": "90",
+    "optim.warmup_epochs": "5",
+    "optim.cosine_epochs": "90",
+    "optim.warmup_lr": "0",
+    "optim.min_lr": "0",
+}
 OTHER_PROBES = OTHER_OPTIONS | {"augment": "crop", "init_std": "0.01"}
 OTHER_TUNINGS = OTHER_OPTIONS | {"drop_path": "0.1", "layer_decay": "0.75", "ema": "0.9999"}
 OF_RESULTS = {"protocol": "mae", "block": 12, "pooling": "cls", "norm": "token"}  # results hold them beside `options`
@@ -200,12 +240,20 @@ def test_no_other_fine_tuning_is_quoted(key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *OF_RESULTS.items(), ("pretraining", None), ("architecture", "vit_demo"), ("pretraining.complete", False),
-        ("pretraining.dataset", "imagefolder"), ("pretraining.samples", 100_000), ("pretraining.samples", None),
-        ("train.images", 10_000), ("val.images", 1000), ("val.dataset", "cifar10"), ("train.dataset", "cifar10"),
+        *OF_RESULTS.items(),
+        ("pretraining", None),
+        ("architecture", "vit_demo"),
+        ("pretraining.complete", False),
+        ("pretraining.dataset", "imagefolder"),
+        ("pretraining.samples", 100_000),
+        ("pretraining.samples", None),
+        ("train.images", 10_000),
+        ("val.images", 1000),
+        ("val.dataset", "cifar10"),
+        ("train.dataset", "cifar10"),
         ("mode", "knn"),
     ],
-)  # fmt: skip
+)
 def test_and_nowhere_else(path: str, value: Any) -> None:
     assert quoted(changed(linprobe(), path, value)) == {}
 
@@ -268,18 +316,23 @@ def everything(names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Every mode for every checkpoint."""
     rows = [
         {"block": b, "pooling": p, "norm": n, "lr": lr, "top1": 20 + b - 0.1 * b * b + 50 * lr, "top5": 60.0}
-        for b in range(1, 13) for p in ("cls", "mean") for n in ("none", "token") for lr in (1e-3, 1e-2)
-    ]  # fmt: skip
+        for b in range(1, 13)
+        for p in ("cls", "mean")
+        for n in ("none", "token")
+        for lr in (1e-3, 1e-2)
+    ]
     results = []
     for i, name in enumerate(names):
         k = {str(k): {"top1": 20.0 + i - k / 50, "top5": 45.0 + i} for k in (5, 10, 20, 100)}
         shifted = [{**row, "top1": row["top1"] + 3 * i} for row in rows]
         best = max(shifted, key=lambda row: row["top1"])
         results += [
-            linprobe(name=name, top1=30.12 + i), finetune(name=name),
+            linprobe(name=name, top1=30.12 + i),
+            finetune(name=name),
             about(name=name, mode="knn", protocol="linprobe", **READ, k=k),
-            about(name=name, mode="probe-sweep", rows=shifted, best=best), reconstruct(name=name),
-        ]  # fmt: skip
+            about(name=name, mode="probe-sweep", rows=shifted, best=best),
+            reconstruct(name=name),
+        ]
     return results
 
 
@@ -302,10 +355,23 @@ def test_report_shows_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert found.tags.count("img") == 3
     assert found.tags.count("h2") == 5
     expected = [
-        *names, "33.97 (Table 1)", "32.12 [31.7, 32.5]", "17.254", "12.063 (section 4.7)", "0.1012", "top-1, k = 100",
-        "0.005", "train.fingerprint", "cd" * 32, "ef" * 32, "ab" * 32, "options.optim.lr", "pretraining.mask.ratio",
-        "what each makes of 4 images & noise", CHOICE,
-    ]  # fmt: skip
+        *names,
+        "33.97 (Table 1)",
+        "32.12 [31.7, 32.5]",
+        "17.254",
+        "12.063 (section 4.7)",
+        "0.1012",
+        "top-1, k = 100",
+        "0.005",
+        "train.fingerprint",
+        "cd" * 32,
+        "ef" * 32,
+        "ab" * 32,
+        "options.optim.lr",
+        "pretraining.mask.ratio",
+        "what each makes of 4 images & noise",
+        CHOICE,
+    ]
     assert set(expected) <= set(found.text)
     json.dumps(everything(names))  # what --json writes is what the report reads
 

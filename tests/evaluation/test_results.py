@@ -41,8 +41,11 @@ def test_a_result_is_written_as_it_was_read(content: dict[str, Any]) -> None:
     """Byte for byte: the same keys in the same order."""
     result = read_result(content)
     assert json.dumps(result.as_json(), indent=2) == json.dumps(content, indent=2)
-    settings = {key: value for key, value in content.items() if key not in ("top1", "top5", "k", "rows", "best",
-                                                                              "paper", "honest")}  # fmt: skip
+    settings = {
+        key: value
+        for key, value in content.items()
+        if key not in ("top1", "top5", "k", "rows", "best", "paper", "honest")
+    }
     assert result.settings.as_json() == settings
 
 
@@ -118,10 +121,12 @@ def test_keys_of_other_versions() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "guess"}, "mode 'guess'; must be one of linprobe, finetune, knn"), ({"top1": "much"}, "top1: "),
-        ({"train": {"store": "x"}}, "train.dataset: Field required"), ({"options": None}, "options: "),
+        ({"mode": "guess"}, "mode 'guess'; must be one of linprobe, finetune, knn"),
+        ({"top1": "much"}, "top1: "),
+        ({"train": {"store": "x"}}, "train.dataset: Field required"),
+        ({"options": None}, "options: "),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_result_is_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KamimError, match=f"not a result of kamim eval .{message}"):
         read_result({**result_of("linprobe"), **change})

@@ -99,10 +99,7 @@ def test_what_cannot_be_decided_is_refused_before_any_work(
     for config, message in (
         (evaluation(pretrained, store, conflicts, train=None), "train: is missing"),
         (evaluation(pretrained, store, conflicts, "shape_bias.categories={}"), "two categories or more"),
-        (
-            evaluation(pretrained, store, conflicts, "shape_bias.categories={cat: [lion], dog: [dog]}"),
-            "class 'lion'",
-        ),
+        (evaluation(pretrained, store, conflicts, "shape_bias.categories={cat: [lion], dog: [dog]}"), "class 'lion'"),
         (evaluation(pretrained, store, conflicts, "shape_bias.images=null"), "shape_bias.images: is missing"),
         (evaluation(pretrained, store, tmp_path / "none"), "none: no such folder"),
         (evaluation(pretrained, store, tmp_path), "0 images are named"),

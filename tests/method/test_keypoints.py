@@ -85,9 +85,16 @@ def test_cell_counts_are_sums_over_cells(seed: int, patch_size: int) -> None:
 
 
 def slow_remap(
-    positions: np.ndarray, groups: np.ndarray, rules: Rules, frame: tuple[int, int], image: tuple[int, int],
-    box: tuple[int, int, int, int], flip_v: bool, flip_h: bool, side: int,
-) -> list[tuple[float, float]]:  # fmt: skip
+    positions: np.ndarray,
+    groups: np.ndarray,
+    rules: Rules,
+    frame: tuple[int, int],
+    image: tuple[int, int],
+    box: tuple[int, int, int, int],
+    flip_v: bool,
+    flip_h: bool,
+    side: int,
+) -> list[tuple[float, float]]:
     """Edge coordinates in the crop, one keypoint at a time, one step at a time."""
     kept = []
     room = [group.cap or 10**9 for group in rules.groups]

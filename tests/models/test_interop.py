@@ -40,12 +40,19 @@ def hugging_face(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if name.startswith("vit"):
         width, heads, depth = {
-            "vit_demo": (128, 4, 6), "vit_tiny": (192, 3, 12), "vit_small": (384, 6, 12), "vit_base": (768, 12, 12)
-        }[name]  # fmt: skip
+            "vit_demo": (128, 4, 6),
+            "vit_tiny": (192, 3, 12),
+            "vit_small": (384, 6, 12),
+            "vit_base": (768, 12, 12),
+        }[name]
         given = ViTConfig(
-            hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width,
-            image_size=192, encoder_stride=16,
-        )  # fmt: skip
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_hidden_layers=depth,
+            intermediate_size=4 * width,
+            image_size=192,
+            encoder_stride=16,
+        )
         model = ViTForMaskedImageModeling(given)
     else:
         width, depths, heads = {
@@ -327,9 +334,15 @@ CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
 def shared_bias_beit(**size: int) -> torch.nn.Module:
     """timm's BEiT with the options of microsoft/SimMIM's ViT, by default a ViT-B."""
     return timm.models.beit.Beit(
-        img_size=224, num_classes=0, global_pool="token", use_abs_pos_emb=False, use_shared_rel_pos_bias=True,
-        init_values=0.1, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6), **size,
-    )  # fmt: skip
+        img_size=224,
+        num_classes=0,
+        global_pool="token",
+        use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=True,
+        init_values=0.1,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        **size,
+    )
 
 
 def test_vit_base_relpos_has_the_size_of_microsoft_simmims_vit() -> None:
@@ -471,9 +484,12 @@ def test_a_hugging_face_folder_prepares_images_as_kamim(tmp_path: Path) -> None:
 
 
 def test_folders_tell_epsilon_and_heads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = transformers.ViTModel(transformers.ViTConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6,
-    ), add_pooling_layer=False)  # fmt: skip
+    made = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6
+        ),
+        add_pooling_layer=False,
+    )
     made.save_pretrained(tmp_path)
     assert interop.load(tmp_path).architecture == "vit_tiny_patch16_224"
     config = tmp_path / "config.json"

@@ -55,11 +55,23 @@ def test_reconstruction_loss_and_gradients_are_those_of_hugging_faces_port(norm_
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     model = small()
-    theirs = ViTMAEForPreTraining(ViTMAEConfig(
-        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, image_size=64, patch_size=8,
-        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
-        decoder_intermediate_size=256, mask_ratio=0.75, norm_pix_loss=norm_pix_loss, layer_norm_eps=1e-12,
-    )).eval()  # fmt: skip
+    theirs = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=512,
+            image_size=64,
+            patch_size=8,
+            decoder_hidden_size=64,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=256,
+            mask_ratio=0.75,
+            norm_pix_loss=norm_pix_loss,
+            layer_norm_eps=1e-12,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -111,8 +123,12 @@ def test_weights_multiply_the_squared_error() -> None:
     masked = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
     expected = sum(
         float(scale[b, y, x]) * float(made[b, c, y, x] - images[b, c, y, x]) ** 2
-        for b in range(2) for c in range(3) for y in range(16) for x in range(16) if masked[b, y, x]
-    ) / (3 * int(masked.sum()))  # fmt: skip
+        for b in range(2)
+        for c in range(3)
+        for y in range(16)
+        for x in range(16)
+        if masked[b, y, x]
+    ) / (3 * int(masked.sum()))
     assert float(masked_l2(images, made, mask, weights)) == pytest.approx(expected, rel=1e-5)
     assert float(masked_l2(images, made, mask)) != float(masked_l1(images, made, mask))
 
@@ -123,11 +139,19 @@ def test_its_layout_goes_in_and_out(layout: str, tmp_path: Path) -> None:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     torch.manual_seed(0)
-    theirs = ViTMAEForPreTraining(ViTMAEConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64,
-        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
-        decoder_intermediate_size=256,
-    )).eval()  # fmt: skip
+    theirs = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=192,
+            num_hidden_layers=12,
+            num_attention_heads=3,
+            intermediate_size=768,
+            image_size=64,
+            decoder_hidden_size=64,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=256,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             torch.nn.init.normal_(parameter, std=0.05)

@@ -78,8 +78,9 @@ def test_each_sample_goes_through_the_branches_drawn_for_it(name: str, side: int
 def test_rates_grow_as_timms(name: str) -> None:
     with torch.device("meta"):
         ours = [m for m in build_encoder(name, 192, 0.3).modules() if isinstance(m, DropPath)]
-        full = timm.create_model({"vit_tiny": "vit_tiny_patch16_224"}.get(name, "swin_tiny_patch4_window7_224"),
-                                 drop_path_rate=0.3)  # fmt: skip
+        full = timm.create_model(
+            {"vit_tiny": "vit_tiny_patch16_224"}.get(name, "swin_tiny_patch4_window7_224"), drop_path_rate=0.3
+        )
         theirs = [m.drop_prob for m in full.modules() if isinstance(m, timm.layers.DropPath)]
     assert [path.rate for path in ours] == theirs
     assert [path.draw for path in ours] == list(range(2, 24))
@@ -152,9 +153,13 @@ def in_parts(batch: Batch, size: int) -> Iterator[Batch]:
     for at in range(0, len(batch), size):
         rows = slice(at, at + size)
         yield replace(
-            batch, images=batch.images[rows], labels=batch.labels[rows], indices=batch.indices[rows],
-            share=len(batch.indices[rows]) / len(batch), last=at + size >= len(batch),
-        )  # fmt: skip
+            batch,
+            images=batch.images[rows],
+            labels=batch.labels[rows],
+            indices=batch.indices[rows],
+            share=len(batch.indices[rows]) / len(batch),
+            last=at + size >= len(batch),
+        )
 
 
 def one_step(model: nn.Module, objective: Objective, batches: list[Batch], out: Path) -> tuple[float, list[Tensor]]:
@@ -203,7 +208,6 @@ def test_micro_batches_do_not_change_a_step(
 
 
 def test_a_replayed_step_is_the_runs(stores: dict[str, Path], tmp_path: Path) -> None:
-    given = config(tmp_path / "run", stores["zarr"], f"model.drop_path={RATE}", "optim.micro_batch=5",
-                   "optim.epochs=2")  # fmt: skip
+    given = config(tmp_path / "run", stores["zarr"], f"model.drop_path={RATE}", "optim.micro_batch=5", "optim.epochs=2")
     pretrain(given, lambda done, total, metrics: None)
     assert replay(tmp_path / "run", 3, "cpu").loss == pytest.approx(read(tmp_path / "run")[3]["loss"], abs=1e-6)

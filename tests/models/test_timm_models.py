@@ -118,7 +118,7 @@ def test_a_register_is_not_taken_for_a_class_token() -> None:
             r"multiple of weighting.patch_size = 8; sizes that fit are 1, 2, 4, 7, 14, 28, 49, 98$",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_line_before_any_work(given: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(Pretrain, None, ["data.store=x", "out=x", *given.split()])
@@ -128,11 +128,12 @@ def test_what_cannot_be_is_one_line_before_any_work(given: str, message: str) ->
 @pytest.mark.parametrize(
     "given",
     [
-        "model.name=vit_large_patch16_224 data.resolution=224", "model.name=vit_base_patch8_224",
+        "model.name=vit_large_patch16_224 data.resolution=224",
+        "model.name=vit_base_patch8_224",
         "model.name=vit_huge_patch14_224 data.resolution=224 mask.patch_size=28",
         "model.name=swin_small_patch4_window7_224 data.resolution=224",
     ],
-)  # fmt: skip
+)
 def test_names_of_timm_are_configurations(given: str) -> None:
     config = load(Pretrain, None, ["data.store=x", "out=x", *given.split()])
     assert config.model.name in given

@@ -12,10 +12,16 @@ from kamim.training import checkpoint
 
 NAME = "test_vit2"  # timm's smallest: 8 blocks of width 64, a register and no class token
 SHORT = [
-    *(f"{mode}.optim.{key}" for mode in ("linprobe", "finetune", "sweep")
-      for key in ("batch_size=8", "micro_batch=8", "epochs=1", "warmup_epochs=0")),
-    "knn.k=[1]", "sweep.lrs=[0.1]", "compute.device=cpu", "workers=1",
-]  # fmt: skip
+    *(
+        f"{mode}.optim.{key}"
+        for mode in ("linprobe", "finetune", "sweep")
+        for key in ("batch_size=8", "micro_batch=8", "epochs=1", "warmup_epochs=0")
+    ),
+    "knn.k=[1]",
+    "sweep.lrs=[0.1]",
+    "compute.device=cpu",
+    "workers=1",
+]
 
 
 def kamim(*arguments: str) -> str:
@@ -27,10 +33,20 @@ def kamim(*arguments: str) -> str:
 def test_every_command_takes_a_model_of_timm(stores: dict[str, Path], tmp_path: Path) -> None:
     run, store = tmp_path / "run", str(stores["zarr"])
     kamim(
-        "pretrain", f"data.store={store}", "data.resolution=64", "data.workers=1", f"model.name={NAME}", f"out={run}",
-        "model.drop_path=0.1", "optim.batch_size=24", "optim.micro_batch=24", "optim.epochs=2", "optim.warmup_epochs=0",
-        "compute.device=cpu", "panel_epochs=2",
-    )  # fmt: skip
+        "pretrain",
+        f"data.store={store}",
+        "data.resolution=64",
+        "data.workers=1",
+        f"model.name={NAME}",
+        f"out={run}",
+        "model.drop_path=0.1",
+        "optim.batch_size=24",
+        "optim.micro_batch=24",
+        "optim.epochs=2",
+        "optim.warmup_epochs=0",
+        "compute.device=cpu",
+        "panel_epochs=2",
+    )
     results = tmp_path / "r.json"
     given = ["--checkpoint", f"A={run}", "--train", store, "--val", store, "--json", str(results)]
     kamim("eval", "--mode", "all", *given, *SHORT)

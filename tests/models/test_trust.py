@@ -110,10 +110,15 @@ def test_files_that_are_no_weights_are_one_line(vit: State, tmp_path: Path, recw
     whole = (tmp_path / "cut.safetensors").read_bytes()
     recwarn.clear()
     for name, content in {
-        "empty.pth": b"", "text.pth": b"hello", "zip.pth": b"PK\3\4" + bytes(100), "cut.safetensors": whole[:-1],
-        "deep.pth": b"\x80\x02" + b"]" * 10**5 + b".", "name.pth": b"\x80\x02cos\nsystem\n.", "empty.safetensors": b"",
+        "empty.pth": b"",
+        "text.pth": b"hello",
+        "zip.pth": b"PK\3\4" + bytes(100),
+        "cut.safetensors": whole[:-1],
+        "deep.pth": b"\x80\x02" + b"]" * 10**5 + b".",
+        "name.pth": b"\x80\x02cos\nsystem\n.",
+        "empty.safetensors": b"",
         "type.safetensors": whole.replace(b"F32", b"F4X"),
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).write_bytes(content)
     for file in sorted(tmp_path.iterdir()):
         assert one_line("import", str(file), "--out", str(tmp_path / "x")).startswith(f"error: {file}: "), file
@@ -205,10 +210,19 @@ def finished(small: None, stores: dict[str, Path], tmp_path_factory: pytest.Temp
 
 def of(out: Path, store: Path) -> Pretrain:
     given = (
-        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}",
-        "optim.batch_size=24", "optim.micro_batch=24", "optim.epochs=2", "optim.warmup_epochs=0",
-        "compute.device=cpu", "checkpoint_epochs=1", "panel_epochs=1",
-    )  # fmt: skip
+        f"data.store={store}",
+        "data.resolution=64",
+        "data.workers=1",
+        "model.name=vit_demo",
+        f"out={out}",
+        "optim.batch_size=24",
+        "optim.micro_batch=24",
+        "optim.epochs=2",
+        "optim.warmup_epochs=0",
+        "compute.device=cpu",
+        "checkpoint_epochs=1",
+        "panel_epochs=1",
+    )
     return load(Pretrain, None, given)
 
 
@@ -229,9 +243,17 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "step": (None, -1, 1.5, "2", True, 10**30, [2], {}),
     "config": (None, [], "x", 3, {}, {"data": 3}),
     "has_head": (None, 1, "true", []),
-    "checksums": (None, [], "x", {}, {"model.safetensors": 3}, {"model.safetensors": SHA, "../x": SHA},
-                  {"model.safetensors": SHA, "/dev/zero": SHA}, {"optimizer.safetensors": SHA}),
-}  # fmt: skip
+    "checksums": (
+        None,
+        [],
+        "x",
+        {},
+        {"model.safetensors": 3},
+        {"model.safetensors": SHA, "../x": SHA},
+        {"model.safetensors": SHA, "/dev/zero": SHA},
+        {"optimizer.safetensors": SHA},
+    ),
+}
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -253,12 +275,20 @@ def test_a_field_of_state_json_that_is_wrong_is_one_line(field: str, run: Path) 
 @pytest.mark.parametrize(
     "key",
     [
-        ("data", "resolution", 63), ("data", "resolution", 10**9), ("data", "resolution", "x"), ("data", "store", 3),
-        ("model", "name", "vit_huge"), ("optim", "lr", float("nan")), ("optim", "epochs", -1), ("mask", "ratio", 2),
-        ("model", "name", ["vit"] * 10**5), ("seed", None, 2**63), ("out", None, None),
+        ("data", "resolution", 63),
+        ("data", "resolution", 10**9),
+        ("data", "resolution", "x"),
+        ("data", "store", 3),
+        ("model", "name", "vit_huge"),
+        ("optim", "lr", float("nan")),
+        ("optim", "epochs", -1),
+        ("mask", "ratio", 2),
+        ("model", "name", ["vit"] * 10**5),
+        ("seed", None, 2**63),
+        ("out", None, None),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_configuration_that_cannot_be_is_one_line(key: tuple[str, str | None, Any], run: Path) -> None:
     section, name, value = key
     folder = run / NEWEST
@@ -353,9 +383,18 @@ def test_a_step_that_is_not_the_folders_or_not_the_runs(run: Path, stores: dict[
 
 @pytest.mark.parametrize(
     "content",
-    [b"a: [", b"\xff", b"3", b"a: 2026-99-99", b"? [1]\n: 2", b"[" * 500, b"1: 2", b"data: &a [*a]",
-     b"data: {store: &a [x,x], crop_scale: &b [*a,*a], resolution: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]}"],
-)  # fmt: skip
+    [
+        b"a: [",
+        b"\xff",
+        b"3",
+        b"a: 2026-99-99",
+        b"? [1]\n: 2",
+        b"[" * 500,
+        b"1: 2",
+        b"data: &a [*a]",
+        b"data: {store: &a [x,x], crop_scale: &b [*a,*a], resolution: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]}",
+    ],
+)
 def test_a_config_yaml_that_cannot_be_is_one_line(content: bytes, run: Path) -> None:
     (run / "config.yaml").write_bytes(content)
     for command in ("report", "replay"):
@@ -363,9 +402,20 @@ def test_a_config_yaml_that_cannot_be_is_one_line(content: bytes, run: Path) -> 
 
 
 LINES = (
-    b"3", b"[]", b'"x"', b'{"step": "0"}', b'{"step": 1.5}', b'{"step": 0, "loss": "x"}', b'{"step": 0, "loss": [1]}',
-    b'{"step": 1' + b"0" * 400 + b"}", b'{"step": 0, "lr": 1' + b"0" * 400 + b"}", b"[" * 10**5, b"\xff", b"{", b"",
-)  # fmt: skip
+    b"3",
+    b"[]",
+    b'"x"',
+    b'{"step": "0"}',
+    b'{"step": 1.5}',
+    b'{"step": 0, "loss": "x"}',
+    b'{"step": 0, "loss": [1]}',
+    b'{"step": 1' + b"0" * 400 + b"}",
+    b'{"step": 0, "lr": 1' + b"0" * 400 + b"}",
+    b"[" * 10**5,
+    b"\xff",
+    b"{",
+    b"",
+)
 
 
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
@@ -398,10 +448,18 @@ def test_records_that_are_none_are_one_line(content: bytes, run: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"3", b"{}", b"[3]", b'[{"mode": "linprobe"}]', b"[" * 10**5, b"\xff",
-     b'[{"mode": "linprobe", "block": 1, "top1": 3.0}]',
-     b'[{"mode": "linprobe", "block": 1, "top1": 3.0, "checkpoint": 3}]'],
-)  # fmt: skip
+    [
+        b"",
+        b"3",
+        b"{}",
+        b"[3]",
+        b'[{"mode": "linprobe"}]',
+        b"[" * 10**5,
+        b"\xff",
+        b'[{"mode": "linprobe", "block": 1, "top1": 3.0}]',
+        b'[{"mode": "linprobe", "block": 1, "top1": 3.0, "checkpoint": 3}]',
+    ],
+)
 def test_probes_that_are_none_are_one_line(content: bytes, stores: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_bytes(content)
     arguments = ["--checkpoint", f"a={tmp_path}", "--store", str(stores["zarr"]), "--out", str(tmp_path / "out")]
@@ -424,10 +482,19 @@ def features(**label: Any) -> bytes:
 
 
 METADATA = (
-    b"3", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"info": 3}', b'{"info": [1]}', b'{"info": {"features": [1]}}',
-    b'{"info": {"features": "image"}}', features(_type="ClassLabel", names="ab"),
-    features(_type="ClassLabel", names=[1, 2]), features(_type="ClassLabel", names={"a": 0}),
-)  # fmt: skip
+    b"3",
+    b"[]",
+    b"{",
+    b"\xff",
+    b"[" * 10**5,
+    b'{"info": 3}',
+    b'{"info": [1]}',
+    b'{"info": {"features": [1]}}',
+    b'{"info": {"features": "image"}}',
+    features(_type="ClassLabel", names="ab"),
+    features(_type="ClassLabel", names=[1, 2]),
+    features(_type="ClassLabel", names={"a": 0}),
+)
 
 
 @pytest.mark.parametrize("metadata", METADATA, ids=range(len(METADATA)))

@@ -334,10 +334,14 @@ def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store)
 
     @settings(max_examples=40, deadline=None)
     @given(
-        seed=st.integers(0, 3), batch_size=st.integers(1, 24), micro_batch=st.integers(1, 24),
-        workers=st.integers(1, 4), order=st.sampled_from(ORDERS), world=st.integers(1, 3),
+        seed=st.integers(0, 3),
+        batch_size=st.integers(1, 24),
+        micro_batch=st.integers(1, 24),
+        workers=st.integers(1, 4),
+        order=st.sampled_from(ORDERS),
+        world=st.integers(1, 3),
         first=st.integers(0, 30),
-    )  # fmt: skip
+    )
     def check(seed: int, batch_size: int, micro_batch: int, workers: int, order: Order, world: int, first: int) -> None:
         ranks, seen = min(world, batch_size), 0
         for rank in range(ranks):

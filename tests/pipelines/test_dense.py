@@ -97,9 +97,10 @@ def test_batches_depend_on_neither_threads_nor_ranks_nor_where_they_begin() -> N
     torch.testing.assert_close(alone.images, whole[3].images)
     torch.testing.assert_close(alone.labels, whole[3].labels)
     parts = [
-        batch for rank in range(2)
+        batch
+        for rank in range(2)
         for batch in DenseLoader(Scenes(), plan(rank=rank, world=2, micro_batch=1), SIDE, CROP, workers=1).steps(3, 4)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(torch.cat([part.labels for part in parts]), whole[3].labels)
     assert sum(part.share for part in parts) == pytest.approx(1) and not torch.equal(whole[2].labels, whole[3].labels)
 

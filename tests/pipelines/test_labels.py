@@ -18,16 +18,22 @@ def store(name: str, *classes: str) -> SimpleNamespace:
     return SimpleNamespace(path=Path(name), images=images, manifest=SimpleNamespace(classes=classes))
 
 
-@pytest.mark.parametrize(("train", "val", "reason"), [
-    (("ant", "bee"), ("ant", "bee", "cat"), "'cat' is in val only"),
-    (("ant", "bee", "cat"), ("ant", "bee"), "'cat' is in train only"),
-    (("ant", "bee", "cat"), ("ant", "cat", "bee"), "in another order, class 1 is 'bee' in train and 'cat' in val"),
-    (("ant", CAFE), ("ant", unicodedata.normalize("NFD", CAFE)),
-     r"'cafe\u0301' in val and 'caf\xe9' in train are one name in two Unicode forms"),
-    (("0", "1"), ("0", "1", "2"), "'2' is in val only"),
-    (("0", "1", "2"), ("0", "2"), "'1' is in train only"),
-    (("0", "1", "10", "2"), ("0", "1"), "'10' is in train only"),  # class 2 is "10": names
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "val", "reason"),
+    [
+        (("ant", "bee"), ("ant", "bee", "cat"), "'cat' is in val only"),
+        (("ant", "bee", "cat"), ("ant", "bee"), "'cat' is in train only"),
+        (("ant", "bee", "cat"), ("ant", "cat", "bee"), "in another order, class 1 is 'bee' in train and 'cat' in val"),
+        (
+            ("ant", CAFE),
+            ("ant", unicodedata.normalize("NFD", CAFE)),
+            r"'cafe\u0301' in val and 'caf\xe9' in train are one name in two Unicode forms",
+        ),
+        (("0", "1"), ("0", "1", "2"), "'2' is in val only"),
+        (("0", "1", "2"), ("0", "2"), "'1' is in train only"),
+        (("0", "1", "10", "2"), ("0", "1"), "'10' is in train only"),  # class 2 is "10": names
+    ],
+)
 def test_what_differs_is_named(train: tuple[str, ...], val: tuple[str, ...], reason: str) -> None:
     with pytest.raises(KamimError) as raised:
         check_labels(store("t", *train), store("v", *val))

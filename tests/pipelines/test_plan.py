@@ -16,9 +16,13 @@ def epoch_of(plan: Plan, epoch: int = 0) -> list[int]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 200), st.integers(1, 40), st.integers(1, 16), st.integers(1, 5), st.booleans(),
+    st.integers(1, 200),
+    st.integers(1, 40),
+    st.integers(1, 16),
+    st.integers(1, 5),
+    st.booleans(),
     st.sampled_from(ORDERS),
-)  # fmt: skip
+)
 def test_ranks_and_micro_batches_share_out_the_same_global_order(
     samples: int, batch: int, micro: int, world: int, drop_last: bool, order: Order
 ) -> None:

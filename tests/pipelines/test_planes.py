@@ -68,9 +68,15 @@ def test_a_crop_is_its_slow_twins(seed: int, block: tuple[int, int], flip_v: boo
     top, left = int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1))
     cb = height * width
     given_planes = Planes(
-        np.concatenate([plane.ravel() for plane in planes]), height, width, width, cb, cb + planes[1].size, chroma[1],
+        np.concatenate([plane.ravel() for plane in planes]),
+        height,
+        width,
+        width,
+        cb,
+        cb + planes[1].size,
+        chroma[1],
         *block,
-    )  # fmt: skip
+    )
     view = (top, left, h, w, int(flip_v), int(flip_h))
     if block == (0, 0):
         planes, block = [planes[0], *np.full((2, 1, 1), 128, np.uint8)], (1 << 20, 1 << 20)
@@ -117,10 +123,18 @@ def through_the_chunk(data: bytes, size: tuple[int, int], room: np.ndarray | Non
         room = np.empty(turbojpeg.room_for(sizes), np.uint8)
     out, failed = np.zeros((1, SIDE, SIDE, 3), np.uint8), np.empty(1, np.bool_)
     crop_chunk(
-        FORMATS.index("jpeg"), np.array([encoded.ctypes.data], np.uint64), np.array([len(data)]), sizes,
-        np.array([[0, 0, *size, 0, 0]]), turbojpeg.turbo(room), np.empty((3, size[0] + WOVEN, SIDE), np.uint16),
-        np.empty((SIDE, SIDE, 3), np.uint8), out, failed, np.zeros(1, np.bool_),
-    )  # fmt: skip
+        FORMATS.index("jpeg"),
+        np.array([encoded.ctypes.data], np.uint64),
+        np.array([len(data)]),
+        sizes,
+        np.array([[0, 0, *size, 0, 0]]),
+        turbojpeg.turbo(room),
+        np.empty((3, size[0] + WOVEN, SIDE), np.uint16),
+        np.empty((SIDE, SIDE, 3), np.uint8),
+        out,
+        failed,
+        np.zeros(1, np.bool_),
+    )
     return None if failed[0] else out[0]
 
 

@@ -126,9 +126,13 @@ def test_the_number_of_workers_does_not_matter(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stopped_job_goes_on_where_it_was(
-    backend: str, folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path,
-    inline: None, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    backend: str,
+    folder: Path,
+    whole: dict[str, dict[str, str]],
+    tmp_path: Path,
+    inline: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     job, source = plan_job(folder, backend)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -275,9 +279,13 @@ def test_a_folder_that_is_no_store_is_refused_and_left_alone(
 )
 def test_wrong_parameters_are_named(wrong: dict[str, Any], named: str, folder: Path) -> None:
     right: dict[str, Any] = {
-        "detectors": ("fast",), "images": "zarr", "encoding": "jpeg", "quality": 90, "resolution": 64,
+        "detectors": ("fast",),
+        "images": "zarr",
+        "encoding": "jpeg",
+        "quality": 90,
+        "resolution": 64,
         "crop_scale": (0.67, 1.0),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError) as raised:
         make_job("imagefolder", "train", list_source("imagefolder", folder, "train"), **right | wrong)
     assert named in str(raised.value)
@@ -364,9 +372,13 @@ def test_a_file_too_large_to_be_an_image_is_not_read(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_has_the_final_name_after_a_failure(
-    backend: str, folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path,
-    inline: None, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    backend: str,
+    folder: Path,
+    whole: dict[str, dict[str, str]],
+    tmp_path: Path,
+    inline: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     job, source = plan_job(folder, backend)
 
     def full(*arguments: object, **options: object) -> None:

@@ -318,9 +318,14 @@ def test_lossless_formats_give_back_their_pixels(height: int, width: int, seed: 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    sides, sides, st.integers(0, 2**32 - 1), st.integers(1, 100), st.integers(0, 2), st.booleans(),
+    sides,
+    sides,
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 100),
+    st.integers(0, 2),
+    st.booleans(),
     st.sampled_from(["RGB", "L", "CMYK"]),
-)  # fmt: skip
+)
 def test_jpegs_of_any_kind_decode_as_pillow_does(
     height: int, width: int, seed: int, quality: int, subsampling: int, progressive: bool, mode: str
 ) -> None:

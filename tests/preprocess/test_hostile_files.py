@@ -45,11 +45,16 @@ def lossless(samples: np.ndarray, bits: int) -> bytes:
         code += f"{size:05b}" + (f"{low:0{size}b}" if size else "")
     code += "1" * (-len(code) % 8)
     packed = int(code, 2).to_bytes(len(code) // 8, "big").replace(b"\xff", b"\xff\0")
-    return b"".join([
-        b"\xff\xd8", segment(0xC3, struct.pack(">BHHB", bits, height, width, 1) + b"\1\x11\0"),
-        segment(0xC4, b"\0" + bytes([0, 0, 0, 0, 17, *[0] * 11]) + bytes(range(17))),  # 17 codes of 5 bits
-        segment(0xDA, b"\1\1\0\1\0\0"), packed, b"\xff\xd9",
-    ])  # fmt: skip
+    return b"".join(
+        [
+            b"\xff\xd8",
+            segment(0xC3, struct.pack(">BHHB", bits, height, width, 1) + b"\1\x11\0"),
+            segment(0xC4, b"\0" + bytes([0, 0, 0, 0, 17, *[0] * 11]) + bytes(range(17))),  # 17 codes of 5 bits
+            segment(0xDA, b"\1\1\0\1\0\0"),
+            packed,
+            b"\xff\xd9",
+        ]
+    )
 
 
 def ramp(bits: int) -> np.ndarray:
@@ -170,7 +175,7 @@ AS_PILLOW: dict[str, Callable[[], bytes]] = FILES | {
     "1x20000 png": lambda: encoded(noise(20000, 1), "PNG"),
     "20000x1 jpeg": lambda: encoded(noise(1, 20000), "JPEG"),
     "largest side": lambda: encoded(noise(1, MAX_SIDE), "PNG"),
-}  # fmt: skip
+}
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "lossless jpeg of 6 bits": (lambda: lossless(ramp(6), 6), "of a kind"),
     "lossless jpeg of 12 bits": (lambda: lossless(ramp(12), 12), "of a kind"),
@@ -192,7 +197,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "web page": (lambda: b"<html>404: no such image</html>", "not an image"),
     "nothing": (lambda: b"", "empty file"),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not an image"),
-}  # fmt: skip
+}
 CUT = {
     "JPEG": lambda: encoded(LARGE, "JPEG", quality=95),
     "progressive JPEG": lambda: encoded(LARGE, "JPEG", quality=95, progressive=True),
@@ -203,7 +208,7 @@ CUT = {
     "WEBP": lambda: encoded(LARGE, "WEBP", quality=95),
     "TIFF": lambda: encoded(LARGE, "TIFF", compression="tiff_lzw"),
     "BMP": lambda: encoded(LARGE, "BMP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(AS_PILLOW.keys() - FILES.keys()))

@@ -97,9 +97,14 @@ def test_a_detector_is_added_and_nothing_else_is_made(
     ],
 )
 def test_changed_parameters_remake_what_depends_on_them_and_say_so(
-    before: dict[str, Any], now: dict[str, Any], made: tuple[str, ...] | None, said: str,
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    before: dict[str, Any],
+    now: dict[str, Any],
+    made: tuple[str, ...] | None,
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = make_store(folder, tmp_path / "out", **before)
     counted = Made(monkeypatch)
     lines = make(folder, out, **now)
@@ -246,9 +251,13 @@ def rewrite(file: Path) -> None:
     ],
 )
 def test_a_changed_source_is_noticed_and_named(
-    change: Callable[[Path], object], said: str, state: str, folder: Path, tmp_path: Path,
+    change: Callable[[Path], object],
+    said: str,
+    state: str,
+    folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     source, out = shutil.copytree(folder, tmp_path / "source"), tmp_path / "out"
     if state == "finished":
         make(source, out)
@@ -359,8 +368,12 @@ def test_shares_made_in_any_order_give_the_same_bytes(folder: Path, tmp_path: Pa
     assert not publish_shares(job, listed, out)
     share(1)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        ".out.kamim-lock", "at_once", "at_once.log", "out", "out.log",
-    ]  # fmt: skip
+        ".out.kamim-lock",
+        "at_once",
+        "at_once.log",
+        "out",
+        "out.log",
+    ]
 
 
 def test_a_share_of_other_parameters_is_refused_while_others_are_unfinished(folder: Path, tmp_path: Path) -> None:
@@ -600,9 +613,14 @@ def test_a_job_leaves_a_log(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     )
     stored, shards = "12 images are stored, 0 could not be read", [f"{done} of 12 images" for done in (5, 10, 12)]
     assert [line for line in lines if "begun by" not in line and "12 images, 3 classes" not in line] == [
-        *shards, f"{plan}: ended by Stopped: out of memory; rerun the command to resume, with fewer workers "
-        "to need less", stored, f"{plan}: ended", *shards, stored, f"{more}: ended",
-    ]  # fmt: skip
+        *shards,
+        f"{plan}: ended by Stopped: out of memory; rerun the command to resume, with fewer workers to need less",
+        stored,
+        f"{plan}: ended",
+        *shards,
+        stored,
+        f"{more}: ended",
+    ]
     assert sum("begun by kamim" in line for line in lines) == 3
     assert not problems(out)
 

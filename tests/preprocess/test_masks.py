@@ -123,7 +123,7 @@ def test_small_palettes_are_not_scaled(bits: int) -> None:
         (header(70_000, 1), "a side has at most"),
         (header(0, 4), "cannot identify image file"),
     ],
-)  # fmt: skip
+)
 def test_a_mask_that_cannot_be_trusted_is_rejected(data: bytes, said: str) -> None:
     with pytest.raises(Undecodable, match=re.escape(said)):
         decode_mask(data)

@@ -17,9 +17,14 @@ from preprocess.decode import decode
 from preprocess.record import join, no_rows, record
 
 MODES = {
-    "JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "WEBP": ("RGB", "RGBA"),
-    "TIFF": ("RGB", "CMYK", "L"), "BMP": ("RGB", "L", "P"), "GIF": ("P", "L"), "PPM": ("RGB", "L"),
-}  # fmt: skip
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("RGB", "CMYK", "L"),
+    "BMP": ("RGB", "L", "P"),
+    "GIF": ("P", "L"),
+    "PPM": ("RGB", "L"),
+}
 FORMATS = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
 
 
@@ -47,9 +52,12 @@ def file_of(height: int, width: int, seed: int, kind: str, mode: str) -> bytes:
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(1, 150), st.integers(1, 150), st.integers(0, 2**20), st.sampled_from(FORMATS),
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.integers(0, 2**20),
+    st.sampled_from(FORMATS),
     st.sampled_from(["jpeg", "raw"]),
-)  # fmt: skip
+)
 def test_a_record_is_whole_whatever_the_image(
     jobs: dict[str, Job], height: int, width: int, seed: int, form: tuple[str, str], encoding: str
 ) -> None:

@@ -49,8 +49,9 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
     words, store, source = command.split(), ("--store", f"{root}/stores/{name}"), ("--source", f"{root / name}")
     given = {
         "analyze": ("--checkpoint", f"K={root / 'run'}", *store, "--out", f"{root}/out"),
-        "preprocess": source, "fidelity": source,
-    }.get(words[min(1, len(words) - 1)], (*store, *source))  # fmt: skip
+        "preprocess": source,
+        "fidelity": source,
+    }.get(words[min(1, len(words) - 1)], (*store, *source))
     result = CliRunner().invoke(app, [*words, *given, *options])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     said = [line for line in result.stderr.splitlines() if line.startswith("error")]
@@ -90,9 +91,10 @@ def test_bench_train_says_that_a_step_is_larger_than_the_store(photos: list[np.n
     (tmp_path / "one/a").mkdir(parents=True)
     Image.fromarray(photos[0]).save(tmp_path / "one/a/0.jpg")
     make_store(tmp_path / "one", tmp_path / "stores/one", resolution=192)
-    assert "batch_size = 256: is more than the store's 1 samples" in run(
-        tmp_path, "bench train", "one", "--model", "vit_demo"
-    )[1]  # fmt: skip
+    assert (
+        "batch_size = 256: is more than the store's 1 samples"
+        in run(tmp_path, "bench train", "one", "--model", "vit_demo")[1]
+    )
 
 
 @pytest.mark.parametrize("name", ["one", "ten", "unlabelled"])

@@ -133,8 +133,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert f"{arrow}: " in complaint(tmp_path)
     arrow.unlink()
     assert f"{arrow}: " in complaint(tmp_path)
-    for held in ('{"_data_files": [{"filename": "../../x.arrow"}]}', "{", '{"_data_files": 3}', "[]",
-                 '{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}'):  # fmt: skip
+    for held in (
+        '{"_data_files": [{"filename": "../../x.arrow"}]}',
+        "{",
+        '{"_data_files": 3}',
+        "[]",
+        '{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}',
+    ):
         (tmp_path / "s/state.json").write_text(held)
         assert "state.json" in complaint(tmp_path)
 
@@ -238,7 +243,7 @@ def test_a_pipe_is_no_data_set(tmp_path: Path) -> None:
         (table(features=FEATURES, label=pa.array(["ant"] * 7)), "labels are of type str"),
         (table().replace_schema_metadata({"huggingface": "{"}), "x.parquet"),
     ],
-)  # fmt: skip
+)
 def test_unfitting_columns_are_named(tmp_path: Path, made: pa.Table, reason: str) -> None:
     parquet(tmp_path / "x.parquet", made)
     assert reason in complaint(tmp_path)
@@ -260,14 +265,17 @@ def test_classes_in_another_order_are_named(tmp_path: Path) -> None:
     assert complaint(tmp_path).endswith("a.parquet has class 0: ant, c.parquet none")
 
 
-@pytest.mark.parametrize("files", [
-    ("full/train-00000-of-00001", "small/train-00000-of-00001", "tiny/train-00000-of-00001"),
-    ("data/full-train-00000-of-00001", "data/small-train-00000-of-00001"),
-    ("data/train-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002"),
-    ("data/train-00000-of-00001-0123456789abcdef", "data/train-00000-of-00001-fedcba9876543210"),
-    ("data/train-00000-of-00001", "data/train-00000-of-00001 (1)"),
-    ("default/train/0000", "default/partial-train/0000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("full/train-00000-of-00001", "small/train-00000-of-00001", "tiny/train-00000-of-00001"),
+        ("data/full-train-00000-of-00001", "data/small-train-00000-of-00001"),
+        ("data/train-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002"),
+        ("data/train-00000-of-00001-0123456789abcdef", "data/train-00000-of-00001-fedcba9876543210"),
+        ("data/train-00000-of-00001", "data/train-00000-of-00001 (1)"),
+        ("default/train/0000", "default/partial-train/0000"),
+    ],
+)
 def test_configurations_and_copies_of_a_split_are_never_merged(files: tuple[str, ...], tmp_path: Path) -> None:
     for name in files:
         parquet(tmp_path / f"{name}.parquet", table())

@@ -91,9 +91,7 @@ def test_train_is_class_folders_or_a_tar_of_tars(tmp_path: Path) -> None:
 
 
 VAL_LAYOUTS = {
-    "class folders": {
-        f"val/{WNIDS[i - 1]}/{name}": data for i, (name, data) in zip(VAL_IDS, VAL.items(), strict=True)
-    },
+    "class folders": {f"val/{WNIDS[i - 1]}/{name}": data for i, (name, data) in zip(VAL_IDS, VAL.items(), strict=True)},
     "flat, devkit folder": {f"val/{name}": data for name, data in VAL.items()}
     | {f"ILSVRC2012_devkit_t12/{name}": data for name, data in devkit().items()},
     "flat, devkit archive": {f"val/{name}": data for name, data in VAL.items()}
@@ -101,10 +99,11 @@ VAL_LAYOUTS = {
     "Kaggle's": {f"ILSVRC/Data/CLS-LOC/val/{name}": data for name, data in VAL.items()}
     | {"LOC_val_solution.csv": kaggle_truth()},
     "tar, devkit archive": {
-        "ILSVRC2012_img_val.tar": packed(dict(reversed(VAL.items()))), "ILSVRC2012_devkit_t12.tar.gz": devkit_archive(),
+        "ILSVRC2012_img_val.tar": packed(dict(reversed(VAL.items()))),
+        "ILSVRC2012_devkit_t12.tar.gz": devkit_archive(),
     },
     "tar, Kaggle's truth": {"ILSVRC2012_img_val.tar": packed(VAL), "LOC_val_solution.csv": kaggle_truth()},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", VAL_LAYOUTS)

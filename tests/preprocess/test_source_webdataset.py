@@ -93,9 +93,16 @@ def test_what_is_wrong_with_a_shard_is_said(tmp_path: Path, files: dict[str, Any
 
 def test_a_sample_has_one_image(tmp_path: Path) -> None:
     files = {
-        "a.seg.png": b"mask", "a.jpg": b"one", "a.cls": b"1", "a.boxes.json": {"label": 7}, "b.depth.png": b"depth",
-        "b.jpeg": b"two", "b.json": {"label": 0}, "IMG.05.01.jpg": b"three", "IMG.cls": b"0",
-    }  # fmt: skip
+        "a.seg.png": b"mask",
+        "a.jpg": b"one",
+        "a.cls": b"1",
+        "a.boxes.json": {"label": 7},
+        "b.depth.png": b"depth",
+        "b.jpeg": b"two",
+        "b.json": {"label": 0},
+        "IMG.05.01.jpg": b"three",
+        "IMG.cls": b"0",
+    }
     shard(tmp_path, "x.tar", files)
     source = list_source("webdataset", tmp_path, "train")
     assert labels(source) == {"x.tar/a.jpg": 1, "x.tar/b.jpeg": 0, "x.tar/IMG.05.01.jpg": 0}
@@ -111,9 +118,9 @@ def test_hidden_members_and_shards_are_left_out(tmp_path: Path) -> None:
     assert source.summary()[1] == "skipped 3 other files: 3 hidden or of the system"
 
 
-@pytest.mark.parametrize(("pack", "program"), [
-    (gzip.compress, "zcat"), (bz2.compress, "bzcat"), (lzma.compress, "xzcat"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pack", "program"), [(gzip.compress, "zcat"), (bz2.compress, "bzcat"), (lzma.compress, "xzcat")]
+)
 @pytest.mark.parametrize(("name", "becomes"), [("x.tar.gz", "x.tar"), ("x.tgz", "x.tar"), ("x.tar", "x.tar.new")])
 def test_what_to_do_about_compressed_shards_is_said(
     pack: Callable[[bytes], bytes], program: str, name: str, becomes: str, tmp_path: Path

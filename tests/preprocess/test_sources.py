@@ -88,11 +88,17 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     assert alone.endswith(f"such as a; if its folders are the classes, take {tmp_path}/a as the source")
 
 
-@pytest.mark.parametrize(("splits", "split", "chosen"), [
-    (("train",), "train", "train"), (("test", "train", "val"), "train", "train"),
-    (("test", "train", "val"), "val", "val"), (("test", "training"), "val", "test"),
-    (("test", "training"), "train", "training"), (("valid", "testing"), "val", "valid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("splits", "split", "chosen"),
+    [
+        (("train",), "train", "train"),
+        (("test", "train", "val"), "train", "train"),
+        (("test", "train", "val"), "val", "val"),
+        (("test", "training"), "val", "test"),
+        (("test", "training"), "train", "training"),
+        (("valid", "testing"), "val", "valid"),
+    ],
+)
 def test_of_folders_of_splits_one_is_listed(splits: tuple[str, ...], split: str, chosen: str, tmp_path: Path) -> None:
     for name in splits:
         for item in ("ant/a.jpg", "bee/b.jpg"):
@@ -105,13 +111,20 @@ def test_of_folders_of_splits_one_is_listed(splits: tuple[str, ...], split: str,
     assert f"source={tmp_path / chosen}; " in complaint("imagefolder", tmp_path, split)
 
 
-@pytest.mark.parametrize(("folders", "train", "val"), [
-    (("Training", "Test"), "Training", "Test"), (("Training", "Test", "test-multiple_fruits"), "Training", "Test"),
-    (("TRAIN", "Val", "test"), "TRAIN", "Val"), (("trainval", "test"), "trainval", "test"),
-    (("train2017", "val2017"), "train2017", "val2017"), (("seg_train", "seg_test"), "seg_train", "seg_test"),
-    (("train", "No_Rotation_Validation", "test"), "train", "No_Rotation_Validation"),
-    (("train", "eval"), "train", "eval"), (("train", "__MACOSX", ".git", "dev"), "train", "dev"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("folders", "train", "val"),
+    [
+        (("Training", "Test"), "Training", "Test"),
+        (("Training", "Test", "test-multiple_fruits"), "Training", "Test"),
+        (("TRAIN", "Val", "test"), "TRAIN", "Val"),
+        (("trainval", "test"), "trainval", "test"),
+        (("train2017", "val2017"), "train2017", "val2017"),
+        (("seg_train", "seg_test"), "seg_train", "seg_test"),
+        (("train", "No_Rotation_Validation", "test"), "train", "No_Rotation_Validation"),
+        (("train", "eval"), "train", "eval"),
+        (("train", "__MACOSX", ".git", "dev"), "train", "dev"),
+    ],
+)
 @pytest.mark.parametrize("classes", [("ant", "bee"), ()], ids=["of classes", "flat"])
 def test_splits_are_told_by_their_names(
     folders: tuple[str, ...], train: str, val: str, classes: tuple[str, ...], tmp_path: Path
@@ -124,10 +137,17 @@ def test_splits_are_told_by_their_names(
         assert (listed.location, listed.classes) == (str(tmp_path / chosen), classes)
 
 
-@pytest.mark.parametrize("folders", [
-    ("train", "test", "unlabeled"), ("train", "val", "docs"), ("Training", "Test", "papers"), ("train", "docs"),
-    ("seg_train", "seg_test", "seg_pred"), ("train", "extra", "more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "test", "unlabeled"),
+        ("train", "val", "docs"),
+        ("Training", "Test", "papers"),
+        ("train", "docs"),
+        ("seg_train", "seg_test", "seg_pred"),
+        ("train", "extra", "more"),
+    ],
+)
 def test_folders_of_which_some_are_splits_are_never_classes(folders: tuple[str, ...], tmp_path: Path) -> None:
     for name in folders:
         image(tmp_path / name / "ant/1.jpg")
@@ -142,9 +162,10 @@ def test_folders_of_which_several_are_one_split_are_named(tmp_path: Path) -> Non
     assert "the folders train_a, train_b are all for split = train" in complaint("imagefolder", tmp_path)
 
 
-@pytest.mark.parametrize("classes", [
-    ("airplane", "train", "truck"), ("bullet_train", "freight_train"), ("car", "train_station", "train_interior"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "classes",
+    [("airplane", "train", "truck"), ("bullet_train", "freight_train"), ("car", "train_station", "train_interior")],
+)
 def test_classes_may_be_named_as_a_split(classes: tuple[str, ...], tmp_path: Path) -> None:
     for name in classes:
         image(tmp_path / name / "1.jpg")
@@ -156,9 +177,15 @@ def test_hidden_files_and_those_of_a_system_are_left_out_and_counted(tmp_path: P
         image(tmp_path / name)
     expected = list_source("imagefolder", tmp_path, "train").items
     hidden = (
-        ".ipynb_checkpoints/1-checkpoint.jpg", "ant/.ipynb_checkpoints/1-checkpoint.jpg", "__MACOSX/ant/._1.jpg",
-        "ant/._1.jpg", "@eaDir/1.jpg", "bee/@eaDir/1.jpg@SynoEAStream.jpg", "bee/.thumbnails/deep/1.png", "._cover.jpg",
-    )  # fmt: skip
+        ".ipynb_checkpoints/1-checkpoint.jpg",
+        "ant/.ipynb_checkpoints/1-checkpoint.jpg",
+        "__MACOSX/ant/._1.jpg",
+        "ant/._1.jpg",
+        "@eaDir/1.jpg",
+        "bee/@eaDir/1.jpg@SynoEAStream.jpg",
+        "bee/.thumbnails/deep/1.png",
+        "._cover.jpg",
+    )
     for name in hidden:
         image(tmp_path / name)
     listed = list_source("imagefolder", tmp_path, "train")

@@ -71,9 +71,11 @@ def test_the_code_of_a_gap(number: int, code: list[int]) -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0, 254, 255])), max_size=60), st.integers(0, 70),
-    st.integers(1, 70), st.integers(0, 70),
-)  # fmt: skip
+    st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0, 254, 255])), max_size=60),
+    st.integers(0, 70),
+    st.integers(1, 70),
+    st.integers(0, 70),
+)
 def test_any_bytes_are_decoded_or_refused_and_nothing_is_written_elsewhere(
     code: list[int], height: int, width: int, room: int
 ) -> None:

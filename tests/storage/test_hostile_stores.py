@@ -20,20 +20,7 @@ import pytest
 import zarr
 from conftest import BACKENDS, make_store
 from isolated import Outcome, outcomes
-from mutations import (
-    Change,
-    array,
-    both,
-    edited,
-    element,
-    field,
-    linked,
-    metadata,
-    mutate,
-    number,
-    piped,
-    resized,
-)
+from mutations import Change, array, both, edited, element, field, linked, metadata, mutate, number, piped, resized
 from typer.testing import CliRunner
 
 from kamim.cli import app
@@ -66,9 +53,15 @@ def version_2(path: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     about = {
-        "zarr_format": 2, "shape": [12], "chunks": [12], "dtype": "|O", "fill_value": 0, "order": "C",
-        "compressor": None, "filters": [{"id": "pickle", "protocol": 5}],
-    }  # fmt: skip
+        "zarr_format": 2,
+        "shape": [12],
+        "chunks": [12],
+        "dtype": "|O",
+        "fill_value": 0,
+        "order": "C",
+        "compressor": None,
+        "filters": [{"id": "pickle", "protocol": 5}],
+    }
     (folder / ".zarray").write_text(json.dumps(about))
     (folder / "0").write_bytes(pickle.dumps(Executed()))
 
@@ -91,9 +84,11 @@ def codec(name: str, **configuration: Any) -> list[dict[str, Any]]:
 
 
 SHARDS_IN_CHUNKS = codec(
-    "sharding_indexed", chunk_shape=[1], codecs=[{"name": "bytes"}],
+    "sharding_indexed",
+    chunk_shape=[1],
+    codecs=[{"name": "bytes"}],
     index_codecs=[{"name": "bytes"}, {"name": "crc32c"}],
-)  # fmt: skip
+)
 
 # What is changed, and how a line about it reads, whichever of loading, preview and `verify --deep` prints it.
 
@@ -114,10 +109,13 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
     "all-counts-of-10^11": (
         edited(
             lambda manifest: manifest.update(
-                count=10**11, shard_counts=[10**11], job=manifest["job"] | {"items": 10**11, "shard_size": 10**11},
+                count=10**11,
+                shard_counts=[10**11],
+                job=manifest["job"] | {"items": 10**11, "shard_size": 10**11},
                 shards={name: hashes[:1] for name, hashes in manifest["shards"].items()},
             )
-        ), r"images\.zarr: holds 12 images, but manifest\.json has count 100000000000",
+        ),
+        r"images\.zarr: holds 12 images, but manifest\.json has count 100000000000",
     ),
     "shards-of-nothing": (field("job.shard_size", 0), "job.shard_size: Input should be greater than 0"),
     "detector-that-leads-out": (field("job.detectors", ["../x"]), "job.detectors: '../x' is not a detector name"),
@@ -130,11 +128,12 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
     "no-stamps": (edited(lambda manifest: manifest["checksums"].pop("stamps.npy")), "checksums: has no stamps.npy"),
     "nested": (lambda path: store.seal(path, b"[" * 10**6), "not a manifest: maximum recursion depth"),
     "encoding-of-pixels": (field("job.encoding", "raw"), "its images are jpeg, but manifest.json says raw"),
-}  # fmt: skip
+}
 
 IN_KEYPOINTS: dict[str, tuple[Change, str]] = {
     "counts-that-wrap": (
-        array(COUNTS, "uint64", np.tile(np.array([[2**64 - 10], [20]], np.uint64), (12, 1, 1))), f"{COUNTS}/.*uint64"
+        array(COUNTS, "uint64", np.tile(np.array([[2**64 - 10], [20]], np.uint64), (12, 1, 1))),
+        f"{COUNTS}/.*uint64",
     ),
     "counts-below-zero": (array(COUNTS, "int64", np.full((12, 2, 1), -5)), f"{COUNTS}/zarr.json: 'data_type' is"),
     "counts-of-2^31": (element(COUNTS, (4, 0, 0), 2**31), f"fast: image 4 {OUTSIDE}"),
@@ -143,7 +142,7 @@ IN_KEYPOINTS: dict[str, tuple[Change, str]] = {
     "start-beyond": (element(START, (3, 1), 2**63 - 1), f"fast: image 3 {OUTSIDE}"),
     "frame-of-zero": (element(FRAME, (5, 1, 0), 0), "fast: image 5 has a frame that is not 1 to 4095 px a side"),
     "frame-too-large": (element(FRAME, (5, 1), 4096), "fast: image 5 has a frame that is not 1 to 4095 px a side"),
-    "frames-of-floats": (array(FRAME, "float64"), f"{FRAME}/zarr.json: 'data_type' is \"float64\", must be \"uint16\""),
+    "frames-of-floats": (array(FRAME, "float64"), f'{FRAME}/zarr.json: \'data_type\' is "float64", must be "uint16"'),
     "frames-of-11": (array(FRAME, "uint16", np.full((11, 2, 2), 64)), rf"{START}/zarr.json: .*\[11, 2\]"),
     "shape-of-10^15": (metadata(FRAME, shape=[10**15, 2, 2]), f"{FRAME}/zarr.json: 'chunk_grid' is"),
     "shape-of-text": (metadata(FRAME, shape=["12", 2, 2]), f"{FRAME}/zarr.json: gives no shape of 3 axes"),
@@ -157,20 +156,26 @@ IN_KEYPOINTS: dict[str, tuple[Change, str]] = {
     "link": (linked(f"{GAPS}/c/0"), "gaps/c/0: (is )?a link or a special file"),
     "linked-folder": (linked("keypoints.zarr"), "keypoints.zarr: (is a link or a special file|not in the manifest)"),
     "pipe": (piped(f"{COUNTS}/c/0/0/0"), "counts/c/0/0/0: (is )?a link or a special file"),
-}  # fmt: skip
+}
 
 IN_POSITIONS: dict[str, tuple[Change, str]] = {
     "positions-of-bytes": (metadata(POSITIONS, data_type="uint8"), f"{POSITIONS}/zarr.json: 'data_type' is"),
     "page-cut": (resized(f"{POSITIONS}/c/0/0", -4), "positions/c/0/0: has 8188 bytes, must have 8192"),
     "page-longer": (resized(f"{POSITIONS}/c/0/0", 4096), "positions/c/0/0: has 12288 bytes, must have 8192"),
-}  # fmt: skip
+}
 
 IN_IMAGES: dict[str, tuple[Change, str]] = {
     "version-2": (version_2, "label/(zarr.json|c/0): (is )?missing"),
     "version-2-resealed": (
-        both(version_2, edited(lambda manifest: manifest.update(
-            checksums={name: sha for name, sha in manifest["checksums"].items() if "label" not in name}
-        ))), "label/zarr.json: is missing|label/.zarray: not in the manifest",
+        both(
+            version_2,
+            edited(
+                lambda manifest: manifest.update(
+                    checksums={name: sha for name, sha in manifest["checksums"].items() if "label" not in name}
+                )
+            ),
+        ),
+        "label/zarr.json: is missing|label/.zarray: not in the manifest",
     ),
     "codec-of-pickles": (metadata(f"{IMAGES}/label", codecs=codec("numcodecs.pickle")), "'codecs' is .*pickle"),
     "codec-of-shards": (metadata(f"{IMAGES}/label", codecs=SHARDS_IN_CHUNKS), "'codecs' is .*sharding_indexed"),
@@ -198,7 +203,7 @@ IN_IMAGES: dict[str, tuple[Change, str]] = {
         both(metadata(IMAGES, attributes={"encoding": "raw"}), field("job.encoding", "raw")),
         "image 0 has another number of bytes than its size needs",
     ),
-}  # fmt: skip
+}
 
 IN_BETON: dict[str, tuple[Change, str]] = {
     "samples-of-10^10": (number(BETON, 8, "<u8", 10**10), "truncated or damaged"),
@@ -217,7 +222,7 @@ IN_BETON: dict[str, tuple[Change, str]] = {
     "sample-id-twice": (number(BETON, SAMPLE_ID, "<u8", 0), SAMPLES),
     "length-beyond": (number(BETON, LENGTH, "<u8", 2**63), f"image 11 {OUTSIDE}"),
     "length-zero": (number(BETON, LENGTH, "<u8", 0), f"image 11 {OUTSIDE}"),
-}  # fmt: skip
+}
 
 # Sound stores that are not what preprocessing made: `verify --deep` alone can tell.
 SOUND: dict[str, tuple[Change, str]] = {
@@ -226,7 +231,7 @@ SOUND: dict[str, tuple[Change, str]] = {
     "frame-of-another-size": (element(FRAME, (2, 0), 4000), "fast: shard 1 does not hold what the store was made of"),
     "label-of-another": (element(f"{IMAGES}/label", 11, 0), "images: shard 3 does not hold what the store was made of"),
     "image-of-another": (image_of_another, "images: shard 1 does not hold what the store was made of"),
-}  # fmt: skip
+}
 
 # Stores that only reading a sample can tell from sound ones.
 UNSOUND: dict[str, tuple[Change, str]] = {
@@ -241,9 +246,14 @@ UNSOUND: dict[str, tuple[Change, str]] = {
 }
 
 KINDS = {
-    "manifest": IN_MANIFEST, "keypoints": IN_KEYPOINTS, "positions": IN_POSITIONS, "images": IN_IMAGES, "sound": SOUND,
-    "unsound": UNSOUND, "beton": IN_BETON,
-}  # fmt: skip
+    "manifest": IN_MANIFEST,
+    "keypoints": IN_KEYPOINTS,
+    "positions": IN_POSITIONS,
+    "images": IN_IMAGES,
+    "sound": SOUND,
+    "unsound": UNSOUND,
+    "beton": IN_BETON,
+}
 STORES = {"beton": "ffcv", "positions": "sift"}  # the store that cases of a kind change; of other kinds, "zarr"
 CASES = {
     f"{kind}-{name}": case

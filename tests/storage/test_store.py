@@ -128,9 +128,7 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
     zarr.create_group(tmp_path / "keypoints.zarr")
     positions = np.random.default_rng(0).integers(0, 1200, (70_000, 2)).astype(np.uint16)
     frames = np.full((2, 2), 1200)
-    images = [
-        (positions, np.array([[69_000], [1_000]]), frames), (positions[:3], np.array([[0], [3]]), frames)
-    ]  # fmt: skip
+    images = [(positions, np.array([[69_000], [1_000]]), frames), (positions[:3], np.array([[0], [3]]), frames)]
     total, folder = sum(len(xy) for xy, *_ in images), tmp_path / "keypoints.zarr"
     store.write_keypoints(folder, "fast", store.POSITIONS, images, total)
     keypoints = store.Keypoints(folder, "fast", DETECTORS["fast"].rules, store.POSITIONS)
@@ -190,8 +188,11 @@ def test_items_without_rows_are_empty_wherever_they_lie(tmp_path: Path) -> None:
     starts = written(tmp_path, items, 10)
     reader = mmap_array.ArrayReader(tmp_path / "a", np.uint16, (2,))
     assert [reader.rows(start, len(item)).shape for start, item in zip(starts, items, strict=True)] == [
-        (0, 2), (10, 2), (0, 2), (0, 2),
-    ]  # fmt: skip
+        (0, 2),
+        (10, 2),
+        (0, 2),
+        (0, 2),
+    ]
 
 
 def test_an_array_without_rows_opens(tmp_path: Path) -> None:
@@ -297,9 +298,13 @@ def read_by_stock_ffcv(file: str) -> tuple[np.ndarray, np.ndarray]:
     from ffcv.loader import Loader, OrderOption
 
     loader = Loader(
-        file, batch_size=3, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=True,
+        file,
+        batch_size=3,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=True,
         pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-    )  # fmt: skip
+    )
     batches = [(pixels.copy(), labels.copy()) for pixels, labels in loader]
     pixels, labels = zip(*batches, strict=True)
     return np.concatenate(pixels), np.concatenate(labels).ravel()

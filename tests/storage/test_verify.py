@@ -214,9 +214,14 @@ def test_a_list_of_source_hashes_is_exactly_what_is_written(tmp_path: Path) -> N
     file.write_bytes(content)
     np.testing.assert_array_equal(fingerprint.from_file(file), source_hashes)
     for wrong in (
-        b"", content[:100], content[:-1], content + b"\0", content.replace(b"(300,)", b"(3000000000000,)"),
-        content.replace(b"'<u8'", b"'|O'"), content.replace(b"<u8", b"<f8"),
-    ):  # fmt: skip
+        b"",
+        content[:100],
+        content[:-1],
+        content + b"\0",
+        content.replace(b"(300,)", b"(3000000000000,)"),
+        content.replace(b"'<u8'", b"'|O'"),
+        content.replace(b"<u8", b"<f8"),
+    ):
         file.write_bytes(wrong)
         with pytest.raises(ValueError, match=r"stamps\.npy: is damaged"):
             fingerprint.from_file(file)
@@ -314,8 +319,9 @@ def test_the_command_lists_what_is_wrong_and_repairs_it(copy: Path, source: Path
     found = runner.invoke(app, command)
     assert found.exit_code == 1
     assert found.stderr.splitlines() == [
-        f"{copy / 'manifest.json'}: damaged", f"{copy / 'keypoints.zarr/fast/counts/c/0/0/0'}: damaged",
-    ]  # fmt: skip
+        f"{copy / 'manifest.json'}: damaged",
+        f"{copy / 'keypoints.zarr/fast/counts/c/0/0/0'}: damaged",
+    ]
     needs = runner.invoke(app, [*command, "--repair"])
     assert needs.exit_code == 1
     assert "needs --source" in needs.stderr
@@ -330,8 +336,9 @@ def test_links_are_no_damage(copy: Path, tmp_path: Path) -> None:
     links = tmp_path / "links"
     shutil.copytree(copy, links, copy_function=lambda file, link: Path(link).symlink_to(file))
     assert [(problem.where, problem.what.partition(";")[0]) for problem in problems(links)] == [
-        ("manifest.json", "a link or a special file"), ("manifest.backup", "a link or a special file")
-    ]  # fmt: skip
+        ("manifest.json", "a link or a special file"),
+        ("manifest.backup", "a link or a special file"),
+    ]
     for act in (lambda: Store(links), lambda: repair(links, lambda job: None, workers=1, progress=None, say=None)):
         with pytest.raises(KamimError, match=r"manifest.json: is a link.*`cp -rL` copies") as raised:
             act()

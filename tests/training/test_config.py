@@ -96,17 +96,22 @@ HOSTILE_YAML = {
     "a large rate": ("optim: {lr: 1.0e300}", "should be less than or equal to 1000000000000"),
     "itself": ("data: &a {store: *a}", "more than 20 levels, or an alias inside what it names"),
     "itself, wide": (f"data: &a [{'*a, ' * 9000}]", "more than 10,000 values"),
-    "aliases": ("a: &a [1, 2]\n" + "".join(
-        f"{n}: &{n} [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]\n" for n in "bcdefghij"), "more than 10,000 values"),
+    "aliases": (
+        "a: &a [1, 2]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]\n" for n in "bcdefghij"),
+        "more than 10,000 values",
+    ),
     # PyYAML before 6.0.4 makes 8^9 pairs of these.
-    "merges": ("a: &a {x: 1}\n" + "".join(
-        f"{n}: &{n} {{<<: [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]}}\n" for n in "bcdefghij"), "a: unknown key"),
+    "merges": (
+        "a: &a {x: 1}\n"
+        + "".join(f"{n}: &{n} {{<<: [{', '.join([f'*{chr(ord(n) - 1)}'] * 8)}]}}\n" for n in "bcdefghij"),
+        "a: unknown key",
+    ),
     "long": ("a: b\n" * 10**5, "characters; must be at most 262,144"),
     "int of nothing": ("seed: !!int ''", "the tag tag:yaml.org,2002:int is not supported"),
     "timestamp": ("seed: !!timestamp x", "the tag tag:yaml.org,2002:timestamp is not supported"),
     "set": ("seed: !!set {a, b}", "the tag tag:yaml.org,2002:set is not supported"),
     "binary": ("out: !!binary aGVsbG8=", "the tag tag:yaml.org,2002:binary is not supported"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE_YAML)
@@ -270,11 +275,22 @@ def test_every_yaml_file_is_a_known_kind() -> None:
         assert isinstance(yaml.safe_load(file.read_text()), dict)
 
 
-@pytest.mark.parametrize(("keys", "warning"), [
-    (("data.resolution=64",), "64 px has only 2 x 2 mask blocks (the paper: 6 x 6); mask.patch_size=16 gives 4 x 4"),
-    (("data.resolution=32", "mask.patch_size=16"), "has only 2 x 2 mask blocks (the paper: 6 x 6); train at a larger"),
-    (("data.resolution=64", "mask.patch_size=16"), None), (("data.resolution=96",), None), ((), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        (
+            ("data.resolution=64",),
+            "64 px has only 2 x 2 mask blocks (the paper: 6 x 6); mask.patch_size=16 gives 4 x 4",
+        ),
+        (
+            ("data.resolution=32", "mask.patch_size=16"),
+            "has only 2 x 2 mask blocks (the paper: 6 x 6); train at a larger",
+        ),
+        (("data.resolution=64", "mask.patch_size=16"), None),
+        (("data.resolution=96",), None),
+        ((), None),
+    ],
+)
 def test_a_mask_of_a_few_blocks_is_warned_of(keys: tuple[str, ...], warning: str | None) -> None:
     text = coarse_mask(load(Pretrain, None, ["data.store=s", "out=o", "model.name=vit_demo", *keys]))
     assert (text == "") if warning is None else (warning in text)

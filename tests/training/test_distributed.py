@@ -99,9 +99,11 @@ def runs(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     spoilt = [[2, 0, [f"{out}/spoilt", str(stores["zarr"]), *UNEVEN, "on_nonfinite=skip"]]]
     done = subprocess.run(
         [sys.executable, "-c", HELPER, json.dumps([*asked, *moved, *spoilt])],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return out
 

@@ -54,7 +54,7 @@ def test_a_step_is_read_when_the_next_one_is_queued() -> None:
         assert heard.said == []
         made.log({"knn_top1": 12.5})
         made.add(1, 1e-3, values(0.25))
-        (step, first), = heard.said  # fmt: skip
+        ((step, first),) = heard.said
         assert (step, first["loss"], first["knn_top1"], first["lr"]) == (0, 0.5, 12.5, 1e-3)
         made.flush()
     assert [(step, said["loss"]) for step, said in heard.said] == [(0, 0.5), (1, 0.25)]

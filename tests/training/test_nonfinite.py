@@ -181,9 +181,16 @@ def test_a_replay_computes_the_step_again(
     assert sum(s.loss for s in found.samples[8:]) / 4 == pytest.approx(second["loss"], rel=1e-6)
     result = CliRunner().invoke(
         app,
-        ["replay", str(given.out), "--out", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"),
-         *(("--source", str(class_folder)) if policy == "stop" else ())],
-    )  # fmt: skip
+        [
+            "replay",
+            str(given.out),
+            "--out",
+            str(tmp_path / "r.json"),
+            "--plot",
+            str(tmp_path / "r.png"),
+            *(("--source", str(class_folder)) if policy == "stop" else ()),
+        ],
+    )
     assert result.exit_code == 0, result.output
     name = ("astronaut", "chelsea", "coffee")[sample // 8]  # the class folder has 8 images of each
     file = f"{name}/{sample % 8}.jpg" if policy == "stop" else None

@@ -103,7 +103,7 @@ def test_the_probe_is_that_of_the_evaluation(watched: Path, store: Path) -> None
     made = {line["step"]: line["knn_top1"] for line in metrics.read(watched) if "knn_top1" in line}
     assert list(made) == [3, 7]
     given = [f"checkpoint=[{watched}]", f"train={store}", f"val={store}", "per_class=6", "knn.k=[18]", "seed=3"]
-    result, = evaluate(load(Evaluation, None, given), ["knn"], lambda title: quiet)  # fmt: skip
+    (result,) = evaluate(load(Evaluation, None, given), ["knn"], lambda title: quiet)
     assert made[7] == pytest.approx(result.measured.k[18].top1, abs=100 / 24 + 1e-6)  # features are rounded there
     assert {event.step: event.value for event in board(watched).Scalars("knn_top1")} == pytest.approx(made)
 
@@ -161,8 +161,11 @@ def test_panels_and_probes_leave_out_what_the_run_does(
 
 def test_selectivity_is_the_distance_from_uniform_attention(watched: Path, store: Path) -> None:
     """Against the softmax of q k^T written out for every block, of the last checkpoint's model."""
-    logged = [(line["step"], line["attention_selectivity"]) for line in metrics.read(watched) if "rankme" not in line
-              and "attention_selectivity" in line]  # fmt: skip
+    logged = [
+        (line["step"], line["attention_selectivity"])
+        for line in metrics.read(watched)
+        if "rankme" not in line and "attention_selectivity" in line
+    ]
     assert [step for step, _ in logged] == [3]  # and the last step, beside the probe
     vit = checkpoint.read(watched).build_model().eval().encoder
     opened = Store(store)

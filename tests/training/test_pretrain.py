@@ -129,8 +129,10 @@ def test_a_second_request_to_stop_is_the_same_one_but_for_ctrl_c(store: Path, tm
 
 def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
-        "step-00000004", "step-00000006", "step-00000008"
-    ]  # fmt: skip
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 def test_micro_batches_add_up_to_the_whole_batch(finished: Path, store: Path, tmp_path: Path) -> None:
@@ -188,9 +190,16 @@ def test_online_keypoints_train_too(store: Path, tmp_path: Path) -> None:
 
 
 MAE = (
-    "method=mae", "model.positions=sincos", "decoder.width=32", "decoder.depth=1", "decoder.heads=2",
-    "mask.patch_size=16", "mask.ratio=0.75", "norm_pix_loss=true", "model.drop_path=0.2",
-)  # fmt: skip
+    "method=mae",
+    "model.positions=sincos",
+    "decoder.width=32",
+    "decoder.depth=1",
+    "decoder.heads=2",
+    "mask.patch_size=16",
+    "mask.ratio=0.75",
+    "norm_pix_loss=true",
+    "model.drop_path=0.2",
+)
 
 
 def test_mae_resumes_exactly_with_weights_and_in_micro_batches(store: Path, tmp_path: Path) -> None:
@@ -234,9 +243,7 @@ def test_a_run_is_not_resumed_on_a_store_that_was_rebuilt(class_folder: Path, tm
 
 def test_what_does_not_shape_a_run_may_change_when_it_resumes(finished: Path, store: Path) -> None:
     before = losses(finished)
-    given = config(
-        finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2", "compute.threads=1"
-    )  # fmt: skip
+    given = config(finished, store, "data.workers=2", "optim.micro_batch=4", "keep_checkpoints=2", "compute.threads=1")
     assert pretrain(given, quiet).finished
     assert losses(finished) == before
 
@@ -263,9 +270,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, store: Path) ->
             counts = torch.zeros(2, 8, 8)
             counts[step >= 3] = float("nan")
             yield Batch(
-                torch.zeros(2, 64, 64, 3, dtype=torch.uint8), counts, torch.zeros(2, dtype=torch.int64),
-                np.arange(2), 0, step, True, 1.0,
-            )  # fmt: skip
+                torch.zeros(2, 64, 64, 3, dtype=torch.uint8),
+                counts,
+                torch.zeros(2, dtype=torch.int64),
+                np.arange(2),
+                0,
+                step,
+                True,
+                1.0,
+            )
 
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
         train_on(config(tmp_path / "run", store), broken, 10)

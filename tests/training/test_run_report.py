@@ -15,8 +15,12 @@ from kamim.training import metrics, report
 from kamim.training.pretrain import pretrain
 
 AFTER_EPOCHS = (  # curves of the callbacks
-    "kNN, top-1 (%)", "distance of attention from uniform (px)", "effective rank (RankMe)", "uniformity", "alpha-ReQ",
-)  # fmt: skip
+    "kNN, top-1 (%)",
+    "distance of attention from uniform (px)",
+    "effective rank (RankMe)",
+    "uniformity",
+    "alpha-ReQ",
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +116,10 @@ def test_runs_are_compared_by_what_they_have_in_common() -> None:
     assert report.last_unweighted([{"step": 0, "loss": 1.0}]) is report.mean_of("clipped", [{"step": 0}]) is None
 
 
-@pytest.mark.parametrize(("values", "labels"), [
-    ([17, 54.6], ["20", "50"]), ([0.7, 30], ["1", "2", "5", "10", "20"]), ([0.02, 400], ["0.1", "1", "10", "100"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([17, 54.6], ["20", "50"]), ([0.7, 30], ["1", "2", "5", "10", "20"]), ([0.02, 400], ["0.1", "1", "10", "100"])],
+)
 def test_a_logarithmic_axis_has_plain_numbers(values: list[float], labels: list[str]) -> None:
     figure = Figure()
     axes = figure.subplots()

@@ -18,9 +18,15 @@ from kamim.training import checkpoint
 from pipelines.loader import Loader
 
 GIVEN = (
-    "data.resolution=64", "data.workers=1", "model.name=vit_demo", "optim.batch_size=12", "optim.warmup_epochs=1",
-    "compute.device=cpu", "checkpoint_epochs=500", "optim.epochs=500",
-)  # fmt: skip
+    "data.resolution=64",
+    "data.workers=1",
+    "model.name=vit_demo",
+    "optim.batch_size=12",
+    "optim.warmup_epochs=1",
+    "compute.device=cpu",
+    "checkpoint_epochs=500",
+    "optim.epochs=500",
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +97,7 @@ def test_resume_auto_goes_on_and_never_refuses(store: Path, tmp_path: Path) -> N
             ("weighting.detector=orb",),
             "has no 'orb' keypoints, only fast, sift; the command that made it, with --detec",
         ),
-        (
-            ("data.resolution=96",),
-            "its keypoints are for resolution 64 and crop scale [0.67, 1.0], not 96",
-        ),
+        (("data.resolution=96",), "its keypoints are for resolution 64 and crop scale [0.67, 1.0], not 96"),
         (
             ("data.resolution=96", "weighting=null"),
             "of 64 px of 0.67 of the area and more, too small for 96 px of 0.67; preprocess with --resolution 96",

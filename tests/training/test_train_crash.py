@@ -25,7 +25,7 @@ from kamim.training.pretrain import pretrain
 SMALL: Mapping[str, architectures.Architecture] = {
     **architectures.ARCHITECTURES,
     "vit_demo": architectures._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
-}  # fmt: skip
+}
 
 
 class Unheard(metrics.Files):
@@ -56,11 +56,22 @@ def small() -> Iterator[None]:
 def asked(out: Path, store: Path, *more: str) -> Pretrain:
     """Six steps, two an epoch."""
     given = (
-        f"data.store={store}", "data.resolution=64", "data.workers=1", "model.name=vit_demo", f"out={out}", "seed=3",
-        "optim.batch_size=12", "optim.micro_batch=8", "optim.epochs=3", "optim.warmup_epochs=1", "compute.device=cpu",
-        "checkpoint_epochs=1", "keep_checkpoints=2", "model.drop_path=0.2",
+        f"data.store={store}",
+        "data.resolution=64",
+        "data.workers=1",
+        "model.name=vit_demo",
+        f"out={out}",
+        "seed=3",
+        "optim.batch_size=12",
+        "optim.micro_batch=8",
+        "optim.epochs=3",
+        "optim.warmup_epochs=1",
+        "compute.device=cpu",
+        "checkpoint_epochs=1",
+        "keep_checkpoints=2",
+        "model.drop_path=0.2",
         "panel_epochs=null",
-    )  # fmt: skip
+    )
     return load(Pretrain, None, [*given, *more])
 
 
@@ -170,9 +181,12 @@ def test_what_real_kills_leave_is_continued(whole: dict[str, Any], store: Path, 
     """Kills during the writing of a checkpoint, the removal of one, a step's second micro-batch, and an epoch."""
     numbers = ("w9", "w20", "s4", "s9")
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(store), str(tmp_path), *numbers], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", KILLED, str(store), str(tmp_path), *numbers],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-    )  # fmt: skip
+    )
     assert [int(status) for status in killed.stdout.split()] == [signal.SIGKILL] * len(numbers)
     for number in numbers:
         assert pretrain(asked(tmp_path / number, store), quiet).finished
@@ -257,8 +271,10 @@ def test_the_newest_and_every_so_many_stay(store: Path, tmp_path: Path) -> None:
     )
     pretrain(asked(tmp_path / "run", store, *more), quiet)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
-        "step-00000004", "step-00000008", "step-00000010"
-    ]  # fmt: skip
+        "step-00000004",
+        "step-00000008",
+        "step-00000010",
+    ]
 
 
 @pytest.mark.parametrize("room", [20_000, 400_000], ids=["weights", "optimizer"])

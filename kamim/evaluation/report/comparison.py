@@ -37,15 +37,15 @@ def compared(results: Sequence[Result[Any]]) -> Iterator[page.Part]:
     names = list(dict.fromkeys(r.settings.name for r in results if r.settings.mode == "attentive"))
     if not names:
         return
-    of_names = {
-        name: {r.settings.mode: r for r in results if r.settings.name == name} for name in names
-    }  # fmt: skip
+    of_names = {name: {r.settings.mode: r for r in results if r.settings.name == name} for name in names}
     accuracies = {
         name: {
-            column: top1 for column, (mode, top1_of) in COLUMNS.items()
+            column: top1
+            for column, (mode, top1_of) in COLUMNS.items()
             if mode in by_mode and (top1 := top1_of(by_mode[mode].measured)) is not None
-        } for name, by_mode in of_names.items()
-    }  # fmt: skip
+        }
+        for name, by_mode in of_names.items()
+    }
     yield page.heading("Features or pooling")
     yield page.paragraph(GAP)
     yield page.table(

@@ -26,51 +26,90 @@ SIMMIM, KAMIM = Method(), Method("fast")
 IN_IMAGENET = ("imagenet", "imagenet")  # pretrained on, evaluated on
 
 # SimMIM's linear probe, KAMIM's, SimMIM's fine-tuning, KAMIM's
-TABLE_1 = MappingProxyType({
-    "vit_tiny": (12.37, 13.75, 70.49, 70.41),
-    "vit_small": (20.99, 22.68, 76.8, 77.02),
-    "vit_base": (16.12, 33.97, 76.78, 77.30),
-    "swin_tiny": (14.37, 14.53, 77.94, 78.12),
-    "swin_base": (20.42, 18.16, 79.58, 80.02),
-})  # fmt: skip
+TABLE_1 = MappingProxyType(
+    {
+        "vit_tiny": (12.37, 13.75, 70.49, 70.41),
+        "vit_small": (20.99, 22.68, 76.8, 77.02),
+        "vit_base": (16.12, 33.97, 76.78, 77.30),
+        "swin_tiny": (14.37, 14.53, 77.94, 78.12),
+        "swin_base": (20.42, 18.16, 79.58, 80.02),
+    }
+)
 # (w_ps, T): linear probe, fine-tuning
-TABLE_2 = MappingProxyType({
-    (8, 0.1): (32.97, 77.59), (8, 0.25): (33.97, 77.29), (8, 0.5): (31.95, 77.11), (8, 1.0): (23.93, 76.94),
-    (16, 0.1): (31.38, 77.43), (16, 0.25): (33.05, 77.48), (16, 0.5): (30.82, 77.06), (16, 1.0): (29.51, 77.13),
-    (32, 0.1): (25.71, 77.09), (32, 0.25): (31.73, 77.41), (32, 0.5): (30.91, 77.41), (32, 1.0): (25.73, 77.18),
-})  # fmt: skip
+TABLE_2 = MappingProxyType(
+    {
+        (8, 0.1): (32.97, 77.59),
+        (8, 0.25): (33.97, 77.29),
+        (8, 0.5): (31.95, 77.11),
+        (8, 1.0): (23.93, 76.94),
+        (16, 0.1): (31.38, 77.43),
+        (16, 0.25): (33.05, 77.48),
+        (16, 0.5): (30.82, 77.06),
+        (16, 1.0): (29.51, 77.13),
+        (32, 0.1): (25.71, 77.09),
+        (32, 0.25): (31.73, 77.41),
+        (32, 0.5): (30.91, 77.41),
+        (32, 1.0): (25.73, 77.18),
+    }
+)
 # (pretrained on, evaluated on): as Table 1
-TABLE_3 = MappingProxyType({
-    ("inaturalist2021", "inaturalist2021"): (6.92, 17.60, 79.8, 80.48),
-    ("places365", "places365"): (26.04, 40.47, 53.2, 53.03),
-    ("cifar10", "cifar10"): (62.83, 59.01, 94.13, 94.12),
-    ("cifar100", "cifar100"): (37.46, 35.67, 78.92, 77.26),
-    ("imagenet", "cifar10"): (61.65, 72.63, 97.03, 97.43),
-    ("imagenet", "cifar100"): (36.49, 51.77, 84.58, 85.07),
-})  # fmt: skip
+TABLE_3 = MappingProxyType(
+    {
+        ("inaturalist2021", "inaturalist2021"): (6.92, 17.60, 79.8, 80.48),
+        ("places365", "places365"): (26.04, 40.47, 53.2, 53.03),
+        ("cifar10", "cifar10"): (62.83, 59.01, 94.13, 94.12),
+        ("cifar100", "cifar100"): (37.46, 35.67, 78.92, 77.26),
+        ("imagenet", "cifar10"): (61.65, 72.63, 97.03, 97.43),
+        ("imagenet", "cifar100"): (36.49, 51.77, 84.58, 85.07),
+    }
+)
 TABLE_4 = MappingProxyType({"sift": (31.31, 77.37), "orb": (32.36, 77.17)})
 TABLE_5 = MappingProxyType({SIMMIM: 20.51, KAMIM: 37.72})  # linear probes behind a LayerNorm
 SECTION_4_7 = MappingProxyType({SIMMIM: (12.058, 0.1095), KAMIM: (12.063, 0.1076)})  # PSNR, SSIM
 
 IMAGES = {  # images of whole training and validation splits
-    "imagenet": (1_281_167, 50_000), "inaturalist2021": (2_686_843, 100_000), "places365": (1_803_460, 36_500),
-    "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000),
-}  # fmt: skip
+    "imagenet": (1_281_167, 50_000),
+    "inaturalist2021": (2_686_843, 100_000),
+    "places365": (1_803_460, 36_500),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+}
 REJECTS = 0.001  # share of images that a store may lack and still count as whole
 
 # Keys that must be equal, at every depth; a tuple holds alternatives. Not compared: seeds, paths, keys that a resumed
 # may change, and drop_last, which is false in the released code and true in the presets.
 SCHEDULES = ({"epochs": 100, "cosine_epochs": None}, {"epochs": 110, "cosine_epochs": 100})  # the text's, the code's
 _PRETRAINING_OPTIM = {
-    "lr": 8e-4, "weight_decay": 0.05, "betas": [0.9, 0.999], "clip_grad": 1.0, "batch_size": 2048, "warmup_epochs": 10,
-    "warmup_lr": 1e-6, "min_lr": 1e-5, "duration": None, "warmup": None, "cosine": None, "decay_all": True,
-}  # fmt: skip
+    "lr": 8e-4,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "clip_grad": 1.0,
+    "batch_size": 2048,
+    "warmup_epochs": 10,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "duration": None,
+    "warmup": None,
+    "cosine": None,
+    "decay_all": True,
+}
 PRETRAINING = {
-    "complete": True, "norm_pix_loss": False, "init_from": None, "mask": {"patch_size": 32, "ratio": 0.6},
-    "data": {"resolution": 192, "crop_scale": [0.67, 1.0], "crop_ratio": list(CROP_RATIO), "flip_v": True,
-             "flip_h": True, "order": "shuffled", "on_error": "stop"},
-    "model": {"drop_path": 0.0}, "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
-}  # fmt: skip
+    "complete": True,
+    "norm_pix_loss": False,
+    "init_from": None,
+    "mask": {"patch_size": 32, "ratio": 0.6},
+    "data": {
+        "resolution": 192,
+        "crop_scale": [0.67, 1.0],
+        "crop_ratio": list(CROP_RATIO),
+        "flip_v": True,
+        "flip_h": True,
+        "order": "shuffled",
+        "on_error": "stop",
+    },
+    "model": {"drop_path": 0.0},
+    "optim": tuple(_PRETRAINING_OPTIM | schedule for schedule in SCHEDULES),
+}
 OTHER_METHODS, POSITIONS = ("mae", "kamim-mae"), (None, "learned")  # runs of before name no positions
 WEIGHTING = {"footprint": "ring", "normalize": False}  # of KAMIM; detector, w_ps and T are the Method's
 # From the store, or detected online on crops of the originals: crops of resized images have other keypoints.
@@ -78,9 +117,15 @@ KEYPOINTS = ({"weighting": {"keypoints": "store"}}, {"weighting": {"keypoints": 
 BLOCK = MappingProxyType({"vit": 8, "swin": 4})  # block that a linear probe reads
 CLIP_GRAD = MappingProxyType({"vit": None, "swin": 1.0})  # largest gradient norm of a linear probe and of fine-tuning
 _OPTIM = {
-    "algorithm": "adamw", "lr": 5e-3, "weight_decay": 0.05, "betas": [0.9, 0.999], "batch_size": 2048,
-    "warmup_epochs": 10, "warmup_lr": 2.5e-6, "min_lr": 2.5e-6,
-}  # fmt: skip
+    "algorithm": "adamw",
+    "lr": 5e-3,
+    "weight_decay": 0.05,
+    "betas": [0.9, 0.999],
+    "batch_size": 2048,
+    "warmup_epochs": 10,
+    "warmup_lr": 2.5e-6,
+    "min_lr": 2.5e-6,
+}
 
 
 def evaluation(architecture: str) -> Mapping[str, Mapping[str, Any]]:

@@ -170,7 +170,7 @@ def step_to_replay(run: Path, step: int | None) -> tuple[Pretrain, Store, int]:
 # follows a step that is not finite; the others change nothing of what is trained.
 _FREE = {"out": True, "checkpoint_epochs": True, "keep_checkpoints": True, "keep_every_epochs": True, "compute": True,
          "on_nonfinite": True, "log": True, "panel_epochs": True, "probe": True,
-         "label_free": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
+         "label_free": True, "plateau": True, "data": {"workers"}, "optim": {"micro_batch"}}  # fmt: skip
 
 
 def _how_to_train_on(existing: Pretrain, requested: Pretrain) -> str:

@@ -21,7 +21,7 @@ from kamim.evaluation.grid_table import SweepResults, differences_table, runs_ta
 from kamim.evaluation.paper import PRETRAINING, TABLE_2
 from kamim.evaluation.position import Position
 from kamim.evaluation.results import Accuracy, EvalSettings, Result, SampleSet
-from kamim.training import distributed
+from kamim.training import distributed, rendezvous
 from kamim.training.settings import load
 
 TABLE2 = Path(__file__).parents[2] / "configs/sweeps/table2.yaml"
@@ -323,7 +323,8 @@ def test_processes_join_once_for_a_whole_sweep(monkeypatch: pytest.MonkeyPatch) 
     """torch cannot join the same group twice: what runs inside goes on with the one that is there."""
     said: list[str] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: len(said) % 2 == 1)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: said.append("joined"))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: said.append("joined"))
+    monkeypatch.setattr(rendezvous, "meet", lambda kind: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.start("cpu")

@@ -68,7 +68,7 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
         ("bench preprocess", "ten", "has 10 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench preprocess", "rejected", "has 0 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench fidelity", "ten", "ten has 11"),
-        ("bench fidelity --images 1", "rejected", "bad/0.jpg: a JPEG that is truncated or damaged before its first scan"),
+        ("bench fidelity --images 1", "rejected", "bad/0.jpg: a JPEG that is truncated or damaged before its first"),
         ("bench eval", "raw", "its images are raw; this benchmark compares JPEG stores"),
         ("bench eval", "unlabelled", "has 10 images without a label; this benchmark mixes labels"),
         ("bench train --model vit_demo", "ten", "its keypoints are for resolution 64 and crop scale"),

@@ -261,7 +261,9 @@ def saved(run: Path) -> list[int]:
     folders = [path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.match(path.name)]  # unfinished ones, too
     refuse_links((run / CHECKPOINTS, *folders))
     whole = (path for path in folders if _NAME.fullmatch(path.name))
-    return sorted(int(path.name[5:]) for path in whole if any((path / name).exists() for name in FILES))
+    return sorted(
+        int(path.name[5:]) for path in whole if holds_only(path, FILES) or any((path / name).exists() for name in FILES)
+    )
 
 
 def at(run: Path, step: int) -> Checkpoint:

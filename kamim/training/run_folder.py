@@ -182,6 +182,7 @@ _FREE = {
     "panel_epochs": True,
     "probe": True,
     "label_free": True,
+    "plateau": True,
     "data": {"workers"},
     "optim": {"micro_batch"},
 }

@@ -469,7 +469,7 @@ def test_all_figures_of_two_vits(runs: dict[str, Path], stores: dict[str, Path],
     assert "figure probe without B: needs a probe" in said
     assert re.search(r"A: attention distance [\d.]+ px, uniform attention [\d.]+ px; .* NMI 0\.", said)
     stems = {"figure-02-64px"} | {file_stem(figure) for figure in FIGURES if figure != "2"}
-    wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"analysis.json", "index.html"}
+    wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"analysis.json", "index.html", ".kamim"}
     assert {file.name for file in (tmp_path / "one").iterdir()} == wanted
     numbers = json.loads((tmp_path / "one/analysis.json").read_text())
     assert numbers["figures"].keys() == set(FIGURES) - {"2"}
@@ -488,7 +488,7 @@ def test_the_same_command_gives_the_same_bytes(runs: dict[str, Path], stores: di
     for out in ("one", "two"):
         given = ("--checkpoint", f"A={runs['vit_demo']}", "--store", str(stores["zarr"]), "--figures", "3,6")
         analyze(*given, "--images", "4", "--seed", "7", "--out", str(tmp_path / out))
-    assert len(list((tmp_path / "one").iterdir())) == 2 * 2 + 2
+    assert len(list((tmp_path / "one").iterdir())) == 2 * 2 + 3
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 

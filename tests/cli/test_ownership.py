@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kamim.cli import app
+from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage import log_file, ownership
 from kamim.training import checkpoint, run_folder
@@ -125,7 +126,9 @@ class World:
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("checkpoints") / "random"
-    return checkpoint.save_imported(out, "vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+    return checkpoint.save_imported(
+        out, interop.Foreign("vit_demo", 64, MaskedImageModel("vit_demo", 64).state_dict(), True)
+    )
 
 
 @pytest.fixture

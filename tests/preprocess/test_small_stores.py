@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from kamim.bench import baselines, evaluate, loader, small, startup
 from kamim.cli import app
+from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.storage.store import Store
 from kamim.training import checkpoint
@@ -40,7 +41,7 @@ def root(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(root / "ten", root / "raw")
     shutil.copytree(root / "ten", root / "sift")
     model = MaskedImageModel("vit_demo", 64)
-    checkpoint.save_imported(root / "run", "vit_demo", 64, model.state_dict(), has_head=True)
+    checkpoint.save_imported(root / "run", interop.Foreign("vit_demo", 64, model.state_dict(), True))
     return root
 
 
@@ -68,7 +69,7 @@ def run(root: Path, command: str, name: str, *options: str) -> tuple[int, str]:
         ("bench preprocess", "ten", "has 10 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench preprocess", "rejected", "has 0 readable RGB or grey JPEGs, the benchmark needs 16"),
         ("bench fidelity", "ten", "ten has 11"),
-        ("bench fidelity --images 1", "rejected", "bad/0.jpg: not an image, or of a kind that cannot be read"),
+        ("bench fidelity --images 1", "rejected", "bad/0.jpg: a JPEG that is truncated or damaged before its first"),
         ("bench eval", "raw", "its images are raw; this benchmark compares JPEG stores"),
         ("bench eval", "unlabelled", "has 10 images without a label; this benchmark mixes labels"),
         ("bench train --model vit_demo", "ten", "its keypoints are for resolution 64 and crop scale"),

@@ -151,7 +151,9 @@ def test_skipping_ends_where_nothing_else_would_come(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(tmp_path / "run", store, "on_nonfinite=skip", "optim.epochs=12")
-    monkeypatch.setattr(pretraining, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        pretraining, "masked_error", lambda method: lambda *of: torch.tensor(float("nan"), requires_grad=True)
+    )
     with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; stopped"):
         pretrain(given, quiet)
 

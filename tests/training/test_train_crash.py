@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from kamim.config.pretrain import Pretrain
 from kamim.config.schema import load
 from kamim.models import architectures
-from kamim.training import checkpoint, metrics
+from kamim.storage.store import Store
+from kamim.training import checkpoint, metrics, run_folder
 from kamim.training.pretrain import pretrain
 
 SMALL: Mapping[str, architectures.Architecture] = {
@@ -169,8 +170,8 @@ for name in numbers:
         if name[0] == "w":
             sys.addaudithook(watch)
         else:
-            masked = pretraining.masked_l1
-            pretraining.masked_l1 = lambda *given: (count(), masked(*given))[1]
+            error = pretraining.masked_error
+            pretraining.masked_error = lambda method: lambda *given: (count(), error(method)(*given))[1]
         pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -260,16 +261,11 @@ def test_a_stop_behind_a_damaged_checkpoint_keeps_the_newer_state(
 
 
 def test_the_newest_and_every_so_many_stay(store: Path, tmp_path: Path) -> None:
-    stale = tmp_path / "run/checkpoints/step-00000004.partial"
-    stale.mkdir(parents=True)
-    more = (
-        "keep_checkpoints=1",
-        "keep_every_epochs=2",
-        "checkpoint_epochs=3",
-        "optim.epochs=5",
-        "optim.warmup_epochs=1",
-    )
-    pretrain(asked(tmp_path / "run", store, *more), quiet)
+    more = ("keep_checkpoints=1", "keep_every_epochs=2", "checkpoint_epochs=3", "optim.epochs=5")
+    given = asked(tmp_path / "run", store, *more)
+    run_folder.claim(given, Store(store))
+    (tmp_path / "run/checkpoints/step-00000004.partial").mkdir(parents=True)
+    pretrain(given, quiet)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "step-00000004",
         "step-00000008",

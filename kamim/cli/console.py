@@ -318,7 +318,7 @@ def weighting_of(detector: str, footprint: str, patch_size: int, temperature: fl
 def check_store(store: Path | None) -> None:
     """Reads a store's manifest, without torch. Raises KamimError if there is none."""
     if store is not None:
-        from kamim.storage.store import read_manifest
+        from kamim.storage.manifest import read_manifest
 
         read_manifest(store)
 

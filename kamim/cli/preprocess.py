@@ -11,7 +11,7 @@ from kamim.cli.console import RESUMABLE, app, bar, out_console, say, says_errors
 from kamim.cli.store import show_store
 
 if TYPE_CHECKING:
-    from kamim.storage.store import Encoding
+    from kamim.storage.manifest import Encoding
 
 
 @app.command()
@@ -142,7 +142,7 @@ def preprocess(
 
 def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":
     """Returns the encoding that --images-as and --encoding select together."""
-    from kamim.storage.store import FORMATS
+    from kamim.storage.manifest import FORMATS
 
     if images_as not in (None, "resized", "original"):
         raise KamimError(f"--images-as {images_as}: must be resized or original")

@@ -105,7 +105,7 @@ def show_store(path: Path) -> None:
 
 def _sizes(path: Path) -> dict[str, int]:
     """Returns the bytes on disk of each component."""
-    from kamim.storage.store import component_of
+    from kamim.storage.manifest import component_of
 
     sizes: dict[str, int] = {}
     for file in path.rglob("*"):

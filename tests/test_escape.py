@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from kamim.analysis import figures as analysis
 from kamim.cli import app, console
-from kamim.cli.console import bar
+from kamim.cli.progress import bar
 from kamim.evaluation.report import figures as evaluation
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models import interop

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import RESUMABLE, app, bar, out_console, say, says_errors, shard_of, terminable
+from kamim.cli.arguments import shard_of
+from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable
+from kamim.cli.progress import bar
 from kamim.cli.store import show_store
 
 if TYPE_CHECKING:

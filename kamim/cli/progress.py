@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from kamim.cli.console import err_console, is_main, say
-from kamim.cli.time_left import TimeLeft
 from kamim.storage.escape import printable
 
 if TYPE_CHECKING:
@@ -25,19 +24,17 @@ class _Rate(ProgressColumn):
 
 
 class _Position(ProgressColumn):
-    """Steps done of all, or the task of many; nothing before the first."""
+    """The task of many, and steps done of all; no steps before the first."""
 
     def render(self, task: Task) -> Text:
-        steps = "" if task.total is None else f"{task.completed:g}/{task.total:g}"
-        return Text(task.fields["position"] or steps)
+        steps = f"{task.completed:g}/{task.total:g}" if task.completed else ""
+        return Text(", ".join(filter(None, (task.fields["position"], steps))))
 
 
 class _Left(ProgressColumn):
-    """The time left: by the recent rate of steps, or over all tasks of many (kamim/cli/time_left.py)."""
+    """The time left of the current task, by the recent rate of its steps."""
 
     def render(self, task: Task) -> Text:
-        if task.fields["position"]:
-            return Text(task.fields["left"])
         seconds = task.time_remaining
         return Text("" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
 
@@ -63,7 +60,7 @@ def bar(title: str, images: int = 0) -> Iterator["Update"]:
 
 def add_bar(progress: Progress, title: str, images: int) -> TaskID:
     """Adds the bar that an Update moves."""
-    return progress.add_task(printable(title), total=None, note="", position="", left="", images=images)
+    return progress.add_task(printable(title), total=None, note="", position="", images=images)
 
 
 class Update:
@@ -71,7 +68,6 @@ class Update:
 
     def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task, self._tenths = progress, task, 0
-        self._time_left = TimeLeft(progress.get_time)
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Moves it to `done` of `total`; after the end of a task, or backwards, it starts the next task."""
@@ -79,26 +75,19 @@ class Update:
         if shown.finished or done < shown.completed:  # rich never resumes a finished task, and averages over both
             self._progress.reset(self._task)
             self._tenths = 0
-        self._move(done, total, note)
-
-    def of_task(self, position: "Position") -> Callable[[int, int, Mapping[str, float]], None]:
-        """Begins a task of many and returns a function that moves the bar over all tasks, each of the same length."""
-
-        def move(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            note, left = metrics_line(metrics, f"step {done} of {total}"), self._time_left.move(done, total)
-            self._move(position.number - 1 + done / total, position.count, note, str(position), left)
-
-        self._tenths = -1
-        self._move(position.number - 1, position.count, "", str(position), self._time_left.begin(position))
-        return move
-
-    def _move(self, done: float, total: int, note: str, position: str = "", left: str = "") -> None:
-        self._progress.update(
-            self._task, completed=done, total=total, position=position, left=left, note=printable(note)
-        )
+        self._progress.update(self._task, completed=done, total=total, note=printable(note))
         if self._progress.disable and done * 10 // total > self._tenths:
             say(self._line())
-        self._tenths = int(done * 10 // total)
+        self._tenths = done * 10 // total
+
+    def of_task(self, position: "Position") -> Callable[[int, int, Mapping[str, float]], None]:
+        """Begins a task of many, and returns a function that moves the bar over its steps."""
+        self._progress.reset(self._task)
+        self._progress.update(self._task, position=str(position), note="")
+        self._tenths = 0
+        if self._progress.disable:
+            say(self._line())
+        return lambda done, total, metrics: self(done, total, metrics_line(metrics))
 
     def _line(self) -> str:
         task = self._progress.tasks[self._task]
@@ -106,9 +95,9 @@ class Update:
         return ", ".join(filter(None, (f"{task.description}: {position}", rate, left, task.fields["note"])))
 
 
-def metrics_line(metrics: Mapping[str, float], title: str = "") -> str:
-    """Returns the text of a training step for a bar: title, loss, and the share of time spent waiting for data."""
-    parts = [title] if title else []
+def metrics_line(metrics: Mapping[str, float]) -> str:
+    """Returns the text of a training step for a bar: the loss, and the share of time spent waiting for data."""
+    parts = []
     if metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
     if "data_wait_share" in metrics:

@@ -4,7 +4,6 @@ import pytest
 from rich.progress import Progress
 
 from kamim.cli.progress import Update, _Left, _Position, _Rate, add_bar
-from kamim.cli.time_left import TimeLeft
 from kamim.evaluation.task_progress import Position
 
 
@@ -29,62 +28,30 @@ def test_each_task_of_a_bar_has_a_time_left_of_its_own(monkeypatch: pytest.Monke
     ]
 
 
-def test_one_bar_shows_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of five is done already; a kNN takes 11 s, a linear probe 33 s. The last kNN is left."""
+def test_a_bar_shows_one_task_of_many_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of three is done already; a kNN has two phases of 2 s a step, a linear probe takes 6 s a step."""
     now, lines = 0.0, list[str]()
     monkeypatch.setattr("kamim.cli.progress.say", lines.append)
     progress = Progress(disable=True, get_time=lambda: now)
     update = Update(progress, add_bar(progress, "eval", 0))
-    kinds = ("knn", "knn", "linprobe", "knn", "linprobe")
-    for number, name in ((2, "knn b"), (3, "linprobe b"), (4, "knn c"), (5, "linprobe c")):
-        kind = kinds[number - 1]
-        move = update.of_task(Position(number, name, kind, kinds[number:]))
-        now += 1  # before the first step
-        for done in range(1, 6):
-            now += 2 if kind == "knn" else 6.4
-            move(done, 5, {"loss": 0.5} if kind == "linprobe" else {})
-    assert [line for line in lines if "step" not in line] == [
-        "eval: task 2 of 5: knn b",
-        "eval: task 3 of 5: linprobe b, at least 0:00:11 left",
-        "eval: task 4 of 5: knn c, 0:00:44 left",
-        "eval: task 5 of 5: linprobe c, 0:00:33 left",
+    for number, name, seconds, phases in ((2, "knn b", 2, 2), (3, "linprobe b", 6, 1)):
+        move = update.of_task(Position(number, name, name.split()[0], ("linprobe",)[number - 2 :]))
+        for done in [*range(1, 5)] * phases:
+            now += seconds
+            move(done, 4, {"loss": 0.5} if phases == 1 else {})
+    knn = [f"eval: task 2 of 3: knn b, {steps}" for steps in ("1/4", "2/4, 0:00:04 left", "3/4, 0:00:02 left")]
+    knn.append("eval: task 2 of 3: knn b, 4/4, 0:00:00 left")
+    probe = [
+        f"eval: task 3 of 3: linprobe b, {done}/4, 0:00:{left:02} left" for done, left in ((2, 12), (3, 6), (4, 0))
     ]
-    of_second = [line for line in lines if "knn b" in line and "step" in line]
-    # 4 s are left of this task, a kNN takes 11 s as far as this one tells, and the probes are unknown.
-    assert of_second[0] == "eval: task 2 of 5: knn b, at least 0:00:15 left, step 3 of 5"
-    assert lines[-1] == "eval: task 5 of 5: linprobe c, 0:00:00 left, step 5 of 5, loss 0.5000"
-
-
-def test_a_resumed_task_is_no_measure_of_its_kind() -> None:
-    now = 0.0
-    left = TimeLeft(lambda: now)
-    assert left.begin(Position(1, "pretrain a", "pretrain", ("pretrain",))) == ""
-    for done in (91, 92, 93):
-        now += 10
-        text = left.move(done, 100)
-    assert text == "at least 0:02:50 left"  # 70 s, and 100 s for the second, as far as this one tells
-    now += 70
-    assert left.begin(Position(2, "pretrain b", "pretrain")) == ""
-    now += 10
-    assert left.move(1, 100) == ""
-    now += 10
-    assert left.move(2, 100) == "at least 0:16:20 left"
-
-
-def test_phases_of_a_task_are_estimated_one_by_one() -> None:
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += 1e-4  # a call takes some time
-        return now
-
-    left = TimeLeft(clock)
-    assert left.begin(Position(1, "knn a", "knn", ("knn",))) == ""
-    for done, total in ((1, 3), (2, 3), (3, 3), (1, 9), (2, 9)):
-        now += 2
-        text = left.move(done, total)
-    assert text == "at least 0:00:38 left"  # 14 s of this phase, and 24 s for the second task
+    assert lines == [
+        "eval: task 2 of 3: knn b",
+        *knn,
+        *knn,
+        "eval: task 3 of 3: linprobe b",
+        "eval: task 3 of 3: linprobe b, 1/4, loss 0.5000",
+        *(f"{line}, loss 0.5000" for line in probe),
+    ]
 
 
 def test_a_bar_begins_without_numbers() -> None:

@@ -28,7 +28,9 @@ import numpy as np
 from kamim.bench.startup import Bare
 from kamim.detectors import detector
 from kamim.storage import mmap_array, read_ahead
-from kamim.storage.store import GAPS, Keypoints, Store, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage.images import ZarrImages, write_zarr_images
+from kamim.storage.keypoints import GAPS, Keypoints, write_keypoints
+from kamim.storage.store import Store
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import CHUNK, Plan

@@ -10,7 +10,7 @@ from numba import carray
 from kamim.method.colour import planes_bytes
 from kamim.method.kernels import kernel
 from kamim.method.simd import pointer8, prefetch, stream64
-from kamim.storage.store import FORMATS
+from kamim.storage.manifest import FORMATS
 from pipelines.crop import crop_resize, lies_within
 from pipelines.turbojpeg import decode_planes
 from pipelines.ycbcr import WOVEN, crop_planes, stored_planes

@@ -12,7 +12,7 @@ from kamim.method import keypoints as kp
 from kamim.method.kernels import kernel
 from kamim.method.simd import pointer8, pointer16
 from kamim.storage.gaps import decode_into
-from kamim.storage.store import GAPS, Keypoints
+from kamim.storage.keypoints import GAPS, Keypoints
 
 
 class Scratch:

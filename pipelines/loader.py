@@ -24,8 +24,9 @@ import torch
 from kamim import KamimError
 from kamim.method import geometry
 from kamim.storage import read_ahead
+from kamim.storage.images import Images
 from kamim.storage.jpeg import check_scans, read_markers
-from kamim.storage.store import FORMATS, Images
+from kamim.storage.manifest import FORMATS
 from pipelines import turbojpeg
 from pipelines.batch import Batch
 from pipelines.chunk import crop_chunk

@@ -14,8 +14,11 @@ import kamim
 from kamim import KamimError
 from kamim.detectors import detector
 from kamim.method import geometry
-from kamim.storage import beton, escape, mmap_array, store
-from kamim.storage.store import IMAGES, Manifest, Store
+from kamim.storage import beton, escape, mmap_array
+from kamim.storage.images import write_zarr_images
+from kamim.storage.keypoints import keypoint_array, write_keypoints
+from kamim.storage.manifest import IMAGES, REJECTS, SCHEMA_VERSION, STAMPS, Manifest, component_of, file_checksums
+from kamim.storage.store import Store
 from preprocess import fingerprint
 from preprocess.plan import BuildPlan
 from preprocess.record import Rows, image_rows, join, keypoint_rows, no_images, no_keypoints
@@ -51,12 +54,12 @@ def assemble(plan: BuildPlan, shards: Files, out: Path, folder: Path) -> Manifes
             _take_over(plan, component, out, folder)
         elif component == IMAGES:
             _write_images(plan, shards[IMAGES], folder)
-            _write_rejects(folder / store.REJECTS, rejects)
+            _write_rejects(folder / REJECTS, rejects)
         else:
-            array = plan.job.keypoint_array(detector(component).rules)
+            array = keypoint_array(plan.job, detector(component).rules)
             total = int(column(shards[component], "counts").sum())
             images = _keypoints(shards[component], array.name)
-            store.write_keypoints(folder / "keypoints.zarr", component, array, images, total)
+            write_keypoints(folder / "keypoints.zarr", component, array, images, total)
     return _manifest(plan, shards, counts, folder)
 
 
@@ -80,7 +83,7 @@ def _take_over(plan: BuildPlan, component: str, out: Path, folder: Path) -> None
     Overwrites nothing: raises FileExistsError if a file exists.
     """
     assert plan.store is not None
-    for name in filter(lambda name: store.component_of(name) == component, plan.store.checksums):
+    for name in filter(lambda name: component_of(name) == component, plan.store.checksums):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(out / name, folder / name)
@@ -96,11 +99,9 @@ def _write_images(plan: BuildPlan, shards: Sequence[Path], folder: Path) -> None
     if plan.job.images == "ffcv":
         beton.write(folder / "images.beton", len(lengths), _images(shards, raw), largest)
     else:
-        store.write_zarr_images(
-            folder / "images.zarr", _images(shards, raw), int(lengths.sum()), plan.job.format, largest
-        )
+        write_zarr_images(folder / "images.zarr", _images(shards, raw), int(lengths.sum()), plan.job.format, largest)
     mmap_array.create_group(folder / "keypoints.zarr")
-    (folder / store.STAMPS).write_bytes(fingerprint.to_bytes(plan.source_hashes))
+    (folder / STAMPS).write_bytes(fingerprint.to_bytes(plan.source_hashes))
 
 
 def _images(shards: Sequence[Path], raw: bool) -> Iterator[tuple[np.ndarray, int, int, int, bool]]:
@@ -129,7 +130,7 @@ def _write_rejects(file: Path, rejects: Sequence[Sequence[Reject]]) -> None:
 
 def stored_rejects(path: Path, manifest: Manifest) -> list[list[Reject]]:
     """Returns the rejects.csv of a store, by shard. Raises KamimError if its length is not the manifest's."""
-    file = path / store.REJECTS
+    file = path / REJECTS
     try:
         with file.open(newline="", encoding="utf-8", errors="replace") as stream:
             rows: list[Reject] = [list(map(escape.text_of, row)) for row in islice(csv.reader(stream), 1, None)]
@@ -154,9 +155,9 @@ def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Pat
         rules |= {name: plan.store.rules[name] for name in plan.keep if name != IMAGES}
         opencv |= {component: plan.store.opencv[component] for component in plan.keep}
         hashes |= {component: plan.store.shards[component] for component in plan.keep}
-        checksums = {n: sha for n, sha in plan.store.checksums.items() if store.component_of(n) in plan.keep}
+        checksums = {n: sha for n, sha in plan.store.checksums.items() if component_of(n) in plan.keep}
     return Manifest(
-        schema_version=store.SCHEMA_VERSION,
+        schema_version=SCHEMA_VERSION,
         kamim_version=kamim.__version__,
         job=job,
         count=sum(counts),
@@ -167,7 +168,7 @@ def _manifest(plan: BuildPlan, shards: Files, counts: Sequence[int], folder: Pat
         opencv={component: opencv[component] for component in job.components},
         shard_counts=tuple(counts),
         shards={component: hashes[component] for component in job.components},
-        checksums=dict(sorted((checksums | store.checksums(folder, besides=checksums)).items())),
+        checksums=dict(sorted((checksums | file_checksums(folder, besides=checksums)).items())),
     )
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kamim import KamimError
-from kamim.storage import log_file, store
+from kamim.storage import log_file
 from kamim.storage.files import checksum
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job, seal
 from preprocess import executors
 from preprocess.assemble import Disagreement, Files, assemble, check_agreement
 from preprocess.estimate import Estimate, disk_needed, estimate, sample
@@ -215,6 +215,6 @@ def _publish(plan: BuildPlan, space: Workspace, shard_files: ShardFiles) -> None
                 files[number].unlink()
         raise Stopped(f"{error}; rerun the command to rebuild its shard") from error
     manifest = assemble(plan, shards, space.out, space.store)
-    store.seal(space.store, manifest.model_dump_json(indent=2).encode())
+    seal(space.store, manifest.model_dump_json(indent=2).encode())
     space.publish()
     log_file.write_line(space.log, f"{manifest.count:,} images are stored, {manifest.rejects:,} could not be read")

@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from kamim import KamimError
+from kamim.storage.images import LARGEST_IMAGE
 from kamim.storage.jpeg import LOSSLESS, Markers, check_scans, read_markers
-from kamim.storage.store import LARGEST_IMAGE
 from preprocess import tiff
 
 # Limits, checked before anything is decoded.

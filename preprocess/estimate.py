@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 
 from kamim.detectors import detector
-from kamim.storage import beton, mmap_array, store
-from kamim.storage.store import IMAGES, Job
+from kamim.storage import beton, images, keypoints, mmap_array
+from kamim.storage.keypoints import keypoint_array
+from kamim.storage.manifest import IMAGES, Job
 from preprocess import executors
 from preprocess.decode import Undecodable, decode
 from preprocess.plan import BuildPlan, plan_build
@@ -62,10 +63,10 @@ def _sizes(job: Job, components: Sequence[str], read: Read, item: Item) -> dict[
 def size_in_store(job: Job, component: str, size: float) -> int:
     """Returns the bytes on disk of a component whose rows are `size` bytes: a store's files consist of whole pages."""
     if component != IMAGES:
-        row = job.keypoint_array(detector(component).rules).row_bytes
-        page = row * mmap_array.page_rows(int(size) // row, store.KEYPOINT_PAGE_ROWS)
+        row = keypoint_array(job, detector(component).rules).row_bytes
+        page = row * mmap_array.page_rows(int(size) // row, keypoints.PAGE_ROWS)
     elif job.images == "zarr":
-        page = mmap_array.page_rows(int(size), store.IMAGE_PAGE_BYTES)
+        page = mmap_array.page_rows(int(size), images.PAGE_BYTES)
     else:
         page = beton.PAGE_SIZE
     return -(-int(size) // page) * page

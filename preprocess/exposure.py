@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kamim.storage.store import ImageReader, Store
+from kamim.storage.images import ImageReader
+from kamim.storage.store import Store
 from preprocess.decode import decode_plain_jpeg
 
 LOOKED_AT = 500  # images whose grey levels are counted, spread evenly over a store

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kamim import KamimError
-from kamim.storage import store
+from kamim.storage.manifest import Fingerprint
 from preprocess.decode import Undecodable
 from preprocess.sources import Item, Read, Source, printable
 
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 
 def source_hashes(
-    source: Source, kind: store.Fingerprint, threads: int, progress: Progress = lambda done, total: None
+    source: Source, kind: Fingerprint, threads: int, progress: Progress = lambda done, total: None
 ) -> np.ndarray:
     """Returns a hash of each item, uint64 [items].
 
@@ -73,7 +73,7 @@ def from_file(file: Path) -> np.ndarray:
     return source_hashes
 
 
-def check_unchanged(before: np.ndarray, now: np.ndarray, source: Source, built: Path, kind: store.Fingerprint) -> None:
+def check_unchanged(before: np.ndarray, now: np.ndarray, source: Source, built: Path, kind: Fingerprint) -> None:
     """Raises KamimError if the source differs from the one that `built` was built from, naming the first difference.
 
     before, now: hashes of the given kind, uint64 [items].

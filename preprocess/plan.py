@@ -16,10 +16,11 @@ import kamim
 from kamim import KamimError
 from kamim.detectors import detector, origin
 from kamim.method import geometry
-from kamim.storage import beton, store
+from kamim.storage import beton
 from kamim.storage.files import checksum
+from kamim.storage.manifest import BACKUP, IMAGES, MANIFEST, REJECTS, STAMPS, Encoding, Job, Manifest, tree_entries
 from kamim.storage.ownership import is_leftover
-from kamim.storage.store import Job, Manifest
+from kamim.storage.store import Store
 from preprocess import fingerprint
 from preprocess.decode import Undecodable, decode
 from preprocess.sources import Item, Source
@@ -50,7 +51,7 @@ def make_job(
     out: Path | None = None,
     images: str = "auto",
     fingerprint: str | None = None,
-    encoding: store.Encoding | Literal["auto"] | None = None,
+    encoding: Encoding | Literal["auto"] | None = None,
     quality: int | None = None,
     resolution: int | None = None,
     crop_scale: tuple[float, float] | None = None,
@@ -116,7 +117,7 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
     """Raises KamimError for the first invalid parameter."""
     for name in detectors:
         detector(name)
-        if name == store.IMAGES or not name.isidentifier():
+        if name == IMAGES or not name.isidentifier():
             raise KamimError(f"detectors = {name}: a store cannot hold a detector of that name")
     if len(set(detectors)) != len(detectors):
         raise KamimError(f"detectors = {','.join(detectors)}: names one twice")
@@ -167,7 +168,7 @@ class BuildPlan:
 
     def _key(self, component: str) -> str:
         """Returns a digest of everything that shapes the component's shards."""
-        code = [kamim.__version__, self.job.opencv, "" if component == store.IMAGES else origin(component)]
+        code = [kamim.__version__, self.job.opencv, "" if component == IMAGES else origin(component)]
         shaping = [*(getattr(self.job, name) for name in IDENTITY), *code, self.job.recipe(component)]
         return hashlib.sha256(json.dumps(shaping).encode() + self.source_hashes.tobytes()).hexdigest()[:16]
 
@@ -193,13 +194,13 @@ def plan_build(
     for existing in before:
         _check_same_job(existing, job, space.out)
     if finished is not None:
-        store.Store(space.out).check_files()
-        for file in (space.out / store.REJECTS, space.out / store.STAMPS):  # a plan relies on them
+        Store(space.out).check_files()
+        for file in (space.out / REJECTS, space.out / STAMPS):  # a plan relies on them
             if checksum(file) != finished.checksums[file.name]:
                 raise KamimError(f"{file}: damaged; {REMEDY.format(space.out)}")
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
     if finished is not None:
-        stored = fingerprint.from_file(space.out / store.STAMPS)
+        stored = fingerprint.from_file(space.out / STAMPS)
         fingerprint.check_unchanged(stored, source_hashes, source, space.out, job.fingerprint)
     if (earlier := space.begun_source_hashes()) is not None:
         fingerprint.check_unchanged(earlier, source_hashes, source, space.partial, job.fingerprint)
@@ -214,8 +215,8 @@ def plan_build(
 
 def _check_only(manifest: Manifest, out: Path) -> None:
     """Raises KamimError if a store that is about to be replaced holds files that are not its own."""
-    own = {store.MANIFEST, store.BACKUP, *manifest.checksums}
-    for name in sorted(store.entries(out)[0] - own):
+    own = {MANIFEST, BACKUP, *manifest.checksums}
+    for name in sorted(tree_entries(out)[0] - own):
         if not is_leftover(Path(name).name):
             raise KamimError(f"{out / name}: is not the store's, which is replaced as a whole; move it elsewhere")
 

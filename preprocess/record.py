@@ -18,7 +18,8 @@ from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
 from kamim.method.colour import to_planes
 from kamim.storage import gaps
-from kamim.storage.store import GAPS, IMAGES, Job, KeypointArray
+from kamim.storage.keypoints import GAPS, KeypointArray, keypoint_array
+from kamim.storage.manifest import IMAGES, Job
 from preprocess.decode import decode_plain_jpeg
 from preprocess.resize import resize_antialiased, resize_plain
 
@@ -70,7 +71,7 @@ def keypoint_rows(array: KeypointArray, per_frame: Sequence[tuple[np.ndarray, np
 
 
 def _array(job: Job, name: str) -> KeypointArray:
-    return job.keypoint_array(detector(name).rules)
+    return keypoint_array(job, detector(name).rules)
 
 
 def join(parts: Sequence[Rows], none: Rows) -> Rows:

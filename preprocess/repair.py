@@ -8,9 +8,10 @@ from pathlib import Path
 import cv2
 
 from kamim import KamimError
-from kamim.storage import log_file, store
+from kamim.storage import log_file
 from kamim.storage.files import checksum
-from kamim.storage.store import Job, Manifest, Store
+from kamim.storage.manifest import STAMPS, Job, Manifest, agreed_manifest, component_of, parse_manifest, seal
+from kamim.storage.store import Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, assemble, take_apart
 from preprocess.build import Say, ShardFiles, in_order, make_shards, stopping
@@ -33,12 +34,12 @@ def repair(path: Path, source: Callable[[Job], Source], *, workers: int, progres
         strange = [problem.where for problem in damage if problem.what == STRANGE]
         if strange:
             raise KamimError(f"{path / strange[0]}: is not the store's; move it elsewhere, then repair")
-        content = store.agreed_manifest(path)
+        content = agreed_manifest(path)
         if content is None:
             if damage[0].what.startswith(LINK):
                 raise KamimError(f"{path / damage[0].where}: is {damage[0].what}")
             raise KamimError(f"{path}: its manifest and the backup are both damaged; preprocess it again")
-        manifest = store.parse_manifest(content, path)
+        manifest = parse_manifest(content, path)
         for problem in damage:
             if problem.where not in (*manifest.checksums, *SEALED):
                 raise KamimError(
@@ -49,12 +50,12 @@ def repair(path: Path, source: Callable[[Job], Source], *, workers: int, progres
         if space.begun() not in (None, job):
             raise KamimError(f"{space.partial}: holds an unfinished job; finish or remove it, then repair")
         if {problem.where for problem in damage} & set(SEALED):
-            store.seal(path, content)
-        broken = {store.component_of(name) for name in manifest.checksums.keys() & {p.where for p in damage}}
+            seal(path, content)
+        broken = {component_of(name) for name in manifest.checksums.keys() & {p.where for p in damage}}
         if broken:
             with log_file.logged(space.log, f"repair of {', '.join(sorted(broken))}"):
                 _rebuild(_plan(job, manifest, source(job), broken, path, progress), space, workers, progress, say)
-                store.seal(space.store, content)
+                seal(space.store, content)
                 space.publish()
         space.clear()
     return damage
@@ -63,7 +64,7 @@ def repair(path: Path, source: Callable[[Job], Source], *, workers: int, progres
 def _plan(job: Job, manifest: Manifest, source: Source, broken: set[str], path: Path, progress: Progress) -> BuildPlan:
     """Returns a plan of the finished store's own job for the broken components."""
     source_hashes = fingerprint.source_hashes(source, job.fingerprint, len(os.sched_getaffinity(0)), progress)
-    stored = path / store.STAMPS
+    stored = path / STAMPS
     if stored.is_file() and checksum(stored) == manifest.source:
         before = fingerprint.from_file(stored)
         if len(before) != len(source_hashes):

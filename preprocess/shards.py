@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from kamim import KamimError
 from kamim.storage.escape import one_line
 from kamim.storage.files import checksum, write_whole
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job
 from preprocess.decode import Undecodable, decode
 from preprocess.record import Rows, join, no_rows, record
 from preprocess.sources import Item, Read, printable

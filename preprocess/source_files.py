@@ -3,7 +3,8 @@
 import os
 
 from kamim import KamimError
-from kamim.storage.store import STAMPS, Store
+from kamim.storage.manifest import STAMPS
+from kamim.storage.store import Store
 from preprocess import fingerprint
 from preprocess.assemble import stored_rejects
 from preprocess.sources import Source, printable

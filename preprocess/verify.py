@@ -12,14 +12,30 @@ import numpy as np
 
 from kamim import KamimError
 from kamim.method.geometry import POSITION_UNIT
-from kamim.storage import store
+from kamim.storage.images import ImageReader, image_faults
 from kamim.storage.jpeg import SCAN_BYTES, check_scans, read_markers, takes_long
-from kamim.storage.store import IMAGES, ImageReader, Keypoints, Manifest, Store, image_faults, keypoint_faults
+from kamim.storage.keypoints import Keypoints, keypoint_faults
+from kamim.storage.manifest import (
+    BACKUP,
+    IMAGES,
+    MANIFEST,
+    NO_LINKS,
+    STAMPS,
+    Manifest,
+    agreed_manifest,
+    backup_of,
+    file_checksums,
+    parse_manifest,
+    read_manifest,
+    sealed_file,
+    tree_entries,
+)
+from kamim.storage.store import Store
 from preprocess import fingerprint
 from preprocess.assemble import DAMAGE, stored_rejects, take_apart
 from preprocess.decode import Undecodable, decode_plain_jpeg
 
-SEALED = (store.MANIFEST, store.BACKUP)
+SEALED = (MANIFEST, BACKUP)
 DAMAGED, MISSING, STRANGE, LINK = "damaged", "missing", "not in the manifest", "a link or a special file"
 
 
@@ -37,31 +53,31 @@ def problems(path: Path, deep: bool = False) -> list[Problem]:
     deep: every image is decoded, every keypoint checked, and every shard compared with its checksum in the manifest.
     Raises KamimError if there is no store, or one that this version cannot read.
     """
-    content = store.agreed_manifest(path)
+    content = agreed_manifest(path)
     if content is None:
         if not any((path / name).exists() for name in SEALED):
-            store.read_manifest(path)  # raises if there is no store
+            read_manifest(path)  # raises if there is no store
         if links := [name for name in SEALED if (path / name).is_symlink()]:
-            return [Problem(name, f"{LINK}; {store.NO_LINKS}") for name in links]
+            return [Problem(name, f"{LINK}; {NO_LINKS}") for name in links]
         return [Problem(name, f"{DAMAGED}, and so is the other: nothing can be checked") for name in SEALED]
-    manifest = store.parse_manifest(content, path)
+    manifest = parse_manifest(content, path)
     faults = [*_of_manifest(path, content), *_of_files(path, manifest)]
     return faults or [*_of_contents(Store(path), deep)]
 
 
 def _of_manifest(path: Path, content: bytes) -> Iterator[Problem]:
-    for name, expected in zip(SEALED, (content, store.backup_of(content)), strict=True):
+    for name, expected in zip(SEALED, (content, backup_of(content)), strict=True):
         if (path / name).is_symlink():
             yield Problem(name, LINK)
         elif not (path / name).exists():
             yield Problem(name, MISSING)
-        elif store.sealed_file(path / name) != expected:
+        elif sealed_file(path / name) != expected:
             yield Problem(name, DAMAGED)
 
 
 def _of_files(path: Path, manifest: Manifest) -> Iterator[Problem]:
-    expected, actual = manifest.checksums, store.checksums(path)
-    actual |= dict.fromkeys(store.entries(path)[1] - {*SEALED}, LINK)
+    expected, actual = manifest.checksums, file_checksums(path)
+    actual |= dict.fromkeys(tree_entries(path)[1] - {*SEALED}, LINK)
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
             yield Problem(name, MISSING)
@@ -76,7 +92,7 @@ def _of_contents(opened: Store, deep: bool) -> Iterator[Problem]:
     classes = len(opened.manifest.classes)
     try:
         images, keypoints = opened.open_images(), {name: opened.open_keypoints(name) for name in opened.detectors}
-        fingerprint.from_file(opened.path / store.STAMPS)
+        fingerprint.from_file(opened.path / STAMPS)
         stored_rejects(opened.path, opened.manifest)
     except DAMAGE as error:
         yield Problem("", f"cannot be opened: {' '.join(str(error).split())}")

@@ -18,10 +18,10 @@ import numpy as np
 import pydantic
 
 from kamim import KamimError
-from kamim.storage import lock, log_file, store
+from kamim.storage import lock, log_file
 from kamim.storage.files import fsync, make_durable, write_whole
+from kamim.storage.manifest import BACKUP, MANIFEST, STAMPS, Job, Manifest, read_manifest
 from kamim.storage.ownership import lock_file, names_in, refuse_links
-from kamim.storage.store import Job, Manifest
 from preprocess import fingerprint
 
 
@@ -36,7 +36,7 @@ class Workspace:
         self.lock = lock_file(out)
         self.log = out.with_name(out.name + ".log")
         self.job_file = self.partial / "job.json"
-        self.stamps_file = self.partial / store.STAMPS
+        self.stamps_file = self.partial / STAMPS
         self.shards = self.partial / "shards"
         self.store = self.partial / "store"
         self.replaced = self.partial / "replaced"
@@ -69,7 +69,7 @@ class Workspace:
         if is_file or {*names_in(self.partial)} - own:
             raise KamimError(f"{self.partial}: is not this job's; remove it or choose another out=...")
         log_file.check_log(self.log)
-        if self.out.exists() and not (self.out / store.MANIFEST).exists() and not (self.out / store.BACKUP).exists():
+        if self.out.exists() and not (self.out / MANIFEST).exists() and not (self.out / BACKUP).exists():
             raise KamimError(f"out = {self.out}: exists already and is not a kamim store; choose another out=...")
 
     def _recover(self, shared: bool) -> None:
@@ -85,7 +85,7 @@ class Workspace:
 
     def finished(self) -> Manifest | None:
         """Returns the manifest of the finished store, or None."""
-        return store.read_manifest(self.out) if self.out.exists() else None
+        return read_manifest(self.out) if self.out.exists() else None
 
     def begun(self) -> Job | None:
         """Returns the job of the partial state. Raises KamimError if this version does not know the job."""

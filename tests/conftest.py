@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from kamim.storage.store import Encoding, Job
+from kamim.storage.manifest import Encoding, Job
 from pipelines import turbojpeg
 from preprocess.build import build
 from preprocess.plan import make_job
@@ -156,8 +156,8 @@ def make_store(source: Path, out: Path, backend: str = "zarr", **options: Any) -
 
 def small_pages(patch: pytest.MonkeyPatch) -> None:
     """Pages of zarr arrays that small stores fill more than one of."""
-    patch.setattr("kamim.storage.store.IMAGE_PAGE_BYTES", 1 << 15)
-    patch.setattr("kamim.storage.store.KEYPOINT_PAGE_ROWS", 1 << 11)
+    patch.setattr("kamim.storage.images.PAGE_BYTES", 1 << 15)
+    patch.setattr("kamim.storage.keypoints.PAGE_ROWS", 1 << 11)
 
 
 @pytest.fixture(scope="session")

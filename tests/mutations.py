@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from kamim.storage import mmap_array, store
+from kamim.storage import mmap_array
+from kamim.storage.manifest import BACKUP, MANIFEST, backup_of, file_checksums, seal, tree_entries
 
 Random = np.random.Generator
 
@@ -84,16 +85,16 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> Change:
     """Edits the manifest."""
 
     def change(path: Path) -> None:
-        fields = json.loads((path / store.MANIFEST).read_bytes())
+        fields = json.loads((path / MANIFEST).read_bytes())
         edit(fields)
-        store.seal(path, json.dumps(fields).encode())
+        seal(path, json.dumps(fields).encode())
 
     return change
 
 
 def reseal(path: Path) -> None:
     """Updates all checksums."""
-    edited(lambda fields: fields.update(checksums=store.checksums(path)))(path)
+    edited(lambda fields: fields.update(checksums=file_checksums(path)))(path)
 
 
 def field(key: str, value: Any) -> Change:
@@ -209,7 +210,7 @@ def _choose(random: Random, choices: Any) -> Any:
 
 
 def _file(path: Path, random: Random, *suffixes: str) -> Path:
-    names = sorted(store.entries(path)[0])
+    names = sorted(tree_entries(path)[0])
     return path / _choose(random, [name for name in names if name.endswith(suffixes)] or names)
 
 
@@ -304,16 +305,16 @@ def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _of_manifest(path: Path, random: Random) -> str:
     """Edits the manifest and, in most cases, its backup."""
-    file = path / store.MANIFEST
+    file = path / MANIFEST
     done = _edit(file, random) if file.is_file() else "nothing"
     if random.random() < 0.9 and file.is_file():
-        _replace(path / store.BACKUP, store.backup_of(file.read_bytes()))
+        _replace(path / BACKUP, backup_of(file.read_bytes()))
     return done
 
 
 def _sealed(path: Path) -> str:
     try:
-        if (path / store.MANIFEST).is_file():  # neither gone nor a pipe
+        if (path / MANIFEST).is_file():  # neither gone nor a pipe
             reseal(path)
             return "sealed"
     except (OSError, ValueError, AttributeError):  # its backup is a folder, or it holds something else

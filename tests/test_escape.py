@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from kamim.analysis import figures as analysis
 from kamim.cli import app, console
-from kamim.cli.console import bar
+from kamim.cli.progress import bar
 from kamim.evaluation.report import figures as evaluation
 from kamim.evaluation.results import Accuracy, KnnAccuracy, SweepRow
 from kamim.models import interop
@@ -32,7 +32,8 @@ from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
 from kamim.reporting.table import Table
 from kamim.storage.escape import cell, literal, one_line, printable, text_of
-from kamim.storage.store import Store, seal
+from kamim.storage.manifest import seal
+from kamim.storage.store import Store
 from kamim.training import checkpoint, metrics
 
 HOSTILE = (

@@ -3,7 +3,7 @@
 import copy
 
 from kamim.method import geometry
-from kamim.storage.store import Keypoints
+from kamim.storage.keypoints import Keypoints
 
 RESOLUTION = 192  # px
 SCALE = (0.67, 1.0)  # share of the image's area

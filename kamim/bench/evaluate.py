@@ -30,7 +30,8 @@ from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Readout, depth, resolve, width
 from kamim.runtime.distributed import World
-from kamim.storage.store import ImageReader, Store
+from kamim.storage.images import ImageReader
+from kamim.storage.store import Store
 from pipelines.augment import Augment, mixed_batch
 from pipelines.loader import Loader
 from pipelines.plan import Plan

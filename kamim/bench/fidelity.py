@@ -19,7 +19,7 @@ from kamim.detectors import detect_packed, detector
 from kamim.method import geometry
 from kamim.method import keypoints as kp
 from kamim.method.weighting import keypoint_weights
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job
 from preprocess.plan import make_job
 from preprocess.record import as_stored
 from preprocess.resize import resize_plain

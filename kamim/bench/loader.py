@@ -27,7 +27,9 @@ from kamim.bench.rounds import Run, in_turn, paired
 from kamim.bench.small import SIDE, kernels_only, processor_us, write_small
 from kamim.bench.startup import Bare
 from kamim.storage import beton
-from kamim.storage.store import Images, Keypoints, Store
+from kamim.storage.images import Images
+from kamim.storage.keypoints import Keypoints
+from kamim.storage.store import Store
 from pipelines import turbojpeg
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import grid_sample
 
 from kamim.method import geometry
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job
 from pipelines.crop import crop_resize
 from preprocess.decode import decode
 from preprocess.record import stored_image

@@ -9,7 +9,8 @@ import simplejpeg
 from kamim.bench.startup import Bare
 from kamim.method import geometry
 from kamim.method.colour import planes_bytes, to_planes
-from kamim.storage.store import Images, Store, ZarrImages, write_zarr_images
+from kamim.storage.images import Images, ZarrImages, write_zarr_images
+from kamim.storage.store import Store
 from pipelines.batch import Batch
 from pipelines.crop import crop_resize
 from pipelines.loader import Crop, Loader

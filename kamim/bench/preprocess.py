@@ -28,7 +28,7 @@ from kamim.bench.crops import RESOLUTION, SCALE
 from kamim.bench.rounds import paired
 from kamim.detectors import detector, opencv
 from kamim.runtime import machine
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job
 from preprocess.decode import Undecodable, decode, decode_plain_jpeg
 from preprocess.plan import make_job
 from preprocess.record import encoded, frame_sizes, stored_keypoints, stored_pixels

@@ -13,7 +13,9 @@ from kamim.bench.rounds import Run
 from kamim.bench.startup import Bare, repeat
 from kamim.detectors import detector
 from kamim.storage import mmap_array
-from kamim.storage.store import GAPS, IMAGES, Keypoints, ZarrImages, write_keypoints, write_zarr_images
+from kamim.storage.images import ZarrImages, write_zarr_images
+from kamim.storage.keypoints import GAPS, Keypoints, write_keypoints
+from kamim.storage.manifest import IMAGES
 from pipelines.counts import CachedCounts, Crops
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan

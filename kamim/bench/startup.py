@@ -12,17 +12,9 @@ import numpy as np
 from kamim.bench.crops import PATCH_SIZE, RESOLUTION, for_any_crops
 from kamim.detectors import detector
 from kamim.storage import gaps, mmap_array
-from kamim.storage.store import (
-    GAPS,
-    ImageReader,
-    Keypoints,
-    Store,
-    ZarrImages,
-    image_faults,
-    keypoint_faults,
-    write_keypoints,
-    write_zarr_images,
-)
+from kamim.storage.images import ImageReader, ZarrImages, image_faults, write_zarr_images
+from kamim.storage.keypoints import GAPS, Keypoints, keypoint_faults, write_keypoints
+from kamim.storage.store import Store
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan

@@ -5,6 +5,7 @@ import os
 # Imported to register their commands, in the order of --help.
 from kamim.cli import (  # isort: skip  # noqa: F401
     preprocess,
+    weights,
     store,
     pretrain,
     config,

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import app, bar, check_checkpoints, check_store, out_console, says_errors
+from kamim.cli.arguments import check_checkpoints, check_store
+from kamim.cli.console import app, out_console, says_errors
+from kamim.cli.progress import bar
 
 
 @app.command()

@@ -5,16 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kamim.cli.console import (
-    Overrides,
-    bar,
-    bench_app,
-    check_folder,
-    out_console,
-    says_errors,
-    weighting_of,
-    write_json,
-)
+from kamim.cli.arguments import Overrides, check_folder, weighting_of
+from kamim.cli.console import bench_app, out_console, says_errors, write_json
+from kamim.cli.progress import bar
 
 Detectors = Annotated[str, typer.Option(help="Detectors, comma-separated.")]
 

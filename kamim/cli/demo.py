@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import app, bar, out_console, says_errors
+from kamim.cli.console import app, out_console, says_errors
+from kamim.cli.progress import bar
 
 
 @app.command()

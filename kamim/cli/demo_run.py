@@ -16,8 +16,9 @@ from kamim.config.schema import load
 from kamim.evaluation.evaluate import evaluate
 from kamim.evaluation.options import Evaluation
 from kamim.evaluation.results import Accuracy, Result, headline
+from kamim.storage.manifest import MANIFEST
 from kamim.storage.ownership import check_results, everything, mark_results, refuse_links
-from kamim.storage.store import MANIFEST, Store
+from kamim.storage.store import Store
 from kamim.training import metrics
 from kamim.training.pretrain import pretrain
 from kamim.training.trainer import Progress

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kamim.cli.console import ConfigFile, Overrides, app, check_store, out_console, says_errors
+from kamim.cli.arguments import ConfigFile, Overrides, check_store
+from kamim.cli.console import app, out_console, says_errors
 
 
 @app.command()

@@ -6,23 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import (
-    RESUMABLE,
-    PrintConfig,
-    Strict,
-    app,
-    bar,
-    check_checkpoints,
-    check_folder,
-    check_stores,
-    is_main,
-    out_console,
-    print_config,
-    say,
-    says_errors,
-    terminable,
-    write_json,
-)
+from kamim.cli.arguments import PrintConfig, Strict, check_checkpoints, check_folder, check_stores, print_config
+from kamim.cli.console import RESUMABLE, app, is_main, out_console, say, says_errors, terminable, write_json
+from kamim.cli.progress import bar
 from kamim.runtime.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import Strict, app, check_exists, out_console, say, says_errors, write_json
+from kamim.cli.arguments import Strict, check_exists
+from kamim.cli.console import app, out_console, say, says_errors, write_json
 from kamim.models.file_kind import ARCHITECTURE, check_weights, is_export
 
 if TYPE_CHECKING:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kamim import KamimError
-from kamim.cli.console import RESUMABLE, app, bar, out_console, say, says_errors, shard_of, terminable
+from kamim.cli.arguments import shard_of
+from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable
+from kamim.cli.progress import bar
 from kamim.cli.store import show_store
 
 if TYPE_CHECKING:
-    from kamim.storage.store import Encoding
+    from kamim.storage.manifest import Encoding
 
 
 @app.command()
@@ -142,7 +144,7 @@ def preprocess(
 
 def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":
     """Returns the encoding that --images-as and --encoding select together."""
-    from kamim.storage.store import FORMATS
+    from kamim.storage.manifest import FORMATS
 
     if images_as not in (None, "resized", "original"):
         raise KamimError(f"--images-as {images_as}: must be resized or original")

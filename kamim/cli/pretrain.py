@@ -5,25 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kamim.cli.console import (
-    RESUMABLE,
+from kamim.cli.arguments import (
     ConfigFile,
     Overrides,
     PrintConfig,
-    app,
-    bar,
     check_exists,
     check_folder,
     check_picture,
     check_run,
-    metrics_line,
-    out_console,
     print_config,
-    say,
-    says_errors,
-    terminable,
-    write_json,
 )
+from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable, write_json
+from kamim.cli.progress import bar, metrics_line
 from kamim.runtime.rendezvous import ends_all_ranks
 
 if TYPE_CHECKING:

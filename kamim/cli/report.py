@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kamim.cli.console import app, check_exists, out_console, say, says_errors
+from kamim.cli.arguments import check_exists
+from kamim.cli.console import app, out_console, say, says_errors
 
 
 class _RunUnlessNamed(TyperGroup):

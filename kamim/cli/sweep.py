@@ -7,20 +7,9 @@ import typer
 from rich import box
 from rich.table import Table
 
-from kamim.cli.console import (
-    RESUMABLE,
-    PrintConfig,
-    app,
-    bar,
-    check_run,
-    check_stores,
-    out_console,
-    print_config,
-    say,
-    says_errors,
-    shard_of,
-    terminable,
-)
+from kamim.cli.arguments import PrintConfig, check_run, check_stores, print_config, shard_of
+from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable
+from kamim.cli.progress import bar
 from kamim.runtime.rendezvous import ends_all_ranks
 
 

@@ -14,8 +14,8 @@ from kamim.models import interop
 from kamim.models.architectures import Positions, architecture
 from kamim.models.file_kind import named
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
-from kamim.storage import store
 from kamim.storage.files import checksum
+from kamim.storage.manifest import read_manifest
 from kamim.training import checkpoint
 from kamim.training.model import Model, build_model
 from pipelines.plan import Plan
@@ -160,7 +160,7 @@ def _pretraining(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
     if saved.step == 0:
         return None
     try:
-        manifest = store.read_manifest(config.data.store)
+        manifest = read_manifest(config.data.store)
     except KamimError:  # its store is not on this machine
         dataset, samples, images, complete = None, None, None, None
     else:

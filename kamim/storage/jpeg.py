@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from kamim import KamimError
 from kamim.method.kernels import kernel
-from kamim.storage.store import LARGEST_IMAGE
+from kamim.storage.images import LARGEST_IMAGE
 
 MAX_SCANNED = 200 * LARGEST_IMAGE  # scans of a file times its pixels, as a decoder visits all of them in each scan
 SCAN_BYTES = 10  # of the shortest scan, whose code is empty

@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 
-from kamim.storage.store import ImageReader, Store
+from kamim.storage.images import ImageReader
+from kamim.storage.store import Store
 
 LOOKED_AT = 2000  # validation images that are looked for, spread evenly over a larger store
 

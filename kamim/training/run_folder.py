@@ -10,8 +10,9 @@ from kamim.config.pretrain import Pretrain
 from kamim.config.schema import dump, load
 from kamim.storage.escape import one_line
 from kamim.storage.files import write_whole
+from kamim.storage.manifest import IMAGES, MANIFEST
 from kamim.storage.ownership import names_in, refuse_links
-from kamim.storage.store import IMAGES, MANIFEST, Store
+from kamim.storage.store import Store
 from pipelines.plan import Plan
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from kamim.bench import baselines, evaluate, fidelity, loader, peers, pixels, preprocess, small, startup, train
 from kamim.cli import app
 from kamim.models.masked_image_model import MaskedImageModel
-from kamim.storage.store import Store, ZarrImages
+from kamim.storage.images import ZarrImages
+from kamim.storage.store import Store
 from preprocess.decode import decode
 from preprocess.record import stored_image
 from preprocess.sources import list_source

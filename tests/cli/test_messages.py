@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from kamim import KamimError
 from kamim.cli import app
 from kamim.models.file_kind import named
-from kamim.storage.store import Store, read_manifest
+from kamim.storage.manifest import read_manifest
+from kamim.storage.store import Store
 from kamim.training.pretrain import pretrain
 from kamim.training.run_folder import check_free
 from pipelines.plan import largest_batch

@@ -686,6 +686,6 @@ def test_a_bug_in_reading_a_store_is_not_taken_for_a_missing_store(
     def broken(path: Path) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("kamim.storage.store.read_manifest", broken)
+    monkeypatch.setattr("kamim.evaluation.evaluated_model.read_manifest", broken)
     with pytest.raises(ValueError, match=r"^a bug$"):
         load_evaluated_model(str(pretrained))

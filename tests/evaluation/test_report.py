@@ -36,7 +36,7 @@ def pretraining(*overrides: str, preset: str = "vit_base_kamim", step: int = 100
     config = load(Pretrain, CONFIGS / f"pretrain/{preset}.yaml", overrides)
     found = Checkpoint(Path("runs/x"), "pretrain", step, config.model_dump(mode="json"), True, "ab" * 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kamim.evaluation.evaluated_model.store.read_manifest", lambda path: WHOLE)
+        patch.setattr("kamim.evaluation.evaluated_model.read_manifest", lambda path: WHOLE)
         run = evaluated_model._pretraining(found)
     assert run is not None
     return run

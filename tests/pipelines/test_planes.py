@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kamim.method.colour import planes_bytes, to_planes
-from kamim.storage.store import FORMATS
+from kamim.storage.manifest import FORMATS
 from pipelines import turbojpeg
 from pipelines.chunk import crop_chunk
 from pipelines.crop import crop_resize

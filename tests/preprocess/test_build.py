@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from kamim.cli import RESUMABLE, app
 from kamim.detectors import DETECTORS, detect_packed
-from kamim.storage import store
 from kamim.storage.files import checksum
-from kamim.storage.store import Job, Store
+from kamim.storage.manifest import BACKUP, MANIFEST, Job, Manifest, file_checksums
+from kamim.storage.store import Store
 from preprocess import build as building
 from preprocess import executors
 from preprocess.assemble import Files
@@ -50,8 +50,8 @@ def run(job: Job, source: Source, out: Path, *, workers: int = 1, strict: bool =
 
 def content(out: Path) -> dict[str, str]:
     """Checksums of a whole store, its manifest among them."""
-    files = (store.MANIFEST, store.BACKUP)
-    return {**store.checksums(out), **{name: checksum(out / name) for name in files}}
+    files = (MANIFEST, BACKUP)
+    return {**file_checksums(out), **{name: checksum(out / name) for name in files}}
 
 
 def partial(out: Path) -> Path:
@@ -91,7 +91,7 @@ class Ran:
             self.made.append((task.number, tuple(task.folders)))
             return run_shard(task)
 
-        def marked(plan: BuildPlan, shards: Files, *rest: Any) -> store.Manifest:
+        def marked(plan: BuildPlan, shards: Files, *rest: Any) -> Manifest:
             self.joined = marks([file for files in shards.values() for file in files])
             return assemble(plan, shards, *rest)
 
@@ -187,10 +187,10 @@ def test_shards_of_an_unknown_job_are_not_touched(folder: Path, tmp_path: Path, 
     with pytest.raises(KeyboardInterrupt):
         run(*plan_job(folder, quality=20), out, progress=stop_after_one)
     (partial(out) / "job.json").unlink()
-    before = store.checksums(partial(out))
+    before = file_checksums(partial(out))
     with pytest.raises(ValueError, match=r"out\.partial: is not this job's; remove it"):
         run(*plan_job(folder), out)
-    assert store.checksums(partial(out)) == before
+    assert file_checksums(partial(out)) == before
 
 
 def test_a_clean_up_that_is_killed_leaves_the_job_to_the_last(
@@ -384,8 +384,13 @@ def test_nothing_has_the_final_name_after_a_failure(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    stored = (f"kamim.storage.store.{name}" for name in ("write_keypoints", "checksums", "seal"))
-    for place in ("preprocess.shards.write_whole", *stored, "preprocess.workspace.make_durable"):
+    for place in (
+        "preprocess.shards.write_whole",
+        "preprocess.assemble.write_keypoints",
+        "preprocess.assemble.file_checksums",
+        "preprocess.build.seal",
+        "preprocess.workspace.make_durable",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             with pytest.raises(Stopped, match="disk is full; free some space and rerun the command to resume"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
-from kamim.storage.store import LARGEST_IMAGE
+from kamim.storage.images import LARGEST_IMAGE
 from preprocess.decode import Undecodable, decode
 
 PHOTO = Image.fromarray(data.astronaut()[60:141, 180:277])

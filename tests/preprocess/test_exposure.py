@@ -11,7 +11,8 @@ from runs import config
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.storage.store import Encoding, Store
+from kamim.storage.manifest import Encoding
+from kamim.storage.store import Store
 from kamim.training.data import few_weights
 from preprocess import exposure
 

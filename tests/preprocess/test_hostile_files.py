@@ -17,7 +17,8 @@ from skimage import data
 from test_decode import FILES, PHOTO, encoded, huge_jpeg, noise, pillow, png_chunk, refusal
 
 from kamim.bench import preprocess as bench
-from kamim.storage.store import REJECTS, Encoding, Store
+from kamim.storage.manifest import REJECTS, Encoding
+from kamim.storage.store import Store
 from pipelines import turbojpeg
 from pipelines.loader import Loader, SampleError
 from pipelines.plan import Plan

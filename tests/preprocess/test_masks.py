@@ -13,7 +13,7 @@ from PIL import Image
 
 from kamim import KamimError
 from kamim.evaluation.mask_folder import MaskFolder, open_mask_folder
-from kamim.storage.store import LARGEST_IMAGE
+from kamim.storage.images import LARGEST_IMAGE
 from preprocess.decode import Undecodable, decode_mask
 
 CASES = int(os.environ.get("KAMIM_FUZZ_CASES", "300"))

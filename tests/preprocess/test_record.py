@@ -12,7 +12,7 @@ from PIL import Image
 
 from kamim.method import geometry
 from kamim.storage import gaps
-from kamim.storage.store import Job
+from kamim.storage.manifest import Job
 from preprocess.decode import decode
 from preprocess.record import join, no_rows, record
 

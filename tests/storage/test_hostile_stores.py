@@ -24,8 +24,9 @@ from mutations import Change, array, both, edited, element, field, linked, metad
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.storage import beton, store
-from kamim.storage.store import Encoding, Store
+from kamim.storage import beton, manifest
+from kamim.storage.manifest import Encoding, seal
+from kamim.storage.store import Store
 from preprocess.assemble import _take_over
 
 STEPS = ("load", "preview", "verify", "repair")
@@ -126,7 +127,7 @@ IN_MANIFEST: dict[str, tuple[Change, str]] = {
         f"'keypoints.zarr/orb/zarr.json' {NOT_OURS}",
     ),
     "no-stamps": (edited(lambda manifest: manifest["checksums"].pop("stamps.npy")), "checksums: has no stamps.npy"),
-    "nested": (lambda path: store.seal(path, b"[" * 10**6), "not a manifest: maximum recursion depth"),
+    "nested": (lambda path: seal(path, b"[" * 10**6), "not a manifest: maximum recursion depth"),
     "encoding-of-pixels": (field("job.encoding", "raw"), "its images are jpeg, but manifest.json says raw"),
 }
 
@@ -356,7 +357,7 @@ def test_what_is_kept_is_written_over_nothing(links: bool, tmp_path: Path, monke
         monkeypatch.setattr(os, "link", lambda source, to: (_ for _ in ()).throw(OSError("no links here")))
     plan: Any = SimpleNamespace(store=SimpleNamespace(checksums={"rejects.csv": ""}))
     with pytest.raises(FileExistsError):
-        _take_over(plan, store.IMAGES, tmp_path / "out", tmp_path / "folder")
+        _take_over(plan, manifest.IMAGES, tmp_path / "out", tmp_path / "folder")
     assert (tmp_path / "folder/rejects.csv").read_text() == "mine"
 
 

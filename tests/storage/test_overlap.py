@@ -7,7 +7,8 @@ import pytest
 from conftest import make_store
 
 from kamim.storage import overlap
-from kamim.storage.store import Encoding, Store
+from kamim.storage.manifest import Encoding
+from kamim.storage.store import Store
 
 
 @pytest.fixture(scope="module")

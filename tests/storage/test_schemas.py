@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import Inline, make_store, plan_job, small_pages
 
-from kamim.storage import store as stores
-from kamim.storage.store import GAPS, POSITIONS, Store
+from kamim.storage.keypoints import GAPS, POSITIONS
+from kamim.storage.manifest import MANIFEST, SCHEMA_VERSION, seal
+from kamim.storage.store import Store
 from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
@@ -31,10 +32,10 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_manifest(path: Path, version: int, without: tuple[str, ...] = ()) -> Path:
-    fields = json.loads((path / stores.MANIFEST).read_bytes()) | {"schema_version": version}
+    fields = json.loads((path / MANIFEST).read_bytes()) | {"schema_version": version}
     for name in without:
         del fields["job"][name]
-    stores.seal(path, json.dumps(fields).encode())
+    seal(path, json.dumps(fields).encode())
     return path
 
 
@@ -68,7 +69,7 @@ def test_a_store_of_an_earlier_schema_is_read_and_extended_as_it_is(folder: Path
         job = make_job("imagefolder", "train", listed, detectors=("sift",), out=path)
     build(job, listed, path, workers=1, strict=True, progress=lambda done, total: None)
     extended = Store(path)
-    assert extended.manifest.schema_version == stores.SCHEMA_VERSION
+    assert extended.manifest.schema_version == SCHEMA_VERSION
     assert extended.manifest.job.model_dump(include=set(UNRECORDED[version])) == UNRECORDED[version]
     assert extended.detectors == ("fast", "sift")
     assert extended.keypoints("fast").array == POSITIONS

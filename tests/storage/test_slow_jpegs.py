@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
+from kamim.storage.images import write_zarr_images
 from kamim.storage.jpeg import SCAN_BYTES, check_scans, takes_long
-from kamim.storage.store import Store, write_zarr_images
+from kamim.storage.store import Store
 from pipelines.loader import Crop, Loader, SampleError
 from pipelines.plan import Plan
 from preprocess.decode import Undecodable, decode

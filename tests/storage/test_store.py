@@ -25,7 +25,9 @@ from kamim.cli import app
 from kamim.detectors import DETECTORS, detect_packed
 from kamim.method import geometry
 from kamim.method.colour import to_planes
-from kamim.storage import beton, mmap_array, store
+from kamim.storage import beton, mmap_array
+from kamim.storage.keypoints import POSITIONS, Keypoints, write_keypoints
+from kamim.storage.manifest import file_checksums
 from kamim.storage.store import Store
 from preprocess.resize import resize_antialiased
 
@@ -121,7 +123,7 @@ def test_the_manifest_holds_what_shaped_the_store(path: Path) -> None:
     assert (manifest.job.resolution, manifest.job.quality, manifest.job.encoding) == (64, 90, "jpeg")
     assert manifest.count == manifest.job.items == 12
     assert manifest.stored_area == pytest.approx(STORED_AREA)
-    assert manifest.checksums == store.checksums(path)
+    assert manifest.checksums == file_checksums(path)
 
 
 def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None:
@@ -130,8 +132,8 @@ def test_more_keypoints_than_sixteen_bits_count_are_kept(tmp_path: Path) -> None
     frames = np.full((2, 2), 1200)
     images = [(positions, np.array([[69_000], [1_000]]), frames), (positions[:3], np.array([[0], [3]]), frames)]
     total, folder = sum(len(xy) for xy, *_ in images), tmp_path / "keypoints.zarr"
-    store.write_keypoints(folder, "fast", store.POSITIONS, images, total)
-    keypoints = store.Keypoints(folder, "fast", DETECTORS["fast"].rules, store.POSITIONS)
+    write_keypoints(folder, "fast", POSITIONS, images, total)
+    keypoints = Keypoints(folder, "fast", DETECTORS["fast"].rules, POSITIONS)
     for index, (expected, *_) in enumerate(images):
         found = [keypoints.image(index, frame)[0] for frame in (0, 1)]
         np.testing.assert_array_equal(np.concatenate(found), expected)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kamim import KamimError
 from kamim.cli import app
-from kamim.storage import store
+from kamim.storage.manifest import agreed_manifest, component_of, file_checksums, seal
 from kamim.storage.store import Store
 from preprocess import executors, fingerprint
 from preprocess.assemble import take_apart
@@ -153,7 +153,7 @@ def test_whatever_is_damaged_can_be_looked_through_for_whole_shards(copy: Path, 
         file = small[random.integers(len(small))]
         content = file.read_bytes()
         flip(file, int(random.integers(len(content))), int(random.integers(8)))
-        component = store.component_of(file.relative_to(copy).as_posix())
+        component = component_of(file.relative_to(copy).as_posix())
         assert _salvage(Store(copy), component, tmp_path / "shards") <= 5
         file.write_bytes(content)
 
@@ -163,11 +163,11 @@ def test_two_votes_of_three_decide_on_the_manifest(path: Path, copy: Path) -> No
     main, backup = copy / "manifest.json", copy / "manifest.backup"
     for file, at in ((main, 100), (backup, 10), (backup, 64), (backup, 500)):
         flip(file, at)
-        assert store.agreed_manifest(copy) == content
+        assert agreed_manifest(copy) == content
         flip(file, at)
     flip(main, 100)
     flip(backup, 500)
-    assert store.agreed_manifest(copy) is None
+    assert agreed_manifest(copy) is None
     assert [problem.where for problem in problems(copy)] == ["manifest.json", "manifest.backup"]
     with pytest.raises(ValueError, match="its manifest and the backup are both damaged; preprocess it again"):
         repair(copy, lambda job: pytest.fail("needed"), workers=1, progress=print, say=print)  # type: ignore[arg-type]
@@ -181,8 +181,8 @@ def test_a_store_whose_files_are_as_written_may_still_be_wrong(path: Path, tmp_p
     def wrong(name: str, write: Callable[[zarr.Array], None], deep: bool = False) -> list[str]:
         copy = shutil.copytree(path, tmp_path / "wrong")
         write(zarr.open_array(copy / name, mode="r+"))
-        fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": store.checksums(copy)}
-        store.seal(copy, json.dumps(fields).encode())
+        fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": file_checksums(copy)}
+        seal(copy, json.dumps(fields).encode())
         found = [f"{problem.where}: {problem.what}" for problem in problems(copy, deep)]
         shutil.rmtree(copy)
         return found
@@ -232,8 +232,8 @@ def test_a_list_of_source_hashes_is_exactly_what_is_written(tmp_path: Path) -> N
 )
 def test_a_list_of_rejects_that_is_none_is_found(content: str, copy: Path) -> None:
     (copy / "rejects.csv").write_text(content)
-    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": store.checksums(copy)}
-    store.seal(copy, json.dumps(fields).encode())
+    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": file_checksums(copy)}
+    seal(copy, json.dumps(fields).encode())
     (problem,) = problems(copy)
     assert problem.what.startswith("cannot be opened: ")
     assert "rejects.csv" in problem.what
@@ -246,8 +246,8 @@ def test_a_store_that_was_never_right_is_not_called_repaired(path: Path, copy: P
     if (path / "images.beton").exists():
         pytest.skip("zarr arrays are written more easily")
     zarr.open_array(copy / "images.zarr/start", mode="r+")[3] = 1 << 40
-    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": store.checksums(copy)}
-    store.seal(copy, json.dumps(fields).encode())
+    fields = json.loads((copy / "manifest.json").read_text()) | {"checksums": file_checksums(copy)}
+    seal(copy, json.dumps(fields).encode())
     before = tree(copy)
     with pytest.raises(ValueError, match="image 3 lies outside its file, although the files are as the manifest says"):
         mend(copy, source)

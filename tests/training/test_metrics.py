@@ -16,7 +16,7 @@ import torch
 from runs import WORLD, board, config, quiet
 
 from kamim import KamimError
-from kamim.cli.console import metrics_line
+from kamim.cli.progress import metrics_line
 from kamim.config.pretrain import Log
 from kamim.training import metrics, starts
 from kamim.training.metrics import Metrics, TimedBatches

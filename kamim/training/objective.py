@@ -9,7 +9,7 @@ from kamim.config.pretrain import Compute, Mask
 from kamim.method.loss import denormalise_patches, masked_l1, masked_l2, normalise_patches
 from kamim.method.masking import block_masks, expand_mask
 from kamim.models.stochastic_depth import draw_paths
-from kamim.training.trainer import autocast
+from kamim.runtime.device import autocast
 from pipelines.batch import Batch, denormalise, normalise, upload
 
 

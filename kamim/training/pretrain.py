@@ -13,6 +13,7 @@ from kamim.models import interop
 from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
 from kamim.runtime import distributed, lock, machine
+from kamim.runtime.device import autocast, parallel
 from kamim.runtime.distributed import World
 from kamim.storage import log_file
 from kamim.storage.store import Store
@@ -21,7 +22,7 @@ from kamim.training.data import cautions, training_loader
 from kamim.training.model import Model, build_model
 from kamim.training.nonfinite import NonFiniteGuard
 from kamim.training.objective import Reconstruction, masked_error, reconstruct
-from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
+from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 

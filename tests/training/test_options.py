@@ -18,10 +18,10 @@ from kamim.method.loss import denormalise_patches, normalise_patches
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.runtime.device import autocast, parallel
 from kamim.training import checkpoint
 from kamim.training.objective import Reconstruction
 from kamim.training.pretrain import build_optimizer, pretrain
-from kamim.training.trainer import autocast, parallel
 from pipelines.batch import normalise
 
 CPU = torch.device("cpu")

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from kamim.config.pretrain import Pretrain
 from kamim.config.schema import load
-from kamim.models import architectures
+from kamim.models import architectures, presets
 from kamim.training import checkpoint, metrics
 from kamim.training.pretrain import pretrain
 
-SMALL: Mapping[str, architectures.Architecture] = {
-    **architectures.ARCHITECTURES,
-    "vit_demo": architectures._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
+SMALL: Mapping[str, presets.Architecture] = {
+    **presets.ARCHITECTURES,
+    "vit_demo": presets._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
 }
 
 

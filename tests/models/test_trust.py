@@ -31,10 +31,7 @@ from preprocess.sources import list_source
 
 runner = CliRunner()
 State = dict[Any, Any]
-SMALL = {
-    **presets.ARCHITECTURES,
-    "vit_demo": presets._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
-}
+SMALL = {**presets.ARCHITECTURES, "vit_demo": presets._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2)}
 
 
 @pytest.fixture(autouse=True, scope="module")

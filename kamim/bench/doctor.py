@@ -12,11 +12,11 @@ import torch
 
 from kamim.config.pretrain import Pretrain
 from kamim.runtime import distributed, machine
+from kamim.runtime.device import should_compile
 from kamim.runtime.distributed import World
 from kamim.storage.store import Store
 from kamim.training.data import cautions, training_loader
 from kamim.training.pretrain import build_trainer
-from kamim.training.trainer import should_compile
 from pipelines.batch import Batch
 from pipelines.loader import Loader, default_workers
 

@@ -26,8 +26,8 @@ from kamim.evaluation.classifier_training import make_optimizer
 from kamim.evaluation.options import Attentive, AttentivePooling, SweepOptim
 from kamim.evaluation.probe import Frozen
 from kamim.evaluation.probe_sweep import sweep
-from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import build_encoder
+from kamim.models.presets import ARCHITECTURES
 from kamim.models.readout import Readout, depth, resolve, width
 from kamim.runtime.distributed import World
 from kamim.storage.images import ImageReader

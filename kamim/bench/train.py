@@ -37,12 +37,13 @@ from kamim.method.loss import masked_l1
 from kamim.method.masking import masked_count
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.runtime import machine
+from kamim.runtime.device import autocast
 from kamim.runtime.distributed import World
 from kamim.storage.store import Store
 from kamim.training.data import training_loader
 from kamim.training.metrics import Metrics, TimedBatches, sinks
 from kamim.training.pretrain import build_trainer
-from kamim.training.trainer import Trainer, autocast, by_step
+from kamim.training.trainer import Trainer, by_step
 from pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from preprocess.sources import Source
 

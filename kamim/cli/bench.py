@@ -104,7 +104,7 @@ def bench_fidelity(
 def bench_eval(
     store: Annotated[Path, typer.Option(help="A JPEG store made from --source.")],
     source: Annotated[Path, typer.Option(help="The image folder that the store was made from.")],
-    model: Annotated[str, typer.Option(help="A key of kamim.models.architectures.ARCHITECTURES.")] = "vit_base",
+    model: Annotated[str, typer.Option(help="A key of kamim.models.presets.ARCHITECTURES.")] = "vit_base",
     resolution: Annotated[int, typer.Option(help="Side of the images in px.")] = 192,
     batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,
@@ -129,7 +129,7 @@ def bench_train(
     store: Annotated[Path, typer.Option(help="A store made from --source, with FAST keypoints.")],
     source: Annotated[Path, typer.Option(help="The image folder that the store was made from.")],
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="A ViT of kamim.models.architectures.ARCHITECTURES.")] = "vit_base",
+    model: Annotated[str, typer.Option(help="A ViT of kamim.models.presets.ARCHITECTURES.")] = "vit_base",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Steps per pass.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each method.")] = 5,

@@ -28,7 +28,8 @@ from kamim.detectors import names as detector_names
 from kamim.method.geometry import CROP_RATIO
 from kamim.method.keypoints import FOOTPRINTS
 from kamim.method.masking import masked_count
-from kamim.models.architectures import Positions, architecture, check_maskable, check_patches
+from kamim.models.architectures import architecture, check_maskable, check_patches
+from kamim.models.presets import Positions
 
 
 class Model(Section):

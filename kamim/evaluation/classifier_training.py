@@ -14,8 +14,9 @@ from kamim.evaluation.options import ClassifierOptim
 from kamim.evaluation.results import Accuracy
 from kamim.models.stochastic_depth import draw_paths
 from kamim.models.target_rank import target_rank
+from kamim.runtime.device import autocast
 from kamim.runtime.distributed import World
-from kamim.training.trainer import Losses, autocast
+from kamim.training.trainer import Losses
 from pipelines.batch import Batch
 
 Finish = Callable[[Batch], tuple[Tensor, Tensor]]  # -> normalised images [B, 3, R, R], soft targets [B, classes]

@@ -11,8 +11,9 @@ from kamim import KamimError
 from kamim.config.pretrain import Mask, Pretrain
 from kamim.evaluation.options import CachedFeatures
 from kamim.models import interop
-from kamim.models.architectures import Positions, architecture
+from kamim.models.architectures import architecture
 from kamim.models.file_kind import named
+from kamim.models.presets import Positions
 from kamim.models.readout import Encoder, Pixels, Readout, check, resolve
 from kamim.storage.files import checksum
 from kamim.storage.manifest import read_manifest

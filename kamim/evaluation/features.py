@@ -13,10 +13,11 @@ from torch import Tensor
 from kamim.config.pretrain import Compute
 from kamim.evaluation.dense import DenseLoader
 from kamim.models.readout import Encoder, Readout, blocks, fixed
+from kamim.runtime.device import autocast
 from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.storage.ownership import open_own
-from kamim.training.trainer import Progress, autocast
+from kamim.training.trainer import Progress
 from pipelines.batch import normalise
 from pipelines.loader import Loader
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kamim.config.pretrain import Compute
 from kamim.models.readout import Encoder, Readout, fixed, prefix, tokens_after
-from kamim.training.trainer import should_compile
+from kamim.runtime.device import should_compile
 
 
 class Frozen:

@@ -17,8 +17,9 @@ from kamim.config.pretrain import Compute
 from kamim.evaluation.mask_folder import UNLABELLED
 from kamim.evaluation.results import Segmentation
 from kamim.models.readout import Encoder, token_map
+from kamim.runtime.device import autocast, should_compile
 from kamim.runtime.distributed import World
-from kamim.training.trainer import Losses, autocast, should_compile
+from kamim.training.trainer import Losses
 from pipelines.batch import Batch, normalise
 
 STRIP_VALUES = 1 << 24  # logits that are upsampled at once

@@ -20,10 +20,11 @@ from kamim.evaluation.results import EvalSettings, SampleSet, Segmentation
 from kamim.evaluation.sections import PICTURE
 from kamim.evaluation.segment import FrozenTokens, PixelCrossEntropy, SegmentationHead
 from kamim.models.readout import resolve, token_map
+from kamim.runtime.device import parallel
 from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep
-from kamim.training.trainer import Progress, Run, Trainer, parallel
+from kamim.training.trainer import Progress, Run, Trainer
 from pipelines.batch import normalise
 from pipelines.loader import Crop
 from pipelines.plan import Plan, largest_batch

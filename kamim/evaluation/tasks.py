@@ -28,12 +28,13 @@ from kamim.evaluation.sections import ATTENTION, SHOWN
 from kamim.models.knn import knn
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.readout import Pixels, Readout, check, depth, has_class_token, resolve, width
+from kamim.runtime.device import parallel
 from kamim.runtime.distributed import World
 from kamim.storage.files import write_whole
 from kamim.training.checkpoint import Keep, Kind
 from kamim.training.data import whole_images
 from kamim.training.objective import Reconstruction, reconstruct
-from kamim.training.trainer import Progress, Run, Trainer, parallel
+from kamim.training.trainer import Progress, Run, Trainer
 from pipelines.augment import Augment, mixed_batch
 from pipelines.batch import Batch, normalise
 from pipelines.loader import Crop, Loader

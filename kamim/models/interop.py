@@ -27,12 +27,13 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from kamim import KamimError
-from kamim.models.architectures import ARCHITECTURES, Architecture, Positions, architecture
+from kamim.models.architectures import architecture
 from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
 from kamim.models.mae_layout import DecoderSize, decoder_names, decoder_size, fit_decoder
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
+from kamim.models.presets import ARCHITECTURES, Architecture, Positions
 from kamim.storage.escape import one_line
 
 State = dict[str, Tensor]

@@ -10,9 +10,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from kamim.method.masking import expand_mask
-from kamim.models.architectures import Positions, architecture, check_maskable
+from kamim.models.architectures import architecture, check_maskable
 from kamim.models.masked_image_model import build_encoder
 from kamim.models.positions import sincos_table
+from kamim.models.presets import Positions
 
 EPS = 1e-6  # of the decoder's LayerNorms
 

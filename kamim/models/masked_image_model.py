@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kamim.method.masking import expand_mask
-from kamim.models.architectures import Positions, architecture
+from kamim.models.architectures import architecture
 from kamim.models.positions import BiasedAttention, fix_sincos, share_position_bias
+from kamim.models.presets import Positions
 from kamim.models.stochastic_depth import replace_drop_paths
 
 

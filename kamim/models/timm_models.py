@@ -11,7 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from kamim import KamimError
-from kamim.models.architectures import ARCHITECTURES, Architecture
+from kamim.models.presets import ARCHITECTURES, Architecture
 
 MODULES = ("vision_transformer", "swin_transformer", "deit")  # of timm, with the models that are considered
 USUAL = "vit_small_patch16_224 or swin_tiny_patch4_window7_224"

@@ -20,13 +20,14 @@ from kamim.models.attention import selectivity
 from kamim.models.knn import knn
 from kamim.models.label_free import measures
 from kamim.models.readout import Readout, blocks, fixed, resolve
+from kamim.runtime.device import autocast
 from kamim.runtime.distributed import World
 from kamim.storage.store import Store
 from kamim.training.data import check_area, shown_samples, whole_images
 from kamim.training.metrics import Metrics
 from kamim.training.model import Model
 from kamim.training.objective import masked_error, reconstruct
-from kamim.training.trainer import Callback, Trainer, autocast
+from kamim.training.trainer import Callback, Trainer
 from pipelines.batch import Batch, normalise
 from pipelines.labels import check_labels
 from pipelines.samples import Samples, all_samples, n_per_class

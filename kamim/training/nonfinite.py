@@ -49,20 +49,23 @@ class NonFiniteGuard:
         self._skipped = 0  # consecutive steps
         self._recent: deque[tuple[int, int, np.ndarray, Tensor]] = deque()  # step, epoch, indices, loss
 
-    def see(self, batch: Batch, loss: Tensor) -> None:
+    def record(self, batch: Batch, loss: Tensor) -> None:
         """Remembers a micro-batch and its loss until the step after next."""
         self._recent.append((batch.step, batch.epoch, batch.indices, loss))
         while self._recent[0][0] < batch.step - 1:
             self._recent.popleft()
 
-    def gate(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
-        """Permits or blocks the next update. With the policy skip, returns the number to log: skipped, 1 or 0."""
+    def suppress_update(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
+        """Suppresses the next update if the loss or the norm is not finite.
+
+        With the policy skip, returns the number to log: skipped, 1 or 0.
+        """
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         self._found_inf = torch.maximum(self._found_inf, bad) if self._policy == "stop" else bad
         self._optimizer.found_inf = self._found_inf
         return {"skipped": bad} if self._policy == "skip" else {}
 
-    def check(self, step: int, values: Mapping[str, float]) -> str | None:
+    def check_step(self, step: int, values: Mapping[str, float]) -> str | None:
         """Returns None if the numbers are finite; otherwise records the step and returns a message. Call on all ranks.
 
         Raises NonFinite if the policy is stop, and Diverged after IN_A_ROW consecutive skipped steps.

@@ -1,16 +1,65 @@
-"""Masks and reconstructs a batch; training, panels, replays and evaluation share this step."""
+"""From a batch to its loss: mask, normalisation, network, weights W, and Eq. 1, Eq. 3 or MAE's loss.
+
+Training computes losses with `MaskedReconstruction`. Panels, replays and evaluation reconstruct with its parts.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kamim.config.pretrain import Compute, Mask
+from kamim.config.pretrain import Compute, Mask, Pretrain, Weighting
 from kamim.method.loss import denormalise_patches, masked_l1, masked_l2, normalise_patches
 from kamim.method.masking import block_masks, expand_mask
+from kamim.method.weighting import counts_to_weights
 from kamim.models.stochastic_depth import draw_paths
-from kamim.training.trainer import autocast
+from kamim.runtime.device import autocast
+from kamim.training.trainer import Losses
 from pipelines.batch import Batch, denormalise, normalise, upload
+
+
+class MaskedReconstruction:
+    """The objective of pretraining: Eq. 1, Eq. 3 or MAE's loss of a micro-batch."""
+
+    def __init__(self, config: Pretrain, forward_model: nn.Module):
+        self._config = config
+        self._forward_model = forward_model
+
+    def __call__(self, batch: Batch) -> Losses:
+        """Returns the loss and, to log, the loss without weights and, if there are any, the mean and largest W."""
+        config = self._config
+        made = reconstruct(self._forward_model, batch, config.mask, config.seed, batch.epoch, config.compute)
+        target, weights = made.target(config.normalised_patches), loss_weights(batch, config.weighting)
+        error = masked_error(config.method)
+        loss = error(target, made.output, made.mask, weights)
+        if weights is None:
+            return Losses(loss, {"loss_unweighted": loss})
+        unweighted = error(target, made.output.detach(), made.mask)
+        return Losses(
+            loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
+        )
+
+
+def reconstruct(
+    forward_model: nn.Module, batch: Batch, mask: Mask, seed: int, epoch: int, compute: Compute
+) -> "Reconstruction":
+    """Masks a batch as a run with this seed does in `epoch`, and reconstructs it."""
+    device = batch.images.device
+    grid = batch.images.shape[1] // mask.patch_size
+    masked = upload(block_masks(seed, epoch, batch.indices, grid, mask.ratio), device)
+    images = normalise(batch.images)
+    draw_paths(forward_model, seed, epoch, batch.indices, device)
+    with autocast(compute, device):
+        output = forward_model(images, masked)
+    return Reconstruction(images, masked, output)
+
+
+def loss_weights(batch: Batch, weighting: Weighting | None) -> Tensor | None:
+    """Returns W of Eq. 2 for the batch's keypoint counts, float32 [B, c, c]; None without a weighting."""
+    if weighting is None:
+        return None
+    assert batch.counts is not None, "KAMIM needs keypoint counts"
+    return counts_to_weights(batch.counts, weighting.patch_size, weighting.temperature, weighting.normalize)
 
 
 def masked_error(method: str) -> Callable[..., Tensor]:
@@ -51,17 +100,3 @@ class Reconstruction:
         if normalised_patches is not None:
             output = denormalise_patches(output, self.images, normalised_patches)
         return denormalise(output.float().nan_to_num())
-
-
-def reconstruct(
-    network: nn.Module, batch: Batch, mask: Mask, seed: int, epoch: int, compute: Compute
-) -> Reconstruction:
-    """Masks a batch as a run with this seed does in `epoch`, and reconstructs it."""
-    device = batch.images.device
-    grid = batch.images.shape[1] // mask.patch_size
-    masked = upload(block_masks(seed, epoch, batch.indices, grid, mask.ratio), device)
-    images = normalise(batch.images)
-    draw_paths(network, seed, epoch, batch.indices, device)
-    with autocast(compute, device):
-        output = network(images, masked)
-    return Reconstruction(images, masked, output)

@@ -1,28 +1,22 @@
 """Pretraining: SimMIM (Eq. 1) and KAMIM (Eq. 3)."""
 
 import logging
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
-from kamim import KamimError
-from kamim.config.pretrain import Decoder, Pretrain
-from kamim.method.weighting import counts_to_weights
-from kamim.models import interop
-from kamim.models.architectures import architecture
-from kamim.models.positions import fix_sincos
+from kamim.config.pretrain import Pretrain
 from kamim.runtime import distributed, lock, machine
+from kamim.runtime.device import autocast, parallel
 from kamim.runtime.distributed import World
 from kamim.storage import log_file
 from kamim.storage.store import Store
 from kamim.training import callbacks, checkpoint, metrics, run_folder
 from kamim.training.data import cautions, training_loader
-from kamim.training.model import Model, build_model
+from kamim.training.initialise import initialise
+from kamim.training.model import build_model, build_optimizer
 from kamim.training.nonfinite import NonFiniteGuard
-from kamim.training.objective import Reconstruction, masked_error, reconstruct
-from kamim.training.trainer import Losses, Outcome, Progress, Run, Trainer, autocast, parallel
-from pipelines.batch import Batch
+from kamim.training.objective import MaskedReconstruction
+from kamim.training.trainer import Outcome, Progress, Run, Trainer
 from pipelines.loader import Loader
 
 _LOG = logging.getLogger(__name__)
@@ -107,8 +101,8 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
         machine.keep_memory()
     torch.manual_seed(config.seed)
     model = build_model(config).to(world.device)
-    network = parallel(model, config.compute, world)
-    optimizer = build_optimizer(config, model)
+    forward_model = parallel(model, config.compute, world)
+    optimizer = build_optimizer(config.optim, model)
     per_epoch = loader.plan.steps_per_epoch
     run = Run(
         config.out,
@@ -121,89 +115,5 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
         log=config.log,
     )
     guard = NonFiniteGuard(optimizer, config.on_nonfinite, config.out, config.seed, world)
-    objective = MaskedReconstruction(config, network)
-    return Trainer(run, model, network, optimizer, objective, loader.steps, world, guard=guard)
-
-
-class MaskedReconstruction:
-    """The objective of pretraining: Eq. 1, Eq. 3 or MAE's loss of a micro-batch."""
-
-    def __init__(self, config: Pretrain, network: nn.Module):
-        self._config = config
-        self._network = network
-
-    def __call__(self, batch: Batch) -> Losses:
-        """Returns the loss and, to log, the loss without weights and, if there are any, the mean and largest W."""
-        target, reconstruction, weights = self.reconstruct(batch)
-        error = masked_error(self._config.method)
-        loss = error(target, reconstruction.output, reconstruction.mask, weights)
-        if weights is None:
-            return Losses(loss, {"loss_unweighted": loss})
-        unweighted = error(target, reconstruction.output.detach(), reconstruction.mask)
-        return Losses(
-            loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
-        )
-
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Reconstruction, Tensor | None]:
-        """Returns the target [B, 3, R, R], its reconstruction, and the weights W [B, c, c] or None."""
-        config, weighting = self._config, self._config.weighting
-        reconstruction = reconstruct(self._network, batch, config.mask, config.seed, batch.epoch, config.compute)
-        weights = None
-        if weighting is not None:
-            assert batch.counts is not None, "KAMIM needs keypoint counts"
-            weights = counts_to_weights(batch.counts, weighting.patch_size, weighting.temperature, weighting.normalize)
-        return reconstruction.target(config.normalised_patches), reconstruction, weights
-
-
-def initialise(model: nn.Module, config: Pretrain) -> None:
-    """Loads config.init_from, with position embeddings interpolated to the resolution. Missing weights stay random.
-
-    Raises KamimError if it cannot be read or is of another architecture.
-    """
-    path = config.init_from
-    assert path is not None
-    try:
-        if interop.weights_file(path) is not None:
-            converted = interop.load(path, config.data.resolution, config.model.name)
-        else:
-            saved = checkpoint.read(path)
-            hints = replace(interop.hints_of(saved.config.model.name), architecture=config.model.name)
-            converted = interop.convert(saved.model_state(), config.data.resolution, hints)
-    except KamimError as error:
-        raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
-    own = architecture(converted.architecture, converted.positions).positions
-    if (own == "relative") != (architecture(config.model.name, config.model.positions).positions == "relative"):
-        raise KamimError(
-            f"init_from = {path}: its positions are {own or 'absolute'}; set model.positions={own or 'null'}"
-        )
-    state, method = converted.state, "simmim" if converted.decoder is None else "mae"
-    whole = converted.has_head and method == config.method
-    if not whole:
-        state = {name: value for name, value in state.items() if name.startswith("encoder.")}
-    if whole and converted.decoder is not None:
-        theirs, ours = converted.decoder, config.decoder or Decoder()
-        if (theirs.width, theirs.depth) != (ours.width, ours.depth):
-            raise KamimError(
-                f"init_from = {path}: its decoder has width {theirs.width} and depth {theirs.depth}; set decoder.width "
-                "and decoder.depth so"
-            )
-    model.load_state_dict(state, strict=whole)
-    if config.model.positions == "sincos":
-        assert isinstance(model, Model)
-        fix_sincos(model.encoder)  # they stay what they are, whatever positions the weights came with
-
-
-def build_optimizer(config: Pretrain, model: Model) -> torch.optim.Optimizer:
-    """Returns fused AdamW. If optim.decay_all is false, vectors, positions and tokens have no weight decay."""
-    optim = config.optim
-    exempt = {"mask_token", *(f"encoder.{name}" for name in model.encoder.no_weight_decay())}
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return optim.decay_all or not (parameter.ndim < 2 or name in exempt or name.endswith("bias_table"))
-
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if decays(name, p) == decayed], "weight_decay": decayed * optim.weight_decay}
-        for decayed in (True, False)
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, fused=True)
+    objective = MaskedReconstruction(config, forward_model)
+    return Trainer(run, model, forward_model, optimizer, objective, loader.steps, world, guard=guard)

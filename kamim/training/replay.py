@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from kamim.config.pretrain import Pretrain
-from kamim.method.loss import masked_l1
 from kamim.runtime import distributed
 from kamim.runtime.distributed import World
 from kamim.storage.store import Store
 from kamim.training import starts
 from kamim.training.data import training_loader
-from kamim.training.pretrain import MaskedReconstruction, build_trainer, initialise
+from kamim.training.initialise import initialise
+from kamim.training.objective import loss_weights, masked_error, reconstruct
+from kamim.training.pretrain import build_trainer
 from kamim.training.run_folder import nonfinite_steps, step_to_replay
 from kamim.training.trainer import Trainer, by_step
 from pipelines.batch import Batch
@@ -80,7 +81,7 @@ def _bring_to(step: int, trainer: Trainer, config: Pretrain) -> int:
         initialise(trainer.model, config)
     for at, micro_batches in by_step(trainer.batches(began, step)):
         trainer.train_step(at, micro_batches)
-    trainer.network.train()
+    trainer.forward_model.train()
     return began
 
 
@@ -93,15 +94,15 @@ def _of_ranks(config: Pretrain, store: Store, step: int, ranks: int, device: tor
 
 def _samples(config: Pretrain, trainer: Trainer, batch: Batch) -> tuple[Tensor, list[Sample]]:
     """Returns the loss of a micro-batch, and its samples with their losses."""
-    assert isinstance(trainer.objective, MaskedReconstruction)
+    error, weights = masked_error(config.method), loss_weights(batch, config.weighting)
     with torch.no_grad():
-        target, result, weights = trainer.objective.reconstruct(batch)
+        result = reconstruct(trainer.forward_model, batch, config.mask, config.seed, batch.epoch, config.compute)
+        target = result.target(config.normalised_patches)
         rows = [slice(i, i + 1) for i in range(len(batch))]
         losses = [
-            masked_l1(target[i], result.output[i], result.mask[i], None if weights is None else weights[i])
-            for i in rows
+            error(target[i], result.output[i], result.mask[i], None if weights is None else weights[i]) for i in rows
         ]
-        whole = masked_l1(target, result.output, result.mask, weights)
+        whole = error(target, result.output, result.mask, weights)
     images, pixels = batch.images.cpu().numpy(), result.pixels(config.normalised_patches).cpu().numpy()
     masked = result.masked_pixels.cpu().numpy()
     return whole, [

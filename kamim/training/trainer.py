@@ -19,11 +19,10 @@ from typing import Any, Protocol
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kamim import KamimError
-from kamim.config.pretrain import Compute, Log, Optim
+from kamim.config.pretrain import Log, Optim
 from kamim.runtime.distributed import World
 from kamim.storage.log_file import write_line
 from kamim.training import checkpoint, schedule, starts
@@ -102,14 +101,14 @@ class Outcome:
 class Trainer:
     """Trains `model` on `batches` for the steps of `run`.
 
-    model: the module in checkpoints. network: the module that the objective calls: the model, or DDP around (a part of)
-    it. guard: the policy for steps that are not finite; None raises Diverged. after_update: called after every update
-    of the weights, for moving averages.
+    model: the module in checkpoints. forward_model: the module that the objective calls: the model, or DDP around (a
+    part of) it. guard: the policy for steps that are not finite; None raises Diverged. after_update: called after every
+    update of the weights, for moving averages.
     """
 
     run: Run
     model: nn.Module
-    network: nn.Module
+    forward_model: nn.Module
     optimizer: Optimizer
     objective: Objective
     batches: Batches
@@ -160,22 +159,22 @@ class Trainer:
     def train_step(self, step: int, micro_batches: Iterable[Batch]) -> dict[str, Tensor | float]:
         """Does one optimiser step on the step's micro-batches of this rank. Returns the numbers to log."""
         self.scheduler.step_update(step)
-        self.network.train()
-        totals = _Totals(self.world)
+        self.forward_model.train()
+        numbers = StepMetrics(self.world)
         for batch in micro_batches:
             trained = batch if len(batch) else batch.stand_in()  # a rank without samples takes part in collectives
             with self._gradients_averaged(batch.last):
                 losses = self.objective(trained)
                 (losses.loss * (trained.share * self.world.size)).backward()  # DDP averages over the ranks
-            totals.add(len(batch), trained.share, losses)
+            numbers.add(len(batch), trained.share, losses)
             if self.guard is not None:
-                self.guard.see(batch, losses.loss.detach())
-        logged = totals.over_ranks()
+                self.guard.record(batch, losses.loss.detach())
+        logged = numbers.over_ranks()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip_grad or math.inf)
         if self.run.optim.clip_grad is not None:
             logged["clipped"] = (norm > self.run.optim.clip_grad).float()
         if self.guard is not None:
-            logged |= self.guard.gate(logged["loss"], norm)
+            logged |= self.guard.suppress_update(logged["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.after_update()
@@ -201,7 +200,7 @@ class Trainer:
 
     def _gradients_averaged(self, last: bool) -> AbstractContextManager[None]:
         """Averages gradients over the ranks in the context's backward pass if it is the step's last micro-batch."""
-        return nullcontext() if last or self.world.size == 1 else self.network.no_sync()  # type: ignore[operator]
+        return nullcontext() if last or self.world.size == 1 else self.forward_model.no_sync()  # type: ignore[operator]
 
     def _rate(self) -> float:
         """Returns the learning rate, of the last layer if layers differ."""
@@ -210,7 +209,7 @@ class Trainer:
     def _check(self, step: int, values: Mapping[str, float]) -> None:
         if self.guard is None:
             check_finite(step, values)
-        elif (line := self.guard.check(step, values)) and self.world.is_main:
+        elif (line := self.guard.check_step(step, values)) and self.world.is_main:
             warn(self.run.out, line)
 
     def _call_back(self, done: int, total: int, metrics: Metrics) -> None:
@@ -243,7 +242,7 @@ class Trainer:
             raise
 
 
-class _Totals:
+class StepMetrics:
     """Sums over the micro-batches of a step."""
 
     def __init__(self, world: World):
@@ -281,44 +280,6 @@ def by_step(batches: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
 
     for batch in batches:
         yield batch.step, until_last(batch)
-
-
-def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
-    """Returns the module that the objective calls: the model, in DDP on several ranks, compiled if configured."""
-    if world.device.type == "cpu" and compute.precision == "bf16":
-        _unfuse_attention(model)
-    network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
-    if should_compile(compute, world.device):
-        network.compile()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                # Compiled, sums over the one sample of a batch are views: gradients of class token, registers and
-                # positions then share memory, which clipping, DDP and the next micro-batch would change twice.
-                parameter.register_hook(torch.clone)
-    return network
-
-
-def _unfuse_attention(model: nn.Module) -> None:
-    """Computes attention as two matrix products and a softmax: on a CPU the backward pass of torch's fused attention is
-    slow in bf16 (54 % of a training step of vit_demo at 96 px)."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):  # of timm's attention modules
-            module.fused_attn = False  # type: ignore[assignment]
-
-
-def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """Returns bf16 autocast or a null context. Raises KamimError if a GPU does not support the requested bf16."""
-    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if lacks and compute.precision == "bf16":
-        raise KamimError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
-    auto = "bf16" if device.type == "cuda" and not lacks else "fp32"
-    precision = auto if compute.precision == "auto" else compute.precision
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def should_compile(compute: Compute, device: torch.device) -> bool:
-    """Returns whether to use torch.compile on this device."""
-    return device.type == "cuda" if compute.compile == "auto" else compute.compile
 
 
 @contextmanager

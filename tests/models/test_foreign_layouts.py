@@ -16,7 +16,7 @@ from kamim import KamimError
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.training import checkpoint
-from kamim.training.pretrain import initialise
+from kamim.training.initialise import initialise
 
 State = dict[str, Tensor]
 VIT_TINY = {

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 from kamim.cli import app
 from kamim.evaluation.evaluated_model import load_model
 from kamim.models import architectures, interop
-from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.models.presets import ARCHITECTURES
 from kamim.training import checkpoint
 from kamim.training.checkpoint import save_tensors
 from pipelines.batch import normalise

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kamim.method.masking import expand_mask
-from kamim.models.architectures import ARCHITECTURES
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.models.presets import ARCHITECTURES
 
 PAPER_MILLIONS = {"vit_tiny": 5.5, "vit_small": 21.6, "vit_base": 85.7, "swin_tiny": 27.5, "swin_base": 86.7}
 

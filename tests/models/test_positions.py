@@ -17,7 +17,7 @@ from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.positions import sincos_table
 from kamim.models.readout import tokens_after
 from kamim.training import checkpoint
-from kamim.training.pretrain import build_optimizer
+from kamim.training.model import build_optimizer
 
 
 def slow_sincos(width: int, grid: int) -> list[list[float]]:
@@ -43,7 +43,7 @@ def test_sincos_positions_follow_the_formula() -> None:
 def test_sincos_positions_are_neither_trained_nor_drawn() -> None:
     given = load(Pretrain, None, ["data.store=s", "out=o", "model.name=vit_demo", "model.positions=sincos"])
     model = MaskedImageModel("vit_demo", 192, positions="sincos")
-    trained = {id(p) for group in build_optimizer(given, model).param_groups for p in group["params"]}
+    trained = {id(p) for group in build_optimizer(given.optim, model).param_groups for p in group["params"]}
     assert {name for name, p in model.named_parameters() if id(p) not in trained} == {"encoder.pos_embed"}
     assert torch.equal(model.encoder.pos_embed, sincos_table(128, 12, 1))
 

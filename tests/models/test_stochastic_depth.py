@@ -20,7 +20,8 @@ from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.models.stochastic_depth import DropPath, draw_paths
 from kamim.training.checkpoint import Keep
 from kamim.training.metrics import read
-from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.training.objective import MaskedReconstruction
+from kamim.training.pretrain import pretrain
 from kamim.training.replay import replay
 from kamim.training.trainer import Objective, Run, Trainer
 from pipelines.batch import Batch, normalise

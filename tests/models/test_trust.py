@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from kamim.cli import app
 from kamim.config.pretrain import Pretrain
 from kamim.config.schema import load
-from kamim.models import architectures, interop
+from kamim.models import architectures, interop, presets
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
 from kamim.storage.files import checksum
 from kamim.training import checkpoint, metrics
@@ -31,10 +31,7 @@ from preprocess.sources import list_source
 
 runner = CliRunner()
 State = dict[Any, Any]
-SMALL = {
-    **architectures.ARCHITECTURES,
-    "vit_demo": architectures._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
-}
+SMALL = {**presets.ARCHITECTURES, "vit_demo": presets._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2)}
 
 
 @pytest.fixture(autouse=True, scope="module")

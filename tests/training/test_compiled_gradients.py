@@ -8,7 +8,7 @@ from runs import WORLD
 from torch import Tensor, nn
 
 from kamim.config.pretrain import Compute
-from kamim.training.trainer import parallel
+from kamim.runtime.device import parallel
 
 
 class Tokens(nn.Module):

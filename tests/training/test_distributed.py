@@ -20,8 +20,9 @@ import torch
 from runs import config
 from dataclasses import replace
 from kamim.method.masking import block_masks
-from kamim.training import distributed
-from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.runtime import distributed
+from kamim.training.objective import MaskedReconstruction
+from kamim.training.pretrain import pretrain
 from kamim.training.data import training_loader
 from kamim.storage.store import Store
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kamim.cli import app
-from kamim.training import checkpoint
-from kamim.training import pretrain as pretraining
+from kamim.config.pretrain import Weighting
+from kamim.training import checkpoint, objective
+from kamim.training import replay as replaying
 from kamim.training.nonfinite import NonFinite
-from kamim.training.pretrain import MaskedReconstruction, pretrain
+from kamim.training.objective import MaskedReconstruction, loss_weights
+from kamim.training.pretrain import pretrain
 from kamim.training.replay import replay
 from kamim.training.trainer import Losses
 from pipelines.batch import Batch
@@ -44,8 +46,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, sample: int, value: float, *, gradien
     """Sets the loss (or only its gradient) of every batch of step BAD with the sample to `value`."""
     losses = MaskedReconstruction.__call__
 
-    def spoilt(objective: MaskedReconstruction, batch: Batch) -> Losses:
-        made = losses(objective, batch)
+    def spoilt(computed: MaskedReconstruction, batch: Batch) -> Losses:
+        made = losses(computed, batch)
         if batch.step == BAD and sample in batch.indices:
             if gradient:
                 made.loss.register_hook(lambda grad: grad * value)
@@ -151,9 +153,7 @@ def test_skipping_ends_where_nothing_else_would_come(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(tmp_path / "run", store, "on_nonfinite=skip", "optim.epochs=12")
-    monkeypatch.setattr(
-        pretraining, "masked_error", lambda method: lambda *of: torch.tensor(float("nan"), requires_grad=True)
-    )
+    monkeypatch.setattr(objective, "masked_l1", lambda *of: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="step 19: the loss is nan, as were 19 before it; stopped"):
         pretrain(given, quiet)
 
@@ -205,15 +205,15 @@ def test_a_replay_computes_the_step_again(
 
 def poison(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets W of a sample in epoch 2 to NaN wherever it is computed, like a fault of the data."""
-    reconstruct = MaskedReconstruction.reconstruct
 
-    def spoilt(objective: MaskedReconstruction, batch: Batch) -> Any:
-        target, made, weights = reconstruct(objective, batch)
+    def spoilt(batch: Batch, weighting: Weighting | None) -> torch.Tensor | None:
+        weights = loss_weights(batch, weighting)
         assert weights is not None
         weights[np.flatnonzero((batch.indices == sample) & (batch.epoch == BAD // 2))] = float("nan")
-        return target, made, weights
+        return weights
 
-    monkeypatch.setattr(MaskedReconstruction, "reconstruct", spoilt)
+    for module in (objective, replaying):
+        monkeypatch.setattr(module, "loss_weights", spoilt)
 
 
 def test_any_step_replays(finished: Path) -> None:
@@ -222,6 +222,21 @@ def test_any_step_replays(finished: Path) -> None:
         found = replay(finished, step, "cpu")
         assert found.began == began
         assert round(found.loss, 6) == lines(finished)[step]["loss"]
+
+
+def test_the_replay_of_a_mae_computes_its_own_loss(store: Path, tmp_path: Path) -> None:
+    mae = (
+        "method=mae",
+        "decoder.width=32",
+        "decoder.depth=1",
+        "decoder.heads=2",
+        "mask.patch_size=16",
+        "optim.epochs=2",
+    )
+    given = config(tmp_path / "run", store, *mae)
+    assert pretrain(given, quiet).finished
+    found = replay(given.out, 3, "cpu")
+    assert round(found.loss, 6) == lines(given.out)[3]["loss"]
 
 
 def test_what_cannot_be_replayed(finished: Path, tmp_path: Path) -> None:

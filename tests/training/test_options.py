@@ -18,10 +18,11 @@ from kamim.method.loss import denormalise_patches, normalise_patches
 from kamim.method.weighting import counts_to_weights
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel, build_encoder
+from kamim.runtime.device import autocast, parallel
 from kamim.training import checkpoint
+from kamim.training.model import build_optimizer
 from kamim.training.objective import Reconstruction
-from kamim.training.pretrain import build_optimizer, pretrain
-from kamim.training.trainer import autocast, parallel
+from kamim.training.pretrain import pretrain
 from pipelines.batch import normalise
 
 CPU = torch.device("cpu")
@@ -89,12 +90,12 @@ def test_what_has_no_weight_decay(name: str) -> None:
     made = load(Pretrain, None, given)
     model = MaskedImageModel(name, 192)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    decayed, spared = build_optimizer(made, model).param_groups
+    decayed, spared = build_optimizer(made.optim, model).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     odd = re.compile(r"bias$|norm\d?\.weight$|_token$|pos_embed$|bias_table$")
     assert {names[id(p)] for p in spared["params"]} == {key for key in names.values() if odd.search(key)}
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
-    (everything,) = build_optimizer(load(Pretrain, None, given[:-1]), model).param_groups
+    (everything,) = build_optimizer(load(Pretrain, None, given[:-1]).optim, model).param_groups
     assert everything["weight_decay"] == 0.05
     assert len(everything["params"]) == len(names)
 

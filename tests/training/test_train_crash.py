@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 
 from kamim.config.pretrain import Pretrain
 from kamim.config.schema import load
-from kamim.models import architectures
+from kamim.models import architectures, presets
 from kamim.storage.store import Store
 from kamim.training import checkpoint, metrics, run_folder
 from kamim.training.pretrain import pretrain
 
-SMALL: Mapping[str, architectures.Architecture] = {
-    **architectures.ARCHITECTURES,
-    "vit_demo": architectures._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
+SMALL: Mapping[str, presets.Architecture] = {
+    **presets.ARCHITECTURES,
+    "vit_demo": presets._vit("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2),
 }
 
 
@@ -148,7 +148,7 @@ import os, signal, sys, threading
 from pathlib import Path
 import torch
 import test_train_crash as own
-from kamim.training import pretrain as pretraining
+from kamim.training import objective
 from kamim.training.pretrain import pretrain
 
 torch.set_num_threads(1)
@@ -170,8 +170,8 @@ for name in numbers:
         if name[0] == "w":
             sys.addaudithook(watch)
         else:
-            error = pretraining.masked_error
-            pretraining.masked_error = lambda method: lambda *given: (count(), error(method)(*given))[1]
+            error = objective.masked_error
+            objective.masked_error = lambda method: lambda *given: (count(), error(method)(*given))[1]
         pretrain(own.asked(Path(base, name), Path(store)), own.quiet)
         os._exit(0)
     print(os.waitpid(child, 0)[1], flush=True)

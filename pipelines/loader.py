@@ -28,11 +28,10 @@ from kamim.storage.jpeg import check_scans, read_markers
 from kamim.storage.store import FORMATS, Images
 from pipelines import turbojpeg
 from pipelines.batch import Batch
-from pipelines.chunk import crop_chunk
-from pipelines.counts import Counter, Crops, Scratch
+from pipelines.chunk import Crops, Scratch, Stored, crop_chunk
+from pipelines.counts import Counter
 from pipelines.crop import crop_resize
 from pipelines.plan import MicroBatch, Plan
-from pipelines.ycbcr import WOVEN
 
 _LOG = logging.getLogger(__name__)
 
@@ -254,25 +253,14 @@ class Loader:
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 
-    def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch", stopped: np.ndarray) -> np.ndarray:
+    def _crop_chunk(self, crops: Crops, scratch: Scratch, stopped: np.ndarray) -> np.ndarray:
         """Makes the crops, until stopped, and returns which of them failed: bool [n]."""
         images, indices, failed = self._images, crops.indices, np.zeros(len(crops.indices), np.bool_)
-        crop_chunk(
-            FORMATS.index(images.encoding),
-            images.addresses(indices),
-            images.lengths[indices],
-            crops.sizes,
-            crops.views,
-            scratch.turbo,
-            scratch.resized,
-            scratch.crop,
-            crops.pixels,
-            failed,
-            stopped,
-        )
+        stored = Stored(FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices])
+        crop_chunk(stored, crops, scratch.crops, failed, stopped)
         return failed
 
-    def _crop_alone(self, crops: Crops, scratch: "_ThreadScratch") -> None:
+    def _crop_alone(self, crops: Crops, scratch: Scratch) -> None:
         """Makes one crop of a JPEG that is decoded as a whole to RGB. Raises the decoder's or the file's error."""
         (height, width), data = crops.sizes[0].tolist(), self._images.data(int(crops.indices[0]))
         if (encoding := self._images.encoding) != "jpeg":
@@ -315,21 +303,10 @@ class Loader:
         views[:, 4:] *= crop.flip_v, crop.flip_h
         return views
 
-    def _scratch(self) -> "_ThreadScratch":
+    def _scratch(self) -> Scratch:
         if not hasattr(self._thread, "scratch"):
-            self._thread.scratch = _ThreadScratch(self._resolution, *self._largest)
+            self._thread.scratch = Scratch(self._resolution, *self._largest)
         return self._thread.scratch  # type: ignore[no-any-return]
-
-
-class _ThreadScratch(Scratch):
-    """A thread's working memory. room: bytes, see turbojpeg.room_for; rows: of the tallest image."""
-
-    def __init__(self, resolution: int, room: int, rows: int):
-        super().__init__(resolution)
-        self.room = np.empty(room, np.uint8)
-        self.resized = np.empty((3, rows + WOVEN, resolution), np.uint16)
-        self.crop = np.empty((resolution, resolution, 3), np.uint8)
-        self.turbo = turbojpeg.turbo(self.room)
 
 
 def _groups(parts: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:

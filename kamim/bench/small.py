@@ -14,7 +14,8 @@ from kamim.bench.startup import Bare, repeat
 from kamim.detectors import detector
 from kamim.storage import mmap_array
 from kamim.storage.store import GAPS, IMAGES, Keypoints, ZarrImages, write_keypoints, write_zarr_images
-from pipelines.counts import CachedCounts, Crops
+from pipelines.chunk import Crops
+from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 from preprocess.plan import make_job

@@ -13,7 +13,8 @@ from kamim.method.masking import block_masks
 from kamim.storage.store import Store
 from pipelines import turbojpeg
 from pipelines.batch import Batch
-from pipelines.counts import CachedCounts, Counter, Crops, Scratch
+from pipelines.chunk import Crops, Scratch
+from pipelines.counts import CachedCounts, Counter
 from pipelines.loader import Crop, Loader, SampleError, _groups
 from pipelines.plan import ORDERS, Order, Plan
 

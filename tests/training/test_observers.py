@@ -21,7 +21,7 @@ from kamim.training import checkpoint, metrics, report
 from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
 from pipelines.batch import normalise
-from pipelines.counts import Crops
+from pipelines.chunk import Crops
 from pipelines.loader import Loader
 from pipelines.samples import Samples
 

@@ -16,7 +16,7 @@ from kamim.method.simd import pointer8, prefetch, stream64
 from kamim.storage.store import FORMATS
 from pipelines.crop import crop_resize, lies_within
 from pipelines.turbojpeg import Turbo, decode_planes, turbo
-from pipelines.ycbcr import WOVEN, crop_planes, stored_planes
+from pipelines.ycbcr import INTERLEAVE, crop_planes, stored_planes
 
 _RAW, _YUV420 = FORMATS.index("raw"), FORMATS.index("yuv420")
 _LINE = 64  # bytes of a cache line
@@ -52,7 +52,7 @@ class Stored(NamedTuple):
 
 
 class CropScratch(NamedTuple):
-    """Working memory of crop_chunk. turbo: see pipelines.turbojpeg; resized: see crop_planes; crop: uint8 [R, R, 3]."""
+    """Memory of decode_and_crop. turbo: see pipelines.turbojpeg; resized: see crop_planes; crop: uint8 [R, R, 3]."""
 
     turbo: Turbo
     resized: np.ndarray
@@ -80,7 +80,7 @@ class Scratch:
 
     def __init__(self, resolution: int, room: int, rows: int):
         self.room = np.empty(room, np.uint8)
-        resized = np.empty((3, rows + WOVEN, resolution), np.uint16)
+        resized = np.empty((3, rows + INTERLEAVE, resolution), np.uint16)
         self.crops = CropScratch(turbo(self.room), resized, np.empty((resolution, resolution, 3), np.uint8))
         bitmap = kp.raster_scratch(resolution, resolution)
         points, positions = np.empty((0, 2), np.int32), np.empty((0, 2), np.uint16)
@@ -95,7 +95,7 @@ class Scratch:
 
 
 @kernel
-def crop_chunk(stored, crops, scratch, failed, stopped):
+def decode_and_crop(stored, crops, scratch, failed, stopped):
     """Writes the crops of n images of a store to crops.pixels, and which of them failed to failed, bool [n].
 
     stored: Stored; crops: Crops; scratch: CropScratch. Everything that an address is computed from is checked here.
@@ -141,7 +141,7 @@ def _crop(stored, crops, i, scratch):
         decoded, planes = length == _planes_bytes(height, width), stored_planes(address, height, width)
     else:
         decoded, planes = decode_planes(scratch.turbo, address, length, height, width)
-    if not decoded or height + WOVEN > scratch.resized.shape[1]:
+    if not decoded or height + INTERLEAVE > scratch.resized.shape[1]:
         return False
     crop_planes(planes, view, scratch.resized, scratch.crop)
     return True

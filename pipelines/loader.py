@@ -28,7 +28,7 @@ from kamim.storage.jpeg import check_scans, read_markers
 from kamim.storage.store import FORMATS, Images
 from pipelines import turbojpeg
 from pipelines.batch import Batch
-from pipelines.chunk import Crops, Scratch, Stored, crop_chunk
+from pipelines.chunk import Crops, Scratch, Stored, decode_and_crop
 from pipelines.counts import Counter
 from pipelines.crop import crop_resize
 from pipelines.plan import MicroBatch, Plan
@@ -135,12 +135,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches from self.step to the end of its epoch; self.step follows them."""
         epoch_end = (self.step // self.plan.steps_per_epoch + 1) * self.plan.steps_per_epoch
-        for batch in self.steps(self.step, epoch_end):
+        for batch in self.micro_batches(self.step, epoch_end):
             if batch.last:
                 self.step = batch.step + 1
             yield batch
 
-    def steps(self, first: int, stop: int) -> Iterator[Batch]:
+    def micro_batches(self, first: int, stop: int) -> Iterator[Batch]:
         """Yields the micro-batches of optimiser steps first .. stop - 1, on the device.
 
         Raises SampleError if a sample cannot be loaded (with on_error skip, if a whole micro-batch cannot).
@@ -217,7 +217,7 @@ class Loader:
             epoch=part.epoch,
             step=part.step,
             last=part.last,
-            share=part.share,
+            loss_weight=part.loss_weight,
         )
 
     def _without_bad(self, indices: np.ndarray, slot: _Slot) -> np.ndarray:
@@ -241,7 +241,7 @@ class Loader:
         crops = Crops(
             indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
         )
-        for i in np.flatnonzero(self._crop_chunk(crops, scratch, slot.stopped)).tolist():
+        for i in np.flatnonzero(self._decode_and_crop(crops, scratch, slot.stopped)).tolist():
             if slot.stopped[0]:
                 return
             try:
@@ -253,11 +253,11 @@ class Loader:
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 
-    def _crop_chunk(self, crops: Crops, scratch: Scratch, stopped: np.ndarray) -> np.ndarray:
+    def _decode_and_crop(self, crops: Crops, scratch: Scratch, stopped: np.ndarray) -> np.ndarray:
         """Makes the crops, until stopped, and returns which of them failed: bool [n]."""
         images, indices, failed = self._images, crops.indices, np.zeros(len(crops.indices), np.bool_)
         stored = Stored(FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices])
-        crop_chunk(stored, crops, scratch.crops, failed, stopped)
+        decode_and_crop(stored, crops, scratch.crops, failed, stopped)
         return failed
 
     def _crop_alone(self, crops: Crops, scratch: Scratch) -> None:

@@ -14,7 +14,7 @@ from numba import carray
 from kamim.method.kernels import bare_kernel, kernel
 from kamim.method.simd import high16, less16, load8, pointer8, store8
 
-WOVEN = 4  # rows that are resized at a time
+INTERLEAVE = 4  # rows that are resized at a time
 _WORD = np.uint64(32)  # bits: half of a loaded word, one value of each of the woven rows
 _NEAR = np.uint64(0xFFFFFFFF)
 _FAR = np.uint64(0xFFFFFFFF00000000)
@@ -86,14 +86,14 @@ def stored_planes(address, height, width):
 def crop_planes(planes, view, resized, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
-    planes: Planes, which hold the crop. resized: uint16 [3, n, R] of working memory, n at least WOVEN more than the
-    image's height. out: uint8 [R, R, 3], RGB, contiguous. The result is that of converting every pixel to RGB,
+    planes: Planes, which hold the crop. resized: uint16 [3, n, R] of working memory, n at least INTERLEAVE more than
+    the image's height. out: uint8 [R, R, 3], RGB, contiguous. The result is that of converting every pixel to RGB,
     cropping, and resizing without antialiasing, except that roundings differ and that chroma is interpolated once
     instead of twice.
     """
     top, left, height, width, flip_v, flip_h = view
     data, side = planes.data, out.shape[0]
-    room = WOVEN * (max(side, width) + 2)
+    room = INTERLEAVE * (max(side, width) + 2)
     weave = _Weave(np.empty(room, np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8))
     rows, columns = _axis(top, height, 1, side), _columns(_axis(left, width, 1, side), flip_h, side)
     _resize_columns(data, planes.stride, rows, columns, weave, resized[0])
@@ -141,10 +141,10 @@ def _columns(axis, flip, side):
 
 @bare_kernel
 def _resize_columns(plane, stride, rows, columns, weave, out):
-    """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + WOVEN - 1, R], in 256ths of grey."""
+    """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + INTERLEAVE - 1, R], in 256ths."""
     top, count = rows.first, rows.samples
     left, width = columns.axis.first, columns.axis.samples
-    for n in range(0, count, WOVEN):
+    for n in range(0, count, INTERLEAVE):
         a = (top + n) * stride + left
         b = (top + min(n + 1, count - 1)) * stride + left
         c = (top + min(n + 2, count - 1)) * stride + left

@@ -68,7 +68,7 @@ def kernels_only(small: SmallStore) -> Run:
 
     def run() -> int:
         crops = Crops(indices, sizes, loader._views(indices, 0, sizes), out)
-        loader._crop_chunk(crops, scratch, stopped)
+        loader._decode_and_crop(crops, scratch, stopped)
         counter.count(crops, scratch, counts)
         return len(indices)
 

@@ -122,7 +122,7 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
     )
     guard = NonFiniteGuard(optimizer, config.on_nonfinite, config.out, config.seed, world)
     objective = MaskedReconstruction(config, network)
-    return Trainer(run, model, network, optimizer, objective, loader.steps, world, guard=guard)
+    return Trainer(run, model, network, optimizer, objective, loader.micro_batches, world, guard=guard)
 
 
 class MaskedReconstruction:

@@ -156,7 +156,7 @@ def same_mixing() -> dict[str, Any]:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (256, 192, 192, 3), np.uint8))
     differences = []
     for step in range(8):  # includes both MixUp and CutMix
-        batch = Batch(images, None, torch.arange(256) % 10, np.arange(256), 0, step, last=True, share=1.0)
+        batch = Batch(images, None, torch.arange(256) % 10, np.arange(256), 0, step, last=True, loss_weight=1.0)
         (on_cpu, _), (on_cuda, _) = (mixed_batch(source, 10, 0) for source in (batch, batch.to(CUDA)))
         differences.append((on_cpu - on_cuda.cpu()).abs().max().item())
     return {"largest_difference": max(differences)}

@@ -72,11 +72,11 @@ def load(folder: Path, order: str, announced: bool, seconds: float) -> dict[str,
         plan = Plan(samples, min(BATCH, samples), BATCH, 0, order)
         return Loader(Bare(folder, images), plan, RESOLUTION, crop=Crop(), counter=counter)
 
-    for _ in loader(1).steps(0, 1):  # compiles
+    for _ in loader(1).micro_batches(0, 1):  # compiles
         pass
     before, start, processor = reads(folder), time.perf_counter(), time.process_time()
     faults, count, first = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, 0, 0.0
-    for batch in loader(len(images.labels)).steps(0, len(images.labels) // BATCH):
+    for batch in loader(len(images.labels)).micro_batches(0, len(images.labels) // BATCH):
         count += len(batch)
         first = first or time.perf_counter() - start
         if (elapsed := time.perf_counter() - start) > seconds:

@@ -20,8 +20,8 @@ class Batch:
     a class for every pixel, -1 without one.
     indices: int64 [B] on the CPU, the samples' numbers in the store; with `epoch` and the seed they name
     every random draw made for the batch. step: the optimiser step since the start of the run; last: whether
-    this micro-batch ends it on this rank; share: its planned samples over those of the step on all ranks,
-    so that a step's loss is the sum of share * mean over its micro-batches. If a loader leaves out a damaged
+    this micro-batch ends it on this rank; loss_weight: its planned samples over those of the step on all ranks,
+    so that a step's loss is the sum of loss_weight * mean over its micro-batches. If a loader leaves out a damaged
     sample, the others of its micro-batch weigh more.
 
     A loader may reuse the memory of a batch once the next one has been requested; `clone` keeps it.
@@ -34,20 +34,20 @@ class Batch:
     epoch: int
     step: int
     last: bool
-    share: float
+    loss_weight: float
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def stand_in(self) -> "Batch":
-        """Returns one black sample with a share of 0, for a rank that a short step leaves without samples."""
+        """Returns one black sample with a loss_weight of 0, for a rank that a short step leaves without samples."""
         return replace(
             self,
             images=self.images.new_zeros(1, *self.images.shape[1:]),
             counts=None if self.counts is None else self.counts.new_zeros(1, *self.counts.shape[1:]),
             labels=self.labels.new_full((1, *self.labels.shape[1:]), -1),
             indices=np.zeros(1, np.int64),
-            share=0.0,
+            loss_weight=0.0,
         )
 
     def clone(self) -> "Batch":

@@ -13,33 +13,7 @@ from kamim.method.kernels import kernel
 from kamim.method.simd import pointer8, pointer16
 from kamim.storage.gaps import decode_into
 from kamim.storage.keypoints import GAPS, Keypoints
-
-
-class Scratch:
-    """Working memory of one thread."""
-
-    def __init__(self, resolution: int):
-        self.bitmap = kp.raster_scratch(resolution, resolution)
-        self.dots = np.stack([self.bitmap] * 2)
-        self.points = np.empty((0, 2), np.int32)
-        self.positions = np.empty((0, 2), np.uint16)
-
-
-class Crops(NamedTuple):
-    """Crops of n samples, and the views they were taken with.
-
-    indices: int64 [n], their numbers. sizes: int [n, 2], (height, width) of the stored images. views: int64 [n, 6],
-    see kamim.method.geometry. pixels: uint8 [n, R, R, 3].
-    """
-
-    indices: np.ndarray
-    sizes: np.ndarray
-    views: np.ndarray
-    pixels: np.ndarray
-
-    def only(self, i: int) -> "Crops":
-        """Returns the i-th crop as Crops of one sample."""
-        return Crops(*(array[i : i + 1] for array in self))
+from pipelines.chunk import Crops, Scratch
 
 
 class Counter(Protocol):
@@ -63,47 +37,39 @@ class Counter(Protocol):
         ...
 
 
-@kernel
-def _remapped_counts(
-    coded,
-    addresses,
-    counts,
-    borders,
-    caps,
-    snap,
-    frames,
-    sizes,
-    views,
-    side,
-    table,
-    runs,
-    patch_size,
-    decoded,
-    points,
-    bitmap,
-    dots,
-    out,
-):
-    """Counts remapped keypoints. addresses [n], counts [n, G]: see Keypoints; frames, sizes [n, 2], views [n, 6].
+class _Stored(NamedTuple):
+    """Keypoints of n images as they are stored, on one frame each.
 
-    coded: whether addresses are of gaps. decoded: room for their positions.
+    coded: whether they are gaps. addresses: [n] and counts: [n, G], see Keypoints; frames: int [n, 2] (height, width).
     """
+
+    coded: bool
+    addresses: np.ndarray
+    counts: np.ndarray
+    frames: np.ndarray
+
+
+@kernel
+def _remapped_counts(stored, rules, footprint, crops, patch_size, scratch, out):
+    """Remaps keypoints and counts their pixels. stored: _Stored; scratch: CountScratch; out: int16 [n, g, g]."""
+    side, points, bitmap = crops.pixels.shape[1], scratch.points, scratch.bitmap
     for i in range(len(out)):
-        total = int(counts[i].sum())
+        address, counts, frame = stored.addresses[i], stored.counts[i], stored.frames[i]
+        total = int(counts.sum())
         if total > len(points):
             raise IndexError("more keypoints than there is room for")
-        if coded:
-            decoded_count = decode_into(carray(pointer8(addresses[i]), total), frames[i, 0], frames[i, 1], decoded)
+        if stored.coded:
+            decoded_count = decode_into(carray(pointer8(address), total), frame[0], frame[1], scratch.positions)
             if decoded_count < 0:
                 raise IndexError("keypoints lie outside their frame")
-            positions = decoded[:decoded_count]  # at most counts[i], a number of bytes, to which remap clips
+            positions = scratch.positions[:decoded_count]  # at most a number of bytes, to which remap clips the counts
         else:
-            positions = carray(pointer16(addresses[i]), (total, 2))
-        kept = kp.remap(positions, counts[i], borders, caps, snap, frames[i], sizes[i], views[i], side, points)
-        if snap:
-            kp.raster_whole(points, kept, side, side, table, runs, bitmap, dots)
+            positions = carray(pointer16(address), (total, 2))
+        kept = kp.remap(positions, counts, rules, frame, crops.sizes[i], crops.views[i], side, points)
+        if rules.snap:
+            kp.raster_whole(points, kept, side, side, footprint, bitmap, scratch.dots)
         else:
-            kp.raster(points, kept, side, side, table, bitmap)
+            kp.raster(points, kept, side, side, footprint.table, bitmap)
         kp.cell_counts(bitmap, patch_size, out[i])
 
 
@@ -114,8 +80,7 @@ class CachedCounts:
         self.patch_size = patch_size
         self._keypoints = keypoints
         self._rules = keypoints.rules.arrays()
-        self._table = kp.stamps(footprint, 1 if keypoints.rules.snap else geometry.POSITION_UNIT)
-        self._runs = kp.runs(self._table)
+        self._footprint = kp.footprint(footprint, keypoints.rules)
 
     def check_crops(self, images: int, resolution: int, crop_scale: tuple[float, float] | None) -> None:
         """See Counter."""
@@ -127,26 +92,9 @@ class CachedCounts:
         offered = self._keypoints.frame[crops.indices]
         chosen = geometry.nearest_frames(offered, crops.sizes, crops.views, side)
         addresses, counts = self._keypoints.addresses(crops.indices, chosen)
-        if (most := int(counts.sum(axis=1).max())) > len(scratch.points):
-            scratch.points, scratch.positions = np.empty((most, 2), np.int32), np.empty((most, 2), np.uint16)
-        _remapped_counts(
-            self._keypoints.array == GAPS,
-            addresses,
-            counts,
-            *self._rules,
-            offered[np.arange(len(chosen)), chosen],
-            crops.sizes,
-            crops.views,
-            side,
-            self._table,
-            self._runs,
-            self.patch_size,
-            scratch.positions,
-            scratch.points,
-            scratch.bitmap,
-            scratch.dots,
-            out,
-        )
+        stored = _Stored(self._keypoints.array == GAPS, addresses, counts, offered[np.arange(len(chosen)), chosen])
+        room = scratch.counts(int(counts.sum(axis=1).max()))
+        _remapped_counts(stored, self._rules, self._footprint, crops, self.patch_size, room, out)
 
     def will_need(self, indices: np.ndarray) -> None:
         """See Counter."""

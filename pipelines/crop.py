@@ -5,6 +5,8 @@ Both are short loops over flat arrays, which the compiler vectorises to 16 or 32
 neighbouring pixels, for which there is no vector instruction, moves two pixels at a time as one 8-byte word.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kamim import KamimError
@@ -19,6 +21,26 @@ _HALF = np.uint16(0x81)  # 1/2, and 1/256 for the two truncated products
 _SLACK = 8  # bytes that are read or written past the end of a row
 
 
+class _Columns(NamedTuple):
+    """How a row is resized. offset: int64 [R or 1 more] and weight: uint16 [3 R], see _columns."""
+
+    offset: np.ndarray
+    weight: np.ndarray
+
+
+class _Rows(NamedTuple):
+    """Working memory for rows. near, far: uint8, room for both neighbours of every output pixel, and _SLACK.
+
+    last: uint8, room for a row of the crop without _SLACK behind it. resized: uint16 [2, 3 R], room for source row n in
+    place n % 2.
+    """
+
+    near: np.ndarray
+    far: np.ndarray
+    last: np.ndarray
+    resized: np.ndarray
+
+
 @bare_kernel
 def _source(o, scale, length):
     """Returns the position of output sample o among `length` source samples: half-pixel centres, antialias=False."""
@@ -26,8 +48,9 @@ def _source(o, scale, length):
 
 
 @bare_kernel
-def _columns(width, flip, offset, weight):
+def _columns(width, flip, out):
     """Writes the byte offset of each output column's first pixel, and the second's weight in 256ths, three times."""
+    offset, weight = out
     columns = len(weight) // 3
     for o in range(columns):
         source = _source(o, width / columns, width)
@@ -39,11 +62,9 @@ def _columns(width, flip, offset, weight):
 
 
 @bare_kernel
-def _resize_row(row, offset, weight, near, far, out):
-    """Resizes a row of the crop (uint8 [3 W], _SLACK readable behind it) to out, uint16 [3 R], in 256ths of grey.
-
-    near, far: uint8, room for both neighbours of every output pixel, and _SLACK.
-    """
+def _resize_row(row, columns, near, far, out):
+    """Resizes a row of the crop (uint8 [3 W], _SLACK readable behind it) to out, uint16 [3 R], in 256ths of grey."""
+    offset, weight = columns
     for k in range(len(offset) // 2):  # a word holds two neighbouring pixels, and a third in part
         a, b = load8(row, offset[2 * k]), load8(row, offset[2 * k + 1])
         store8(near, 6 * k, (a & _FIRST) | (b << _PIXEL))
@@ -85,31 +106,21 @@ def crop_resize(pixels, view, out):
     if not lies_within(view, pixels.shape[0], pixels.shape[1]):
         raise KamimError("the crop lies outside the image")
     side, row_bytes = out.shape[0], 3 * out.shape[1]
-    offset, weight = np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16)
-    _columns(width, flip_h, offset, weight)
-    near, far = np.empty(row_bytes + _SLACK, np.uint8), np.empty(row_bytes + _SLACK, np.uint8)
-    last = np.empty(3 * width + _SLACK, np.uint8)
-    resized = np.empty((2, row_bytes), np.uint16)
-    _resize(
-        pixels.reshape(pixels.size),
-        3 * pixels.shape[1],
-        view,
-        offset,
-        weight,
-        near,
-        far,
-        last,
-        resized,
-        out.reshape(side, row_bytes),
+    columns = _Columns(np.empty(side + side % 2, np.int64), np.empty(row_bytes, np.uint16))
+    _columns(width, flip_h, columns)
+    rows = _Rows(
+        np.empty(row_bytes + _SLACK, np.uint8),
+        np.empty(row_bytes + _SLACK, np.uint8),
+        np.empty(3 * width + _SLACK, np.uint8),
+        np.empty((2, row_bytes), np.uint16),
     )
+    _resize(pixels.reshape(pixels.size), 3 * pixels.shape[1], view, columns, rows, out.reshape(side, row_bytes))
 
 
 @bare_kernel
-def _resize(flat, pitch, view, offset, weight, near, far, last, resized, results):
-    """Resizes the crop of an image, uint8 [n], with rows `pitch` bytes apart, to results, uint8 [R, 3 R].
-
-    last: room for a row without _SLACK behind it. resized: room for source row n, in place n % 2.
-    """
+def _resize(flat, pitch, view, columns, rows, results):
+    """Resizes the crop of an image, uint8 [n], with rows `pitch` bytes apart, to results, uint8 [R, 3 R]."""
+    near, far, last, resized = rows
     top, left, height, width, flip_v, _ = view
     side, done = len(results), top  # the source rows before it are resized, or not needed
     for o in range(side):
@@ -124,7 +135,7 @@ def _resize(flat, pitch, view, offset, weight, near, far, last, resized, results
                 for i in range(3 * width):
                     last[i] = row[i]
                 row = last
-            _resize_row(row, offset, weight, near, far, resized[done % 2])
+            _resize_row(row, columns, near, far, resized[done % 2])
             done += 1
         weight_below = np.uint16(min((source - int(source)) * 65536, 65535.0))
         _blend_rows(resized[upper % 2], resized[lower % 2], weight_below, results[side - 1 - o if flip_v else o])

@@ -29,11 +29,10 @@ from kamim.storage.jpeg import check_scans, read_markers
 from kamim.storage.manifest import FORMATS
 from pipelines import turbojpeg
 from pipelines.batch import Batch
-from pipelines.chunk import crop_chunk
-from pipelines.counts import Counter, Crops, Scratch
+from pipelines.chunk import Crops, Scratch, Stored, decode_and_crop
+from pipelines.counts import Counter
 from pipelines.crop import crop_resize
 from pipelines.plan import MicroBatch, Plan
-from pipelines.ycbcr import WOVEN
 
 _LOG = logging.getLogger(__name__)
 
@@ -137,12 +136,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields the micro-batches from self.step to the end of its epoch; self.step follows them."""
         epoch_end = (self.step // self.plan.steps_per_epoch + 1) * self.plan.steps_per_epoch
-        for batch in self.steps(self.step, epoch_end):
+        for batch in self.micro_batches(self.step, epoch_end):
             if batch.last:
                 self.step = batch.step + 1
             yield batch
 
-    def steps(self, first: int, stop: int) -> Iterator[Batch]:
+    def micro_batches(self, first: int, stop: int) -> Iterator[Batch]:
         """Yields the micro-batches of optimiser steps first .. stop - 1, on the device.
 
         Raises SampleError if a sample cannot be loaded (with on_error skip, if a whole micro-batch cannot).
@@ -219,7 +218,7 @@ class Loader:
             epoch=part.epoch,
             step=part.step,
             last=part.last,
-            share=part.share,
+            loss_weight=part.loss_weight,
         )
 
     def _without_bad(self, indices: np.ndarray, slot: _Slot) -> np.ndarray:
@@ -243,7 +242,7 @@ class Loader:
         crops = Crops(
             indices, sizes, self._views(indices, part.epoch, sizes), slot.images.numpy()[rows][: len(indices)]
         )
-        for i in np.flatnonzero(self._crop_chunk(crops, scratch, slot.stopped)).tolist():
+        for i in np.flatnonzero(self._decode_and_crop(crops, scratch, slot.stopped)).tolist():
             if slot.stopped[0]:
                 return
             try:
@@ -255,25 +254,14 @@ class Loader:
         if self._counter is not None and slot.counts is not None:
             self._count(self._counter, crops, scratch, slot, rows.start)
 
-    def _crop_chunk(self, crops: Crops, scratch: "_ThreadScratch", stopped: np.ndarray) -> np.ndarray:
+    def _decode_and_crop(self, crops: Crops, scratch: Scratch, stopped: np.ndarray) -> np.ndarray:
         """Makes the crops, until stopped, and returns which of them failed: bool [n]."""
         images, indices, failed = self._images, crops.indices, np.zeros(len(crops.indices), np.bool_)
-        crop_chunk(
-            FORMATS.index(images.encoding),
-            images.addresses(indices),
-            images.lengths[indices],
-            crops.sizes,
-            crops.views,
-            scratch.turbo,
-            scratch.resized,
-            scratch.crop,
-            crops.pixels,
-            failed,
-            stopped,
-        )
+        stored = Stored(FORMATS.index(images.encoding), images.addresses(indices), images.lengths[indices])
+        decode_and_crop(stored, crops, scratch.crops, failed, stopped)
         return failed
 
-    def _crop_alone(self, crops: Crops, scratch: "_ThreadScratch") -> None:
+    def _crop_alone(self, crops: Crops, scratch: Scratch) -> None:
         """Makes one crop of a JPEG that is decoded as a whole to RGB. Raises the decoder's or the file's error."""
         (height, width), data = crops.sizes[0].tolist(), self._images.data(int(crops.indices[0]))
         if (encoding := self._images.encoding) != "jpeg":
@@ -316,21 +304,10 @@ class Loader:
         views[:, 4:] *= crop.flip_v, crop.flip_h
         return views
 
-    def _scratch(self) -> "_ThreadScratch":
+    def _scratch(self) -> Scratch:
         if not hasattr(self._thread, "scratch"):
-            self._thread.scratch = _ThreadScratch(self._resolution, *self._largest)
+            self._thread.scratch = Scratch(self._resolution, *self._largest)
         return self._thread.scratch  # type: ignore[no-any-return]
-
-
-class _ThreadScratch(Scratch):
-    """A thread's working memory. room: bytes, see turbojpeg.room_for; rows: of the tallest image."""
-
-    def __init__(self, resolution: int, room: int, rows: int):
-        super().__init__(resolution)
-        self.room = np.empty(room, np.uint8)
-        self.resized = np.empty((3, rows + WOVEN, resolution), np.uint16)
-        self.crop = np.empty((resolution, resolution, 3), np.uint8)
-        self.turbo = turbojpeg.turbo(self.room)
 
 
 def _groups(parts: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:

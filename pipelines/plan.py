@@ -23,7 +23,7 @@ def largest_batch(samples: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch: its samples (int64 [B]), epoch and step. last and share: see Batch.
+    """One micro-batch: its samples (int64 [B]), epoch and step. last and loss_weight: see Batch.
 
     window: the number of the window that it begins in, counted from epoch 0; see Plan.windows.
     """
@@ -32,7 +32,7 @@ class MicroBatch:
     epoch: int
     step: int
     last: bool
-    share: float
+    loss_weight: float
     window: int
 
 

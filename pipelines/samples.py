@@ -15,15 +15,15 @@ from kamim.storage.store import Store
 
 @dataclass(frozen=True)
 class Samples:
-    """A selection of a store's samples. numbers: int64 [N], ascending, in the store."""
+    """A selection of a store's samples. indices: int64 [N], ascending, in the store."""
 
     store: Store
-    numbers: np.ndarray
+    indices: np.ndarray
 
     @property
     def labels(self) -> Tensor:
         """int64 [N], -1 without labels."""
-        return torch.from_numpy(self.store.images.labels[self.numbers])
+        return torch.from_numpy(self.store.images.labels[self.indices])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ class Samples:
         return {
             "store": str(self.store.path),
             "dataset": manifest.job.dataset,
-            "images": len(self.numbers),
+            "images": len(self.indices),
             "fingerprint": manifest.source,
         }
 

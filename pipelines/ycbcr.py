@@ -14,7 +14,7 @@ from numba import carray
 from kamim.method.kernels import bare_kernel, kernel
 from kamim.method.simd import high16, less16, load8, pointer8, store8
 
-WOVEN = 4  # rows that are resized at a time
+INTERLEAVE = 4  # rows that are resized at a time
 _WORD = np.uint64(32)  # bits: half of a loaded word, one value of each of the woven rows
 _NEAR = np.uint64(0xFFFFFFFF)
 _FAR = np.uint64(0xFFFFFFFF00000000)
@@ -48,6 +48,31 @@ class Planes(NamedTuple):
     block_width: int
 
 
+class _Axis(NamedTuple):
+    """How the results along an axis map to the samples of a plane, see _axis."""
+
+    first: int
+    samples: int
+    scale: float
+    lead: float
+
+
+class _Columns(NamedTuple):
+    """How rows are resized to R columns, see _columns. offset: int64 [R or 1 more]; weight: uint16 [R]."""
+
+    axis: _Axis
+    offset: np.ndarray
+    weight: np.ndarray
+
+
+class _Weave(NamedTuple):
+    """Working memory for interleaved rows: the rows themselves, and the output of _neighbours; uint8 [n] each."""
+
+    rows: np.ndarray
+    near: np.ndarray
+    far: np.ndarray
+
+
 @kernel
 def stored_planes(address, height, width):
     """Returns the Planes of an image in a store's encoding yuv420 (kamim.method.colour) at the address of its bytes."""
@@ -61,30 +86,25 @@ def stored_planes(address, height, width):
 def crop_planes(planes, view, resized, out):
     """Writes the crop `view` = (top, left, height, width, flip_v, flip_h) of an image, resized and flipped, to out.
 
-    planes: Planes, which hold the crop. resized: uint16 [3, n, R] of working memory, n at least WOVEN more than the
-    image's height. out: uint8 [R, R, 3], RGB, contiguous. The result is that of converting every pixel to RGB,
+    planes: Planes, which hold the crop. resized: uint16 [3, n, R] of working memory, n at least INTERLEAVE more than
+    the image's height. out: uint8 [R, R, 3], RGB, contiguous. The result is that of converting every pixel to RGB,
     cropping, and resizing without antialiasing, except that roundings differ and that chroma is interpolated once
     instead of twice.
     """
     top, left, height, width, flip_v, flip_h = view
     data, side = planes.data, out.shape[0]
-    room = WOVEN * (max(side, width) + 2)
-    woven, near, far = np.empty(room, np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
-    rows, columns = _axis(top, height, 1, side), _axis(left, width, 1, side)
-    offset, weight = _columns(columns, flip_h, side)
-    _resize_columns(data, planes.stride, rows, columns, offset, weight, woven, near, far, resized[0])
+    room = INTERLEAVE * (max(side, width) + 2)
+    weave = _Weave(np.empty(room, np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8))
+    rows, columns = _axis(top, height, 1, side), _columns(_axis(left, width, 1, side), flip_h, side)
+    _resize_columns(data, planes.stride, rows, columns, weave, resized[0])
     if planes.block_width == 0:  # grey: one row of Cb and Cr, for every row of the result
         chroma_rows = _axis(0, 1, 1, side)
         resized[1:, 0] = _NEUTRAL
     else:
         chroma_rows = _axis(top, height, planes.block_height, side)
-        columns = _axis(left, width, planes.block_width, side)
-        offset, weight = _columns(columns, flip_h, side)
+        columns = _columns(_axis(left, width, planes.block_width, side), flip_h, side)
         for plane, start in ((1, planes.cb), (2, planes.cr)):
-            chroma = data[start:]
-            _resize_columns(
-                chroma, planes.chroma_stride, chroma_rows, columns, offset, weight, woven, near, far, resized[plane]
-            )
+            _resize_columns(data[start:], planes.chroma_stride, chroma_rows, columns, weave, resized[plane])
     _blend_rows(resized, rows, chroma_rows, flip_v, out.reshape(side, 3 * side))
 
 
@@ -96,46 +116,46 @@ def _axis(start, length, block, side):
     samples, samples per result, and the crop's position in the first sample.
     """
     first = start // block
-    return first, (start + length - 1) // block - first + 1, length / block / side, (start % block) / block
+    samples = (start + length - 1) // block - first + 1
+    return _Axis(first, samples, length / block / side, (start % block) / block)
 
 
 @bare_kernel
 def _source(o, axis):
     """Returns the position of result o among an axis' samples, from the first one's centre: half-pixel centres."""
-    _, samples, scale, lead = axis
-    return min(max((o + 0.5) * scale - 0.5 + lead, 0.0), samples - 1.0)
+    return min(max((o + 0.5) * axis.scale - 0.5 + axis.lead, 0.0), axis.samples - 1.0)
 
 
 @kernel
 def _columns(axis, flip, side):
-    """Returns each result's first sample, int64 [R or 1 more], and the second's weight in 256ths, uint16."""
+    """Returns _Columns: each result's first sample, relative to the axis' first, and the second's weight in 256ths."""
     offset, weight = np.empty(side + side % 2, np.int64), np.empty(side, np.uint16)
     for o in range(side):
         source = _source(o, axis)
-        first = min(int(source), max(axis[1] - 2, 0))
+        first = min(int(source), max(axis.samples - 2, 0))
         to = side - 1 - o if flip else o
         offset[to], weight[to] = first, int(np.rint((source - first) * 256))
     offset[side:] = offset[side - 1]
-    return offset, weight
+    return _Columns(axis, offset, weight)
 
 
 @bare_kernel
-def _resize_columns(plane, stride, rows, columns, offset, weight, woven, near, far, out):
-    """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + WOVEN - 1, R], in 256ths of grey."""
-    top, count, _, _ = rows
-    left, width, _, _ = columns
-    for n in range(0, count, WOVEN):
+def _resize_columns(plane, stride, rows, columns, weave, out):
+    """Resizes all rows of a plane's crop (uint8 [n]) to out, uint16 [>= rows + INTERLEAVE - 1, R], in 256ths."""
+    top, count = rows.first, rows.samples
+    left, width = columns.axis.first, columns.axis.samples
+    for n in range(0, count, INTERLEAVE):
         a = (top + n) * stride + left
         b = (top + min(n + 1, count - 1)) * stride + left
         c = (top + min(n + 2, count - 1)) * stride + left
         d = (top + min(n + 3, count - 1)) * stride + left
-        _weave(plane[a : a + width], plane[b : b + width], plane[c : c + width], plane[d : d + width], woven)
-        _neighbours(woven, offset, near, far)
-        _blend_columns(near, far, weight, out[n], out[n + 1], out[n + 2], out[n + 3])
+        _interleave(plane[a : a + width], plane[b : b + width], plane[c : c + width], plane[d : d + width], weave.rows)
+        _neighbours(weave.rows, columns.offset, weave.near, weave.far)
+        _blend_columns(weave.near, weave.far, columns.weight, out[n], out[n + 1], out[n + 2], out[n + 3])
 
 
 @bare_kernel
-def _weave(a, b, c, d, woven):
+def _interleave(a, b, c, d, woven):
     """Interleaves four rows uint8 [W] in woven, uint8 [>= 4 W]: their first values, their second ones, and so on."""
     for i in range(len(a)):
         woven[4 * i], woven[4 * i + 1], woven[4 * i + 2], woven[4 * i + 3] = a[i], b[i], c[i], d[i]
@@ -191,7 +211,7 @@ def _row_pair(rows, o):
     """Returns the two rows around row o of the result, and the second one's weight in 65536ths."""
     source = _source(o, rows)
     first = int(source)
-    return first, min(first + 1, rows[1] - 1), np.uint16(min((source - first) * 65536, 65535.0))
+    return first, min(first + 1, rows.samples - 1), np.uint16(min((source - first) * 65536, 65535.0))
 
 
 @bare_kernel

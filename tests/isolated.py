@@ -49,7 +49,7 @@ def load(path: Path, _: Path) -> Outcome:
         plan = Plan(len(store), 4, 4, seed=0, drop_last=False)
         for name in (None, *store.detectors):
             counter = None if name is None else CachedCounts(store.keypoints(name), "ring", 8)
-            for batch in Loader(store, plan, SIDE, crop=Crop(), counter=counter, workers=1).steps(
+            for batch in Loader(store, plan, SIDE, crop=Crop(), counter=counter, workers=1).micro_batches(
                 0, 2 * plan.steps_per_epoch
             ):
                 counts = torch.empty(0) if batch.counts is None else batch.counts

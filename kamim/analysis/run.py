@@ -71,7 +71,7 @@ def batches(store: Store, indices: np.ndarray, resolution: int, size: int, cell:
     size = min(size, len(indices))
     in_order = Plan(len(indices), size, size, seed=0, order="stored", drop_last=False, listed=np.asarray(indices))
     counter = None if cell is None else OnlineCounts("fast", "ring", cell)
-    return Loader(store, in_order, resolution, counter=counter).steps(0, in_order.steps_per_epoch)
+    return Loader(store, in_order, resolution, counter=counter).micro_batches(0, in_order.steps_per_epoch)
 
 
 def collect(

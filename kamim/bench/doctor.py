@@ -61,7 +61,7 @@ def _rates(config: Pretrain, opened: Store, print_line: Print) -> bool:
         batches = training_loader(config, opened, world)
         for line in cautions(config, opened):
             print_line(f"{'note':14} {line}")
-        first = next(iter(batches.steps(0, 1)))
+        first = next(iter(batches.micro_batches(0, 1)))
         loader = _loader_rate(batches)
         model = _model_rate(config, batches, first, world)
         threads = config.data.workers or default_workers()
@@ -93,7 +93,7 @@ def _duration(config: Pretrain, batches: Loader, rate: float) -> str:
 def _loader_rate(batches: Loader) -> float:
     """Returns images per second, after the first batches have filled the buffers."""
     images, start = 0, 0.0
-    for number, batch in enumerate(batches.steps(0, 1 << 40)):
+    for number, batch in enumerate(batches.micro_batches(0, 1 << 40)):
         if number < 4:
             start = time.perf_counter()
             continue
@@ -114,7 +114,7 @@ def _model_rate(config: Pretrain, batches: Loader, batch: Batch, world: World) -
         counts=counts,
         labels=batch.labels[:size],
         last=True,
-        share=1.0,
+        loss_weight=1.0,
         indices=batch.indices[:size],
     ).to(world.device)
     trainer = build_trainer(config, batches, world)

@@ -91,7 +91,7 @@ def our_rate(store: Store, resolution: int, batch: int, augmented: bool, mixed: 
 
     def run() -> int:
         images = 0
-        for batch in loader.steps(0, PASSES * plan.steps_per_epoch):
+        for batch in loader.micro_batches(0, PASSES * plan.steps_per_epoch):
             if mixed:
                 mixed_batch(batch, len(store.manifest.classes), 0)
             images += len(batch)
@@ -124,7 +124,7 @@ def attentive_rate(name: AttentivePooling, tokens: Tensor) -> Callable[[], int]:
 
     def run() -> int:
         for batch in batches(0, 1):
-            (cross_entropy(head(cached.read(batch.indices)), batch.labels) * batch.share).backward()
+            (cross_entropy(head(cached.read(batch.indices)), batch.labels) * batch.loss_weight).backward()
         optimizer.step()
         optimizer.zero_grad()
         return len(tokens)

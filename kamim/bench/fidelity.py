@@ -117,7 +117,7 @@ class _CachedKeypoints:
         (nearest,) = geometry.nearest_frames(self.frames[None], self.size, view[None], side)
         positions, groups = self._packed[nearest]
         points = np.empty((len(positions), 2), np.int32)
-        kept = kp.remap(positions, groups, *self._rules, self.frames[nearest], self.size[0], view, side, points)
+        kept = kp.remap(positions, groups, self._rules, self.frames[nearest], self.size[0], view, side, points)
         return points[:kept] / geometry.POSITION_UNIT
 
 

@@ -143,7 +143,7 @@ def ours(
 
     def run() -> int:
         first = next(passes) * epochs * plan.steps_per_epoch
-        return sum(len(crops) for crops in loader.steps(first, first + epochs * plan.steps_per_epoch))
+        return sum(len(crops) for crops in loader.micro_batches(first, first + epochs * plan.steps_per_epoch))
 
     return run
 

@@ -51,7 +51,7 @@ def planes_quality(store: Store, planes: Images, resolution: int) -> dict[str, f
 def _crops(images: Images, resolution: int) -> Iterator[Batch]:
     """Yields a random crop of every image, as the loader makes it."""
     plan = Plan(len(images.images.labels), len(images.images.labels), 128, seed=0, order="stored")
-    return Loader(images, plan, resolution, crop=Crop()).steps(0, 1)
+    return Loader(images, plan, resolution, crop=Crop()).micro_batches(0, 1)
 
 
 def _rgb_crops(store: Store, indices: np.ndarray, resolution: int) -> np.ndarray:

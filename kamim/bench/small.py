@@ -16,7 +16,8 @@ from kamim.storage import mmap_array
 from kamim.storage.images import ZarrImages, write_zarr_images
 from kamim.storage.keypoints import GAPS, Keypoints, write_keypoints
 from kamim.storage.manifest import IMAGES
-from pipelines.counts import CachedCounts, Crops
+from pipelines.chunk import Crops
+from pipelines.counts import CachedCounts
 from pipelines.loader import Crop, Loader
 from pipelines.plan import Plan
 from preprocess.plan import make_job
@@ -69,7 +70,7 @@ def kernels_only(small: SmallStore) -> Run:
 
     def run() -> int:
         crops = Crops(indices, sizes, loader._views(indices, 0, sizes), out)
-        loader._crop_chunk(crops, scratch, stopped)
+        loader._decode_and_crop(crops, scratch, stopped)
         counter.count(crops, scratch, counts)
         return len(indices)
 

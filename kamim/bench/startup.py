@@ -57,7 +57,11 @@ def first_batch_seconds(path: str, started: float) -> float:
     keypoints = (for_any_crops(store.keypoints(name)) for name in store.detectors)
     counter = next((CachedCounts(of_detector, "ring", PATCH_SIZE) for of_detector in keypoints), None)
     batch = min(BATCH, len(store))
-    next(Loader(store, Plan(len(store), batch, batch, seed=0), RESOLUTION, crop=Crop(), counter=counter).steps(0, 1))
+    next(
+        Loader(store, Plan(len(store), batch, batch, seed=0), RESOLUTION, crop=Crop(), counter=counter).micro_batches(
+            0, 1
+        )
+    )
     return time.time() - started
 
 
@@ -103,7 +107,7 @@ def resident_mb(folder: str) -> float:
     keypoints = Keypoints(Path(folder, "keypoints.zarr"), "fast", detector("fast").rules, GAPS)
     plan = Plan(len(images.labels), BATCH, BATCH, seed=0)
     counter = CachedCounts(keypoints, "ring", PATCH_SIZE)
-    for _ in Loader(Bare(Path(folder), images), plan, RESOLUTION, crop=Crop(), counter=counter).steps(0, 20):
+    for _ in Loader(Bare(Path(folder), images), plan, RESOLUTION, crop=Crop(), counter=counter).micro_batches(0, 20):
         held = _anonymous_mb() - before
     return held
 

@@ -69,7 +69,7 @@ class Ours:
         """Does one pass."""
         trainer, metrics = self._trainer_and_metrics
         first, self._done = self._done, self._done + self._length
-        batches = TimedBatches(self._loader.steps(first, self._done))
+        batches = TimedBatches(self._loader.micro_batches(first, self._done))
         for step, micro_batches in by_step(batches):
             logged = trainer.train_step(step, micro_batches)
             waited = batches.pop_seconds()

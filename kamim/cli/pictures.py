@@ -87,7 +87,7 @@ def preview(store: "Store", weighting: Weighting, count: int, seed: int, file: P
     count = min(count, len(store))
     fine = CachedCounts(store.keypoints(weighting.detector), weighting.footprint, 1)  # cells of one pixel: F itself
     plan = Plan(len(store), count, count, seed)
-    batch = next(iter(Loader(store, plan, job.resolution, crop=Crop(job.crop_scale), counter=fine).steps(0, 1)))
+    batch = next(iter(Loader(store, plan, job.resolution, crop=Crop(job.crop_scale), counter=fine).micro_batches(0, 1)))
     assert batch.counts is not None
     rows, detected = [], []
     for i in range(count):

@@ -30,11 +30,12 @@ def _max(a, b):
 
 
 @njit(nogil=True)
-def _brightest_arc(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
-    """Returns the maximum, over all arcs of 9 contiguous pixels, of the arc's minimum.
+def _brightest_arc(circle):
+    """Returns the maximum, over all arcs of 9 contiguous pixels of a circle (a tuple of 16), of the arc's minimum.
 
     The arcs that start at pixels k and k + 1 (k even) share 8 pixels, whose minimum comes from pairs of pairs of pairs.
     """
+    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15 = circle
     a1, a3, a5, a7 = _min(p1, p2), _min(p3, p4), _min(p5, p6), _min(p7, p8)
     a9, a11, a13, a15 = _min(p9, p10), _min(p11, p12), _min(p13, p14), _min(p15, p0)
     b1, b3, b5, b7 = _min(a1, a3), _min(a3, a5), _min(a5, a7), _min(a7, a9)
@@ -57,7 +58,7 @@ def _score(image, threshold, score):
         u3, u2, u1, row = image[y - 3], image[y - 2], image[y - 1], image[y]
         d1, d2, d3, out = image[y + 1], image[y + 2], image[y + 3], score[y]
         for x in range(width - 2 * BORDER):  # the column is x + 3, so that LLVM knows that no index is negative
-            arc = _brightest_arc(
+            circle = (
                 d3[x + 3],
                 d3[x + 4],
                 d2[x + 5],
@@ -75,6 +76,7 @@ def _score(image, threshold, score):
                 d2[x + 1],
                 d3[x + 2],
             )
+            arc = _brightest_arc(circle)
             contrast = np.uint8(_max(arc, row[x + 3]) - row[x + 3])
             out[x + 3] = _max(out[x + 3], np.uint8(contrast - 1) if contrast > threshold else np.uint8(0))
 

@@ -142,7 +142,7 @@ class CachedTokens:
             for part in plan.micro_batches(first, stop):
                 images = torch.empty(len(part.indices), 0, dtype=torch.uint8, device=self._device)
                 labels = upload(self._labels[part.indices].numpy(), self._device)
-                yield Batch(images, None, labels, part.indices, part.epoch, part.step, part.last, part.share)
+                yield Batch(images, None, labels, part.indices, part.epoch, part.step, part.last, part.loss_weight)
 
         return steps
 

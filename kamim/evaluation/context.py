@@ -78,13 +78,13 @@ class EvalContext:
     ) -> Loader:
         """Loads shuffled samples in steps of optim.batch_size."""
         plan = Plan(
-            len(samples.numbers),
+            len(samples.indices),
             optim.batch_size,
             optim.micro_batch,
             self.config.seed,
             rank=self.world.rank,
             world=self.world.size,
-            listed=samples.numbers,
+            listed=samples.indices,
         )
         return Loader(
             samples.store,
@@ -175,7 +175,7 @@ def features_of(
                 evaluated.encoder,
                 readouts,
                 loader,
-                samples.numbers,
+                samples.indices,
                 context.config.compute,
                 context.world,
                 folder / name,

@@ -39,7 +39,7 @@ def corruptions_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
                     evaluated.encoder,
                     [readout],
                     loader,
-                    context.val.numbers,
+                    context.val.indices,
                     config.compute,
                     context.world,
                     folder / f"{kind}-{strength}",

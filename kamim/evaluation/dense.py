@@ -52,7 +52,7 @@ class DenseLoader:
     workers: int | None = None
     device: torch.device = CPU
 
-    def steps(self, first: int, stop: int) -> Iterator[Batch]:
+    def micro_batches(self, first: int, stop: int) -> Iterator[Batch]:
         """Yields the micro-batches of optimiser steps first .. stop - 1, on the device.
 
         Raises SampleError if a sample cannot be loaded. Leaving the iteration early stops the threads.
@@ -74,7 +74,7 @@ class DenseLoader:
                     part.epoch,
                     part.step,
                     part.last,
-                    part.share,
+                    part.loss_weight,
                 )
 
     def _load(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ def extract(
     last = max(readout.block for readout in readouts)
     files: dict[Readout, np.memmap] = {}
     steps = loader.plan.steps_per_epoch
-    for batch in loader.steps(done, steps):
+    for batch in loader.micro_batches(done, steps):
         with torch.no_grad(), autocast(compute, world.device):
             features: dict[Readout, Tensor] = {}
             for number, tokens in blocks(encoder, normalise(batch.images), last):

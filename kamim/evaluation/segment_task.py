@@ -68,13 +68,13 @@ def segment_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             network,
             make_optimizer(groups, options.optim),
             PixelCrossEntropy(network, read, config.compute),
-            loader.steps,
+            loader.micro_batches,
             world,
         )
         if not trainer.fit(progress).finished:
             raise KeyboardInterrupt
         whole = _in_order(val, np.arange(len(val)), options.optim.micro_batch, evaluated, context, world)
-        batches = whole.steps(0, whole.plan.steps_per_epoch)
+        batches = whole.micro_batches(0, whole.plan.steps_per_epoch)
         confusion = segment.measure(head, read, batches, val, len(val.classes), world)
         if world.is_main:
             _keep_picture(folder / PICTURE, context, evaluated, val, head, read)
@@ -144,7 +144,7 @@ def _keep_picture(
     """Writes some validation images, evenly spaced, with their true and their predicted classes."""
     count = min(context.config.segment.shown, len(val))
     chosen, alone = np.linspace(0, len(val) - 1, count).astype(np.int64), World(0, 1, context.world.device)
-    (batch,) = _in_order(val, chosen, count, evaluated, context, alone).steps(0, 1)
+    (batch,) = _in_order(val, chosen, count, evaluated, context, alone).micro_batches(0, 1)
     with torch.no_grad():
         logits: Tensor = interpolate(head(read(normalise(batch.images))), batch.labels.shape[1:], mode="bilinear")
     arrays = io.BytesIO()

@@ -48,7 +48,7 @@ def shape_bias_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             return extracted[readout]
 
         shown = features(conflicts, np.arange(len(images)), "conflicts")
-        train = features(context.in_order(samples, evaluated.resolution), samples.numbers, "train")
+        train = features(context.in_order(samples, evaluated.resolution), samples.indices, "train")
         probe = logistic.fit(train, samples.labels, len(samples.classes), world.device)
         decided = decisions(probe.logits(shown).softmax(dim=1), members)
         return shape_bias(images.shapes, images.textures, decided)

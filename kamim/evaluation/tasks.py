@@ -68,7 +68,7 @@ def linprobe_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             network,
             make_optimizer(groups, options.optim),
             CrossEntropy(network, frozen, finish, config.compute, config.seed),
-            loader.steps,
+            loader.micro_batches,
             context.world,
         )
         _fit(trainer, progress)
@@ -89,7 +89,7 @@ def linprobe_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
 def attentive_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
     """Trains attentive probes, one after the other, on the cached patch tokens of a frozen encoder."""
     config, samples = context.config, context.labelled()
-    options = attentive.fitted(config.attentive, len(samples.numbers))
+    options = attentive.fitted(config.attentive, len(samples.indices))
     readout = Readout(resolve(evaluated.encoder, options.block), "tokens", options.norm)
     check(evaluated.encoder, readout)
     d = width(evaluated.encoder, readout.block)
@@ -116,7 +116,7 @@ def attentive_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             _fit_head(context, options, name, head, train, folder / name, progress)
         if context.world.is_main:
             batch = _spread(context, evaluated.resolution, options.shown)
-            tokens = val.read(np.searchsorted(context.val.numbers, batch.indices))
+            tokens = val.read(np.searchsorted(context.val.indices, batch.indices))
             maps = attentive.attention_maps(heads, tokens)
             write_whole(folder / ATTENTION, _npz(originals=batch.images.cpu(), **maps))
         plan = val.in_order(config.batch_size, context.world)
@@ -191,7 +191,7 @@ def finetune_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
             network,
             make_optimizer(groups, options.optim),
             CrossEntropy(network, _identity, finish, config.compute, config.seed),
-            loader.steps,
+            loader.micro_batches,
             context.world,
             after_update=ema.update,
         )
@@ -278,7 +278,7 @@ def reconstruct_task(context: EvalContext, evaluated: EvaluatedModel) -> Task:
         model.to(world.device).eval()
         metrics = {name: CONVENTIONS[name](world.device) for name in options.conventions}
         steps = loader.plan.steps_per_epoch
-        for batch in loader.steps(0, steps):
+        for batch in loader.micro_batches(0, steps):
             if len(batch):  # a rank may have no samples of a short last step
                 reconstruction = reconstructed(batch)
                 for metric in metrics.values():
@@ -307,11 +307,11 @@ def _npz(**arrays: Tensor) -> bytes:
 
 def _spread(context: EvalContext, resolution: int, count: int) -> Batch:
     """Returns `count` validation samples, evenly spaced, since stores are often sorted by class; for one process."""
-    numbers = context.val.numbers
+    numbers = context.val.indices
     count = min(count, len(numbers))
     chosen = Samples(context.val.store, numbers[np.linspace(0, len(numbers) - 1, count).astype(np.int64)])
     loader = whole_images(chosen, resolution, count, context.config.workers, World(0, 1, context.world.device))
-    return next(iter(loader.steps(0, 1)))
+    return next(iter(loader.micro_batches(0, 1)))
 
 
 def _training(
@@ -349,7 +349,7 @@ def _clipped(options: O, evaluated: EvaluatedModel) -> O:
 
 def _check_size(key: str, size: int, samples: Samples) -> None:
     """Raises KamimError if there are fewer training samples than `size`."""
-    if size > (most := len(samples.numbers)):
+    if size > (most := len(samples.indices)):
         remedy = f"set {key}=[{most}]" if key == "knn.k" else f"set {key}={largest_batch(most)}"
         raise KamimError(f"{key} = {size}: more than the {most} training samples ({remedy})")
 
@@ -357,7 +357,7 @@ def _check_size(key: str, size: int, samples: Samples) -> None:
 def _check_average(options: Finetune, samples: Samples) -> None:
     """Warns if the moving average of the weights, over 1 / (1 - ema) steps, reaches back to the first ones."""
     optim = options.optim
-    plan = Plan(len(samples.numbers), optim.batch_size, optim.micro_batch, seed=0)
+    plan = Plan(len(samples.indices), optim.batch_size, optim.micro_batch, seed=0)
     steps, _, _ = optim.schedule(plan.steps_per_epoch)
     if options.ema is not None and 1 / (1 - options.ema) > steps:
         _LOG.warning(
@@ -381,5 +381,5 @@ def _fit(trainer: Trainer, progress: Progress) -> None:
 
 def _accuracy(context: EvalContext, evaluated: EvaluatedModel, network: nn.Module, read: Read) -> Accuracy:
     loader = context.in_order(context.val, evaluated.resolution)
-    batches = loader.steps(0, loader.plan.steps_per_epoch)
+    batches = loader.micro_batches(0, loader.plan.steps_per_epoch)
     return accuracy(network, lambda batch: read(normalise(batch.images)), batches, context.world)

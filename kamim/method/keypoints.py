@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -57,6 +58,14 @@ class Group:
             raise KamimError(f"cap = {self.cap}: must be 0 (no cap) to {LARGEST_CAP}")
 
 
+class RuleArrays(NamedTuple):
+    """Rules as compiled loops take them. borders: float64 [G], caps: int64 [G], of the groups; snap: see Rules."""
+
+    borders: np.ndarray
+    caps: np.ndarray
+    snap: bool
+
+
 @dataclass(frozen=True)
 class Rules:
     """How to approximate, from positions on a canonical frame, what a detector would report on the crop itself.
@@ -77,13 +86,10 @@ class Rules:
         """Whether a frame's keypoints are distinct whole pixels sorted by row and column: one group, without a cap."""
         return self.snap and len(self.groups) == 1 and not self.groups[0].cap
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Returns (borders float64 [G], caps int64 [G], snap), the arguments of `remap`."""
-        return (
-            np.array([g.border for g in self.groups], np.float64),
-            np.array([g.cap for g in self.groups], np.int64),
-            self.snap,
-        )
+    def arrays(self) -> RuleArrays:
+        """Returns the rules as `remap` takes them."""
+        borders, caps = [g.border for g in self.groups], [g.cap for g in self.groups]
+        return RuleArrays(np.array(borders, np.float64), np.array(caps, np.int64), self.snap)
 
 
 @functools.cache
@@ -135,13 +141,22 @@ def pixels(bitmap: np.ndarray, height: int, width: int) -> np.ndarray:
     return bits[REACH : REACH + height, MARGIN : MARGIN + width]
 
 
+class _Mapping(NamedTuple):
+    """Maps canonical centres in 1/16 px to edge coordinates of the crop: x to scale_x * x + offset_x, y likewise."""
+
+    scale_x: float
+    offset_x: float
+    scale_y: float
+    offset_y: float
+
+
 @kernel
-def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
+def remap(positions, counts, rules, frame, size, view, side, out):
     """Maps the stored positions of one image to pixel centres in the crop, in 1/16 px. Returns the number kept.
 
     positions: uint16 [K, 2] (x, y), pixel centres in 1/16 px of the canonical frame; counts: int [G], the number of
-    positions in each group, in order; frame, size: (height, width) of the canonical frame and of the image that
-    `view` (see kamim.method.geometry) refers to; out: int32 [>= K, 2] (x, y).
+    positions in each group, in order; rules: RuleArrays; frame, size: (height, width) of the canonical frame and of the
+    image that `view` (see kamim.method.geometry) refers to; out: int32 [>= K, 2] (x, y).
 
     For any arguments, kept points lie within the crop and at most K rows of out are written: counts are clipped to
     the number of positions, and negative borders are treated as 0.
@@ -149,32 +164,36 @@ def remap(positions, counts, borders, caps, snap, frame, size, view, side, out):
     ax, bx = axis_map(view[1], view[3], side, view[5])
     ay, by = axis_map(view[0], view[2], side, view[4])
     # canonical centre in 1/16 px -> edge coordinate of the image -> edge coordinate of the crop
-    ax, bx = ax * size[1] / frame[1] / POSITION_UNIT, bx + ax * 0.5 * size[1] / frame[1]
-    ay, by = ay * size[0] / frame[0] / POSITION_UNIT, by + ay * 0.5 * size[0] / frame[0]
+    mapping = _Mapping(
+        ax * size[1] / frame[1] / POSITION_UNIT,
+        bx + ax * 0.5 * size[1] / frame[1],
+        ay * size[0] / frame[0] / POSITION_UNIT,
+        by + ay * 0.5 * size[0] / frame[0],
+    )
     words, points = positions.reshape(positions.size).view(np.uint32), out.reshape(out.size).view(np.int64)
     inside = np.empty(len(positions), np.uint8)
     kept, stop = np.uint64(0), 0  # an unsigned index needs no check for negative values
-    for group in range(min(len(borders), len(counts))):
+    for group in range(min(len(rules.borders), len(counts))):
         start, stop, before = stop, stop + min(max(int(counts[group]), 0), len(positions) - stop), kept
-        low, high = max(borders[group], 0.0), side - max(borders[group], 0.0)
-        _place(words[start:stop], ax, bx, ay, by, low, high, snap, points[start:], inside)
+        border = max(rules.borders[group], 0.0)
+        _place(words[start:stop], mapping, border, side - border, rules.snap, points[start:], inside)
         for k in range(stop - start):  # without a branch: every point is copied; the next overwrites a dropped one
             points[kept] = points[start + k]
             kept += np.uint64(inside[k])
-        if caps[group] > 0:
-            kept = min(kept, before + np.uint64(caps[group]))
+        if rules.caps[group] > 0:
+            kept = min(kept, before + np.uint64(rules.caps[group]))
     return int(kept)
 
 
 @bare_kernel
-def _place(positions, ax, bx, ay, by, low, high, snap, points, inside):
-    """Maps the positions of one group for `remap`, dropped ones included, and marks which lie inside.
+def _place(positions, mapping, low, high, snap, points, inside):
+    """Maps the positions of one group for `remap`, dropped ones included, and marks which lie in low .. high.
 
     Each position and each point is one word with x in its lower half, so that the loop vectorises.
     """
     for k in range(len(positions)):
-        x = np.int32(positions[k] & np.uint32(0xFFFF)) * ax + bx
-        y = np.int32(positions[k] >> np.uint32(16)) * ay + by
+        x = np.int32(positions[k] & np.uint32(0xFFFF)) * mapping.scale_x + mapping.offset_x
+        y = np.int32(positions[k] >> np.uint32(16)) * mapping.scale_y + mapping.offset_y
         inside[k] = (low <= x) & (x < high) & (low <= y) & (y < high)
         if snap:  # the pixel that holds the edge coordinate is the rounded centre
             px, py = np.int32(x) * POSITION_UNIT, np.int32(y) * POSITION_UNIT
@@ -222,6 +241,19 @@ def raster(points, count, height, width, table, bitmap):
     _draw(points[:count], height, width, table, bitmap)
 
 
+class Footprint(NamedTuple):
+    """A footprint as compiled loops take it. table: the result of `stamps`; runs: that of `runs`."""
+
+    table: np.ndarray
+    runs: np.ndarray
+
+
+def footprint(name: str, rules: Rules) -> Footprint:
+    """Returns a footprint for keypoints with such rules. Raises KamimError if its name is unknown."""
+    table = stamps(name, 1 if rules.snap else POSITION_UNIT)
+    return Footprint(table, runs(table))
+
+
 def runs(table: np.ndarray) -> np.ndarray:
     """Returns the horizontal runs of set pixels of the interior footprint at phase 0: int64 [R, 3], sorted.
 
@@ -234,12 +266,14 @@ def runs(table: np.ndarray) -> np.ndarray:
 
 
 @bare_kernel
-def raster_whole(points, count, height, width, table, runs, bitmap, dots):
+def raster_whole(points, count, height, width, footprint, bitmap, dots):
     """Draws as `raster` does, for points on whole pixels; several times as fast if there are many.
 
     Interior points share one footprint: a bitmap of single points is widened step by step to the length of each of
-    the footprint's runs (see `runs`), then ORed in at the run's offset. dots: two bitmaps of raster_scratch.
+    the footprint's runs (see `runs`), then ORed in at the run's offset. footprint: Footprint; dots: two bitmaps of
+    raster_scratch.
     """
+    runs = footprint.runs
     bitmap[:] = 0
     dots[:] = 0
     words, flat = bitmap.shape[1], bitmap.reshape(bitmap.size)
@@ -254,7 +288,7 @@ def raster_whole(points, count, height, width, table, runs, bitmap, dots):
             at = (row + np.uint32(BORDER)) * np.uint32(8 * words) + (left >> np.uint32(3))
             bytes_of_dots[at] |= np.uint8(1) << np.uint8(left & np.uint32(7))
         else:
-            _draw(points[k : k + 1], height, width, table, bitmap)
+            _draw(points[k : k + 1], height, width, footprint.table, bitmap)
     length = 1
     for i in range(len(runs)):
         while length < runs[i, 0]:

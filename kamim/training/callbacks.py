@@ -127,7 +127,7 @@ def knn_probe(config: Pretrain, model: Model, every: int, probe: Probe, device: 
 
     def features(samples: Samples) -> tuple[Tensor, Tensor]:
         loader = whole_images(samples, config.data.resolution, BATCH, config.data.workers, alone, config.data.on_error)
-        return _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
+        return _features(model, readout, loader.micro_batches(0, loader.plan.steps_per_epoch), config.compute)
 
     def run(step: int, metrics: Metrics) -> None:
         from kamim.reporting.intervals import wilson  # scipy takes a second to import
@@ -168,7 +168,9 @@ def label_free_metrics(config: Pretrain, model: Model, every: int, store: Store,
             samples, config.data.resolution, BATCH, config.data.workers, World(0, 1, device), config.data.on_error
         )
         with _eval_mode(model):
-            features, _ = _features(model, readout, loader.steps(0, loader.plan.steps_per_epoch), config.compute)
+            features, _ = _features(
+                model, readout, loader.micro_batches(0, loader.plan.steps_per_epoch), config.compute
+            )
             metrics.log(measures(features))
 
     return Callback(every, run)
@@ -190,7 +192,7 @@ def plateau(config: Pretrain, model: Model, every: int, store: Store, device: to
         loader = whole_images(
             samples, config.data.resolution, count, config.data.workers, World(0, 1, device), config.data.on_error
         )
-        (batch,) = loader.steps(0, 1)
+        (batch,) = loader.micro_batches(0, 1)
         with _eval_mode(model):
             selective = selectivity(model.encoder, normalise(batch.images), patch)
             shown = reconstruct(

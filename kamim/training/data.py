@@ -75,7 +75,7 @@ def shown_samples(config: Pretrain, store: Store, count: int, device: torch.devi
         on_error=config.data.on_error,
         device=device,
     )
-    return next(iter(loader.steps(0, 1)))
+    return next(iter(loader.micro_batches(0, 1)))
 
 
 def whole_images(
@@ -87,9 +87,9 @@ def whole_images(
     on_error: Literal["stop", "skip"] = "stop",
 ) -> Loader:
     """Returns the loader of evaluation: every sample once, in order, as a whole image of resolution x resolution px."""
-    size = max(min(batch_size, len(samples.numbers)), world.size)
+    size = max(min(batch_size, len(samples.indices)), world.size)
     plan = Plan(
-        len(samples.numbers),
+        len(samples.indices),
         size,
         size,
         seed=0,
@@ -97,7 +97,7 @@ def whole_images(
         drop_last=False,
         rank=world.rank,
         world=world.size,
-        listed=samples.numbers,
+        listed=samples.indices,
     )
     return Loader(samples.store, plan, resolution, workers=workers, on_error=on_error, device=world.device)
 

@@ -116,4 +116,4 @@ def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:
     )
     guard = NonFiniteGuard(optimizer, config.on_nonfinite, config.out, config.seed, world)
     objective = MaskedReconstruction(config, forward_model)
-    return Trainer(run, model, forward_model, optimizer, objective, loader.steps, world, guard=guard)
+    return Trainer(run, model, forward_model, optimizer, objective, loader.micro_batches, world, guard=guard)

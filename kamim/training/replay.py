@@ -69,7 +69,7 @@ def replay(run: Path, step: int | None, device: str) -> Replayed:
         loss, samples = torch.zeros((), device=world.device), []
         for batch in _of_ranks(config, store, step, ranks, world.device):
             whole, parts = _samples(config, trainer, batch)
-            loss += whole * batch.share
+            loss += whole * batch.loss_weight
             samples += parts
         return Replayed(step, began, float(loss), tuple(samples))
 
@@ -89,7 +89,7 @@ def _of_ranks(config: Pretrain, store: Store, step: int, ranks: int, device: tor
     """Yields the non-empty micro-batches of a step, of every rank that trained."""
     for rank in range(ranks):
         loader = training_loader(config, store, World(rank, ranks, device))
-        yield from (batch for batch in loader.steps(step, step + 1) if len(batch))
+        yield from (batch for batch in loader.micro_batches(step, step + 1) if len(batch))
 
 
 def _samples(config: Pretrain, trainer: Trainer, batch: Batch) -> tuple[Tensor, list[Sample]]:

@@ -3,7 +3,7 @@
 for step in range(first, total):
     for batch in the step's micro-batches:
         loss = objective(batch)                # Eq. 1, Eq. 3, or a classifier's cross entropy
-        (loss * batch.share).backward()
+        (loss * batch.loss_weight).backward()
     clip; optimiser; schedule; metrics; callbacks; checkpoint; stop
 """
 
@@ -165,8 +165,8 @@ class Trainer:
             trained = batch if len(batch) else batch.stand_in()  # a rank without samples takes part in collectives
             with self._gradients_averaged(batch.last):
                 losses = self.objective(trained)
-                (losses.loss * (trained.share * self.world.size)).backward()  # DDP averages over the ranks
-            numbers.add(len(batch), trained.share, losses)
+                (losses.loss * (trained.loss_weight * self.world.size)).backward()  # DDP averages over the ranks
+            numbers.add(len(batch), trained.loss_weight, losses)
             if self.guard is not None:
                 self.guard.record(batch, losses.loss.detach())
         logged = numbers.over_ranks()

@@ -22,7 +22,8 @@ from kamim.detectors import DETECTORS, detect_packed, detector, names, opencv
 from kamim.method.geometry import whole_views
 from kamim.method.keypoints import Group, Rules, quantise
 from kamim.storage.store import Store
-from pipelines.counts import Crops, OnlineCounts, Scratch
+from pipelines.chunk import Crops, Scratch
+from pipelines.counts import OnlineCounts
 
 SHARED = Path(__file__).parents[3] / "shared/data/imagenet-sample/train"
 OWN = ("akaze", "harris", "shi_tomasi")
@@ -305,7 +306,7 @@ def test_a_plug_in_goes_wherever_a_name_goes(own: None, folder: Path, tmp_path: 
     crop = cv2.resize(cv2.imread(str(next(folder.glob("*/*.png")))), (96, 96))
     size = np.array([[96, 96]])
     crops = Crops(np.array([0]), size, whole_views(size), crop[None])
-    OnlineCounts("akaze", "ring", 8).count(crops, Scratch(96), counts)
+    OnlineCounts("akaze", "ring", 8).count(crops, Scratch(96, room=0, rows=0), counts)
     assert counts.sum() > 0
     image = str(next(folder.glob("*/*.png")))
     for command in (

@@ -186,7 +186,7 @@ def test_batches_are_those_of_the_plan_with_their_own_tokens_and_labels() -> Non
         assert np.array_equal(batch.indices, part.indices)
         assert torch.equal(batch.labels, torch.from_numpy(3 * part.indices))
         assert torch.equal(cached.read(batch.indices), tokens[part.indices])
-        assert len(batch.stand_in()) == 1 and batch.stand_in().share == 0
+        assert len(batch.stand_in()) == 1 and batch.stand_in().loss_weight == 0
 
 
 @pytest.mark.parametrize(

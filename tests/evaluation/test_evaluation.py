@@ -304,7 +304,7 @@ def test_neighbours_in_dinos_manner(stores: dict[str, Path], pretrained: Path) -
     for samples in (context.train, context.val):
         assert samples is not None
         loader = context.in_order(samples, 64)
-        whole = loader.steps(0, loader.plan.steps_per_epoch)
+        whole = loader.micro_batches(0, loader.plan.steps_per_epoch)
         with torch.no_grad():
             tokens = [encoder.forward_features(normalise(batch.images))[:, 0] for batch in whole]  # type: ignore[operator]
         found.append(nn.functional.normalize(torch.cat(tokens).bfloat16().float()))

@@ -134,7 +134,7 @@ def test_accuracy_on_corrupted_images(stores: dict[str, Path], pretrained: Path,
     page = (tmp_path / "out/index.html").read_text()
     assert "Corrupted images" in page and page.count("data:image/png") == 1
     context = _context(config, World(0, 1, CPU), [])
-    (batch,) = context.in_order(context.val, 64).steps(0, 1)
+    (batch,) = context.in_order(context.val, 64).micro_batches(0, 1)
     images = batch.images.numpy().copy()
     Corruption("noise", 4)(images, 0, 0, batch.indices)
     seen = np.fromfile(tmp_path / "out/pixels run/corruptions/noise-4/1-mean-none", np.int16).reshape(24, -1)

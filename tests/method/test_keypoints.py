@@ -67,9 +67,10 @@ def test_points_on_whole_pixels_are_drawn_as_any_others(seed: int, footprint: st
     points = (random.integers(0, (width, height), (random.integers(0, 300), 2)) * 16).astype(np.int32)
     slow, fast = (kp.raster_scratch(height, width) for _ in range(2))
     table, dots = kp.stamps(footprint), np.stack([slow, slow])
+    drawn = kp.Footprint(table, kp.runs(table))
     for _ in range(2):  # the second time on scratch that is not empty
         kp.raster(points, len(points), height, width, table, slow)
-        kp.raster_whole(points, len(points), height, width, table, kp.runs(table), fast, dots)
+        kp.raster_whole(points, len(points), height, width, drawn, fast, dots)
     np.testing.assert_array_equal(kp.pixels(slow, height, width), kp.pixels(fast, height, width))
 
 
@@ -123,7 +124,7 @@ def test_remap_is_the_slow_one(seed: int, flip_v: bool, flip_h: bool, snap: bool
     box = (int(random.integers(0, 231 - h)), int(random.integers(0, 254 - w)), h, w)
     out = np.empty((300, 2), np.int32)
     counts = np.bincount(groups, minlength=3)
-    kept = kp.remap(positions, counts, *rules.arrays(), frame, image, (*box, flip_v, flip_h), 192, out)
+    kept = kp.remap(positions, counts, rules.arrays(), frame, image, (*box, flip_v, flip_h), 192, out)
     expected = slow_remap(positions, groups, rules, frame, image, box, flip_v, flip_h, 192)
     assert kept == len(expected)
     if kept:
@@ -147,8 +148,8 @@ def test_remap_writes_no_more_than_it_reads_and_inside_the_crop(
 ) -> None:
     positions = np.random.default_rng(len(counts)).integers(0, 65536, (50, 2)).astype(np.uint16)
     guarded = np.full((70, 2), -7, np.int32)
-    arrays = np.array(counts), np.array(borders), np.full(len(borders), -3), snap
-    kept = kp.remap(positions, *arrays, (90, 90), (90, 90), (0, 0, 90, 90, 0, 0), 64, guarded[10:60])
+    rules = kp.RuleArrays(np.array(borders), np.full(len(borders), -3), snap)
+    kept = kp.remap(positions, np.array(counts), rules, (90, 90), (90, 90), (0, 0, 90, 90, 0, 0), 64, guarded[10:60])
     assert 0 <= kept <= 50
     assert (guarded[:10] == -7).all()
     assert (guarded[60:] == -7).all()
@@ -165,9 +166,8 @@ def test_points_outside_are_not_drawn(whole: bool) -> None:
         memory = np.zeros((height + 100, width), np.uint64)
         bitmap = memory[50 : 50 + height]
         if whole:
-            kp.raster_whole(
-                points, len(points), 64, 64, table, kp.runs(table), bitmap, np.stack([kp.raster_scratch(64, 64)] * 2)
-            )
+            dots = np.stack([kp.raster_scratch(64, 64)] * 2)
+            kp.raster_whole(points, len(points), 64, 64, kp.Footprint(table, kp.runs(table)), bitmap, dots)
         else:
             kp.raster(points, len(points), 64, 64, table, bitmap)
         bitmaps.append(bitmap.copy())

@@ -158,7 +158,7 @@ def in_parts(batch: Batch, size: int) -> Iterator[Batch]:
             images=batch.images[rows],
             labels=batch.labels[rows],
             indices=batch.indices[rows],
-            share=len(batch.indices[rows]) / len(batch),
+            loss_weight=len(batch.indices[rows]) / len(batch),
             last=at + size >= len(batch),
         )
 
@@ -199,7 +199,7 @@ def finetuned(batches: list[Batch], tmp_path: Path) -> tuple[float, list[Tensor]
 def test_micro_batches_do_not_change_a_step(
     trained: Callable[[list[Batch], Path], tuple[float, list[Tensor]]], tmp_path: Path
 ) -> None:
-    whole = Batch(images_of(12), None, torch.arange(12) % 3, np.arange(30, 42), EPOCH, 0, last=True, share=1.0)
+    whole = Batch(images_of(12), None, torch.arange(12) % 3, np.arange(30, 42), EPOCH, 0, last=True, loss_weight=1.0)
     loss, gradients = trained([whole], tmp_path)
     for size in (7, 4, 1):
         other, others = trained(list(in_parts(whole, size)), tmp_path)

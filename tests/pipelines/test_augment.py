@@ -302,7 +302,14 @@ def test_steps_and_epochs_mix_differently() -> None:
 def test_mixed_batch_is_its_parts(step: int) -> None:
     given = batch_of(24, 48)
     batch = Batch(
-        torch.from_numpy(rows(given)), None, torch.arange(24) % 10, np.arange(24), EPOCH, step, last=True, share=1.0
+        torch.from_numpy(rows(given)),
+        None,
+        torch.arange(24) % 10,
+        np.arange(24),
+        EPOCH,
+        step,
+        last=True,
+        loss_weight=1.0,
     )
     images, targets = augment.mixed_batch(batch, 10, SEED)
     assert images.dtype == targets.dtype == torch.float32
@@ -324,7 +331,7 @@ def store(stores: dict[str, Path]) -> Store:
 
 def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store) -> None:
     in_order = Loader(store, Plan(len(store), len(store), len(store), seed=0, order="stored"), 64)
-    plain = next(iter(in_order.steps(0, 1))).images.numpy().copy()
+    plain = next(iter(in_order.micro_batches(0, 1))).images.numpy().copy()
 
     @cache
     def alone(seed: int, epoch: int, index: int) -> np.ndarray:
@@ -347,7 +354,7 @@ def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store)
         for rank in range(ranks):
             plan = Plan(len(store), batch_size, micro_batch, seed=seed, order=order, rank=rank, world=ranks)
             loader = Loader(store, plan, 64, augment=augment.Augment(64), workers=workers)
-            for batch in loader.steps(first, first + 2):
+            for batch in loader.micro_batches(first, first + 2):
                 for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
                     assert np.array_equal(image, alone(seed, batch.epoch, index))
                 seen += len(batch)
@@ -361,7 +368,10 @@ def test_a_sample_is_augmented_alike_in_any_batch_order_and_thread(store: Store)
 def test_crops_are_augmented_too(store: Store) -> None:
     plan = Plan(len(store), 8, 8, seed=SEED)
     plain, augmented = (
-        [batch.images.numpy().copy() for batch in Loader(store, plan, 64, crop=Crop(), augment=given).steps(0, 3)]
+        [
+            batch.images.numpy().copy()
+            for batch in Loader(store, plan, 64, crop=Crop(), augment=given).micro_batches(0, 3)
+        ]
         for given in (None, augment.Augment(64))
     )
     for images, indices in zip(plain, (plan.step_indices(step) for step in range(3)), strict=True):
@@ -379,7 +389,7 @@ def test_an_error_of_the_augmentation_is_raised_unchanged(store: Store, on_error
 
     plan = Plan(len(store), 8, 8, seed=0, order="stored")
     with pytest.raises(ValueError, match=r"^of the test$"):
-        list(Loader(store, plan, 64, augment=fails, on_error=on_error).steps(0, 1))
+        list(Loader(store, plan, 64, augment=fails, on_error=on_error).micro_batches(0, 1))
 
 
 def test_no_global_generator_is_touched() -> None:

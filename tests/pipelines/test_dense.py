@@ -52,7 +52,7 @@ def test_image_and_mask_are_cropped_alike_and_as_the_slow_twin_crops() -> None:
     scenes, epochs = Scenes(), 6
     loader = DenseLoader(scenes, plan(batch_size=5, micro_batch=2), SIDE, CROP, workers=2)
     seen = np.zeros(2)
-    for batch in loader.steps(0, epochs):
+    for batch in loader.micro_batches(0, epochs):
         for image, labels, index in zip(batch.images, batch.labels, batch.indices.tolist(), strict=True):
             view = geometry.crop_views(
                 np.array([SIZES[index]]), CROP.scale, CROP.ratio, SEED, batch.epoch, np.array([index])
@@ -66,7 +66,9 @@ def test_image_and_mask_are_cropped_alike_and_as_the_slow_twin_crops() -> None:
 
 def test_whole_images_are_not_cropped() -> None:
     scenes = Scenes()
-    (batch,) = DenseLoader(scenes, plan(batch_size=5, micro_batch=5, order="stored"), SIDE, workers=1).steps(0, 1)
+    (batch,) = DenseLoader(scenes, plan(batch_size=5, micro_batch=5, order="stored"), SIDE, workers=1).micro_batches(
+        0, 1
+    )
     assert batch.indices.tolist() == [0, 1, 2, 3, 4]
     for index in range(5):
         view = np.array([0, 0, *SIZES[index], 0, 0])
@@ -92,29 +94,33 @@ def test_a_mask_larger_than_its_image_is_taken_at_the_same_place(
 
 
 def test_batches_depend_on_neither_threads_nor_ranks_nor_where_they_begin() -> None:
-    whole = list(DenseLoader(Scenes(), plan(), SIDE, CROP, workers=3).steps(0, 4))
-    (alone,) = DenseLoader(Scenes(), plan(), SIDE, CROP, workers=1).steps(3, 4)
+    whole = list(DenseLoader(Scenes(), plan(), SIDE, CROP, workers=3).micro_batches(0, 4))
+    (alone,) = DenseLoader(Scenes(), plan(), SIDE, CROP, workers=1).micro_batches(3, 4)
     torch.testing.assert_close(alone.images, whole[3].images)
     torch.testing.assert_close(alone.labels, whole[3].labels)
     parts = [
         batch
         for rank in range(2)
-        for batch in DenseLoader(Scenes(), plan(rank=rank, world=2, micro_batch=1), SIDE, CROP, workers=1).steps(3, 4)
+        for batch in DenseLoader(
+            Scenes(), plan(rank=rank, world=2, micro_batch=1), SIDE, CROP, workers=1
+        ).micro_batches(3, 4)
     ]
     torch.testing.assert_close(torch.cat([part.labels for part in parts]), whole[3].labels)
-    assert sum(part.share for part in parts) == pytest.approx(1) and not torch.equal(whole[2].labels, whole[3].labels)
+    assert sum(part.loss_weight for part in parts) == pytest.approx(1) and not torch.equal(
+        whole[2].labels, whole[3].labels
+    )
 
 
 def test_a_sample_that_cannot_be_read_is_one_line_and_threads_end() -> None:
     with pytest.raises(SampleError, match=r"^images/x\.png: truncated$"):
-        list(DenseLoader(Scenes(damaged=3), plan(), SIDE, CROP, workers=2).steps(0, 5))
-    batches = DenseLoader(Scenes(), plan(), SIDE, CROP, workers=2).steps(0, 1000)
+        list(DenseLoader(Scenes(damaged=3), plan(), SIDE, CROP, workers=2).micro_batches(0, 5))
+    batches = DenseLoader(Scenes(), plan(), SIDE, CROP, workers=2).micro_batches(0, 1000)
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kamim-dense")]
 
 
 def test_a_rank_without_samples_takes_part() -> None:
-    (batch,) = DenseLoader(Scenes(), plan(batch_size=5, micro_batch=5), SIDE, CROP, workers=1).steps(0, 1)
+    (batch,) = DenseLoader(Scenes(), plan(batch_size=5, micro_batch=5), SIDE, CROP, workers=1).micro_batches(0, 1)
     stand_in = batch.stand_in()
-    assert stand_in.labels.shape == (1, SIDE, SIDE) and (stand_in.labels == -1).all() and stand_in.share == 0
+    assert stand_in.labels.shape == (1, SIDE, SIDE) and (stand_in.labels == -1).all() and stand_in.loss_weight == 0

@@ -44,7 +44,7 @@ def test_processes_of_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch
 def load(store: Store, *, counter: Counter | None = None, crop: Crop | None = Crop(), **options: int) -> list[dict]:  # noqa: B008
     plan = Plan(len(store), options.get("batch", 6), options.get("micro", 6), seed=options.get("seed", 1))
     loader = Loader(store, plan, 64, crop=crop, counter=counter, workers=options.get("workers", 2))
-    steps = loader.steps(options.get("first", 0), options.get("stop", plan.steps_per_epoch))
+    steps = loader.micro_batches(options.get("first", 0), options.get("stop", plan.steps_per_epoch))
     return [
         {
             "images": batch.images.numpy().copy(),
@@ -175,7 +175,7 @@ def test_a_clone_outlives_its_batch(store: Store) -> None:
     plan = Plan(len(store), 3, 3, seed=1)
     counter = CachedCounts(store.keypoints("fast"), footprint="ring", patch_size=8)
     clones, copies = [], []
-    for batch in Loader(store, plan, 64, counter=counter, workers=2).steps(0, 12):
+    for batch in Loader(store, plan, 64, counter=counter, workers=2).micro_batches(0, 12):
         assert batch.counts is not None
         clones.append(batch.clone())
         copies.append((batch.images.tolist(), batch.counts.tolist(), batch.labels.tolist()))
@@ -228,7 +228,7 @@ def test_a_painted_keypoint_lands_in_the_cell_its_weight_says(marked_store: Path
 
 def test_leaving_early_stops_every_thread(store: Store) -> None:
     plan = Plan(len(store), 6, 6, seed=0)
-    steps = Loader(store, plan, 64, crop=Crop(), workers=3).steps(0, 1000)
+    steps = Loader(store, plan, 64, crop=Crop(), workers=3).micro_batches(0, 1000)
     next(steps)
     steps.close()
     gc.collect()

@@ -13,7 +13,8 @@ from kamim.method.masking import block_masks
 from kamim.storage.store import Store
 from pipelines import turbojpeg
 from pipelines.batch import Batch
-from pipelines.counts import CachedCounts, Counter, Crops, Scratch
+from pipelines.chunk import Crops, Scratch
+from pipelines.counts import CachedCounts, Counter
 from pipelines.loader import Crop, Loader, SampleError, _groups
 from pipelines.plan import ORDERS, Order, Plan
 
@@ -55,7 +56,7 @@ def over(batches: Iterator[Batch]) -> dict[int, Seen]:
 @pytest.fixture(scope="module", params=[False, True], ids=["short_last", "drop_last"])
 def undisturbed(request: pytest.FixtureRequest, store: Store, decoder: str) -> tuple[bool, dict[int, Seen]]:
     """Nine steps."""
-    return request.param, over(loader(store, drop_last=request.param).steps(0, 9))
+    return request.param, over(loader(store, drop_last=request.param).micro_batches(0, 9))
 
 
 def test_any_step_can_be_the_first_on_any_number_of_threads(
@@ -63,7 +64,7 @@ def test_any_step_can_be_the_first_on_any_number_of_threads(
 ) -> None:
     drop_last, expected = undisturbed
     for first in range(9):
-        assert over(loader(store, workers=1 + first % 4, drop_last=drop_last).steps(first, 9)) == {
+        assert over(loader(store, workers=1 + first % 4, drop_last=drop_last).micro_batches(first, 9)) == {
             step: expected[step] for step in range(first, 9)
         }
 
@@ -76,14 +77,16 @@ def test_other_numbers_of_ranks_go_on_with_the_same_samples_in_the_same_order(
     seen: dict[int, Seen] = {}
     for first, stop, world in ((0, 2, 8), (2, 5, 2), (5, 9, 4)):
         for rank in range(world):
-            part = over(loader(store, rank=rank, world=world, workers=1, drop_last=drop_last).steps(first, stop))
+            part = over(
+                loader(store, rank=rank, world=world, workers=1, drop_last=drop_last).micro_batches(first, stop)
+            )
             for step, made in part.items():
                 seen.setdefault(step, []).extend(made)
     assert seen == expected
 
 
 def test_iterating_follows_epochs_and_a_saved_step_restores_it(store: Store) -> None:
-    expected = over(loader(store).steps(0, 6))
+    expected = over(loader(store).micro_batches(0, 6))
     for stop in range(6):
         first = loader(store)
         seen: dict[int, Seen] = {}
@@ -112,7 +115,7 @@ def test_leaving_early_leaves_nothing_behind(store: Store) -> None:
     made = loader(store, workers=3)
     before = open_files(), threading.active_count()
     for _ in range(3):
-        for number, _batch in enumerate(made.steps(0, 100)):
+        for number, _batch in enumerate(made.micro_batches(0, 100)):
             if number == 2:
                 break
     assert (open_files(), threading.active_count()) == before
@@ -147,7 +150,9 @@ def test_every_sample_is_announced_once_before_it_is_read(
     monkeypatch.setattr("kamim.storage.read_ahead.will_need", lambda at, lengths: requested.extend(at.tolist()))
     watched = Watched()
     plan = Plan(len(store), BATCH, 4, SEED, order, drop_last=False, rank=1, world=2)
-    loaded = [i for batch in Loader(store, plan, SIDE, counter=watched).steps(1, 8) for i in batch.indices.tolist()]
+    loaded = [
+        i for batch in Loader(store, plan, SIDE, counter=watched).micro_batches(1, 8) for i in batch.indices.tolist()
+    ]
     for kind in ("announced", "counted"):
         assert sorted(i for what, i in watched.events if what == kind) == sorted(loaded)
     pending: list[int] = []
@@ -205,11 +210,11 @@ def skipping(store: Store, counter: Counter | None = None) -> Loader:
 def test_what_cannot_be_loaded_is_left_out_counted_and_logged(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = {i: made for step in over(loader(store).steps(0, 3)).values() for i, _, made in step}
+    whole = {i: made for step in over(loader(store).micro_batches(0, 3)).values() for i, _, made in step}
     damaged(store, monkeypatch, {3: -300, 11: 0, 12: 40})
     counter = CachedCounts(store.keypoints("fast"), "ring", 8)
     made = skipping(store, counter)
-    seen = {i: rest for step in over(made.steps(0, 3)).values() for i, _, rest in step}
+    seen = {i: rest for step in over(made.micro_batches(0, 3)).values() for i, _, rest in step}
     assert seen == {i: rest for i, rest in whole.items() if i not in (3, 11, 12)}
     assert made.skipped == 3
     assert sorted(record.getMessage().split(": ")[1] for record in caplog.records) == [
@@ -217,27 +222,27 @@ def test_what_cannot_be_loaded_is_left_out_counted_and_logged(
         "sample 12",
         "sample 3",
     ]
-    assert len(list(made.steps(3, 6))) == 3  # buffers are sound afterwards
+    assert len(list(made.micro_batches(3, 6))) == 3  # buffers are sound afterwards
     assert made.skipped == 6
 
 
 def test_a_sample_that_cannot_be_counted_is_found_among_its_chunk(store: Store) -> None:
     made = skipping(store, Failing({5, 20}))
-    for batch in made.steps(0, 3):
+    for batch in made.micro_batches(0, 3):
         assert batch.counts is not None
         assert not {5, 20} & set(batch.indices.tolist())
         np.testing.assert_array_equal(batch.counts[:, 0, 0], batch.indices)
     assert made.skipped == 2
     plan = Plan(len(store), BATCH, BATCH, SEED)
     with pytest.raises(SampleError, match=r"sample 5: no keypoints"):
-        list(Loader(store, plan, SIDE, counter=Failing({5})).steps(0, 3))
+        list(Loader(store, plan, SIDE, counter=Failing({5})).micro_batches(0, 3))
 
 
 def test_keypoints_outside_their_files_are_left_out(store: Store) -> None:
     keypoints = store.keypoints("fast")
     keypoints._start[5] = 1 << 40
     made = skipping(store, CachedCounts(keypoints, "ring", 8))
-    assert all(5 not in batch.indices for batch in made.steps(0, 3))
+    assert all(5 not in batch.indices for batch in made.micro_batches(0, 3))
     assert made.skipped == 1
 
 
@@ -249,7 +254,7 @@ def test_an_image_of_no_pixels_is_left_out(store: Store, crop: Crop | None) -> N
         plan = Plan(len(store), BATCH, BATCH, SEED, drop_last=False)
         counter = CachedCounts(store.keypoints("fast"), "ring", 8)
         made = Loader(store, plan, SIDE, crop=crop, counter=counter, workers=2, on_error="skip")
-        assert sorted(i for batch in made.steps(0, plan.steps_per_epoch) for i in batch.indices) == [
+        assert sorted(i for batch in made.micro_batches(0, plan.steps_per_epoch) for i in batch.indices) == [
             i for i in range(len(store)) if i != 5
         ]
         assert made.skipped == 1
@@ -260,7 +265,7 @@ def test_an_image_of_no_pixels_is_left_out(store: Store, crop: Crop | None) -> N
 def test_a_batch_of_nothing_but_damage_stops_even_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(store, monkeypatch, dict.fromkeys(range(len(store)), 30))
     with pytest.raises(SampleError, match="sample"):
-        list(skipping(store).steps(0, 1))
+        list(skipping(store).micro_batches(0, 1))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kamim-loader")]
 
 
@@ -271,7 +276,7 @@ def test_a_worker_that_runs_out_of_memory_is_reported(store: Store, monkeypatch:
     monkeypatch.setattr(turbojpeg, "library", lambda: None)
     monkeypatch.setattr(store.images, "data", fails)
     with pytest.raises(MemoryError, match="no room"):  # the machine's fault, not the sample's
-        list(Loader(store, Plan(len(store), 8, 8, 0), SIDE, crop=Crop()).steps(0, 1))
+        list(Loader(store, Plan(len(store), 8, 8, 0), SIDE, crop=Crop()).micro_batches(0, 1))
 
 
 @pytest.mark.parametrize("backend", ["zarr", "ffcv"])

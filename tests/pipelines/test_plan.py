@@ -34,7 +34,7 @@ def test_ranks_and_micro_batches_share_out_the_same_global_order(
         (expected,) = whole.micro_batches(step, step + 1)
         parts = [part for plan in ranks for part in plan.micro_batches(step, step + 1)]
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
-        assert sum(part.share for part in parts) == pytest.approx(1)
+        assert sum(part.loss_weight for part in parts) == pytest.approx(1)
         assert all(
             len(part.indices) <= plan.largest_micro_batch <= micro
             for plan in ranks

@@ -14,9 +14,9 @@ from PIL import Image
 from kamim.method.colour import planes_bytes, to_planes
 from kamim.storage.manifest import FORMATS
 from pipelines import turbojpeg
-from pipelines.chunk import crop_chunk
+from pipelines.chunk import Crops, CropScratch, Stored, decode_and_crop
 from pipelines.crop import crop_resize
-from pipelines.ycbcr import WOVEN, Planes, crop_planes
+from pipelines.ycbcr import INTERLEAVE, Planes, crop_planes
 
 needs_library = pytest.mark.skipif(turbojpeg.library() is None, reason="libturbojpeg is not installed")
 BLOCKS = [*turbojpeg._BLOCKS]
@@ -25,7 +25,7 @@ SIDE = 48
 
 def crop(planes: Planes, view: tuple[int, ...], side: int = SIDE) -> np.ndarray:
     out = np.empty((side, side, 3), np.uint8)
-    crop_planes(planes, np.array(view), np.empty((3, planes.height + WOVEN, side), np.uint16), out)
+    crop_planes(planes, np.array(view), np.empty((3, planes.height + INTERLEAVE, side), np.uint16), out)
     return out
 
 
@@ -122,19 +122,11 @@ def through_the_chunk(data: bytes, size: tuple[int, int], room: np.ndarray | Non
     if room is None:
         room = np.empty(turbojpeg.room_for(sizes), np.uint8)
     out, failed = np.zeros((1, SIDE, SIDE, 3), np.uint8), np.empty(1, np.bool_)
-    crop_chunk(
-        FORMATS.index("jpeg"),
-        np.array([encoded.ctypes.data], np.uint64),
-        np.array([len(data)]),
-        sizes,
-        np.array([[0, 0, *size, 0, 0]]),
-        turbojpeg.turbo(room),
-        np.empty((3, size[0] + WOVEN, SIDE), np.uint16),
-        np.empty((SIDE, SIDE, 3), np.uint8),
-        out,
-        failed,
-        np.zeros(1, np.bool_),
-    )
+    stored = Stored(FORMATS.index("jpeg"), np.array([encoded.ctypes.data], np.uint64), np.array([len(data)]))
+    resized = np.empty((3, size[0] + INTERLEAVE, SIDE), np.uint16)
+    scratch = CropScratch(turbojpeg.turbo(room), resized, np.empty((SIDE, SIDE, 3), np.uint8))
+    crops = Crops(np.zeros(1, np.int64), sizes, np.array([[0, 0, *size, 0, 0]]), out)
+    decode_and_crop(stored, crops, scratch, failed, np.zeros(1, np.bool_))
     return None if failed[0] else out[0]
 
 

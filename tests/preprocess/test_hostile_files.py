@@ -271,10 +271,10 @@ def test_in_the_loader_it_is_the_samples_error(stores: dict[str, Path], monkeypa
     loader = Loader(store, Plan(len(store), 4, 4, seed=0), 64, workers=1)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", raising(KeyError))
     with pytest.raises(SampleError, match="of a decoder"):
-        next(loader.steps(0, 1))
+        next(loader.micro_batches(0, 1))
     monkeypatch.setattr(simplejpeg, "decode_jpeg", raising(MemoryError))
     with pytest.raises(MemoryError):
-        next(loader.steps(0, 1))
+        next(loader.micro_batches(0, 1))
 
 
 def test_the_benchmark_of_plain_jpegs_leaves_out_what_simplejpeg_does_not_know() -> None:

@@ -70,12 +70,12 @@ def test_images_larger_than_a_page_get_larger_pages(
 def test_crops_of_originals_are_the_released_codes(mixed: Path, tmp_path: Path, decoder: str) -> None:
     """Bilinear without antialiasing, straight from the full-size pixels; from planes, with chroma interpolated once."""
     made = Store(make_store(mixed, tmp_path / "out", encoding="original"))
-    batch = next(iter(Loader(made, Plan(5, 5, 5, 0, order="stored"), 64).steps(0, 1)))
+    batch = next(iter(Loader(made, Plan(5, 5, 5, 0, order="stored"), 64).micro_batches(0, 1)))
     whole = simplejpeg.decode_jpeg((mixed / "class/0.jpg").read_bytes())
     expected = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_LINEAR).astype(int)
     difference = np.abs(batch.images[0].numpy() - expected)
     assert difference.max() <= 1 if decoder == "pixels" else difference.mean() <= 0.5
-    for crops in Loader(made, Plan(5, 5, 5, 0), 64, crop=Crop()).steps(0, 3):
+    for crops in Loader(made, Plan(5, 5, 5, 0), 64, crop=Crop()).micro_batches(0, 3):
         assert crops.images.float().std() > 10
 
 

@@ -52,7 +52,7 @@ def counts(path: Path) -> list[np.ndarray]:
     opened = Store(path)
     counter = CachedCounts(opened.keypoints("fast"), "ring", 8)
     loader = Loader(opened, Plan(len(opened), 4, 4, seed=0), 64, crop=Crop(), counter=counter)
-    return [batch.counts.numpy().copy() for batch in loader.steps(0, 6) if batch.counts is not None]
+    return [batch.counts.numpy().copy() for batch in loader.micro_batches(0, 6) if batch.counts is not None]
 
 
 @pytest.mark.parametrize("version", UNRECORDED)

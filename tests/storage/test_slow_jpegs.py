@@ -60,7 +60,7 @@ def test_the_loader_refuses_what_preprocessing_refuses(listed: int, folder: Path
     store = Store(store_of(file, listed, folder, tmp_path))
     said = f"sample 0: 40.. scans of {SIDE}x{SIDE} px are more than the limit" if listed == SIDE else "sample 0: "
     with pytest.raises(SampleError, match=said):
-        next(Loader(store, Plan(len(store), 1, 1, 0, order="stored"), 64, crop=Crop(), workers=1).steps(0, 1))
+        next(Loader(store, Plan(len(store), 1, 1, 0, order="stored"), 64, crop=Crop(), workers=1).micro_batches(0, 1))
 
 
 def test_verify_names_what_the_loader_refuses(folder: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_preprocessing_takes_is_verified_and_loaded(folder: Path, tmp_path:
     assert takes_long(len(file) // SCAN_BYTES, 1024, 1024)
     store = Store(store_of(file, 1024, folder, tmp_path))
     assert problems(store.path) == []
-    batch = next(Loader(store, Plan(len(store), 4, 4, 0), 64, crop=Crop(), workers=1).steps(0, 1))
+    batch = next(Loader(store, Plan(len(store), 4, 4, 0), 64, crop=Crop(), workers=1).micro_batches(0, 1))
     assert len(batch.images) == 4
 
 
@@ -106,5 +106,5 @@ def test_a_stop_does_not_wait_for_a_chunk(stores: dict[str, Path], monkeypatch: 
     monkeypatch.setattr("pipelines.turbojpeg.library", lambda: None)
     store = Store(stores["zarr"])
     with pytest.raises(KeyboardInterrupt):
-        next(Loader(store, Plan(len(store), 24, 24, 0), 64, crop=Crop(), workers=1).steps(0, 1))
+        next(Loader(store, Plan(len(store), 24, 24, 0), 64, crop=Crop(), workers=1).micro_batches(0, 1))
     assert len(decoded) < 10

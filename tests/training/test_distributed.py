@@ -29,7 +29,7 @@ from kamim.storage.store import Store
 torch.set_num_threads(1)
 asked = json.loads(sys.argv[1])
 given = config(*asked[0][2])
-for batch in training_loader(given, Store(given.data.store), distributed.start("cpu")).steps(0, 1):
+for batch in training_loader(given, Store(given.data.store), distributed.start("cpu")).micro_batches(0, 1):
     block_masks(0, 0, batch.indices, 2, 0.5)  # kernels are loaded once for all
 for ranks, stop, (out, store, *more) in asked:
     with socket.socket() as free:
@@ -45,7 +45,7 @@ for ranks, stop, (out, store, *more) in asked:
             seen = []
             skips = any(option == "on_nonfinite=skip" for option in more)
             def losses(objective, batch, plain=MaskedReconstruction.__call__):
-                if batch.share:
+                if batch.loss_weight:
                     seen.append([batch.step, batch.indices.tolist()])
                 made = plain(objective, batch)
                 spoilt = skips and [batch.step, rank] == [3, 1]

@@ -21,7 +21,7 @@ from kamim.training import checkpoint, metrics, report
 from kamim.training.data import whole_images
 from kamim.training.pretrain import pretrain
 from pipelines.batch import normalise
-from pipelines.counts import Crops
+from pipelines.chunk import Crops
 from pipelines.loader import Loader
 from pipelines.samples import Samples
 
@@ -113,7 +113,7 @@ def test_measures_without_labels_are_those_of_the_probes_features(watched: Path,
     assert list(made) == [5, 7]  # after three epochs of two steps, and after the last step
     encoder = checkpoint.read(watched).build_model().encoder.eval()
     chosen = Samples(Store(store), np.linspace(0, 23, 9).astype(np.int64))
-    batch = next(iter(whole_images(chosen, 64, 9, 1, WORLD).steps(0, 1)))
+    batch = next(iter(whole_images(chosen, 64, 9, 1, WORLD).micro_batches(0, 1)))
     with torch.no_grad():
         tokens = tokens_after(encoder, normalise(batch.images), 6)[:, 1:]  # less the class token
     features = tokens.mean(dim=1)
@@ -142,15 +142,15 @@ def test_a_panel_of_simmim_has_no_weights() -> None:
 def test_panels_and_probes_leave_out_what_the_run_does(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crop_chunk = Loader._crop_chunk
+    decode_and_crop = Loader._decode_and_crop
 
     def without_first(self: Loader, crops: Crops, scratch: Any, stopped: np.ndarray) -> np.ndarray:
-        return crop_chunk(self, crops, scratch, stopped) | (crops.indices == 0)
+        return decode_and_crop(self, crops, scratch, stopped) | (crops.indices == 0)
 
     def damaged(self: Loader, crops: Crops, scratch: Any) -> None:
         raise ValueError("not a JPEG")
 
-    monkeypatch.setattr(Loader, "_crop_chunk", without_first)
+    monkeypatch.setattr(Loader, "_decode_and_crop", without_first)
     monkeypatch.setattr(Loader, "_crop_alone", damaged)
     probe = f"probe={{train: {store}, val: {store}, every_epochs: 2}}"
     pretrain(config(tmp_path / "run", store, "data.on_error=skip", "optim.epochs=2", probe), quiet)
@@ -170,7 +170,7 @@ def test_selectivity_is_the_distance_from_uniform_attention(watched: Path, store
     vit = checkpoint.read(watched).build_model().eval().encoder
     opened = Store(store)
     chosen = Samples(opened, np.linspace(0, len(opened) - 1, 9).astype(np.int64))
-    (batch,) = whole_images(chosen, 64, 9, 1, WORLD).steps(0, 1)
+    (batch,) = whole_images(chosen, 64, 9, 1, WORLD).micro_batches(0, 1)
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).double() * 16
     between = torch.cdist(places, places)
     gaps = []

@@ -118,10 +118,8 @@ def preprocess(study: Study, name: str, images: Path, resolution: int) -> bool:
                 resolution,
                 "--detectors",
                 "fast",
-                "--encoding",
+                "--pixels",
                 "raw",
-                "--images",
-                "zarr",
             ),
         ):
             return False

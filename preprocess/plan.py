@@ -1,13 +1,12 @@
 """Plans a job: the components that a finished store already has, and those that must be built from shards."""
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -18,7 +17,18 @@ from kamim.detectors import detector, origin
 from kamim.method import geometry
 from kamim.storage import beton
 from kamim.storage.files import checksum
-from kamim.storage.manifest import BACKUP, IMAGES, MANIFEST, REJECTS, STAMPS, Encoding, Job, Manifest, tree_entries
+from kamim.storage.manifest import (
+    BACKUP,
+    IMAGES,
+    MANIFEST,
+    REJECTS,
+    STAMPS,
+    Backend,
+    Encoding,
+    Job,
+    Manifest,
+    tree_entries,
+)
 from kamim.storage.ownership import is_leftover
 from kamim.storage.store import Store
 from preprocess import fingerprint
@@ -31,6 +41,7 @@ SHARD_SIZE = 128
 SMALL = 96  # px: images whose sides are all shorter are stored raw by default
 LOOKED_AT = 8  # images that are decoded to detect whether a source has small images
 DEFAULTS: dict[str, Any] = {
+    "images": "zarr",  # which holds all kinds of pixels
     "fingerprint": "stat",
     "quality": 90,
     "resize": "bicubic",
@@ -49,33 +60,33 @@ def make_job(
     *,
     detectors: Sequence[str],
     out: Path | None = None,
-    images: str = "auto",
+    container: Backend | None = None,
     fingerprint: str | None = None,
-    encoding: Encoding | Literal["auto"] | None = None,
+    pixels: Encoding | Literal["auto"] | None = None,
     quality: int | None = None,
     resolution: int | None = None,
     crop_scale: tuple[float, float] | None = None,
 ) -> Job:
     """Checks the parameters; missing ones come from `out`, begun or finished, or from DEFAULTS.
 
-    images: ffcv, zarr, or auto: as in `out` if it holds the encoding, else ffcv if it imports and holds it, else zarr.
-    encoding: None means as in `out`, else auto; auto is raw for small images (see is_small), else jpeg.
+    container: ffcv or zarr; None means as in `out`, else zarr, and zarr for yuv420, which ffcv does not hold.
+    pixels: None means as in `out`, else auto; auto is raw for small images (see is_small), else jpeg.
+    The job, and the manifest with it, calls them `images` and `encoding`.
     Raises KamimError naming the parameter, its value and the allowed values.
     """
     before = None if out is None else _job_at(Workspace(out))
     given = {
         "fingerprint": fingerprint,
-        "encoding": encoding,
+        "encoding": pixels,
         "quality": quality,
         "resolution": resolution,
         "crop_scale": crop_scale,
-        "images": None if images == "auto" else images,
+        "images": container,
     }
-    has_ffcv = importlib.util.find_spec("ffcv") is not None
-    defaults = DEFAULTS | {"images": "ffcv" if has_ffcv else "zarr", "encoding": "auto", "shard_size": SHARD_SIZE}
+    defaults = DEFAULTS | {"encoding": "auto", "shard_size": SHARD_SIZE}
     fixed = before.model_dump(include=set(defaults)) if before else defaults
     fixed |= {name: value for name, value in given.items() if value is not None}
-    if images == "auto" and fixed["encoding"] == "yuv420":
+    if container is None and fixed["encoding"] == "yuv420":
         fixed["images"] = "zarr"
     _check(fixed, detectors)
     if fixed["encoding"] == "auto":
@@ -121,10 +132,12 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
             raise KamimError(f"detectors = {name}: a store cannot hold a detector of that name")
     if len(set(detectors)) != len(detectors):
         raise KamimError(f"detectors = {','.join(detectors)}: names one twice")
-    if fixed["images"] not in ("ffcv", "zarr"):
-        raise KamimError(f"images = {fixed['images']}: must be one of auto, ffcv, zarr")
+    if fixed["images"] not in get_args(Backend):
+        raise KamimError(f"container = {fixed['images']}: must be {' or '.join(get_args(Backend))}")
+    if fixed["encoding"] not in ("auto", *get_args(Encoding)):
+        raise KamimError(f"pixels = {fixed['encoding']}: must be one of {', '.join(get_args(Encoding))}")
     if fixed["images"] == "ffcv" and fixed["encoding"] == "yuv420":
-        raise KamimError("images = ffcv: holds no images with encoding = yuv420; take images=zarr, or another encoding")
+        raise KamimError("container = ffcv: holds no images with pixels = yuv420; take container=zarr, or other pixels")
     if fixed["fingerprint"] not in ("stat", "content"):
         raise KamimError(f"fingerprint = {fixed['fingerprint']}: must be stat or content")
     resolution, crop_scale = fixed["resolution"], fixed["crop_scale"]
@@ -136,8 +149,8 @@ def _check(fixed: dict[str, Any], detectors: Sequence[str]) -> None:
         raise KamimError(f"quality = {fixed['quality']}: must be 1 to 100")
     if fixed["encoding"] == "raw" and 3.1 * geometry.stored_area(resolution, crop_scale) > beton.PAGE_SIZE:
         raise KamimError(
-            f"encoding = raw: images for resolution = {resolution} and crop_scale = {crop_scale[0]},{crop_scale[1]} "
-            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; take encoding=jpeg, or smaller images"
+            f"pixels = raw: images for resolution = {resolution} and crop_scale = {crop_scale[0]},{crop_scale[1]} "
+            f"are larger than a page of the store, {beton.PAGE_SIZE} bytes; take pixels=jpeg, or smaller images"
         )
 
 

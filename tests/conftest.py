@@ -22,7 +22,7 @@ from preprocess.plan import make_job
 from preprocess.sources import Source, list_source
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
-BACKENDS = ("zarr", "ffcv") if HAS_FFCV else ("zarr",)
+BACKENDS = ("zarr", "ffcv")  # neither needs the ffcv package
 
 # Several workers share two cores; spinning threads of each would fight. compute.threads defaults to the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,8 +48,8 @@ def build_store(source: Path, out: Path, backend: str = "zarr", detectors: tuple
         "train",
         listed,
         detectors=detectors,
-        images=backend,
-        encoding="jpeg",
+        container=backend,
+        pixels="jpeg",
         quality=90,
         resolution=64,
         crop_scale=(0.67, 1.0),
@@ -135,8 +135,8 @@ def plan_job(
             "train",
             listed,
             detectors=detectors,
-            images=backend,
-            encoding=encoding,
+            container=backend,
+            pixels=encoding,
             quality=quality,
             resolution=resolution,
             crop_scale=(0.67, 1.0),

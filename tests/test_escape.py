@@ -155,7 +155,9 @@ def test_messages_are_shortened_and_output_is_not(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("text", HOSTILE)
 def test_bars_show_names_as_they_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    monkeypatch.setattr(console, "err_console", Console(file=stream, force_terminal=True, width=200, color_system=None))
+    monkeypatch.setattr(
+        "kamim.cli.progress.err_console", Console(file=stream, force_terminal=True, width=200, color_system=None)
+    )
     with bar(text) as update:
         update(1, 2, text)
     assert stream.getvalue().count(printable(text)) >= 2

@@ -155,6 +155,6 @@ def _for_the_loader(config: Pretrain, opened: Store, model: float, each: float) 
     if config.weighting is not None and config.weighting.keypoints == "online":
         yield "weighting.keypoints=store: keypoints are currently detected on every crop"
     if opened.manifest.job.encoding == "original":
-        yield "kamim preprocess --images-as resized: images no larger than crops need decode several times as fast"
+        yield "kamim preprocess --pixels jpeg: images no larger than crops need decode several times as fast"
     if opened.manifest.job.encoding == "jpeg":
-        yield "kamim preprocess --encoding yuv420: several times as fast and about four times as large"
+        yield "kamim preprocess --pixels yuv420: several times as fast and about four times as large"

@@ -62,7 +62,7 @@ def fidelity(
         "train",
         source,
         detectors=detectors,
-        images="zarr",
+        container="zarr",
         resolution=setting.resolution,
         crop_scale=setting.crop_scale,
     )

@@ -39,7 +39,14 @@ class SmallStore:
 def write_small(source: Source, folder: Path) -> SmallStore:
     """Writes SAMPLES samples of SIDE x SIDE px: the source's photographs, JPEG of quality 90, over and over."""
     job = make_job(
-        "imagefolder", "train", source, detectors=("fast",), images="zarr", encoding="jpeg", quality=90, resolution=SIDE
+        "imagefolder",
+        "train",
+        source,
+        detectors=("fast",),
+        container="zarr",
+        pixels="jpeg",
+        quality=90,
+        resolution=SIDE,
     )
     images, keypoints, count = [], [], 0
     for item in source.items[:SAMPLES]:

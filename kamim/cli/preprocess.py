@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from kamim.cli.arguments import shard_of
 from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable
 from kamim.cli.progress import bar
 from kamim.cli.store import show_store
-
-if TYPE_CHECKING:
-    from kamim.storage.manifest import Encoding
 
 
 @app.command()
@@ -29,21 +26,15 @@ def preprocess(
     detectors: Annotated[
         str, typer.Option(help="Comma-separated, such as fast,sift,orb; added to those of OUT.")
     ] = "fast",
-    images: Annotated[
-        str, typer.Option(help="ffcv, zarr, or auto: as in OUT, otherwise ffcv if it is installed.")
-    ] = "auto",
-    images_as: Annotated[
-        str | None,
-        typer.Option(
-            help="resized: resized for the crops; original: unchanged files, about 6 times the space. "
-            "Default: OUT's, or resized."
-        ),
+    container: Annotated[
+        str | None, typer.Option(help="zarr, or ffcv, which FFCV's own loader reads. Default: OUT's, or zarr.")
     ] = None,
-    encoding: Annotated[
+    pixels: Annotated[
         str | None,
         typer.Option(
-            help="Encoding of resized images: jpeg, yuv420 (YCbCr planes, 4 times the space; zarr only), or raw "
-            "(RGB, 8 times). Default: OUT's, or raw for images under 96 px, else jpeg."
+            help="How images are stored. Resized for the crops: jpeg, yuv420 (YCbCr planes, 4 times the space; zarr "
+            "only) or raw (RGB, 8 times); original: unchanged files, about 6 times the space. Default: OUT's, or raw "
+            "for images under 96 px, else jpeg."
         ),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100. Default: OUT's, or 90.")] = None,
@@ -62,6 +53,9 @@ def preprocess(
     publish: Annotated[bool, typer.Option(help="Only join the shares that --shard built.")] = False,
     strict: Annotated[bool, typer.Option(help="Stop at the first unreadable image.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the planned work and exit.")] = False,
+    images: Annotated[str | None, typer.Option(hidden=True)] = None,
+    images_as: Annotated[str | None, typer.Option(hidden=True)] = None,
+    encoding: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Detects keypoints once and writes a store. Rerun it to resume; OUT.log is its log.
 
@@ -87,8 +81,8 @@ def preprocess(
         split,
         listed,
         detectors=tuple(filter(None, map(str.strip, detectors.split(",")))),
-        images=images,
-        encoding=_encoding(images_as, encoding),
+        container=_container(container, images),  # type: ignore[arg-type]  # make_job checks both
+        pixels=_pixels(pixels, images_as, encoding),  # type: ignore[arg-type]
         quality=quality,
         resolution=resolution,
         crop_scale=None if crop_scale is None else _pair(crop_scale),
@@ -142,21 +136,30 @@ def preprocess(
         say(f"caution: {line}")
 
 
-def _encoding(images_as: str | None, encoding: str | None) -> "Encoding | Literal['auto'] | None":
-    """Returns the encoding that --images-as and --encoding select together."""
-    from kamim.storage.manifest import FORMATS
+def _container(container: str | None, images: str | None) -> str | None:
+    """Returns the container that --container or its earlier name --images selects."""
+    if images is None:
+        return container
+    if container is not None:
+        raise KamimError(f"--images {images}: is an earlier name of --container; give --container alone")
+    say(f"note: --images {images} is now {'the default' if images == 'auto' else f'--container {images}'}")
+    return None if images == "auto" else images
 
+
+def _pixels(pixels: str | None, images_as: str | None, encoding: str | None) -> str | None:
+    """Returns the pixels that --pixels or its earlier names --images-as and --encoding select."""
+    if images_as is None and encoding is None:
+        return pixels
+    earlier = f"--encoding {encoding}" if images_as is None else f"--images-as {images_as}"
+    if pixels is not None:
+        raise KamimError(f"{earlier}: is an earlier name of --pixels; give --pixels alone")
     if images_as not in (None, "resized", "original"):
-        raise KamimError(f"--images-as {images_as}: must be resized or original")
-    if encoding not in (None, *FORMATS):
-        raise KamimError(f"--encoding {encoding}: must be one of {', '.join(FORMATS)}")
+        raise KamimError(f"{earlier}: must be resized or original; now --pixels")
     if images_as == "original" and encoding is not None:
-        raise KamimError(
-            f"--encoding {encoding}: is for resized images; with --images-as original files stay as they are"
-        )
-    if images_as == "original":
-        return "original"
-    return encoding or (None if images_as is None else "auto")  # type: ignore[return-value]
+        raise KamimError(f"--encoding {encoding}: is for resized images, not for --images-as original; give --pixels")
+    chosen = "original" if images_as == "original" else encoding or "auto"
+    say(f"note: {earlier} is now --pixels {'jpeg or raw' if chosen == 'auto' else chosen}")
+    return chosen
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -136,7 +136,7 @@ class Weighting(Section):
     """T of Eq. 2: the smaller, the more the weights W differ."""
     keypoints: Literal["store", "online"] = "store"
     """Whether keypoints come from the store or are detected on every crop (online). The latter reproduces the released
-    code only on a store of originals (`kamim preprocess --images-as original`)."""
+    code only on a store of originals (`kamim preprocess --pixels original`)."""
     normalize: bool = False
     """Whether W is divided by its mean over the image, so that T does not scale the loss. The paper does not do so."""
 

@@ -164,7 +164,7 @@ def online_differs(config: Pretrain, store: Store) -> str:
     return (
         f"weighting.keypoints = online: {store.path} holds resized images, on which detectors find other "
         "keypoints than on the originals (docs/fidelity.md); to reproduce the released code, use a store of "
-        "`kamim preprocess --images-as original`"
+        "`kamim preprocess --pixels original`"
     )
 
 

@@ -75,7 +75,7 @@ def test_it_says_who_waits(stores: dict[str, Path], loader: float, code: int, mo
     if code:
         assert f"the loader: it reaches {loader:.0f}% of the model's rate" in said
         assert f"{int(np.ceil(110 / loader))} cores would suffice" in said or "data.workers=2" in said
-        assert "kamim preprocess --encoding yuv420" in said
+        assert "kamim preprocess --pixels yuv420" in said
     else:
         assert "the cpu: the loader is 10.0 times as fast" in said
 

@@ -24,6 +24,7 @@ from kamim.evaluation.features import reserve
 from kamim.models import interop
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.reporting import page
+from kamim.runtime import lock as rank_lock
 from kamim.storage import lock
 from kamim.storage.files import write_whole
 from kamim.storage.ownership import MARKER, lock_file
@@ -248,7 +249,7 @@ def test_ranks_hear_of_a_lock_alike(tmp_path: Path) -> None:
         def gather(self, problem: str) -> list[str]:
             return ["out = x: another process works there now"]
 
-    with pytest.raises(ValueError, match="another process works there now"), lock.alone(tmp_path, "out", Rank()):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="another process works there now"), rank_lock.alone(tmp_path, "out", Rank()):  # type: ignore[arg-type]
         pass
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import BACKENDS, Inline, has_ffcv, make_store, plan_job, small_pages
+from conftest import BACKENDS, Inline, make_store, plan_job, small_pages
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -110,7 +110,7 @@ def shard_files(out: Path) -> list[Path]:
 # Equal bytes
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("zarr", 1), pytest.param("ffcv", 2, marks=has_ffcv)])
+@pytest.mark.parametrize(("backend", "workers"), [("zarr", 1), ("ffcv", 2)])
 def test_the_number_of_workers_does_not_matter(
     backend: str, workers: int, folder: Path, whole: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -265,7 +265,7 @@ def test_a_folder_that_is_no_store_is_refused_and_left_alone(
     [
         ({"detectors": ("fast", "fast")}, "detectors = fast,fast"),
         ({"detectors": ("surf",)}, "surf"),
-        ({"images": "lmdb"}, "images = lmdb"),
+        ({"container": "lmdb"}, "container = lmdb"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale = 0.0,1.0"),
         ({"crop_scale": (0.9, 0.5)}, "crop_scale = 0.9,0.5"),
         ({"crop_scale": (0.5, 1.5)}, "crop_scale = 0.5,1.5"),
@@ -274,14 +274,15 @@ def test_a_folder_that_is_no_store_is_refused_and_left_alone(
         ({"resolution": 1025}, "resolution = 1025"),
         ({"quality": 0}, "quality = 0"),
         ({"quality": 101}, "quality = 101"),
-        ({"encoding": "raw", "resolution": 1024, "crop_scale": (0.2, 1.0)}, "encoding = raw"),
+        ({"pixels": "png"}, "pixels = png: must be one of jpeg, raw, yuv420, original"),
+        ({"pixels": "raw", "resolution": 1024, "crop_scale": (0.2, 1.0)}, "pixels = raw"),
     ],
 )
 def test_wrong_parameters_are_named(wrong: dict[str, Any], named: str, folder: Path) -> None:
     right: dict[str, Any] = {
         "detectors": ("fast",),
-        "images": "zarr",
-        "encoding": "jpeg",
+        "container": "zarr",
+        "pixels": "jpeg",
         "quality": 90,
         "resolution": 64,
         "crop_scale": (0.67, 1.0),

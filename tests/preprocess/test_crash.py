@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from camera import Camera, tree, watched
-from conftest import Inline, has_ffcv, plan_job, small_pages
+from conftest import Inline, plan_job, small_pages
 from PIL import Image
 
 from kamim.storage import beton
@@ -85,8 +85,7 @@ def works(kind: str, source: Path, backend: str) -> tuple[Work, Work]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"),
-    [("new", "zarr"), ("extended", "zarr"), ("repaired", "zarr"), pytest.param("repaired", "ffcv", marks=has_ffcv)],
+    ("kind", "backend"), [("new", "zarr"), ("extended", "zarr"), ("repaired", "zarr"), ("repaired", "ffcv")]
 )
 def test_a_job_killed_anywhere_ends_with_the_same_bytes(
     kind: str, backend: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +153,7 @@ from preprocess.sources import list_source
 executors.ProcessPoolExecutor = lambda workers, **options: ThreadPoolExecutor(workers)
 source, base, *numbers = sys.argv[1:]
 listed = list_source("imagefolder", Path(source), "train")
-job = make_job("imagefolder", "train", listed, detectors=("fast",), images="zarr", resolution=64)
+job = make_job("imagefolder", "train", listed, detectors=("fast",), container="zarr", resolution=64)
 job = job.model_copy(update={"shard_size": 2})
 for number in numbers:
     child = os.fork()

@@ -60,7 +60,7 @@ def test_levels_are_those_of_numpys_quantiles() -> None:
 def test_preprocess_says_it(photos: list[np.ndarray], tmp_path: Path) -> None:
     write(tmp_path / "a/x", photos, 81, 2153)
     command = ["preprocess", "imagefolder", "--source", str(tmp_path / "a"), "--out", str(tmp_path / "s")]
-    shown = CliRunner().invoke(app, [*command, "--workers", "1", "--images", "zarr"])
+    shown = CliRunner().invoke(app, [*command, "--workers", "1", "--container", "zarr"])
     assert shown.exit_code == 0, shown.output
     assert "caution: 4 of 4 images looked at use less than a tenth of the range" in shown.stderr
 

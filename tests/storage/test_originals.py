@@ -1,5 +1,6 @@
 """Stores of the originals' own bytes, and raw stores of small images."""
 
+import sys
 from pathlib import Path
 
 import cv2
@@ -106,7 +107,7 @@ def test_a_store_keeps_its_encoding_where_none_is_asked_for(folder: Path, tmp_pa
     make_store(folder, tmp_path / "out", encoding="original")
     listed = list_source("imagefolder", folder, "train")
     kept = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out")
-    asked = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out", encoding="auto")
+    asked = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out", pixels="auto")
     assert (kept.encoding, asked.encoding) == ("original", "jpeg")
 
 
@@ -125,9 +126,12 @@ def test_online_keypoints_are_the_released_codes_on_originals_alone(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
+        (["--container", "lmdb"], "--container lmdb: must be ffcv or zarr"),
+        (["--pixels", "png"], "--pixels png: must be one of jpeg, raw, yuv420, original"),
+        (["--container", "ffcv", "--pixels", "yuv420"], "--container ffcv: holds no images with --pixels yuv420; take"),
         (["--images-as", "files"], "--images-as files: must be resized or original"),
-        (["--encoding", "png"], "--encoding png: must be one of jpeg, raw, yuv420"),
         (["--images-as", "original", "--encoding", "raw"], "--encoding raw: is for resized images"),
+        (["--pixels", "jpeg", "--encoding", "raw"], "--encoding raw: is an earlier name of --pixels; give --pixels"),
     ],
 )
 def test_what_cannot_be_stored_is_said_in_one_line(folder: Path, tmp_path: Path, options: list[str], line: str) -> None:
@@ -135,6 +139,41 @@ def test_what_cannot_be_stored_is_said_in_one_line(folder: Path, tmp_path: Path,
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 1
     assert line in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "notes", "stored"),
+    [
+        ([], [], ("zarr", "jpeg")),
+        (["--images", "ffcv"], ["--images ffcv is now --container ffcv"], ("ffcv", "jpeg")),
+        (["--images", "auto"], ["--images auto is now the default"], ("zarr", "jpeg")),
+        (["--encoding", "yuv420"], ["--encoding yuv420 is now --pixels yuv420"], ("zarr", "yuv420")),
+        (["--images-as", "original"], ["--images-as original is now --pixels original"], ("zarr", "original")),
+        (["--images-as", "resized"], ["--images-as resized is now --pixels jpeg or raw"], ("zarr", "jpeg")),
+    ],
+)
+def test_earlier_names_of_options_are_taken_with_a_note(
+    folder: Path, tmp_path: Path, options: list[str], notes: list[str], stored: tuple[str, str]
+) -> None:
+    given = ["preprocess", "imagefolder", "--source", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]
+    result = CliRunner().invoke(app, [*given, "--resolution", "64", *options])
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stderr.splitlines() if line.startswith("note: ")] == [f"note: {n}" for n in notes]
+    job = Store(tmp_path / "out").manifest.job
+    assert (job.images, job.encoding) == stored
+
+
+def test_the_container_does_not_depend_on_what_is_installed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = list_source("imagefolder", folder, "train")
+    for module in (None, sys):  # not to be imported, and there
+        monkeypatch.setitem(sys.modules, "ffcv", module)
+        assert make_job("imagefolder", "train", listed, detectors=("fast",)).images == "zarr"
+    make_store(folder, tmp_path / "out", "ffcv")
+    kept = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out")
+    planes = make_job("imagefolder", "train", listed, detectors=("fast",), out=tmp_path / "out", pixels="yuv420")
+    assert (kept.images, planes.images) == ("ffcv", "zarr")
 
 
 def test_the_store_resizes_with_antialiasing(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from kamim.cli.console import (
     PrintConfig,
     app,
     bar,
-    check_run,
     check_stores,
     out_console,
     print_config,
@@ -43,6 +42,7 @@ def sweep(
     """
     from kamim.config.schema import load
     from kamim.sweep.grid import Grid, evaluation, points, pretraining
+    from kamim.training.prepare import open_store
 
     grid = load(Grid, file, overrides or ())
     if show_config:
@@ -51,7 +51,7 @@ def sweep(
         return
     share = (1, 1) if shard is None else shard_of(shard)
     for point in points(grid):
-        check_run(pretraining(grid, point))
+        open_store(pretraining(grid, point))
     check_stores(evaluation(grid, points(grid)), grid.modes)
     try:
         with terminable(), bar("sweep") as update:

@@ -101,7 +101,7 @@ def replay(
     check_picture("--plot", plot)
     check_exists("", run)
 
-    from kamim.training.run_folder import step_to_replay
+    from kamim.training.recorded_steps import step_to_replay
 
     _, store, _ = step_to_replay(run, step)
     files = None if source is None else _source_files(store, source)

@@ -11,10 +11,8 @@ from kamim import KamimError
 from kamim.cli.console import out_console, say
 
 if TYPE_CHECKING:
-    from kamim.config.pretrain import Pretrain
     from kamim.config.schema import Section
     from kamim.evaluation.options import Evaluation
-    from kamim.storage.store import Store
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3")]
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Preset or YAML file, such as demo")]
@@ -59,21 +57,6 @@ def check_exists(name: str, path: Path | None) -> None:
     """Raises KamimError unless the path exists; name: of the parameter in the error, empty for an argument."""
     if path is not None and not path.exists():
         raise KamimError(f"{name} = {path}: no such file or folder".removeprefix(" = "))
-
-
-def check_run(config: "Pretrain") -> "Store":
-    """Checks a run's inputs, without torch, and returns its store. Raises KamimError for paths and keypoints that are
-    missing."""
-    from kamim.storage.store import Store
-    from kamim.training.run_folder import check_keypoints
-
-    store = Store(config.data.store)
-    check_exists("init_from", config.init_from)
-    if config.probe is not None:
-        check_store(config.probe.train)
-        check_store(config.probe.val)
-    check_keypoints(config, store)
-    return store
 
 
 def check_stores(config: "Evaluation", modes: Sequence[str]) -> None:

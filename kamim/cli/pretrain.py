@@ -12,7 +12,6 @@ from kamim.cli.arguments import (
     check_exists,
     check_folder,
     check_picture,
-    check_run,
     print_config,
 )
 from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable, write_json
@@ -45,19 +44,22 @@ def pretrain(
     """
     from kamim.config.pretrain import Pretrain
     from kamim.config.schema import load
-    from kamim.training.run_folder import check_free
+    from kamim.training.prepare import prepare
 
     resolved = load(Pretrain, config, overrides or ())
     if show_config:
         print_config(resolved)
         return
-    check_free(resolved, check_run(resolved), resume == "never")
     title = f"pretrain {resolved.title.lower()} {resolved.model.name}"
     try:
-        with terminable(), bar(title, images=resolved.optim.batch_size) as update:
-            from kamim.training.pretrain import pretrain as train
+        with (
+            terminable(),
+            prepare(resolved, resume == "never") as prepared,
+            bar(title, images=resolved.optim.batch_size) as update,
+        ):
+            from kamim.training.pretrain import train
 
-            outcome = train(resolved, lambda done, total, m: update(done, total, metrics_line(m)), resume == "never")
+            outcome = train(prepared, lambda done, total, m: update(done, total, metrics_line(m)))
     except KeyboardInterrupt:
         say("stopped at once; rerun the command to resume from the newest checkpoint")
         raise typer.Exit(RESUMABLE) from None
@@ -92,7 +94,7 @@ def replay(
     check_picture("--plot", plot)
     check_exists("", run)
 
-    from kamim.training.run_folder import step_to_replay
+    from kamim.training.recorded_steps import step_to_replay
 
     _, store, _ = step_to_replay(run, step)
     files = None if source is None else _source_files(store, source)

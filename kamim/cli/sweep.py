@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from kamim.cli.arguments import PrintConfig, check_run, check_stores, print_config, shard_of
+from kamim.cli.arguments import PrintConfig, check_stores, print_config, shard_of
 from kamim.cli.console import RESUMABLE, app, out_console, say, says_errors, terminable
 from kamim.cli.progress import bar
 from kamim.runtime.rendezvous import ends_all_ranks
@@ -32,6 +32,7 @@ def sweep(
     """
     from kamim.config.schema import load
     from kamim.sweep.grid import Grid, evaluation, points, pretraining
+    from kamim.training.prepare import open_store
 
     grid = load(Grid, file, overrides or ())
     if show_config:
@@ -40,7 +41,7 @@ def sweep(
         return
     share = (1, 1) if shard is None else shard_of(shard)
     for point in points(grid):
-        check_run(pretraining(grid, point))
+        open_store(pretraining(grid, point))
     check_stores(evaluation(grid, points(grid)), grid.modes)
     try:
         with terminable(), bar("sweep") as update:

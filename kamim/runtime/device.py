@@ -12,8 +12,11 @@ from kamim.runtime.distributed import World
 
 
 def parallel(model: nn.Module, compute: Compute, world: World) -> nn.Module:
-    """Returns the module that the objective calls: the model, in DDP on several ranks, compiled if configured."""
-    if world.device.type == "cpu" and compute.precision == "bf16":
+    """Returns the module that the objective calls: the model, in DDP on several ranks, compiled if configured.
+
+    Raises what uses_bf16 raises.
+    """
+    if uses_bf16(compute, world.device) and world.device.type == "cpu":
         _unfuse_attention(model)
     network: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     if should_compile(compute, world.device):
@@ -35,13 +38,18 @@ def _unfuse_attention(model: nn.Module) -> None:
 
 
 def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[None]:
-    """Returns bf16 autocast or a null context. Raises KamimError if a GPU does not support the requested bf16."""
+    """Returns bf16 autocast or a null context. Raises what uses_bf16 raises."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(compute, device) else nullcontext()
+
+
+def uses_bf16(compute: Compute, device: torch.device) -> bool:
+    """Returns whether to compute in bf16. Raises KamimError if a GPU does not support the requested bf16."""
     lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if lacks and compute.precision == "bf16":
         raise KamimError("compute.precision = 'bf16': this GPU does not compute in bf16; use compute.precision=fp32")
     auto = "bf16" if device.type == "cuda" and not lacks else "fp32"
     precision = auto if compute.precision == "auto" else compute.precision
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return precision == "bf16"
 
 
 def should_compile(compute: Compute, device: torch.device) -> bool:

@@ -17,7 +17,8 @@ from kamim.sweep import grid
 from kamim.sweep import table as grid_table
 from kamim.sweep.grid import Grid, GridPoint
 from kamim.sweep.table import SweepResults
-from kamim.training import pretrain
+from kamim.training.prepare import prepare
+from kamim.training.pretrain import pretrain
 from kamim.training.run_folder import is_run
 from kamim.training.trainer import Progress
 
@@ -51,7 +52,7 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
         done = 0
         for point in mine:
             config, position = grid.pretraining(sweep, point), Position(1, f"pretrain {point.name}", PRETRAIN)
-            if not pretrain.pretrain(config, _after(done, kinds, progress)(position)).finished:
+            if not pretrain(config, _after(done, kinds, progress)(position)).finished:
                 raise KeyboardInterrupt
             evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(done + 1, kinds, progress))
             done += 1 + len(sweep.modes)
@@ -99,7 +100,8 @@ def _of_earlier_version(out: Path, points: Sequence[GridPoint]) -> bool:
 def _check(sweep: Grid, points: Sequence[GridPoint], world: World) -> None:
     configs = [(point.name, grid.pretraining(sweep, point)) for point in points]
     for _, config in configs:
-        pretrain.check(config)
+        with prepare(config):
+            pass
     models = [planned_model(name, config) for name, config in configs]
     tasks_of(grid.evaluation(sweep, points), sweep.modes, models, world)
 

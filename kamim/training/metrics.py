@@ -161,7 +161,7 @@ class Wandb:
         self._run.finish()
 
 
-def check(log: Log) -> None:
+def check_installed(log: Log) -> None:
     """Raises KamimError if an enabled logger is not installed."""
     if log.wandb and importlib.util.find_spec("wandb") is None:
         raise KamimError(f"log.wandb = {log.wandb}: needs the wandb package; pip install 'kamim[wandb]'")

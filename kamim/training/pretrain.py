@@ -5,17 +5,17 @@ import logging
 import torch
 
 from kamim.config.pretrain import Pretrain
-from kamim.runtime import distributed, lock, machine
-from kamim.runtime.device import autocast, parallel
+from kamim.runtime import lock, machine
+from kamim.runtime.device import parallel
 from kamim.runtime.distributed import World
 from kamim.storage import log_file
-from kamim.storage.store import Store
-from kamim.training import callbacks, checkpoint, metrics, run_folder
-from kamim.training.data import cautions, training_loader
+from kamim.training import callbacks, checkpoint, run_folder
+from kamim.training.data import cautions
 from kamim.training.initialise import initialise
 from kamim.training.model import build_model, build_optimizer
 from kamim.training.nonfinite import NonFiniteGuard
 from kamim.training.objective import MaskedReconstruction
+from kamim.training.prepare import Prepared, prepare
 from kamim.training.trainer import Outcome, Progress, Run, Trainer
 from pipelines.loader import Loader
 
@@ -25,31 +25,33 @@ _LOG = logging.getLogger(__name__)
 def pretrain(config: Pretrain, progress: Progress, fresh: bool = False) -> Outcome:
     """Trains from the newest checkpoint in config.out, or from random weights or config.init_from, to the last step.
 
-    fresh: config.out must not hold a run. Raises KamimError, before anything is written, if the configuration does not
-    fit its store or this machine, config.out holds a run of another configuration, another process trains there, or
-    init_from does not fit. Raises NonFinite if a loss is not finite.
+    fresh: config.out must not hold a run. Raises KamimError, before anything is written, for what prepare refuses, if
+    another process trains there, or if init_from does not fit. Raises NonFinite if a loss is not finite.
     """
-    with distributed.joined(config.compute.device) as world:
-        store, loader, probe = _checked(config, world)
-        run_folder.check_ranks(config, store, world)
-        for line in cautions(config, store) if world.is_main else ():
-            _LOG.warning(line)
-        with lock.alone(config.out, "out", world):
-            run_folder.check_free(config, store, fresh)
-            trainer = build_trainer(config, loader, world)
-            if config.init_from is not None and not checkpoint.saved(config.out):
-                initialise(trainer.model, config)
-            trainer.callbacks = callbacks.build_callbacks(config, trainer, store, probe)
-            world.barrier()  # every rank has read the folder
-            total, _, _ = config.optim.schedule(loader.plan.steps_per_epoch)
-            if world.is_main and total not in checkpoint.saved(config.out):
-                run_folder.claim(config, store)
-            world.barrier()
-            outcome = _fit(trainer, progress, total)
-        if world.is_main:
-            _report(config, outcome)
-        world.barrier()  # torchrun ends the other ranks once one exits with a code for resuming
-        return outcome
+    with prepare(config, fresh) as prepared:
+        return train(prepared, progress)
+
+
+def train(prepared: Prepared, progress: Progress) -> Outcome:
+    """Trains a prepared run. See pretrain."""
+    config, store, world = prepared.config, prepared.store, prepared.world
+    for line in cautions(config, store) if world.is_main else ():
+        _LOG.warning(line)
+    with lock.alone(config.out, "out", world):
+        run_folder.check_free(config, store, prepared.fresh)  # another process may have trained there meanwhile
+        trainer = build_trainer(config, prepared.loader, world)
+        if config.init_from is not None and not checkpoint.saved(config.out):
+            initialise(trainer.model, config)
+        trainer.callbacks = callbacks.build_callbacks(config, trainer, store, prepared.probe)
+        world.barrier()  # every rank has read the folder
+        if world.is_main and prepared.steps not in checkpoint.saved(config.out):
+            run_folder.claim(config, store)
+        world.barrier()
+        outcome = _fit(trainer, progress, prepared.steps)
+    if world.is_main:
+        _report(config, outcome)
+    world.barrier()  # torchrun ends the other ranks once one exits with a code for resuming
+    return outcome
 
 
 def _fit(trainer: Trainer, progress: Progress, total: int) -> Outcome:
@@ -74,24 +76,6 @@ def _report(config: Pretrain, outcome: Outcome) -> None:
 
     if outcome.first < outcome.step or not report.is_current(config.out):
         report.save_report(config.out)
-
-
-def check(config: Pretrain) -> None:
-    """Runs the same validation as pretrain, except the checks of config.out. Raises KamimError."""
-    with distributed.joined(config.compute.device) as world:
-        _checked(config, world)
-
-
-def _checked(config: Pretrain, world: World) -> tuple[Store, Loader, callbacks.Probe | None]:
-    """Opens the store, loader and probe of a run. Raises KamimError if the configuration does not fit them."""
-    metrics.check(config.log)
-    store = Store(config.data.store)
-    loader = training_loader(config, store, world)
-    config.optim.schedule(loader.plan.steps_per_epoch)
-    autocast(config.compute, world.device)
-    if world.is_main:
-        metrics.log_in(config.log)
-    return store, loader, callbacks.open_probe(config)
 
 
 def build_trainer(config: Pretrain, loader: Loader, world: World) -> Trainer:

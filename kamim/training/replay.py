@@ -17,7 +17,7 @@ from kamim.training.data import training_loader
 from kamim.training.initialise import initialise
 from kamim.training.objective import loss_weights, masked_error, reconstruct
 from kamim.training.pretrain import build_trainer
-from kamim.training.run_folder import nonfinite_steps, step_to_replay
+from kamim.training.recorded_steps import nonfinite_steps, step_to_replay
 from kamim.training.trainer import Trainer, by_step
 from pipelines.batch import Batch
 

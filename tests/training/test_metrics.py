@@ -223,9 +223,9 @@ def test_wandb_without_a_login_ends_a_run_before_it_begins(
 
 def test_a_missing_wandb_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    metrics.check(Log())
+    metrics.check_installed(Log())
     with pytest.raises(ValueError, match=r"log.wandb = True: needs the wandb package; pip install 'kamim\[wandb\]'"):
-        metrics.check(Log(wandb=True))
+        metrics.check_installed(Log(wandb=True))
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_run_begins_with_weights_from_elsewhere_at_another_resolution(store: P
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("none", "neither a checkpoint (state.json) nor a run that has one"),
+        ("none", "no such file or folder"),
         ("tiny.safetensors", "these are a vit_tiny's weights, the requested model is a vit_demo"),
         ("text.pth", "not a checkpoint of tensors alone"),
     ],

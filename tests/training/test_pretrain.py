@@ -109,7 +109,7 @@ def test_a_run_has_its_folder_for_itself(store: Path, tmp_path: Path) -> None:
     def meanwhile(done: int, total: int, metrics: dict[str, float]) -> None:
         for name in ("run", "link"):
             with pytest.raises(ValueError, match=f"out = {tmp_path / name}: another process works there now"):
-                pretrain(config(tmp_path / name, store, "optim.lr=1e-3"), quiet)
+                pretrain(config(tmp_path / name, store, "optim.epochs=2"), quiet)
 
     assert pretrain(config(out, store, "optim.epochs=2"), meanwhile).finished
     assert not (tmp_path / ".run.kamim-lock").exists()

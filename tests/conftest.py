@@ -118,7 +118,7 @@ class Inline(ThreadPoolExecutor):
 
 def plan_job(
     source: Path,
-    backend: str = "zarr",
+    backend: str | None = "zarr",
     *,
     shard_size: int = 5,
     detectors: tuple[str, ...] = ("fast",),
@@ -144,7 +144,7 @@ def plan_job(
     return job, listed
 
 
-def make_store(source: Path, out: Path, backend: str = "zarr", **options: Any) -> Path:
+def make_store(source: Path, out: Path, backend: str | None = "zarr", **options: Any) -> Path:
     """Builds the store of plan_job in this process, on small pages."""
     job, listed = plan_job(source, backend, **options)
     with pytest.MonkeyPatch.context() as patch:

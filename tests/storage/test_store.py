@@ -90,7 +90,7 @@ def test_raw_images_are_the_resized_source(raw_path: Path, folder: Path) -> None
 
 
 def test_yuv420_images_are_the_planes_of_the_resized_source(folder: Path, tmp_path: Path) -> None:
-    opened = Store(make_store(folder, tmp_path / "store", "auto", encoding="yuv420"))
+    opened = Store(make_store(folder, tmp_path / "store", None, encoding="yuv420"))
     assert (opened.manifest.job.images, opened.images.encoding) == ("zarr", "yuv420")
     for index, pixels in enumerate(source_pixels(folder)):
         np.testing.assert_array_equal(opened.images.data(index), to_planes(expected_image(pixels)))

@@ -64,10 +64,9 @@ def evaluate(
                 ownership.mark_results(config.out, COMMAND)
             results = []
             damaged = {model.name: model.damaged for model in models}
-            kinds = tuple(task.settings.mode for task in tasks)
             for number, (task, folder) in enumerate(zip(tasks, folders, strict=True), 1):
                 name = f"{task.settings.mode} {task.settings.name}"
-                position = Position(number, name, task.settings.mode, kinds[number:])
+                position = Position(number, name, len(tasks))
                 results.append(_run(task, folder, damaged[task.settings.name], world, progress, position))
             if config.out is not None and world.is_main:
                 _report(config.out, [model.name for model in models])

@@ -23,7 +23,6 @@ from kamim.training.run_folder import is_run
 from kamim.training.trainer import Progress
 
 COMMAND = "sweep"
-PRETRAIN = "pretrain"  # the kind of a task
 ShowTask = Callable[[Position], Progress]  # returns the function that shows the progress of a task
 
 
@@ -48,16 +47,16 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
             point.name: [row for row in grid.baselines(sweep) if row.checkpoint.endswith(f":{point.checkpoint}")]
             for point in mine
         }
-        kinds = tuple(kind for point in mine for kind in (PRETRAIN, *sweep.modes * (1 + len(baselines[point.name]))))
+        count = sum(1 + len(sweep.modes) * (1 + len(baselines[point.name])) for point in mine)
         done = 0
         for point in mine:
-            config, position = grid.pretraining(sweep, point), Position(1, f"pretrain {point.name}", PRETRAIN)
-            if not pretrain(config, _after(done, kinds, progress)(position)).finished:
+            config, position = grid.pretraining(sweep, point), Position(1, f"pretrain {point.name}", count)
+            if not pretrain(config, _after(done, count, progress)(position)).finished:
                 raise KeyboardInterrupt
-            evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(done + 1, kinds, progress))
+            evaluate(grid.evaluation(sweep, [point]), sweep.modes, _after(done + 1, count, progress))
             done += 1 + len(sweep.modes)
             for baseline in baselines[point.name]:
-                _evaluate_baseline(sweep, baseline, _after(done, kinds, progress))
+                _evaluate_baseline(sweep, baseline, _after(done, count, progress))
                 done += len(sweep.modes)
             if world.is_main:
                 grid_table.save(SweepResults(sweep, finished(sweep)))
@@ -65,12 +64,11 @@ def run_grid(sweep: Grid, progress: ShowTask, shard: tuple[int, int] = (1, 1)) -
         return SweepResults(sweep, finished(sweep))
 
 
-def _after(done: int, kinds: tuple[str, ...], progress: ShowTask) -> ShowTask:
-    """Shows tasks as those of a sweep of tasks of these kinds, of which `done` come before."""
+def _after(done: int, count: int, progress: ShowTask) -> ShowTask:
+    """Shows tasks as those of a sweep of `count` tasks, of which `done` come before."""
 
     def show(position: Position) -> Progress:
-        number = done + position.number
-        return progress(Position(number, position.name, position.kind, kinds[number:]))
+        return progress(Position(done + position.number, position.name, count))
 
     return show
 

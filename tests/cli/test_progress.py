@@ -35,7 +35,7 @@ def test_a_bar_shows_one_task_of_many_after_the_other(monkeypatch: pytest.Monkey
     progress = Progress(disable=True, get_time=lambda: now)
     update = Update(progress, add_bar(progress, "eval", 0))
     for number, name, seconds, phases in ((2, "knn b", 2, 2), (3, "linprobe b", 6, 1)):
-        move = update.of_task(Position(number, name, name.split()[0], ("linprobe",)[number - 2 :]))
+        move = update.of_task(Position(number, name, 3))
         for done in [*range(1, 5)] * phases:
             now += seconds
             move(done, 4, {"loss": 0.5} if phases == 1 else {})

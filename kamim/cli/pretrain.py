@@ -36,7 +36,7 @@ def pretrain(
     ] = "auto",
     show_config: PrintConfig = False,
 ) -> None:
-    """Pretrains SimMIM or KAMIM on a store. Rerun it to resume from the newest checkpoint.
+    """Pretrains SimMIM, KAMIM or MAE on a store. Rerun it to resume from the newest checkpoint.
 
     On SIGINT, SIGTERM or SIGUSR1 it saves its state and exits with code 75.
 

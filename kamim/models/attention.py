@@ -127,11 +127,11 @@ def selectivity(encoder: VisionTransformer, images: Tensor, patch: float) -> flo
     side of a patch in px. It is 0 if every token attends to all alike, as on the plateau of docs/results.md.
     """
     grid, _ = encoder.patch_embed.grid_size
-    distances, found = token_distances(grid, patch).to(images.device), []
+    distances, by_block = token_distances(grid, patch).to(images.device), []
 
     def on_attention(depth: int, weights: Tensor, *_: Tensor) -> None:
-        found.append(attention_distance(patch_attention(weights, encoder.num_prefix_tokens), distances).mean())
+        by_block.append(attention_distance(patch_attention(weights, encoder.num_prefix_tokens), distances).mean())
 
     with watched(encoder, lambda depth, tokens: None, on_attention), torch.no_grad():
         encoder.forward_features(images)
-    return float((torch.stack(found) - uniform_distance(grid, patch)).abs().mean())
+    return float((torch.stack(by_block) - uniform_distance(grid, patch)).abs().mean())

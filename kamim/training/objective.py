@@ -28,13 +28,13 @@ class MaskedReconstruction:
     def __call__(self, batch: Batch) -> Losses:
         """Returns the loss and, to log, the loss without weights and, if there are any, the mean and largest W."""
         config = self._config
-        made = reconstruct(self._forward_model, batch, config.mask, config.seed, batch.epoch, config.compute)
-        target, weights = made.target(config.normalised_patches), loss_weights(batch, config.weighting)
+        reconstruction = reconstruct(self._forward_model, batch, config.mask, config.seed, batch.epoch, config.compute)
+        target, weights = reconstruction.target(config.normalised_patches), loss_weights(batch, config.weighting)
         error = masked_error(config.method)
-        loss = error(target, made.output, made.mask, weights)
+        loss = error(target, reconstruction.output, reconstruction.mask, weights)
         if weights is None:
             return Losses(loss, {"loss_unweighted": loss})
-        unweighted = error(target, made.output.detach(), made.mask)
+        unweighted = error(target, reconstruction.output.detach(), reconstruction.mask)
         return Losses(
             loss, {"loss_unweighted": unweighted, "weight_mean": weights.mean()}, {"weight_max": weights.max()}
         )

@@ -10,7 +10,7 @@ import typer
 from kamim import KamimError
 from kamim.cli.arguments import Strict, check_exists
 from kamim.cli.console import app, out_console, say, says_errors, write_json
-from kamim.models.file_kind import ARCHITECTURE, check_weights, is_export
+from kamim.models.file_kind import ARCHITECTURE, DECODER_HEADS, check_weights, is_export
 
 if TYPE_CHECKING:
     from kamim.training.checkpoint import Checkpoint
@@ -126,8 +126,11 @@ def _export_mae(saved: "Checkpoint", out: Path) -> None:
 
     if saved.config.method != "mae" or not saved.has_head:
         raise KamimError(f"{saved.path}: is no MAE with its decoder; export it with --layout timm or huggingface")
+    decoder = saved.config.mae_decoder
+    assert decoder is not None
+    about = {ARCHITECTURE: saved.config.model.name, DECODER_HEADS: str(decoder.heads)}
     with _staged(out) as partial:
-        save_tensors(to_public(saved.model_state()), partial)
+        save_tensors(to_public(saved.model_state()), partial, about)
     out_console.print(
         f"{out}: models_mae.MaskedAutoencoderViT(...).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )

@@ -357,6 +357,11 @@ class Pretrain(Section):
         return base if self.weighting is None else "KAMIM" if self.method == "simmim" else "KAMIM-MAE"
 
     @property
+    def mae_decoder(self) -> Decoder | None:
+        """MAE's decoder; None for SimMIM."""
+        return None if self.method == "simmim" else self.decoder or Decoder()
+
+    @property
     def normalised_patches(self) -> int | None:
         """Side in px of the patches that norm_pix_loss normalises; None without it."""
         return architecture(self.model.name).stride if self.norm_pix_loss else None

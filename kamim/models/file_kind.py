@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 
 from kamim import KamimError
 
-ARCHITECTURE = "kamim.architecture"  # key of the metadata of an exported file
+ARCHITECTURE, DECODER_HEADS = "kamim.architecture", "kamim.decoder_heads"  # keys of the metadata of an exported file
 WEIGHTS = "weights are .safetensors files, or state dicts that torch.save wrote"
 _KINDS = {
     b"\xff\xd8\xff": "a JPEG image",
@@ -33,7 +33,7 @@ def check_weights(path: Path) -> None:
 
 
 def is_export(file: Path) -> bool:
-    """Returns whether a file was written by `kamim export --layout timm`."""
+    """Returns whether a file was written by `kamim export` in the layout of timm or MAE."""
     try:
         with safe_open(file, "numpy") as opened:
             return ARCHITECTURE in (opened.metadata() or {})

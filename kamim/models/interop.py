@@ -13,8 +13,8 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kamim import KamimError
 from kamim.models.architectures import architecture
-from kamim.models.file_kind import ARCHITECTURE, WEIGHTS, check_weights
+from kamim.models.file_kind import ARCHITECTURE, DECODER_HEADS, WEIGHTS, check_weights
 from kamim.models.foreign_config import Hints, read_hints
 from kamim.models.mae_layout import DecoderSize, decoder_names, decoder_size, fit_decoder
 from kamim.models.masked_autoencoder import MaskedAutoencoder
@@ -175,7 +175,7 @@ def load(path: Path, resolution: int | None = None, name: str | None = None) -> 
     try:
         hints = _file_hints(file)
         if name is not None:
-            hints = Hints(_known(name), hints.norm_eps, hints.heads)
+            hints = replace(hints, architecture=_known(name))
         return convert(state, resolution, hints)
     except KamimError as error:
         raise KamimError(f"{path}: {error}") from error
@@ -189,9 +189,20 @@ def _file_hints(file: Path) -> Hints:
         return hints if hints.architecture is None else hints_of(_known(hints.architecture))
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            if name := (opened.metadata() or {}).get(ARCHITECTURE):
-                return hints_of(_known(name))
+            about = opened.metadata() or {}
+        if name := about.get(ARCHITECTURE):
+            return replace(hints_of(_known(name)), decoder_heads=_decoder_heads(about))
     return Hints()
+
+
+def _decoder_heads(about: Mapping[str, str]) -> int | None:
+    """Returns the heads of a MAE's decoder by an export's metadata. Raises KamimError if it is not such a number."""
+    heads = about.get(DECODER_HEADS)
+    if heads is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,3}", heads):
+        raise KamimError(f"{DECODER_HEADS} = {one_line(heads)[:100]}: must be a whole number from 1 to 9999")
+    return int(heads)
 
 
 def hints_of(name: str) -> Hints:
@@ -328,7 +339,10 @@ def convert(state: State, resolution: int | None = None, hints: Hints | None = N
         raise KamimError(f"{key} {difference}; these weights are of another kind")
     _report_windows(renamed, fitted, model)
     if decoder := _decoder(state):
-        size = decoder_size(decoder, (hints or Hints()).decoder_heads)
+        known_heads = (hints or Hints()).decoder_heads
+        size = decoder_size(decoder, known_heads)
+        if known_heads is None:
+            _LOG.warning("a decoder's weights do not hold its number of heads; %d are assumed, 32 wide", size.heads)
         with torch.device("meta"):
             own = MaskedAutoencoder(name, resolution, **asdict(size)).state_dict()
         fitted |= fit_decoder(decoder, own, resolution // architecture(name).patch_size)

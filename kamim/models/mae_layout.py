@@ -1,4 +1,4 @@
-"""MAE's decoder under the names of the public code (ours) and of Hugging Face's ViTMAEForPreTraining."""
+"""MAE's decoder in other layouts: the public code's, whose names are ours, and Hugging Face's ViTMAEForPreTraining."""
 
 import re
 from dataclasses import dataclass
@@ -13,9 +13,8 @@ HEAD_WIDTH = 32  # of the public decoders: width 512, 16 heads
 _PART = re.compile(
     r"(?:module\.)?(?:decoder\.)?(mask_token$|decoder_(?:embed|pos_embed|blocks|layers|encoder|norm|pred)\b.*)"
 )
-_BLOCKS = re.compile(
-    r"^decoder_(?:layers|encoder\.layer)\."
-)  # as transformers has them, and as its version 5 saves them
+# As transformers names blocks, and as its version 5 saves them.
+_BLOCKS = re.compile(r"^decoder_(?:layers|encoder\.layer)\.")
 _BLOCK = re.compile(r"decoder_blocks\.(\d+)\.")
 
 
@@ -37,7 +36,7 @@ def decoder_names(state: State) -> dict[str, str]:
 def decoder_size(decoder: State, heads: int | None) -> DecoderSize:
     """Returns the size of a decoder under the public names. heads: None is width / 32, as the public decoders have.
 
-    Raises KamimError if it has no whole number of heads, or no width.
+    Raises KamimError if it has no blocks, or a width that is not a multiple of 4 and of the heads.
     """
     embed = decoder["decoder_embed.weight"]
     width = len(embed) if embed.ndim == 2 else 0

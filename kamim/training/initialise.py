@@ -1,11 +1,11 @@
 """Begins a run from the weights of another one, or of a file."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from torch import nn
 
 from kamim import KamimError
-from kamim.config.pretrain import Decoder, Pretrain
+from kamim.config.pretrain import Pretrain
 from kamim.models import interop
 from kamim.models.architectures import architecture
 from kamim.models.positions import fix_sincos
@@ -25,7 +25,12 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
             converted = interop.load(path, config.data.resolution, config.model.name)
         else:
             saved = checkpoint.read(path)
-            hints = replace(interop.hints_of(saved.config.model.name), architecture=config.model.name)
+            decoder = saved.config.mae_decoder
+            hints = replace(
+                interop.hints_of(saved.config.model.name),
+                architecture=config.model.name,
+                decoder_heads=None if decoder is None else decoder.heads,
+            )
             converted = interop.convert(saved.model_state(), config.data.resolution, hints)
     except KamimError as error:
         raise KamimError(f"init_from = {path}: {str(error).removeprefix(f'{path}: ')}") from error
@@ -38,13 +43,12 @@ def initialise(model: nn.Module, config: Pretrain) -> None:
     whole = converted.has_head and method == config.method
     if not whole:
         state = {name: value for name, value in state.items() if name.startswith("encoder.")}
-    if whole and converted.decoder is not None:
-        theirs, ours = converted.decoder, config.decoder or Decoder()
-        if (theirs.width, theirs.depth) != (ours.width, ours.depth):
-            raise KamimError(
-                f"init_from = {path}: its decoder has width {theirs.width} and depth {theirs.depth}; set decoder.width "
-                "and decoder.depth so"
-            )
+    theirs, ours = converted.decoder, config.mae_decoder
+    if theirs is not None and ours is not None and asdict(theirs) != ours.model_dump():
+        raise KamimError(
+            f"init_from = {path}: its decoder is another; set decoder.width={theirs.width} "
+            f"decoder.depth={theirs.depth} decoder.heads={theirs.heads}"
+        )
     model.load_state_dict(state, strict=whole)
     if config.model.positions == "sincos":
         assert isinstance(model, Model)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kamim.config.pretrain import Decoder, Pretrain, PretrainOptim
+from kamim.config.pretrain import Pretrain, PretrainOptim
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 
@@ -14,9 +14,9 @@ Model = MaskedImageModel | MaskedAutoencoder
 def build_model(config: Pretrain) -> Model:
     """Returns the model of a run with random weights, on torch's default device."""
     model, resolution = config.model, config.data.resolution
-    if config.method == "simmim":
+    decoder = config.mae_decoder
+    if decoder is None:
         return MaskedImageModel(model.name, resolution, model.drop_path, model.positions)
-    decoder = config.decoder or Decoder()
     return MaskedAutoencoder(
         model.name, resolution, model.drop_path, model.positions, decoder.width, decoder.depth, decoder.heads
     )

@@ -5,18 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from kamim import KamimError
 from kamim.cli import app
+from kamim.config.pretrain import Pretrain
+from kamim.config.schema import load
 from kamim.method.loss import masked_l1, masked_l2, normalise_patches
 from kamim.models import interop
-from kamim.models.mae_layout import DecoderSize
+from kamim.models.file_kind import ARCHITECTURE, DECODER_HEADS
+from kamim.models.mae_layout import DecoderSize, to_public
 from kamim.models.masked_autoencoder import MaskedAutoencoder
 from kamim.models.masked_image_model import MaskedImageModel
 from kamim.models.positions import sincos_table
 from kamim.training import checkpoint
+from kamim.training.initialise import initialise
+from kamim.training.model import build_model
 
 State = dict[str, Tensor]
 
@@ -198,3 +204,78 @@ def test_a_mae_leaves_for_hugging_face_as_its_encoder(tmp_path: Path) -> None:
         "is no MAE with its decoder; export it with --layout timm or huggingface"
         in CliRunner().invoke(app, command).output
     )
+
+
+def wide_heads(out: Path) -> MaskedAutoencoder:
+    """Saves a MAE whose decoder's heads are 48 wide, not 32 as usual, and returns it."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder("vit_demo_patch8", 64, positions="sincos", width=96, depth=1, heads=2).eval()
+    given = interop.Foreign("vit_demo_patch8", 64, model.state_dict(), True, "sincos", DecoderSize(96, 1, 2))
+    checkpoint.save_imported(out, given)
+    return model
+
+
+def test_an_export_keeps_the_heads_of_its_decoder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, out = wide_heads(tmp_path / "ours"), tmp_path / "e.safetensors"
+    command = ["export", str(tmp_path / "ours"), "--layout", "mae", "--out", str(out)]
+    for _ in range(2):  # a rerun replaces an export of kamim's own
+        assert CliRunner().invoke(app, command).exit_code == 0
+    back = interop.load(out)
+    assert back.decoder == DecoderSize(96, 1, 2)
+    images, mask = torch.randn(1, 3, 64, 64), torch.arange(64).view(1, 8, 8) % 4 > 0
+    with torch.no_grad():
+        assert torch.equal(back.build_model().eval()(images, mask), model(images, mask))
+    assert "are assumed" not in caplog.text
+    assert interop.convert(load_file(out)).decoder == DecoderSize(96, 1, 3)
+    assert "a decoder's weights do not hold its number of heads; 3 are assumed, 32 wide" in caplog.text
+
+
+def test_metadata_of_an_export_are_checked(tmp_path: Path) -> None:
+    about = {ARCHITECTURE: "vit_demo_patch8", DECODER_HEADS: "2" * 5000}
+    save_file(to_public(wide_heads(tmp_path / "ours").state_dict()), tmp_path / "e.safetensors", about)
+    with pytest.raises(KamimError, match=r"kamim.decoder_heads = 2+: must be a whole number from 1 to 9999"):
+        interop.load(tmp_path / "e.safetensors")
+
+
+def test_a_named_model_keeps_the_heads_of_config_json(tmp_path: Path) -> None:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    theirs = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=192,
+            num_hidden_layers=12,
+            num_attention_heads=3,
+            intermediate_size=768,
+            image_size=64,
+            decoder_hidden_size=64,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=256,
+        )
+    )
+    theirs.save_pretrained(tmp_path)
+    assert interop.load(tmp_path, name="vit_tiny").decoder == DecoderSize(64, 1, 4)
+
+
+def test_init_from_takes_the_same_decoder_alone(tmp_path: Path) -> None:
+    model = wide_heads(tmp_path / "ours")
+    keys = (
+        "method=mae",
+        "model.name=vit_demo_patch8",
+        "model.positions=sincos",
+        "data.resolution=64",
+        "data.store=s",
+        "out=o",
+        "weighting=null",
+        "mask.patch_size=8",
+        "decoder.width=96",
+        "decoder.depth=1",
+        f"init_from={tmp_path / 'ours'}",
+    )
+    same = load(Pretrain, None, [*keys, "decoder.heads=2"])
+    begun = build_model(same)
+    initialise(begun, same)
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in model.state_dict().items())
+    other = load(Pretrain, None, [*keys, "decoder.heads=4"])
+    with pytest.raises(KamimError, match=r"is another; set decoder\.width=96 decoder\.depth=1 decoder\.heads=2"):
+        initialise(build_model(other), other)
